@@ -1,0 +1,35 @@
+"""The errors users can meet in the data path.
+
+MaskStreamError            everything below; entry points print it as one line and exit with 2
+├── ConfigError            a setting is unknown, of the wrong type or out of range (also a ValueError)
+├── DatasetError           a source image or label map cannot be used (preprocess)
+└── ShardError             a shard set cannot be used
+    ├── CorruptShardError      bytes differ from what the manifest or the payload promises
+    └── FormatVersionError     written by a newer MaskStream than this one
+"""
+
+from __future__ import annotations
+
+
+class MaskStreamError(Exception):
+    """Root of all errors that are the input's fault, not the program's."""
+
+
+class ConfigError(MaskStreamError, ValueError):
+    """A configuration value is missing, unknown, of the wrong type or out of its legal range."""
+
+
+class DatasetError(MaskStreamError):
+    """A source image or label map is unreadable, has no partner, or holds an illegal label."""
+
+
+class ShardError(MaskStreamError):
+    """A shard set is missing, incomplete or inconsistent."""
+
+
+class CorruptShardError(ShardError):
+    """Stored bytes are not what was written; the message names file, sample and field."""
+
+
+class FormatVersionError(ShardError):
+    """The set, sample or mask payload has a format version that this code does not know."""

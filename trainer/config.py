@@ -1,0 +1,196 @@
+"""Everything a training, evaluation or prediction run can be told, with its default, meaning and unit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shards.config_file import check_knobs, knob, load_config
+from shards.errors import ConfigError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the shards are and how a worker turns a stored crop into a training sample."""
+
+    root: str | None = knob(None, "folder of the shard set (the one that holds manifest.json)")
+    train_split: str = knob("train", "split of the shard set to train on")
+    val_split: str = knob("val", "split of the shard set to evaluate on")
+    workers: int = knob(4, "loader processes per rank; 0 decodes in the training process", minimum=0)
+    prefetch_batches: int = knob(4, "micro-batches each worker prepares ahead", minimum=1)
+    targets: str = knob("segment_map", "what workers hand over: packed uint8 maps, or dense {masks, labels} "
+                        "(equal results, 10 to 40 times the bytes)", choices=("segment_map", "dense"))
+    crop_size: int | None = knob(None, "side in pixels of a random crop out of the stored crop; "
+                                 "null trains on stored crops as they are", minimum=32)
+    hflip: float = knob(0.5, "probability of mirroring a training crop", minimum=0, maximum=1)
+    photometric: bool = knob(True, "random brightness, contrast, saturation and hue (on the training device)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomBackboneConfig:
+    """A small DINOv3 ViT with random weights drawn from `seed`: for tests, demos and dry runs."""
+
+    hidden_size: int | None = knob(None, "token width (for the adapter a multiple of 32); null: no random backbone",
+                                   minimum=4)
+    num_hidden_layers: int = knob(4, "transformer blocks", minimum=1)
+    num_attention_heads: int = knob(2, "attention heads", minimum=1)
+    intermediate_size: int = knob(256, "hidden width of the block MLP", minimum=1)
+    num_register_tokens: int = knob(4, "register tokens", minimum=0)
+    use_gated_mlp: bool = knob(False, "SwiGLU MLP, as in S+, H+ and 7B")
+    seed: int = knob(0, "seed of the random weights", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """The frozen DINOv3 ViT."""
+
+    source: str | None = knob(None, "Hugging Face DINOv3 directory or hub id (facebook/dinov3-vits16-pretrain-lvd1689m)")
+    random: RandomBackboneConfig = knob(RandomBackboneConfig, "random weights instead of `source`")
+    layers: str = knob("FOUR_EVEN_INTERVALS", "blocks whose tokens are tapped",
+                       choices=("FOUR_EVEN_INTERVALS", "FOUR_LAST", "LAST"))
+    image_mean: list[float] = knob(list(IMAGENET_MEAN), "per-channel mean of the pixels, on a 0..1 scale")
+    image_std: list[float] = knob(list(IMAGENET_STD), "per-channel standard deviation, on a 0..1 scale")
+
+    def __post_init__(self) -> None:
+        if self.source is not None and self.random.hidden_size is not None:
+            raise ConfigError("backbone.source and backbone.random.hidden_size are both set; give one of them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """DINOv3_Adapter (ViT-Adapter without injectors); the defaults are the reference's."""
+
+    conv_inplane: int = knob(64, "channels of the convolution stem", minimum=1)
+    n_points: int = knob(4, "sampling points per head of deformable attention", minimum=1)
+    deform_num_heads: int = knob(16, "heads of deformable attention", minimum=1)
+    drop_path: float = knob(0.3, "stochastic depth rate of the extractors", minimum=0, maximum=0.99)
+    cffn_ratio: float = knob(0.25, "width of the convolutional FFN, as a fraction of the token width", minimum=0)
+    deform_ratio: float = knob(0.5, "value width of deformable attention, as a fraction", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderHeadConfig:
+    """The segmentation head; `type` routes in `trainer.models.build_model`, nowhere else."""
+
+    type: str = knob("m2f", "head kind", choices=("m2f", "linear"))
+    hidden_dim: int = knob(256, "m2f: width of pixel decoder, queries and mask features (multiple of 32)", minimum=32)
+    num_queries: int = knob(100, "m2f: mask queries", minimum=1)
+    nheads: int = knob(16, "m2f: attention heads (must divide hidden_dim)", minimum=1)
+    enc_layers: int = knob(6, "m2f: deformable encoder layers of the pixel decoder", minimum=1)
+    enc_ffn: int = knob(4096, "m2f: FFN width of the pixel decoder's encoder", minimum=1)
+    dec_layers: int = knob(9, "m2f: masked-attention decoder layers (dec_layers + 1 predictions)", minimum=1)
+    dec_ffn: int = knob(4096, "m2f: FFN width of the mask decoder", minimum=1)
+    dropout: float = knob(0.1, "linear: probability of dropping a feature channel", minimum=0, maximum=0.99)
+    use_batchnorm: bool = knob(True, "linear: batch norm on the features")
+    use_cls_token: bool = knob(False, "linear: concatenate the class token to every patch feature")
+
+    def __post_init__(self) -> None:
+        if self.type == "m2f" and (self.hidden_dim % 32 or self.hidden_dim % self.nheads):
+            raise ConfigError(f"decoder_head.hidden_dim is {self.hidden_dim}, legal: a multiple of 32 and of "
+                              f"decoder_head.nheads ({self.nheads})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Mask classification loss (m2f). The linear head uses per-pixel cross-entropy and reads none of this."""
+
+    num_points: int = knob(12544, "points sampled per mask", minimum=1)
+    oversample_ratio: float = knob(3.0, "candidates drawn per kept point", minimum=1)
+    importance_sample_ratio: float = knob(0.75, "share of points taken where the mask is most uncertain",
+                                          minimum=0, maximum=1)
+    mask_coefficient: float = knob(5.0, "weight of the mask cross-entropy", minimum=0)
+    dice_coefficient: float = knob(5.0, "weight of the dice loss", minimum=0)
+    class_coefficient: float = knob(2.0, "weight of the class cross-entropy", minimum=0)
+    no_object_coefficient: float = knob(0.1, "class weight of 'no object'", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, its schedule and gradient clipping."""
+
+    lr: float = knob(1e-4, "peak learning rate", minimum=0)
+    betas: list[float] = knob([0.9, 0.999], "AdamW moment decay rates", minimum=0, maximum=1)
+    weight_decay: float = knob(0.05, "weight decay of matrices; norms, biases and embeddings get none", minimum=0)
+    decay_all: bool = knob(False, "apply weight decay to every parameter, as the reference's linear recipe does")
+    clip_grad_norm: float | None = knob(0.01, "largest gradient norm over all parameters; null: no clipping", minimum=0)
+    schedule: str = knob("poly", "poly: linear warm-up, then (1 - step/total)^power; one_cycle: the reference's "
+                         "linear recipe", choices=("poly", "one_cycle"))
+    power: float = knob(0.9, "poly: exponent", minimum=0)
+    warmup_steps: int = knob(1500, "steps of linear warm-up", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSection:
+    """The loop. A step is one optimiser update on `global_batch_size` crops, whatever the number of ranks."""
+
+    total_steps: int = knob(40000, "optimiser steps of the whole run", minimum=1)
+    global_batch_size: int = knob(16, "crops per optimiser step over all ranks and accumulation", minimum=1)
+    micro_batch_size: int = knob(2, "crops per forward pass on one device; accumulation follows from it", minimum=1)
+    precision: str = knob("auto", "auto: bf16 autocast on CUDA devices that have it, else float32",
+                          choices=("auto", "bf16", "fp32"))
+    log_every: int = knob(50, "steps between log lines", minimum=1)
+    checkpoint_every: int = knob(1000, "steps between checkpoints", minimum=1)
+    keep_checkpoints: int = knob(2, "newest checkpoints kept (the best one is kept besides)", minimum=1)
+    eval_every: int = knob(5000, "steps between evaluations; the end is always evaluated, once", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluation and prediction: sliding window and test-time augmentation."""
+
+    mode: str = knob("slide", "slide: overlapping windows; whole: one forward pass per image",
+                     choices=("slide", "whole"))
+    resize_short_side: int | None = knob(None, "short side in pixels the image is resized to first; null: as it is",
+                                         minimum=32)
+    crop_size: int = knob(512, "slide: window side in pixels (multiple of 32)", minimum=32)
+    stride: int = knob(341, "slide: step between windows in pixels", minimum=1)
+    tta_ratios: list[float] = knob([], "scales of resize_short_side to average over, e.g. [0.9, 1.0, 1.1]; empty: one",
+                                   minimum=0.1, maximum=10)
+    tta_flip: bool = knob(False, "average with the mirrored image too")
+    max_images: int | None = knob(None, "evaluate only the first so many images; null: all", minimum=1)
+    panels: int = knob(4, "pictures (image, truth, prediction) written per evaluation", minimum=0)
+
+    def __post_init__(self) -> None:
+        if self.crop_size % 32:
+            raise ConfigError(f"eval.crop_size is {self.crop_size}, legal: a multiple of 32")
+        if self.stride > self.crop_size:
+            raise ConfigError(f"eval.stride is {self.stride}, legal: at most eval.crop_size ({self.crop_size}), "
+                              "or pixels between windows would never be seen")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run: the root of the configuration."""
+
+    output_dir: str | None = knob(None, "folder of the run: config, checkpoints, metrics, pictures")
+    seed: int = knob(0, "seed of initial weights, data order, augmentation and sampled points", minimum=0)
+    device: str = knob("auto", "where to run: auto takes CUDA when present", choices=("auto", "cpu", "cuda"))
+    resume: str = knob("auto", "auto: continue the run in output_dir if it has a checkpoint; never: refuse to touch "
+                       "an existing run", choices=("auto", "never"))
+    data: DataConfig = knob(DataConfig, "")
+    backbone: BackboneConfig = knob(BackboneConfig, "")
+    adapter: AdapterConfig = knob(AdapterConfig, "")
+    decoder_head: DecoderHeadConfig = knob(DecoderHeadConfig, "")
+    loss: LossConfig = knob(LossConfig, "")
+    optimizer: OptimizerConfig = knob(OptimizerConfig, "")
+    train: TrainSection = knob(TrainSection, "")
+    eval: EvalConfig = knob(EvalConfig, "")
+
+
+def load_run_config(path: str | Path | None, overrides: list[str]) -> RunConfig:
+    """Read a run's YAML with overrides. Raises ConfigError (see `shards.config_file.load_config`)."""
+    return load_config(RunConfig, path, overrides)
+
+
+def run_config_from_dict(values: dict[str, Any]) -> RunConfig:
+    """The configuration stored in a checkpoint, checked like one from a file."""
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), values))
+    assert isinstance(config, RunConfig)
+    check_knobs(config)
+    return config
