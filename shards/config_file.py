@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -112,7 +111,7 @@ def describe_config(schema: type[Any], prefix: str = "") -> Iterator[str]:
 
 
 def _read_yaml(path: str | Path) -> DictConfig:
-    if not os.path.isfile(path):
+    if not Path(path).is_file():
         raise ConfigError(f"configuration file {path} does not exist")
     try:
         loaded = OmegaConf.load(path)

@@ -1,0 +1,115 @@
+"""Where a training crop lies: pure geometry, drawn as the reference's training transform draws it.
+
+DINOv3's segmentation training scales the short side to crop x U(0.5, 2.0), then cuts a square of the crop
+size (or the whole axis, where the scaled image is shorter) at a random place, redrawing the place while a
+single class fills more than 75 % of the labelled pixels. Only the crop's region is resampled here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from preprocess.config import CropConfig
+
+# ImageNet mean colour: becomes 0 after normalisation, as the reference's padding does.
+PADDING_COLOR = (124, 116, 104)
+_SCALE_DRAWS = 10  # new scales tried when no place in the scaled image has a labelled pixel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crop:
+    """A window `[top, top+height) x [left, left+width)` of the image scaled to `scaled_height x scaled_width`."""
+
+    scaled_height: int
+    scaled_width: int
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def crop_rng(seed: int, key: str, crop_number: int) -> np.random.Generator:
+    """The random stream of one crop: a function of (seed, image, crop), not of worker or order."""
+    image = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
+    return np.random.Generator(np.random.PCG64([seed, image, crop_number]))
+
+
+def draw_crop(
+    rng: np.random.Generator, label_map: npt.NDArray[Any], ignore_index: int, config: CropConfig
+) -> Crop | None:
+    """Draw a crop; None when none of the tries has a labelled pixel."""
+    for _ in range(_SCALE_DRAWS):
+        scaled = _scaled_size(label_map.shape, config.size * rng.uniform(config.min_scale, config.max_scale))
+        for _ in range(config.tries + 1):
+            crop = _place(rng, scaled, config.window)
+            counts = _label_counts(cut_labels(label_map, crop), ignore_index)
+            if counts.size > 1 and counts.max() < config.cat_max_ratio * counts.sum():
+                return crop
+        if counts.size:
+            return crop
+    return None
+
+
+def cut_image(image: Image.Image, crop: Crop, side: int) -> npt.NDArray[np.uint8]:
+    """RGB pixels `[side,side,3]`: bilinear with antialiasing, padded right and below with the mean colour.
+
+    Pillow's `box` reads beyond the box where the filter needs it, so the result equals cutting the crop
+    out of the whole scaled image, up to rounding.
+    """
+    x_ratio, y_ratio = image.width / crop.scaled_width, image.height / crop.scaled_height
+    box = (
+        crop.left * x_ratio,
+        crop.top * y_ratio,
+        min((crop.left + crop.width) * x_ratio, image.width),
+        min((crop.top + crop.height) * y_ratio, image.height),
+    )
+    padded = np.empty((side, side, 3), np.uint8)
+    padded[:] = PADDING_COLOR
+    resized = image.resize((crop.width, crop.height), Image.Resampling.BILINEAR, box)
+    padded[: crop.height, : crop.width] = np.asarray(resized)
+    return padded
+
+
+def cut_labels(label_map: npt.NDArray[Any], crop: Crop) -> npt.NDArray[Any]:
+    """Class ids `[height,width]`: nearest by the floor rule of tensor resizing, source = floor(target x ratio)."""
+    rows = np.arange(crop.top, crop.top + crop.height) * label_map.shape[0] // crop.scaled_height
+    columns = np.arange(crop.left, crop.left + crop.width) * label_map.shape[1] // crop.scaled_width
+    cut: npt.NDArray[Any] = label_map[rows[:, None], columns]
+    return cut
+
+
+def pad_labels(labels: npt.NDArray[Any], side: int, ignore_index: int) -> npt.NDArray[Any]:
+    """Pad to `[side,side]` on the right and below with `ignore_index`."""
+    padded = np.full((side, side), ignore_index, labels.dtype)
+    padded[: labels.shape[0], : labels.shape[1]] = labels
+    return padded
+
+
+def _scaled_size(size: tuple[int, ...], short_side: float) -> tuple[int, int]:
+    """(height, width) with the short side floored to `short_side`, the long side rounded."""
+    height, width = size
+    short = max(1, int(short_side))
+    long = int(short * max(height, width) / min(height, width) + 0.5)
+    return (short, long) if height <= width else (long, short)
+
+
+def _place(rng: np.random.Generator, scaled: tuple[int, int], window: int) -> Crop:
+    height, width = min(window, scaled[0]), min(window, scaled[1])
+    return Crop(
+        scaled_height=scaled[0], scaled_width=scaled[1],
+        top=int(rng.integers(0, scaled[0] - height + 1)), left=int(rng.integers(0, scaled[1] - width + 1)),
+        height=height, width=width,
+    )  # fmt: skip
+
+
+def _label_counts(labels: npt.NDArray[Any], ignore_index: int) -> npt.NDArray[np.int64]:
+    """Pixels of each class present, ignored ones left out."""
+    counts = np.bincount(labels.reshape(-1), minlength=ignore_index + 1)
+    counts[ignore_index] = 0
+    return counts[counts > 0]

@@ -1,0 +1,89 @@
+"""Turn a folder of images and label PNGs into a shard set.
+
+example: python preprocess/make_shards.py --dataset ade20k --root ADEChallengeData2016 --output shards-ade20k
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from preprocess.config import PreprocessConfig
+from preprocess.pairs import Dataset, open_dataset, read_pair
+from preprocess.pipeline import encode_crop, plan_blocks, write_shards
+from shards.command_line import add_overrides, config_parser, quoted, run_entry_point
+from shards.config_file import config_to_yaml, load_config
+from shards.manifest import Manifest
+from shards.rle import decode_header, encode_rle
+from shards.sample import read_header
+
+DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "ade20k-shards.yaml"
+
+
+def main() -> int:
+    config, dry_run = _parse()
+    dataset = open_dataset(config.dataset, config.on_error)
+    if dry_run:
+        _print_dry_run(config, dataset)
+        return 0
+    manifest, written = write_shards(config, dataset)
+    print(f"{config.output}: {'written' if written else 'already complete, nothing to do'}")
+    _print_report(manifest, str(config.output))
+    return 0
+
+
+def _parse() -> tuple[PreprocessConfig, bool]:
+    parser = config_parser(str(__doc__), PreprocessConfig, str(DEFAULT_CONFIG))
+    parser.add_argument("--dataset", default=None, help="layout of the source: ade20k, camvid or folder (dataset.kind)")
+    parser.add_argument("--root", default=None, help="the dataset's folder, or the ADE20K .zip (dataset.root)")
+    parser.add_argument("--output", default=None, help="folder for the shard set (output)")
+    parser.add_argument("--workers", type=int, default=None, help="processes; default: one per CPU (workers)")
+    parser.add_argument("--on-error", default=None, help="fail or skip: what an unusable image does (on_error)")
+    parser.add_argument("--dry-run", action="store_true", help="print settings, counts and one sample, write nothing")
+    add_overrides(parser)
+    arguments = parser.parse_intermixed_args()
+    return load_config(PreprocessConfig, arguments.config, _flags(arguments) + arguments.overrides), arguments.dry_run
+
+
+def _flags(arguments: Namespace) -> list[str]:
+    """The named options as overrides; quoted, so that a path with commas or braces stays one string."""
+    named = {
+        "dataset.kind": arguments.dataset, "dataset.root": arguments.root, "output": arguments.output,
+        "workers": arguments.workers, "on_error": arguments.on_error,
+    }  # fmt: skip
+    return [f"{key}={quoted(value)}" for key, value in named.items() if value is not None]
+
+
+def _print_dry_run(config: PreprocessConfig, dataset: Dataset) -> None:
+    print(config_to_yaml(config))
+    blocks = plan_blocks(config, dataset)
+    for split, pairs in dataset.splits.items():
+        shards = sum(len(block.shard_names) for block in blocks if block.split == split)
+        kind = f"x {config.crops.per_image} crops" if split in config.crops.splits else "whole"
+        print(f"{split}: {len(pairs)} images {kind} -> {shards} shards; {len(dataset.skipped[split])} unpaired files")
+    split, pairs = next(iter(dataset.splits.items()))
+    image, _, _, label_map = read_pair(dataset, pairs[0])
+    header = decode_header(encode_rle(label_map, dataset.ignore_index))
+    print(f"first image of {split}: {pairs[0].key}, {image.width}x{image.height} pixels, classes "
+          f"{[dataset.classes[label].name for label in header.labels.tolist()]}")
+    if split in config.crops.splits:
+        encoded = encode_crop(dataset, pairs[0], image, label_map, config, 0)
+        if encoded is not None:
+            key, jpeg, payload, _ = encoded
+            header = read_header(payload)[1]
+            print(f"first crop: {key}, {header.width}x{header.height} pixels, {header.labels.size} classes, "
+                  f"JPEG {len(jpeg)} bytes, masks {len(payload)} bytes")
+    print("dry run: nothing was written")
+
+
+def _print_report(manifest: Manifest, output: str) -> None:
+    for name, split in manifest.splits.items():
+        size = sum(shard.bytes for shard in split.shards)
+        skipped = sum(split.skipped_crops.values())
+        print(f"  {name}: {split.samples} {split.kind} from {split.images} images, {len(split.shards)} shards, "
+              f"{size / 1e6:.1f} MB; skipped {skipped} crops, {len(split.skipped_images)} files")
+    print(f"look at it:  python -m shards show {output}\ncheck it:    python -m shards verify {output}")
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

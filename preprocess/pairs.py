@@ -1,0 +1,258 @@
+"""What a dataset is to us: pairs of image and label map per split, a class table, a meaning for each value."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from preprocess.config import DatasetConfig
+from preprocess.source_tree import SourceTree, open_tree
+from shards.errors import ConfigError, DatasetError
+from shards.manifest import ClassInfo
+from shards.picture import default_colors
+from shards.rle import MAX_CLASSES, MAX_SIDE, ignore_value
+
+CAMVID_CLASSES = (
+    "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist",
+)  # fmt: skip
+IMAGE_FORMATS = {"JPEG": "jpg", "PNG": "png"}
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+_LABEL_MODES = ("1", "L", "P", "I", "I;16")  # single-channel values; palettes hold the index
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """One image and its label map; `key` is the image's path below its split, without suffix."""
+
+    key: str
+    image_path: str
+    label_path: str
+    fingerprint: str  # sizes of both files: a changed source is noticed on a rerun
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """A dataset ready to be sharded. `skipped` lists unpaired files per split as (file, reason)."""
+
+    kind: str
+    tree: SourceTree
+    classes: list[ClassInfo]
+    ignore_index: int
+    ignore_labels: tuple[int, ...]
+    reduce_zero_label: bool
+    splits: dict[str, list[Pair]]
+    skipped: dict[str, list[tuple[str, str]]]
+
+
+def open_dataset(config: DatasetConfig, on_error: str) -> Dataset:
+    """List and pair the files of every split.
+
+    Raises ConfigError on a missing root or class file, DatasetError on unpaired files (unless
+    `on_error` is "skip") or when a split is empty.
+    """
+    if config.root is None:
+        raise ConfigError(
+            "the dataset's place is not set. Type for example: "
+            "python preprocess/make_shards.py --dataset ade20k --root <ADEChallengeData2016> --output <dir>"
+        )
+    tree = open_tree(config.root, "train" if config.kind == "camvid" and not config.splits else
+                     next(iter(config.splits.values())) if config.kind == "camvid" else "images")
+    classes = _classes(config, tree)
+    splits, skipped = {}, {}
+    for split, image_folder, label_folder in _split_folders(config, tree):
+        pairs, unpaired = _pair_files(tree, image_folder, label_folder)
+        if unpaired and on_error == "fail":
+            shown = "; ".join(f"{file}: {reason}" for file, reason in unpaired[:5])
+            more = f" (and {len(unpaired) - 5} more)" if len(unpaired) > 5 else ""
+            raise DatasetError(f"{tree.name}: {shown}{more}. Mend them, or pass --on-error skip")
+        if not pairs:
+            raise DatasetError(f"{tree.name} has no image with a label map in {image_folder} (split {split!r})")
+        splits[split], skipped[split] = pairs[: config.limit], unpaired
+    if config.kind == "folder" and config.val_fraction > 0:
+        _split_off_validation(splits, skipped, config.val_fraction)
+    reduce = config.reduce_zero_label if config.reduce_zero_label is not None else config.kind == "ade20k"
+    default_ignored = 11 if config.kind == "camvid" else ignore_value(len(classes))
+    ignore_labels = tuple(config.ignore_labels) or (default_ignored,)
+    return Dataset(
+        kind=config.kind, tree=tree, classes=classes, ignore_index=ignore_value(len(classes)),
+        ignore_labels=ignore_labels, reduce_zero_label=reduce, splits=splits, skipped=skipped,
+    )  # fmt: skip
+
+
+def read_pair(dataset: Dataset, pair: Pair) -> tuple[Image.Image, bytes, str, npt.NDArray[Any]]:
+    """`(RGB image, its file bytes, "jpg" or "png", class ids [H,W])` with `ignore_index` where unlabelled.
+
+    Raises DatasetError naming the file when it cannot be read, the sizes differ, or a label is illegal.
+    """
+    image_bytes = dataset.tree.read(pair.image_path)
+    image = _open_image(image_bytes, pair.image_path)
+    label_map = map_labels(_open_labels(dataset.tree.read(pair.label_path), pair.label_path), dataset, pair.label_path)
+    if (image.height, image.width) != label_map.shape:
+        raise DatasetError(f"{pair.image_path} is {image.width}x{image.height} pixels but {pair.label_path} is "
+                           f"{label_map.shape[1]}x{label_map.shape[0]}; they must be equal")
+    suffix = IMAGE_FORMATS[str(image.format)]
+    return image.convert("RGB"), image_bytes, suffix, label_map
+
+
+def map_labels(stored: npt.NDArray[Any], dataset: Dataset, name: str) -> npt.NDArray[Any]:
+    """Stored label values to class ids 0..C-1 and `ignore_index`. Raises DatasetError on any other value."""
+    lowest = 1 if dataset.reduce_zero_label else 0
+    ignored = {*dataset.ignore_labels, *([0] if dataset.reduce_zero_label else [])}
+    present = np.flatnonzero(np.bincount(stored.reshape(-1)))
+    illegal = [v for v in present.tolist() if v not in ignored and not lowest <= v < len(dataset.classes) + lowest]
+    if illegal:
+        raise DatasetError(
+            f"{name} holds the label {illegal[0]}, legal: {lowest}..{len(dataset.classes) + lowest - 1} "
+            f"({len(dataset.classes)} classes) and {sorted(ignored)} for ignored pixels"
+        )
+    table = np.full(int(present[-1]) + 1, dataset.ignore_index, np.uint8 if dataset.ignore_index == 255 else np.uint16)
+    for value in present.tolist():
+        if value not in ignored:
+            table[value] = value - lowest
+    mapped: npt.NDArray[Any] = table[stored]
+    return mapped
+
+
+def _open_image(data: bytes, name: str) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(data), formats=tuple(IMAGE_FORMATS))
+        _check_side(image, name)
+        image.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DatasetError(f"{name} is not a readable JPEG or PNG image: {error}") from error
+    if image.mode.startswith("I"):
+        raise DatasetError(f"{name} has 16-bit pixels (mode {image.mode}); convert it to 8 bits per channel")
+    return image
+
+
+def _open_labels(data: bytes, name: str) -> npt.NDArray[Any]:
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            _check_side(image, name)
+            if image.mode not in _LABEL_MODES:
+                raise DatasetError(f"{name} has mode {image.mode}; a label map must have one channel of class ids")
+            values = np.asarray(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DatasetError(f"{name} is not a readable PNG label map: {error}") from error
+    if values.min() < 0 or values.max() > MAX_CLASSES:
+        raise DatasetError(f"{name} holds labels {values.min()}..{values.max()}, legal: 0..{MAX_CLASSES}")
+    return values.astype(np.uint8 if image.mode == "1" else values.dtype)
+
+
+def _check_side(image: Image.Image, name: str) -> None:
+    if max(image.size) > MAX_SIDE:
+        raise DatasetError(f"{name} is {image.width}x{image.height} pixels, legal: at most {MAX_SIDE} a side")
+
+
+def _split_folders(config: DatasetConfig, tree: SourceTree) -> list[tuple[str, str, str]]:
+    """(our split, image folder, label folder) in a fixed order."""
+    if config.kind == "camvid":
+        splits = config.splits or {"train": "train", "val": "val"}
+        return [(split, folder, f"{folder}annot") for split, folder in splits.items()]
+    splits = config.splits or _usual_folders(tree)
+    if not splits:  # one flat tree
+        return [("train", "images", "annotations")]
+    return [(split, f"images/{folder}", f"annotations/{folder}") for split, folder in splits.items()]
+
+
+def _usual_folders(tree: SourceTree) -> dict[str, str]:
+    """Which of the usual split folder names exist below images/."""
+    present = {PurePosixPath(path).parts[1] for path in tree.files("images") if len(PurePosixPath(path).parts) > 2}
+    usual = {"train": ("training", "train"), "val": ("validation", "val", "valid"), "test": ("testing", "test")}
+    return {split: name for split, names in usual.items() for name in names if name in present}
+
+
+def _pair_files(tree: SourceTree, image_folder: str, label_folder: str) -> tuple[list[Pair], list[tuple[str, str]]]:
+    """Pairs by equal path without suffix, sorted by key; and (file, reason) for the files left over."""
+    unpaired: list[tuple[str, str]] = []
+    images = _by_stem(tree.files(image_folder), image_folder, _IMAGE_SUFFIXES, unpaired)
+    labels = _by_stem(tree.files(label_folder), label_folder, (".png",), unpaired)
+    unpaired += [(images[key][0], f"no label map in {label_folder}") for key in sorted(images.keys() - labels.keys())]
+    unpaired += [(labels[key][0], f"no image in {image_folder}") for key in sorted(labels.keys() - images.keys())]
+    pairs = [
+        Pair(key=key, image_path=images[key][0], label_path=labels[key][0],
+             fingerprint=f"{images[key][1]}+{labels[key][1]}")
+        for key in sorted(images.keys() & labels.keys())
+    ]  # fmt: skip
+    return pairs, unpaired
+
+
+def _by_stem(
+    files: dict[str, int], folder: str, suffixes: tuple[str, ...], rejected: list[tuple[str, str]]
+) -> dict[str, tuple[str, int]]:
+    found: dict[str, tuple[str, int]] = {}
+    for path, size in sorted(files.items()):
+        relative = PurePosixPath(path).relative_to(folder)
+        key = str(relative.with_suffix(""))
+        if relative.suffix.lower() not in suffixes:
+            rejected.append((path, f"not one of {', '.join(suffixes)}"))
+        elif key in found:
+            rejected.append((path, f"same name as {found[key][0]}"))
+        else:
+            found[key] = (path, size)
+    return found
+
+
+def _split_off_validation(
+    splits: dict[str, list[Pair]], skipped: dict[str, list[tuple[str, str]]], fraction: float
+) -> None:
+    """Move a share of 'train' to 'val', chosen by a hash of the name, so that added images move no others."""
+    if set(splits) != {"train"}:
+        raise ConfigError(f"dataset.val_fraction is {fraction}, but the source has split folders: {sorted(splits)}")
+    chosen = [int(hashlib.sha256(pair.key.encode()).hexdigest()[:8], 16) < fraction * 2**32 for pair in splits["train"]]
+    everything = splits["train"]
+    splits["train"] = [pair for pair, is_val in zip(everything, chosen, strict=True) if not is_val]
+    splits["val"] = [pair for pair, is_val in zip(everything, chosen, strict=True) if is_val]
+    skipped["val"] = []
+    if not splits["train"] or not splits["val"]:
+        raise ConfigError(f"dataset.val_fraction is {fraction}: of {len(everything)} images one split would be empty")
+
+
+def _classes(config: DatasetConfig, tree: SourceTree) -> list[ClassInfo]:
+    if config.class_file is not None:
+        text, name = _read_text(Path(config.class_file)), config.class_file
+    elif config.kind == "camvid":
+        text, name = "\n".join(CAMVID_CLASSES), "camvid"
+    elif config.kind == "ade20k":
+        text, name = (Path(__file__).parent / "ade20k_classes.txt").read_text(encoding="utf-8"), "ade20k"
+    else:
+        name = f"{tree.name}/classes.txt"
+        try:
+            text = tree.read("classes.txt").decode("utf-8")
+        except (DatasetError, UnicodeDecodeError) as error:
+            raise ConfigError(f"no class table: {error}. Write one class name per line, in id order, to {name} or set "
+                              "dataset.class_file") from error
+    lines = [line.rstrip("\r") for line in text.split("\n")]
+    while lines and not lines[-1].strip():
+        lines.pop()
+    if not 1 <= len(lines) <= MAX_CLASSES:
+        raise ConfigError(f"{name} lists {len(lines)} classes, legal: 1..{MAX_CLASSES}")
+    colors = default_colors(len(lines))
+    return [_parse_class(line, colors[number], f"{name}, line {number + 1}") for number, line in enumerate(lines)]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"dataset.class_file {path} cannot be read: {error}") from error
+
+
+def _parse_class(line: str, default: tuple[int, int, int], where: str) -> ClassInfo:
+    name, _, code = line.partition("\t")
+    if not name.strip():
+        raise ConfigError(f"{where}: empty class name; every line is one class, in id order")
+    if not code.strip():
+        return ClassInfo(name=name.strip(), color=default)
+    try:
+        red, green, blue = bytes.fromhex(code.strip().removeprefix("#"))
+    except ValueError:
+        raise ConfigError(f"{where}: colour {code.strip()!r}, legal: #rrggbb") from None
+    return ClassInfo(name=name.strip(), color=(red, green, blue))

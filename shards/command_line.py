@@ -1,0 +1,53 @@
+"""What all entry points share: `--config` + `key=value` parsing, complete `--help`, one-line errors."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from shards.config_file import describe_config
+from shards.errors import MaskStreamError
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def config_parser(description: str, schema: type[Any], default_config: str | None) -> argparse.ArgumentParser:
+    """A parser with `--config` and `key=value` overrides whose `--help` lists every setting of `schema`."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="settings (in the YAML file, or as key=value):\n" + "\n".join(describe_config(schema)),
+    )
+    parser.add_argument("--config", default=default_config, help=f"YAML file of settings (default: {default_config})")
+    return parser
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """The trailing `key=value` arguments."""
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the YAML file")
+
+
+def quoted(value: Any) -> str:
+    """A value of a named option as override text: strings in YAML quotes, so that a path stays one string."""
+    return "'" + value.replace("'", "''") + "'" if isinstance(value, str) else str(value)
+
+
+def run_entry_point(main: Callable[[], int | None]) -> None:
+    """Run `main` and exit: 0, its return value, 2 with one line on bad input, 130 on Ctrl-C."""
+    try:
+        code = main()
+        sys.stdout.flush()
+    except MaskStreamError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output (head, less) went away: not an error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)

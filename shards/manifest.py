@@ -1,0 +1,182 @@
+"""The manifest: what a complete shard set consists of. It is published last, so its presence means 'whole'.
+
+    <root>/manifest.json    this file
+    <root>/<split>.index    one INDEX_DTYPE record per sample, in shard order
+    <root>/<split>-000000.tar …
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shards.errors import CorruptShardError, FormatVersionError, ShardError
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+# Little-endian record per sample: where its tar members start, how long they are together, their CRC-32.
+INDEX_DTYPE = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc32", "<u4")])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassInfo:
+    """A class: its position in the list is its id."""
+
+    name: str
+    color: tuple[int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardInfo:
+    """One finished tar file."""
+
+    name: str
+    bytes: int
+    sha256: str
+    samples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexInfo:
+    """The side index of a split."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitInfo:
+    """One split. `class_pixels` and `class_samples` count labelled pixels and samples holding each class."""
+
+    kind: str  # "crops" or "images"
+    images: int
+    samples: int
+    shards: list[ShardInfo]
+    index: IndexInfo
+    class_pixels: list[int]
+    class_samples: list[int]
+    ignored_pixels: int
+    skipped_crops: dict[str, int] = field(default_factory=dict)  # reason -> crops
+    skipped_images: list[dict[str, str]] = field(default_factory=list)  # {"image", "reason"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A complete shard set."""
+
+    dataset: str
+    classes: list[ClassInfo]
+    ignore_index: int
+    seed: int
+    crops: dict[str, Any]
+    config: dict[str, Any]
+    config_hash: str
+    producer: dict[str, str]
+    splits: dict[str, SplitInfo]
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def split(self, name: str) -> SplitInfo:
+        """Raises ShardError naming the splits there are."""
+        if name not in self.splits:
+            raise ShardError(f"the shard set has no split {name!r}, it has: {', '.join(sorted(self.splits))}")
+        return self.splits[name]
+
+
+def canonical_json(value: Any) -> str:
+    """One text per value: sorted keys, fixed separators. Hashes are taken over it."""
+    return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def hash_of(value: Any) -> str:
+    """sha256 of a value's canonical JSON."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """The file's content: the manifest plus a hash of itself, so that an edited or damaged one is noticed."""
+    content = dataclasses.asdict(manifest)
+    return (canonical_json({**content, "manifest_sha256": hash_of(content)}) + "\n").encode()
+
+
+def load_manifest(root: str | Path) -> Manifest:
+    """Read and check `<root>/manifest.json`.
+
+    Raises ShardError when there is none (the set is incomplete or this is not one), FormatVersionError
+    when it is newer than this code, CorruptShardError when it is damaged or inconsistent.
+    """
+    path = Path(root) / MANIFEST_NAME
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise ShardError(
+            f"{path} does not exist: {root} is not a shard set, or writing it did not finish. "
+            "Rerun the same preprocess/make_shards.py command to complete it."
+        ) from None
+    except OSError as error:
+        raise ShardError(f"{path} cannot be read: {error}") from error
+    return parse_manifest(data, str(path))
+
+
+def parse_manifest(data: bytes, name: str) -> Manifest:
+    """Inverse of `manifest_bytes`; `name` is used in errors."""
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CorruptShardError(f"{name} is not valid JSON: {error}") from error
+    if not isinstance(content, dict) or type(content.get("format_version")) is not int:
+        raise CorruptShardError(f"{name} has no integer field 'format_version'")
+    version = content["format_version"]
+    if version != FORMAT_VERSION:
+        raise FormatVersionError(f"{name} has format_version {version}, this code knows {FORMAT_VERSION}")
+    recorded = content.pop("manifest_sha256", None)
+    if recorded != hash_of(content):
+        raise CorruptShardError(f"{name} does not match its own manifest_sha256: it was damaged or edited")
+    try:
+        manifest = _from_content(content)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptShardError(f"{name} lacks or misspells a field: {error}") from error
+    _check_consistency(manifest, name)
+    return manifest
+
+
+def _from_content(content: dict[str, Any]) -> Manifest:
+    classes = [ClassInfo(name=item["name"], color=_color(item["color"])) for item in content["classes"]]
+    splits = {name: _split_from_content(item) for name, item in content["splits"].items()}
+    return Manifest(**{**content, "classes": classes, "splits": splits})
+
+
+def _split_from_content(item: dict[str, Any]) -> SplitInfo:
+    shards = [ShardInfo(**shard) for shard in item["shards"]]
+    return SplitInfo(**{**item, "shards": shards, "index": IndexInfo(**item["index"])})
+
+
+def _color(values: list[int]) -> tuple[int, int, int]:
+    red, green, blue = values
+    return red, green, blue
+
+
+def _check_consistency(manifest: Manifest, name: str) -> None:
+    for split_name, split in manifest.splits.items():
+        where = f"{name}, split {split_name!r}"
+        if sum(shard.samples for shard in split.shards) != split.samples:
+            raise CorruptShardError(f"{where}: sample counts of the shards do not add up to {split.samples}")
+        if split.index.bytes != split.samples * INDEX_DTYPE.itemsize:
+            raise CorruptShardError(f"{where}: the index has {split.index.bytes} bytes for {split.samples} samples")
+        for counts in (split.class_pixels, split.class_samples):
+            if len(counts) != len(manifest.classes):
+                raise CorruptShardError(f"{where}: counts for {len(counts)} classes, expected {len(manifest.classes)}")
+        for file in [shard.name for shard in split.shards] + [split.index.name]:
+            if Path(file).name != file or file in ("", ".", ".."):
+                raise CorruptShardError(f"{where}: {file!r} is not a plain file name")

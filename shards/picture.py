@@ -1,0 +1,62 @@
+"""Pictures of samples: colour a label map, lay it over its image, put many on one sheet."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw
+
+Pixels = npt.NDArray[np.uint8]
+Colors = Sequence[tuple[int, int, int]]
+
+_IGNORED = (0, 0, 0)
+_MARGIN = 6  # pixels between tiles
+_CAPTION = 16  # pixels of height
+
+
+def default_colors(count: int) -> list[tuple[int, int, int]]:
+    """`count` distinct colours: hues by the golden angle, so that neighbours in the list differ most."""
+    colors = []
+    for index in range(count):
+        lightness, saturation = (0.50, 0.65, 0.38)[index % 3], (0.75, 0.55)[index // 3 % 2]
+        red, green, blue = colorsys.hls_to_rgb(index * 0.61803398875 % 1.0, lightness, saturation)
+        colors.append((round(red * 255), round(green * 255), round(blue * 255)))
+    return colors
+
+
+def colorize(label_map: npt.NDArray[Any], colors: Colors) -> Pixels:
+    """Class ids `[H,W]` to RGB `[H,W,3]`; ids without a colour (ignored pixels) are black."""
+    table = np.array([*colors, _IGNORED], np.uint8)
+    return table[np.where(label_map < len(colors), label_map, len(colors)).astype(np.int64)]
+
+
+def overlay(image: Pixels, label_map: npt.NDArray[Any], colors: Colors, alpha: float = 0.5) -> Pixels:
+    """Class colours mixed into the image; ignored pixels show the image, region borders are white."""
+    mixed = image * (1 - alpha) + colorize(label_map, colors) * alpha
+    mixed = np.where((label_map < len(colors))[..., None], mixed, image)
+    border = np.zeros(label_map.shape, bool)
+    border[:, 1:] |= label_map[:, 1:] != label_map[:, :-1]
+    border[1:] |= label_map[1:] != label_map[:-1]
+    mixed[border] = 255
+    return mixed.astype(np.uint8)
+
+
+def contact_sheet(rows: Sequence[Sequence[Pixels]], captions: Sequence[str] = (), tile: int = 256) -> Image.Image:
+    """Rows of pictures, each fitted into a `tile` x `tile` square, with one caption per row."""
+    columns = max((len(row) for row in rows), default=0)
+    height = tile + _MARGIN + (_CAPTION if captions else 0)
+    sheet = Image.new("RGB", (columns * (tile + _MARGIN) + _MARGIN, len(rows) * height + _MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row_number, row in enumerate(rows):
+        top = _MARGIN + row_number * height
+        for column, pixels in enumerate(row):
+            picture = Image.fromarray(pixels)
+            picture.thumbnail((tile, tile), Image.Resampling.LANCZOS)
+            sheet.paste(picture, (_MARGIN + column * (tile + _MARGIN), top))
+        if captions:
+            draw.text((_MARGIN, top + tile), captions[row_number], fill="black")
+    return sheet

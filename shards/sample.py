@@ -1,0 +1,151 @@
+"""One sample: an image file and its masks. The bytes of a tar member pair, both directions.
+
+`<name>.jpg` (or `.png`) holds the image as it was written; `<name>.msgpack` holds one msgpack map:
+
+    format  int   1
+    key     str   unique in its split; contains the source file's stem
+    meta    map   where the sample came from (source file, crop box, scale), for people
+    height … data   the mask record of `shards.rle`
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+import msgpack
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from shards.errors import CorruptShardError, FormatVersionError
+from shards.rle import MaskHeader, decode_header, decode_masks, decode_segment_map, label_map_from_segments
+
+SAMPLE_FORMAT = 1
+IMAGE_SUFFIXES = ("jpg", "png")
+MAX_MEMBER_STEM = 90  # bytes; leaves room for the suffix in a plain ustar name of 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropSample:
+    """A verified sample, still encoded; pixels and masks are decoded on first use and kept."""
+
+    key: str
+    image_bytes: bytes
+    image_suffix: str
+    record: dict[str, Any]
+    ignore_index: int = 255
+
+    @functools.cached_property
+    def header(self) -> MaskHeader:
+        return decode_header(self.record)
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """Class ids present `[N]`, ascending."""
+        return self.header.labels
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """Provenance: source file, and for crops the scale and box."""
+        meta = self.record.get("meta", {})
+        assert isinstance(meta, dict)
+        return meta
+
+    @functools.cached_property
+    def image(self) -> npt.NDArray[np.uint8]:
+        """RGB pixels `[H,W,3]` uint8. Raises CorruptShardError when undecodable or of another size."""
+        return decode_image(self.image_bytes, self.key, (self.header.height, self.header.width))
+
+    @functools.cached_property
+    def segment_map(self) -> npt.NDArray[Any]:
+        """Index into `labels` per pixel `[H,W]`, 255 = ignored (see `rle.decode_segment_map`)."""
+        return decode_segment_map(self.record)[0]
+
+    def masks(self) -> npt.NDArray[np.bool_]:
+        """One binary mask per label `[N,H,W]`."""
+        return decode_masks(self.record)[0]
+
+    def label_map(self) -> npt.NDArray[Any]:
+        """Class ids `[H,W]`, `ignore_index` where unlabelled."""
+        return label_map_from_segments(self.segment_map, self.labels, self.ignore_index)
+
+
+def decode_image(data: bytes, name: str, size: tuple[int, int] | None = None) -> npt.NDArray[np.uint8]:
+    """Decode JPEG or PNG bytes to RGB `[H,W,3]`; the size `(H,W)`, when given, is checked before decoding."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+            if size is not None and (image.height, image.width) != size:
+                raise CorruptShardError(
+                    f"image of {name} is {image.height}x{image.width}, its masks are {size[0]}x{size[1]}"
+                )
+            return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise CorruptShardError(f"image of {name} cannot be decoded: {error}") from error
+
+
+def encode_sample(key: str, mask_record: dict[str, Any], meta: dict[str, Any]) -> bytes:
+    """The bytes of `<name>.msgpack`."""
+    packed = msgpack.packb({"format": SAMPLE_FORMAT, "key": key, "meta": meta, **mask_record}, use_bin_type=True)
+    assert isinstance(packed, bytes)
+    return packed
+
+
+def decode_sample(payload: bytes) -> dict[str, Any]:
+    """Unpack and check all but the runs. Raises CorruptShardError or FormatVersionError."""
+    try:
+        record = msgpack.unpackb(payload, raw=False, strict_map_key=True)
+    except (ValueError, msgpack.exceptions.UnpackException, RecursionError, UnicodeDecodeError) as error:
+        raise CorruptShardError(f"sample is not valid msgpack: {error}") from error
+    _check_record(record)
+    decode_header(record)
+    return dict(record)
+
+
+def read_header(payload: bytes) -> tuple[str, MaskHeader]:
+    """(key, mask header) without unpacking the runs: reading stops before `data`, the last field."""
+    unpacker = msgpack.Unpacker(raw=False, strict_map_key=True, max_buffer_size=max(1, len(payload)))
+    unpacker.feed(payload)
+    fields: dict[str, Any] = {}
+    try:
+        for _ in range(unpacker.read_map_header()):
+            name = unpacker.unpack()
+            if name == "data":
+                break
+            fields[name] = unpacker.unpack()
+    except (ValueError, TypeError, msgpack.exceptions.UnpackException, RecursionError) as error:
+        raise CorruptShardError(f"sample header is not valid msgpack: {error}") from error
+    _check_record(fields)
+    return fields["key"], decode_header(fields)
+
+
+def member_stem(key: str) -> str:
+    """The tar name of a key, without suffix: ASCII, no dot, no slash, at most 90 bytes, one-to-one.
+
+    Stock webdataset ends a key at the first dot of the base name, so dots are percent-escaped like
+    everything else outside letters, digits, '_', '-' and '~'. Long names keep their head and a hash.
+    """
+    escaped = quote(key, safe="").replace(".", "%2E")
+    if len(escaped) <= MAX_MEMBER_STEM:
+        return escaped
+    return f"{escaped[: MAX_MEMBER_STEM - 33]}~{hashlib.sha256(key.encode()).hexdigest()[:32]}"
+
+
+def _check_record(record: Any) -> None:
+    if not isinstance(record, dict):
+        raise CorruptShardError(f"sample is a {type(record).__name__}, expected a map")
+    version = record.get("format")
+    if type(version) is not int or version < 1:
+        raise CorruptShardError(f"sample field 'format' is {version!r}, expected {SAMPLE_FORMAT}")
+    if version > SAMPLE_FORMAT:
+        raise FormatVersionError(
+            f"sample has format {version}, this code knows up to {SAMPLE_FORMAT}: update MaskStream"
+        )
+    if not isinstance(record.get("key"), str) or not record["key"]:
+        raise CorruptShardError(f"sample field 'key' is {record.get('key')!r}, expected a non-empty string")
+    if not isinstance(record.get("meta"), dict):
+        raise CorruptShardError("sample field 'meta' must be a map")

@@ -1,0 +1,125 @@
+"""Check a whole shard set: every byte against its hash, every sample against its decoders and counts."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from shards.errors import MaskStreamError
+from shards.manifest import MANIFEST_NAME, Manifest, SplitInfo, load_manifest, manifest_bytes
+from shards.reader import load_index, parse_span
+
+_END_OF_ARCHIVE = bytes(1024)
+
+
+def verify(root: str | Path, progress: Callable[[str], object] = lambda shard: None) -> list[str]:
+    """All problems found, as sentences that name the file; an empty list means the set is sound.
+
+    `progress` is called with each shard's name when it has been read.
+    """
+    root = Path(root)
+    try:
+        manifest = load_manifest(root)
+    except MaskStreamError as error:
+        return [str(error)]
+    problems = []
+    if (root / MANIFEST_NAME).read_bytes() != manifest_bytes(manifest):
+        problems.append(f"{root / MANIFEST_NAME} is not in canonical form: it was edited or damaged")
+    problems += _unlisted_files(root, manifest)
+    for name in manifest.splits:
+        problems += _verify_split(root, manifest, name, progress)
+    return problems
+
+
+def _verify_split(root: Path, manifest: Manifest, name: str, progress: Callable[[str], object]) -> Iterator[str]:
+    split = manifest.splits[name]
+    try:
+        index = load_index(root, manifest, name)
+    except MaskStreamError as error:
+        yield str(error)
+        return
+    counts = _Counts(manifest.num_classes)
+    first, sound = 0, True
+    for shard in split.shards:
+        path = root / shard.name
+        entries = index[first : first + shard.samples]
+        first += shard.samples
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            yield f"{path} cannot be read: {error}"
+            sound = False
+            continue
+        if len(data) != shard.bytes:
+            yield f"{path} has {len(data)} bytes, the manifest says {shard.bytes}"
+        if hashlib.sha256(data).hexdigest() != shard.sha256:
+            yield f"{path} has another sha256 than the manifest says"
+        problems = list(_verify_samples(data, entries, str(path), manifest.ignore_index, counts))
+        yield from problems
+        sound = sound and not problems
+        progress(shard.name)
+    if sound:
+        yield from counts.compare(split, f"{root / MANIFEST_NAME}, split {name!r}")
+
+
+def _verify_samples(
+    data: bytes, entries: np.ndarray, path: str, ignore_index: int, counts: _Counts
+) -> Iterator[str]:
+    position = 0
+    for number, (offset, length, crc32) in enumerate(entries.tolist()):
+        where = f"{path}, sample {number} (offset {offset})"
+        if offset != position:
+            yield f"{where}: the index leaves a hole or an overlap at byte {position}"
+        position = offset + length
+        span = data[offset:position]
+        if zlib.crc32(span) != crc32:
+            yield f"{where}: CRC-32 differs from the index"
+            continue
+        try:
+            sample = parse_span(span, where, ignore_index)
+            counts.add(sample.key, sample.segment_map, sample.labels)
+            assert sample.image.shape[:2] == sample.segment_map.shape
+        except (MaskStreamError, ValueError) as error:
+            yield f"{where}: {error}"
+    if data[position:] != _END_OF_ARCHIVE:
+        yield f"{path}: the end-of-archive blocks are damaged, or there is more data than the index knows"
+
+
+def _unlisted_files(root: Path, manifest: Manifest) -> list[str]:
+    listed = {shard.name for split in manifest.splits.values() for shard in split.shards}
+    return [
+        f"{path} is not in the manifest: remove it, or it was never finished"
+        for path in sorted(root.iterdir())
+        if path.suffix in (".tar", ".tmp") and path.name not in listed
+    ]
+
+
+class _Counts:
+    """Recount of what the manifest claims about classes and keys."""
+
+    def __init__(self, num_classes: int) -> None:
+        self.pixels, self.samples = np.zeros(num_classes, np.int64), np.zeros(num_classes, np.int64)
+        self.ignored = 0
+        self.keys: Counter[str] = Counter()
+
+    def add(self, key: str, segment_map: np.ndarray, labels: np.ndarray) -> None:
+        self.keys[key] += 1
+        if labels.size and labels.max() >= self.pixels.size:
+            raise ValueError(f"label {labels.max()}, legal: 0..{self.pixels.size - 1}")
+        area = np.bincount(segment_map.reshape(-1), minlength=labels.size)[: labels.size]
+        self.pixels[labels] += area
+        self.samples[labels] += 1
+        self.ignored += segment_map.size - int(area.sum())
+
+    def compare(self, split: SplitInfo, where: str) -> Iterator[str]:
+        for key in (key for key, count in self.keys.items() if count > 1):
+            yield f"{where}: the key {key!r} occurs {self.keys[key]} times"
+        if self.pixels.tolist() != split.class_pixels or self.samples.tolist() != split.class_samples:
+            yield f"{where}: class counts differ from the samples"
+        if self.ignored != split.ignored_pixels:
+            yield f"{where}: ignored_pixels is {split.ignored_pixels}, the samples have {self.ignored}"

@@ -1,0 +1,117 @@
+"""Write one shard: a plain ustar file whose bytes depend on its samples alone, published by a rename."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tarfile
+import zlib
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from shards.manifest import INDEX_DTYPE, ShardInfo
+from shards.sample import IMAGE_SUFFIXES, member_stem
+
+_BLOCK = 512
+_END_OF_ARCHIVE = bytes(2 * _BLOCK)
+
+
+class ShardWriter:
+    """Context manager: `write` samples, then `info` and `index` describe the finished shard.
+
+    The file has a temporary name until the block ends without an exception; then it is synced and
+    renamed, so a shard that has its final name is whole. Member times, owners and modes are fixed.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self._entries: list[tuple[int, int, int]] = []
+        self._names: set[str] = set()
+        self._hash = hashlib.sha256()
+        self._offset = 0
+
+    def __enter__(self) -> ShardWriter:
+        self._file = open(self._temporary, "wb")  # noqa: PTH123 - closed in __exit__
+        return self
+
+    def write(self, key: str, image_bytes: bytes, image_suffix: str, payload: bytes) -> None:
+        """Append one sample. Raises ValueError on a repeated key or an unknown image suffix."""
+        if image_suffix not in IMAGE_SUFFIXES:
+            raise ValueError(f"image suffix of {key!r} is {image_suffix!r}, legal: {', '.join(IMAGE_SUFFIXES)}")
+        stem = member_stem(key)
+        if stem in self._names:
+            raise ValueError(f"key {key!r} is written twice to {self.path.name}")
+        self._names.add(stem)
+        span = _member(f"{stem}.{image_suffix}", image_bytes) + _member(f"{stem}.msgpack", payload)
+        self._entries.append((self._offset, len(span), zlib.crc32(span)))
+        self._append(span)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._append(_END_OF_ARCHIVE)
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+            if kind is not None:
+                self._temporary.unlink(missing_ok=True)
+        if kind is None:
+            self._temporary.replace(self.path)
+            sync_folder(self.path.parent)
+
+    @property
+    def info(self) -> ShardInfo:
+        """Name, bytes, sha256 and sample count, as the manifest lists them."""
+        return ShardInfo(
+            name=self.path.name, bytes=self._offset, sha256=self._hash.hexdigest(), samples=len(self._entries)
+        )
+
+    @property
+    def index(self) -> npt.NDArray[np.void]:
+        """Offset, length and CRC-32 of every sample, as `INDEX_DTYPE` records."""
+        return np.array(self._entries, INDEX_DTYPE)
+
+    def _append(self, data: bytes) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        self._offset += len(data)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a whole file under a temporary name, sync it, then rename: readers see all of it or nothing."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` durable (a no-op where folders cannot be opened, as on Windows)."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _member(name: str, data: bytes) -> bytes:
+    header = tarfile.TarInfo(name)
+    header.size, header.mtime, header.mode = len(data), 0, 0o644
+    padding = bytes(-len(data) % _BLOCK)
+    return header.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict") + data + padding
