@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,12 +63,27 @@ def load_config(schema: type[ConfigT], path: str | Path | None, overrides: Seque
     Raises ConfigError naming the unknown key and the nearest legal one, the value that has the wrong
     type, or the field out of range.
     """
-    for item in overrides:
-        if "=" not in item:
-            raise ConfigError(f"override {item!r} is not of the form key=value (for example data.workers=4)")
-    merged: Any = _writable(OmegaConf.structured(schema))
     layers = [(f"configuration {path}", _read_yaml(path))] if path is not None else []
     layers.append(("command line", _read_overrides(overrides)))
+    merged: ConfigT = _merge(schema, layers)
+    return merged
+
+
+def override_config(config: ConfigT, overrides: Sequence[str]) -> ConfigT:
+    """`config` with `key=value` overrides. Raises ConfigError like `load_config`."""
+    merged: ConfigT = _merge(config, [("command line", _read_overrides(overrides))])
+    return merged
+
+
+def config_from_dict(schema: type[ConfigT], values: Mapping[str, Any], source: str) -> ConfigT:
+    """Inverse of `config_to_dict`; `source` is named in errors. Raises ConfigError like `load_config`."""
+    merged: ConfigT = _merge(schema, [(source, OmegaConf.create(dict(values)))])
+    return merged
+
+
+def _merge(base: Any, layers: Sequence[tuple[str, DictConfig]]) -> Any:
+    merged: Any = _writable(OmegaConf.structured(base))
+    source = "defaults"
     for source, layer in layers:
         try:
             merged = OmegaConf.merge(merged, layer)
@@ -77,9 +92,9 @@ def load_config(schema: type[ConfigT], path: str | Path | None, overrides: Seque
     try:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path or 'command line'}: {_explain(error)}") from error
+        raise ConfigError(f"{source}: {_explain(error)}") from error
     check_knobs(config)
-    return config  # type: ignore[return-value]
+    return config
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
@@ -123,6 +138,9 @@ def _read_yaml(path: str | Path) -> DictConfig:
 
 
 def _read_overrides(overrides: Sequence[str]) -> DictConfig:
+    for item in overrides:
+        if "=" not in item:
+            raise ConfigError(f"override {item!r} is not of the form key=value (for example seed=1)")
     try:
         return OmegaConf.from_dotlist(list(overrides))
     except (YAMLError, OmegaConfBaseException, ValueError) as error:

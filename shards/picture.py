@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 Pixels = npt.NDArray[np.uint8]
 Colors = Sequence[tuple[int, int, int]]
@@ -46,17 +46,17 @@ def overlay(image: Pixels, label_map: npt.NDArray[Any], colors: Colors, alpha: f
 
 
 def contact_sheet(rows: Sequence[Sequence[Pixels]], captions: Sequence[str] = (), tile: int = 256) -> Image.Image:
-    """Rows of pictures, each fitted into a `tile` x `tile` square, with one caption per row."""
-    columns = max((len(row) for row in rows), default=0)
-    height = tile + _MARGIN + (_CAPTION if captions else 0)
-    sheet = Image.new("RGB", (columns * (tile + _MARGIN) + _MARGIN, len(rows) * height + _MARGIN), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row_number, row in enumerate(rows):
-        top = _MARGIN + row_number * height
-        for column, pixels in enumerate(row):
-            picture = Image.fromarray(pixels)
-            picture.thumbnail((tile, tile), Image.Resampling.LANCZOS)
+    """Rows of pictures, each fitted into a `tile` x `tile` square, with one caption below each row."""
+    fitted = [[ImageOps.contain(Image.fromarray(pixels), (tile, tile)) for pixels in row] for row in rows]
+    heights = [max(picture.height for picture in row) + (_CAPTION if captions else 0) for row in fitted]
+    columns = max(len(row) for row in rows)
+    size = (columns * (tile + _MARGIN) + _MARGIN, sum(heights) + (len(rows) + 1) * _MARGIN)
+    sheet = Image.new("RGB", size, "white")
+    draw, top = ImageDraw.Draw(sheet), _MARGIN
+    for number, (row, height) in enumerate(zip(fitted, heights, strict=True)):
+        for column, picture in enumerate(row):
             sheet.paste(picture, (_MARGIN + column * (tile + _MARGIN), top))
         if captions:
-            draw.text((_MARGIN, top + tile), captions[row_number], fill="black")
+            draw.text((_MARGIN, top + height - _CAPTION), captions[number], fill="black")
+        top += height + _MARGIN
     return sheet

@@ -122,11 +122,11 @@ def parse_span(span: bytes, where: str, ignore_index: int = 255) -> CropSample:
     stems = {name.split(".", 1)[0] for name in members}
     suffixes = {name.split(".", 1)[-1] for name in members}
     image_suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in suffixes), None)
-    if len(members) != 2 or len(stems) != 1 or image_suffix is None or "msgpack" not in suffixes:
+    if len(members) != 2 or len(stems) != 1 or image_suffix is None or "mp" not in suffixes:
         raise CorruptShardError(f"{where}: expected one image and one msgpack, found {sorted(members)}")
     (stem,) = stems
     try:
-        record = decode_sample(members[f"{stem}.msgpack"])
+        record = decode_sample(members[f"{stem}.mp"])
     except ShardError as error:
         raise type(error)(f"{where}: {error}") from error
     return CropSample(

@@ -1,6 +1,7 @@
 """One sample: an image file and its masks. The bytes of a tar member pair, both directions.
 
-`<name>.jpg` (or `.png`) holds the image as it was written; `<name>.msgpack` holds one msgpack map:
+`<name>.jpg` (or `.png`) holds the image as it was written; `<name>.mp` holds one msgpack map
+(stock webdataset decodes that suffix, and not `.msgpack`, to a dict):
 
     format  int   1
     key     str   unique in its split; contains the source file's stem
@@ -89,7 +90,7 @@ def decode_image(data: bytes, name: str, size: tuple[int, int] | None = None) ->
 
 
 def encode_sample(key: str, mask_record: dict[str, Any], meta: dict[str, Any]) -> bytes:
-    """The bytes of `<name>.msgpack`."""
+    """The bytes of `<name>.mp`."""
     packed = msgpack.packb({"format": SAMPLE_FORMAT, "key": key, "meta": meta, **mask_record}, use_bin_type=True)
     assert isinstance(packed, bytes)
     return packed

@@ -46,7 +46,7 @@ class ShardWriter:
         if stem in self._names:
             raise ValueError(f"key {key!r} is written twice to {self.path.name}")
         self._names.add(stem)
-        span = _member(f"{stem}.{image_suffix}", image_bytes) + _member(f"{stem}.msgpack", payload)
+        span = _member(f"{stem}.{image_suffix}", image_bytes) + _member(f"{stem}.mp", payload)
         self._entries.append((self._offset, len(span), zlib.crc32(span)))
         self._append(span)
 

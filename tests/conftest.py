@@ -40,3 +40,33 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real samples are not in {folder} (set MASKSTREAM_SHARED)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A generated dataset in the `folder` layout: 12 training and 5 validation scenes."""
+    from preprocess.make_scenes import write_scenes
+
+    root = tmp_path_factory.mktemp("scenes")
+    write_scenes(root, {"train": 12, "val": 5}, seed=0)
+    return root
+
+
+@pytest.fixture(scope="session")
+def scene_shards(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The scenes as a shard set: 24 crops of 64 pixels in 4 shards, 5 whole images in one."""
+    return make_shards(tmp_path_factory.mktemp("shards") / "set", scenes)
+
+
+def make_shards(output: Path, root: Path, *overrides: str) -> Path:
+    """Shard a `folder` dataset in this process with small settings; returns the output folder."""
+    from preprocess.config import PreprocessConfig
+    from preprocess.pairs import open_dataset
+    from preprocess.pipeline import write_shards
+    from shards.config_file import load_config
+
+    defaults = ["dataset.kind=folder", f"dataset.root={root}", f"output={output}", "crops.size=64",
+                "crops.per_image=2", "images_per_shard=6", "workers=1"]
+    config = load_config(PreprocessConfig, None, [*defaults, *overrides])
+    write_shards(config, open_dataset(config.dataset, config.on_error))
+    return output

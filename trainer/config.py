@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shards.config_file import check_knobs, knob, load_config
+from shards.config_file import config_from_dict, knob, load_config
 from shards.errors import ConfigError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -48,7 +48,8 @@ class RandomBackboneConfig:
 class BackboneConfig:
     """The frozen DINOv3 ViT."""
 
-    source: str | None = knob(None, "Hugging Face DINOv3 directory or hub id (facebook/dinov3-vits16-pretrain-lvd1689m)")
+    source: str | None = knob(None, "Hugging Face DINOv3 directory or hub id, e.g. "
+                              "facebook/dinov3-vits16-pretrain-lvd1689m")
     random: RandomBackboneConfig = knob(RandomBackboneConfig, "random weights instead of `source`")
     layers: str = knob("FOUR_EVEN_INTERVALS", "blocks whose tokens are tapped",
                        choices=("FOUR_EVEN_INTERVALS", "FOUR_LAST", "LAST"))
@@ -188,9 +189,4 @@ def load_run_config(path: str | Path | None, overrides: list[str]) -> RunConfig:
 
 def run_config_from_dict(values: dict[str, Any]) -> RunConfig:
     """The configuration stored in a checkpoint, checked like one from a file."""
-    from omegaconf import OmegaConf
-
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), values))
-    assert isinstance(config, RunConfig)
-    check_knobs(config)
-    return config
+    return config_from_dict(RunConfig, values, "the checkpoint's configuration")

@@ -1,0 +1,58 @@
+"""The networks: how a configuration becomes a model."""
+
+from __future__ import annotations
+
+from shards.errors import ConfigError
+from trainer.config import AdapterConfig, BackboneConfig, DecoderHeadConfig
+from trainer.models.adapter import DINOv3Adapter
+from trainer.models.backbone import build_backbone
+from trainer.models.heads import LinearBackbone, LinearHead, Mask2FormerHead
+from trainer.models.segmenter import Segmenter
+
+__all__ = ["Segmenter", "build_linear", "build_mask2former", "build_model"]
+
+
+def build_model(
+    backbone: BackboneConfig, adapter: AdapterConfig, decoder_head: DecoderHeadConfig, num_classes: int
+) -> Segmenter:
+    """The model that `decoder_head.type` names, float32 on the CPU.
+
+    Its trainable weights are drawn from torch's global random state. Raises ConfigError when the ViT cannot be had or
+    the settings do not fit each other.
+    """
+    if decoder_head.type == "linear":
+        return build_linear(backbone, decoder_head, num_classes)
+    return build_mask2former(backbone, adapter, decoder_head, num_classes)
+
+
+def build_mask2former(
+    backbone: BackboneConfig, adapter: AdapterConfig, head: DecoderHeadConfig, num_classes: int
+) -> Segmenter:
+    """Frozen ViT, adapter and Mask2Former head; as `build_model`."""
+    if backbone.layers == "LAST":
+        raise ConfigError("decoder_head.type m2f needs four tapped layers, backbone.layers is LAST; set it to "
+                          "FOUR_EVEN_INTERVALS (or FOUR_LAST)")
+    features = DINOv3Adapter(build_backbone(backbone), adapter)
+    return Segmenter(features, Mask2FormerHead(
+        [features.embed_dim] * 4,
+        head.hidden_dim,
+        num_classes,
+        num_queries=head.num_queries,
+        nheads=head.nheads,
+        enc_layers=head.enc_layers,
+        enc_ffn=head.enc_ffn,
+        dec_layers=head.dec_layers,
+        dec_ffn=head.dec_ffn,
+    ))
+
+
+def build_linear(backbone: BackboneConfig, head: DecoderHeadConfig, num_classes: int) -> Segmenter:
+    """Frozen ViT and linear head, on any choice of layers; as `build_model`."""
+    vit = build_backbone(backbone)
+    return Segmenter(LinearBackbone(vit), LinearHead(
+        [vit.embed_dim] * len(vit.layers),
+        num_classes,
+        dropout=head.dropout,
+        use_batchnorm=head.use_batchnorm,
+        use_cls_token=head.use_cls_token,
+    ))

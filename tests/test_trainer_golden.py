@@ -1,0 +1,285 @@
+"""Numbers recorded from the public reference code. Sizes come from the golden files, so another set runs unchanged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trainer.mask_classification_loss import MaskClassificationLoss
+from trainer.matcher import HungarianMatcher, Prediction
+from trainer.metrics import ConfusionMatrix
+from trainer.optimizer import one_cycle, one_cycle_beta1
+from trainer.pixel_loss import pixel_cross_entropy
+from trainer.sliding_window import view_scores
+from trainer.targets import pack_targets
+
+FORWARD = {"rtol": 1e-4, "atol": 1e-5}
+CPU = torch.device("cpu")
+SUMMARY_NAMES = {"mIoU": "mIoU", "acc": "mAcc", "aAcc": "aAcc", "dice": "mDice", "fscore": "mF1",
+                 "precision": "mPrecision", "recall": "mRecall"}
+
+
+def assert_gradients_close(actual: Tensor, expected: Tensor) -> None:
+    floor = 1e-4 * float(expected.abs().max())
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=floor)
+
+
+def replay(recorded: list[Tensor]) -> Callable[[tuple[int, ...]], Tensor]:
+    queue = iter(recorded)
+
+    def draw(shape: tuple[int, ...]) -> Tensor:
+        points = next(queue)
+        assert tuple(points.shape) == tuple(shape)
+        return points
+
+    return draw
+
+
+class ReplayedLoss(MaskClassificationLoss):
+    draw: Callable[[tuple[int, ...]], Tensor]
+
+    def make_draw(self, device: torch.device, generator: torch.Generator | None) -> Callable[[tuple[int, ...]], Tensor]:
+        return self.draw
+
+
+class MaskLossCase:
+    """The parts of `mask_loss_small` that the tests below share."""
+
+    def __init__(self, info: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self.info, self.tensors = info, tensors
+        self.layers = [f"layer{index}/" for index in range(info["layers"])]
+        self.images = range(info["batch"])
+        self.targets = [{"masks": tensors[f"targets/{b}.masks"], "labels": tensors[f"targets/{b}.labels"]}
+                        for b in self.images]
+        self.coefficients = [info[f"{name}_coefficient"] for name in ("mask", "dice", "class")]
+
+    def loss(self, **changed: Any) -> ReplayedLoss:
+        names = ("num_points", "oversample_ratio", "importance_sample_ratio", "mask_coefficient", "dice_coefficient",
+                 "class_coefficient", "num_labels", "no_object_coefficient")
+        return ReplayedLoss(**({name: self.info[name] for name in names} | changed))
+
+    def prediction(self, layer: str) -> Prediction:
+        return Prediction(self.tensors[f"{layer}inputs/pred_logits"].clone().requires_grad_(),
+                          self.tensors[f"{layer}inputs/pred_masks"].clone().requires_grad_())
+
+    def matcher_points(self, layer: str) -> list[Tensor]:
+        return [self.tensors[f"{layer}points/matcher.{b}"] for b in self.images]
+
+    def loss_points(self, layer: str) -> list[Tensor]:
+        return [self.tensors[f"{layer}points/{name}"] for name in ("oversampled", "random")]
+
+
+@pytest.fixture
+def mask_loss(golden: Any) -> MaskLossCase:
+    return MaskLossCase(*golden("mask_loss_small"))
+
+
+def test_golden_matcher_costs_and_assignments(mask_loss: MaskLossCase) -> None:
+    case = mask_loss
+    matcher = HungarianMatcher(case.info["num_points"], *case.coefficients)
+    packed = pack_targets(case.targets, CPU)
+    predictions = [case.prediction(layer) for layer in case.layers]
+    points = [case.matcher_points(layer) for layer in case.layers]
+    matches = matcher(predictions, packed, replay([p for of_layer in points for p in of_layer]))
+    for layer, prediction, of_layer, match in zip(case.layers, predictions, points, matches, strict=True):
+        costs = matcher.costs(prediction, packed, torch.cat(of_layer)).detach()
+        for b in case.images:
+            torch.testing.assert_close(costs[b, :, :packed.counts[b]], case.tensors[f"{layer}matcher/cost.{b}"],
+                                       **FORWARD)
+            _, queries, chosen = match[:, match[0] == b]
+            assert torch.equal(queries, case.tensors[f"{layer}matcher/query_idx.{b}"])
+            assert torch.equal(chosen, case.tensors[f"{layer}matcher/target_idx.{b}"])
+
+
+def test_golden_mask_loss_of_each_prediction(mask_loss: MaskLossCase) -> None:
+    case = mask_loss
+    loss = case.loss()
+    torch.testing.assert_close(loss.empty_weight, case.tensors["empty_weight"])
+    for layer in case.layers:
+        class_logits, mask_logits = case.prediction(layer)
+        loss.draw = replay(case.matcher_points(layer) + case.loss_points(layer))
+        losses = loss(mask_logits, case.targets, class_logits)
+        for name, value in losses.items():
+            torch.testing.assert_close(value, case.tensors[f"{layer}losses/{name}"][0], **FORWARD)
+        total = loss.loss_total(losses, lambda name, value: None)
+        torch.testing.assert_close(total, case.tensors[f"{layer}losses/weighted_total"][0], **FORWARD)
+        class_grad, mask_grad = torch.autograd.grad(total, [class_logits, mask_logits])
+        assert_gradients_close(class_grad, case.tensors[f"{layer}grads/pred_logits"])
+        assert_gradients_close(mask_grad, case.tensors[f"{layer}grads/pred_masks"])
+
+
+def test_golden_mask_loss_of_all_predictions_at_once(mask_loss: MaskLossCase) -> None:
+    case = mask_loss
+    loss = case.loss()
+    loss.draw = replay([p for layer in case.layers for p in case.matcher_points(layer)]
+                       + [p for layer in case.layers for p in case.loss_points(layer)])
+    items = [{"pred_logits": p.class_logits, "pred_masks": p.mask_logits} for p in map(case.prediction, case.layers)]
+    losses = loss.loss_for_outputs(items[0] | {"aux_outputs": items[1:]}, case.targets)
+    total = loss.loss_total(losses, lambda name, value: None)
+    torch.testing.assert_close(total, case.tensors["losses/sum_over_layers"][0], **FORWARD)
+
+
+@pytest.mark.parametrize(("changed", "moved"), [
+    ({"no_object_coefficient": 0.2}, "loss_cross_entropy"),
+    ({"points": "mirrored"}, "loss_mask"),
+    ({"points": "mirrored"}, "loss_dice"),
+])
+def test_golden_mask_loss_notices_wrong_maths(mask_loss: MaskLossCase, changed: dict[str, Any], moved: str) -> None:
+    case, layer = mask_loss, mask_loss.layers[0]
+    mirrored = changed == {"points": "mirrored"}
+    loss = case.loss(**({} if mirrored else changed))
+    points = case.matcher_points(layer) + case.loss_points(layer)
+    loss.draw = replay([1 - p for p in points] if mirrored else points)
+    class_logits, mask_logits = case.prediction(layer)
+    value = loss(mask_logits, case.targets, class_logits)[moved]
+    assert abs(float(value.detach() - case.tensors[f"{layer}losses/{moved}"][0])) > 1e-3
+
+
+def test_golden_pixel_cross_entropy(golden: Any) -> None:
+    _, tensors = golden("pixel_ce_small")
+    pred = tensors["pred"].clone().requires_grad_()
+    loss = pixel_cross_entropy(pred, tensors["gt"])
+    torch.testing.assert_close(loss, tensors["loss"][0], **FORWARD)
+    assert_gradients_close(torch.autograd.grad(loss, pred)[0], tensors["grads/pred"])
+
+
+def test_golden_learning_rates(golden: Any) -> None:
+    info, _ = golden("lr_schedule_small")
+    for case in info["cases"]:
+        kwargs = case["kwargs"]
+        warmup = kwargs["warmup_iters"]
+        for iteration, lr, beta1 in case["iteration_lr_beta1"]:
+            count = max(iteration - 1, 0)
+            ours = one_cycle(count, case["lr"], case["total"], warmup, warmup_ratio=kwargs["warmup_ratio"],
+                             final_div_factor=float(kwargs["final_div_factor"]),
+                             anneal_strategy=kwargs["anneal_strategy"])
+            assert ours == pytest.approx(lr, rel=1e-6, abs=1e-15), (case["total"], iteration)
+            if kwargs["use_beta1"]:
+                assert one_cycle_beta1(count, case["iteration_lr_beta1"][-1][2], warmup) == beta1, iteration
+
+
+def areas_of(matrix: ConfusionMatrix) -> Tensor:
+    return torch.stack(list(matrix.areas())).float()
+
+
+def assert_summary(matrix: ConfusionMatrix, final: dict[str, float]) -> None:
+    summary = matrix.summary()
+    for name, value in final.items():
+        assert summary[SUMMARY_NAMES[name]] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+def test_golden_metrics(golden: Any) -> None:
+    info, tensors = golden("metrics_small")
+    for index, case in enumerate(info["cases"]):
+        prefix = f"case{index}/"
+        matrix = ConfusionMatrix(case["num_classes"], ignore_index=255)
+        for n in range(len(case["sizes"])):
+            image = ConfusionMatrix(case["num_classes"], ignore_index=255)
+            image.update(tensors[f"{prefix}pred.{n}"], tensors[f"{prefix}label_reduced.{n}"])
+            assert torch.equal(areas_of(image), tensors[f"{prefix}areas.{n}"])
+            matrix.merge(image)
+        assert torch.equal(areas_of(matrix), tensors[f"{prefix}totals"])
+        assert_summary(matrix, info["final"][prefix])
+        per_class = torch.tensor(matrix.summary()["per_class_iou"])
+        torch.testing.assert_close(per_class, tensors[f"{prefix}per_class_iou"], equal_nan=True, **FORWARD)
+
+
+class ToyPredictor:
+    """The recorded predictor: scores from colours against the crop's mean, plus ramps down and across the crop."""
+
+    def __init__(self, tensors: dict[str, Tensor], kind: str) -> None:
+        self.weights = {key.split("/")[1]: value for key, value in tensors.items() if key.startswith("predictor/")}
+        self.kind = kind
+        self.crops: list[tuple[int, int]] = []
+
+    def __call__(self, crop: Tensor) -> Tensor:
+        self.crops.append((crop.shape[2], crop.shape[3]))
+        if self.kind == "linear":
+            return self._maps(crop, *(self.weights[name] for name in "Wbrs"))
+        mask_logits = self._maps(crop, *(self.weights[f"{name}m"] for name in "Wbrs"))
+        classes = (self.weights["cls"] * (1 + crop.mean())).softmax(-1)[:, :-1]  # [Q, C]
+        return torch.einsum("qc,bqhw->bchw", classes.bfloat16(), mask_logits.sigmoid().bfloat16())
+
+    @staticmethod
+    def _maps(crop: Tensor, weight: Tensor, bias: Tensor, down: Tensor, across: Tensor) -> Tensor:
+        height, width = crop.shape[2:]
+        centred = crop - crop.mean((2, 3), keepdim=True)
+        maps = torch.einsum("ck,bkhw->bchw", weight, centred) + bias[:, None, None]
+        maps = maps + down[:, None, None] * torch.linspace(0, 1, height)[:, None]
+        return maps + across[:, None, None] * torch.linspace(0, 1, width)
+
+
+@pytest.mark.parametrize("kind", ["linear", "m2f"])
+def test_golden_sliding_window(golden: Any, kind: str) -> None:
+    info, tensors = golden("slide_inference_small")
+    for index, case in enumerate(info["cases"]):
+        predict = ToyPredictor(tensors, kind)
+
+        def scores(size: list[int], mirrored: bool, index: int = index, case: dict[str, Any] = case,
+                   predict: ToyPredictor = predict) -> Tensor:
+            return view_scores(predict, tensors[f"case{index}/inputs/image"], info["num_classes"], tuple(case["crop"]),
+                               tuple(case["stride"]), output_size=(size[0], size[1]), mirrored=mirrored,
+                               size_divisor=None)
+
+        # m2f: a bf16 score may round the other way, one step of 2^-8
+        tolerance = {"rtol": 1e-2, "atol": 1e-5} if kind == "m2f" else FORWARD
+        slide = scores(case["image"], mirrored=False)
+        torch.testing.assert_close(slide, tensors[f"case{index}/{kind}/slide"], **tolerance)
+        assert predict.crops == [(h, w) for h, w, _ in info["crops_seen_h_w_rescale"][f"case{index}/{kind}"]]
+        probabilities = scores(case["rescale_to"], mirrored=False).softmax(1)
+        torch.testing.assert_close(probabilities, tensors[f"case{index}/{kind}/make_inference"], **tolerance)
+        mirrored = scores(case["rescale_to"], mirrored=True)
+        torch.testing.assert_close(mirrored, tensors[f"case{index}/{kind}/make_inference_flipped_noact"], **tolerance)
+
+
+def reduce_zero_label(label: Tensor) -> Tensor:
+    reduced = label.to(torch.int64) - 1
+    return torch.where((label == 0) | (label == 255), 255, reduced)
+
+
+@pytest.mark.parametrize("kind", ["linear", "m2f"])
+def test_golden_test_time_augmentation(golden: Any, kind: str) -> None:
+    info, tensors = golden("slide_inference_small")
+    tta = info["tta"]
+    predict = ToyPredictor(tensors, kind)
+    matrix = ConfusionMatrix(info["num_classes"], ignore_index=255)
+    for image in range(tta["images"]):
+        label = tensors[f"tta/gt{image}"]
+        views = [tensors[f"tta/image{image}.view{v}"] for v in range(2 * len(tta["resized"][image]))]
+        total = sum(
+            view_scores(predict, view, info["num_classes"], tta["crop"], tta["stride"],
+                        output_size=(label.shape[0], label.shape[1]), mirrored=2 * v >= len(views),
+                        size_divisor=None).softmax(1)
+            for v, view in enumerate(views))
+        assert isinstance(total, Tensor)
+        labels = total.argmax(1)[0]
+        assert torch.equal(labels.to(torch.uint8), tensors[f"tta/{kind}/pred{image}"])
+        single = ConfusionMatrix(info["num_classes"], ignore_index=255)
+        single.update(labels, reduce_zero_label(label))
+        assert torch.equal(areas_of(single), tensors[f"tta/{kind}/areas{image}"])
+        matrix.merge(single)
+    summary = matrix.summary()
+    for name, percent in info["tta_final_metrics_percent"][kind].items():
+        value = summary[SUMMARY_NAMES[name]]
+        assert math.isclose(round(100 * value, 2), percent, abs_tol=0.011), name
+
+
+def test_golden_view_sizes(golden: Any) -> None:
+    from trainer.sliding_window import view_size
+
+    info, _ = golden("slide_inference_small")
+    for size, resized in zip(info["tta"]["gt_sizes"], info["tta"]["resized"], strict=True):
+        for view in resized:
+            assert view_size((size[0], size[1]), min(view), None) == tuple(view)
+
+
+def test_golden_softmax_is_over_classes(golden: Any) -> None:
+    _, tensors = golden("slide_inference_small")
+    noact, activated = (tensors[f"case0/linear/make_inference{suffix}"] for suffix in ("_flipped_noact", ""))
+    torch.testing.assert_close(F.softmax(noact.flip(3), 1), activated, **FORWARD)

@@ -1,0 +1,80 @@
+"""Confusion matrix and the metrics made of it, against counting by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from trainer.metrics import ConfusionMatrix
+
+
+def counted(pred: list[int], label: list[int], num_classes: int) -> ConfusionMatrix:
+    matrix = ConfusionMatrix(num_classes)
+    matrix.update(torch.tensor(pred), torch.tensor(label))
+    return matrix
+
+
+def test_areas_count_sets_of_pixels() -> None:
+    generator = torch.Generator().manual_seed(0)
+    pred = torch.randint(0, 4, (20, 30), generator=generator)
+    label = torch.randint(0, 5, (20, 30), generator=generator)
+    label[label == 4] = 255
+    matrix = ConfusionMatrix(4)
+    matrix.update(pred.to(torch.uint8), label.to(torch.uint8))
+    for c in range(4):
+        of_pred, of_label = (pred == c) & (label != 255), label == c
+        areas = [int(area[c]) for area in matrix.areas()]
+        assert areas == [int(s.sum()) for s in (of_pred & of_label, of_pred | of_label, of_pred, of_label)]
+
+
+def test_summary_by_hand() -> None:
+    # class 0: 2 of 3 found; class 1: 1 of 1 found, one false; class 2: absent; class 3: labelled, never found
+    summary = counted([0, 0, 1, 1, 0], [0, 0, 0, 1, 3], 4).summary()
+    assert summary["per_class_iou"][:2] == pytest.approx([2 / 4, 1 / 2])
+    assert math.isnan(summary["per_class_iou"][2])
+    assert summary["per_class_iou"][3] == 0.0
+    assert summary["mIoU"] == pytest.approx(1 / 3)  # the absent class is skipped, the missed one is not
+    assert summary["aAcc"] == pytest.approx(3 / 5)
+    assert summary["mAcc"] == summary["mRecall"] == pytest.approx((2 / 3 + 1 + 0) / 3)
+    assert summary["mPrecision"] == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert summary["mDice"] == pytest.approx((4 / 6 + 2 / 3 + 0) / 3)
+    assert summary["mF1"] == pytest.approx((2 / 3 + 2 / 3) / 2)  # a class without intersection has no F1
+
+
+def test_no_pixels_give_nan_and_no_warning() -> None:
+    matrix = ConfusionMatrix(3)
+    matrix.update(torch.zeros(2, 2), torch.full((2, 2), 255))
+    assert math.isnan(matrix.summary()["mIoU"])
+    assert math.isnan(matrix.most_frequent_class_miou())
+
+
+def test_most_frequent_class_equals_predicting_it() -> None:
+    label = [0] * 5 + [2] * 7 + [3] * 1 + [255] * 4
+    assert counted([1] * 17, label, 5).most_frequent_class_miou() == pytest.approx(
+        counted([2] * 17, label, 5).summary()["mIoU"])
+
+
+def test_merge_equals_counting_together() -> None:
+    together, first, second = counted([0, 1, 1], [1, 1, 0], 2), counted([0], [1], 2), counted([1, 1], [1, 0], 2)
+    first.merge(second)
+    assert torch.equal(first.counts, together.counts)
+    first.all_reduce()  # one process: nothing to add
+    assert torch.equal(first.counts, together.counts)
+    with pytest.raises(ValueError, match="3 classes into 2"):
+        first.merge(ConfusionMatrix(3))
+
+
+@pytest.mark.parametrize("value", [-1, 3])
+def test_values_out_of_range_are_named(value: int) -> None:
+    with pytest.raises(ValueError, match=rf"1 predictions .*0 to 2.*{value}"):
+        counted([0, value], [0, 1], 3)
+    with pytest.raises(ValueError, match=rf"1 labels .*0 to 2.*{value}"):
+        counted([0, 1], [0, value], 3)
+    assert counted([0, value], [0, 255], 3).counts.sum() == 1  # ignored pixels may hold anything
+
+
+def test_shapes_must_agree() -> None:
+    with pytest.raises(ValueError, match="differ in shape"):
+        ConfusionMatrix(2).update(torch.zeros(4), torch.zeros(2, 2))

@@ -1,0 +1,64 @@
+"""The one place where `decoder_head.type` decides: which network, and which loss trains it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from shards.errors import ConfigError
+from trainer.checkpoint import Checkpoint
+from trainer.config import RunConfig
+from trainer.criterion import MaskCriterion, PixelCriterion
+from trainer.models import Segmenter, build_linear, build_mask2former
+
+
+class HeadKind(NamedTuple):
+    """How to build the model and the criterion of one kind of head."""
+
+    model: Callable[[RunConfig, int], Segmenter]
+    criterion: Callable[[RunConfig, int, int], MaskCriterion | PixelCriterion]
+
+
+HEADS = {
+    "m2f": HeadKind(
+        model=lambda config, classes: build_mask2former(config.backbone, config.adapter, config.decoder_head, classes),
+        criterion=lambda config, classes, ignore_index: MaskCriterion(config.loss, classes),
+    ),
+    "linear": HeadKind(
+        model=lambda config, classes: build_linear(config.backbone, config.decoder_head, classes),
+        criterion=lambda config, classes, ignore_index: PixelCriterion(ignore_index),
+    ),
+}
+
+
+def build_model(config: RunConfig, num_classes: int) -> Segmenter:
+    """The configured network, float32 on the CPU; trainable weights come from torch's global random state."""
+    return HEADS[config.decoder_head.type].model(config, num_classes)
+
+
+def build_criterion(config: RunConfig, num_classes: int, ignore_index: int) -> MaskCriterion | PixelCriterion:
+    """The loss that belongs to the configured head."""
+    return HEADS[config.decoder_head.type].criterion(config, num_classes, ignore_index)
+
+
+def restore_model(checkpoint: Checkpoint, backbone_source: str | None, device: torch.device) -> Segmenter:
+    """The trained network of a checkpoint, in eval mode. `backbone_source` tells where the ViT lies now.
+
+    Raises ConfigError when that ViT's weights are not those the head was trained on.
+    """
+    config = checkpoint.run_config
+    if backbone_source is not None:
+        config = replace(config, backbone=replace(config.backbone, source=backbone_source))
+    model = build_model(config, len(checkpoint.classes))
+    found = model.backbone.weights_sha256()
+    if found != checkpoint.backbone_sha256:
+        raise ConfigError(
+            f"the backbone's weights have sha256 {found[:16]}, the head was trained on "
+            f"{checkpoint.backbone_sha256[:16]}; set backbone.source to the ViT used in training "
+            "(random backbones also depend on the torch version)"
+        )
+    model.load_trainable_state_dict(checkpoint.model)
+    return model.eval().to(device)

@@ -1,0 +1,102 @@
+"""Save and load training state: everything that decides the next step, except the frozen backbone."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shards.errors import ConfigError
+from shards.manifest import ClassInfo, Manifest
+from shards.writer import write_atomically
+from trainer.config import RunConfig, run_config_from_dict
+
+CHECKPOINT_FORMAT = 1
+_NAME = re.compile(r"step-(\d{8})\.pt")
+
+
+@dataclass(kw_only=True)
+class Checkpoint:
+    """A saved state. `model` holds adapter and head; the ViT is named by config and identified by its hash."""
+
+    step: int  # optimiser steps done
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    config: dict[str, Any]
+    classes: list[dict[str, Any]]
+    ignore_index: int
+    data_hash: str
+    backbone_sha256: str
+    best_miou: float | None
+    format: int = CHECKPOINT_FORMAT
+
+    @property
+    def run_config(self) -> RunConfig:
+        return run_config_from_dict(self.config)
+
+    @property
+    def class_infos(self) -> list[ClassInfo]:
+        return [ClassInfo(name=item["name"], color=tuple(item["color"])) for item in self.classes]
+
+
+def class_table(manifest: Manifest) -> list[dict[str, Any]]:
+    """The manifest's classes as plain containers."""
+    return [asdict(item) | {"color": list(item.color)} for item in manifest.classes]
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write `<folder>/step-NNNNNNNN.pt` atomically: a kill at any moment leaves the old files or the new one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    torch.save(vars(checkpoint), buffer)
+    path = folder / f"step-{checkpoint.step:08d}.pt"
+    write_atomically(path, buffer.getvalue())
+    return path
+
+
+def save_best(folder: Path, newest: Path) -> None:
+    """Keep a copy of a checkpoint as `best.pt`."""
+    write_atomically(folder / "best.pt", newest.read_bytes())
+
+
+def remove_old_checkpoints(folder: Path, keep: int) -> None:
+    """Delete all but the `keep` newest numbered checkpoints."""
+    for path in _numbered(folder)[:-keep]:
+        path.unlink()
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint on the CPU, without unpickling code. Raises ConfigError naming the file."""
+    path = Path(path)
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; name a checkpoint file in it, such as checkpoints/best.pt")
+    if not path.exists():
+        raise ConfigError(f"checkpoint {path} does not exist")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ConfigError(f"checkpoint {path} cannot be read, it is damaged or not one of ours: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
+        raise ConfigError(f"checkpoint {path} is not a MaskStream checkpoint of format {CHECKPOINT_FORMAT}")
+    return Checkpoint(**content)
+
+
+def load_latest(folder: Path) -> Checkpoint | None:
+    """The newest readable checkpoint of a run; a damaged one is passed over with a warning; None: there is none."""
+    for path in reversed(_numbered(folder)):
+        try:
+            return load_checkpoint(path)
+        except ConfigError as error:
+            warnings.warn(f"{error}. Falling back to the checkpoint before it", stacklevel=2)
+    return None
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """Numbered checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name))

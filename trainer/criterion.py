@@ -1,0 +1,72 @@
+"""What the loop asks of a loss, for either kind of head: named losses, and their weighted total."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config import LossConfig
+from trainer.mask_classification_loss import MaskClassificationLoss
+from trainer.pixel_loss import pixel_cross_entropy
+from trainer.targets import Target, label_map_from_segments, segment_map_from_masks
+
+
+class Criterion(Protocol):
+    """Losses of one micro-batch."""
+
+    def __call__(
+        self, outputs: Mapping[str, Any], targets: Sequence[Target], num_masks: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Named scalar losses; `num_masks` is the number of masks that mask losses are divided by."""
+
+    def total(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """The scalar that is differentiated."""
+
+
+class MaskCriterion(nn.Module):
+    """Mask classification on every prediction (Mask2Former head)."""
+
+    def __init__(self, config: LossConfig, num_classes: int) -> None:
+        super().__init__()
+        self.loss = MaskClassificationLoss(
+            num_points=config.num_points,
+            oversample_ratio=config.oversample_ratio,
+            importance_sample_ratio=config.importance_sample_ratio,
+            mask_coefficient=config.mask_coefficient,
+            dice_coefficient=config.dice_coefficient,
+            class_coefficient=config.class_coefficient,
+            num_labels=num_classes,
+            no_object_coefficient=config.no_object_coefficient,
+        )
+
+    def forward(
+        self, outputs: Mapping[str, Any], targets: Sequence[Target], num_masks: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        return self.loss.loss_for_outputs(outputs, targets, num_masks, generator)
+
+    def total(self, losses: Mapping[str, Tensor]) -> Tensor:
+        return self.loss.loss_total(losses, lambda name, value: None)
+
+
+class PixelCriterion(nn.Module):
+    """Per-pixel cross-entropy (linear head)."""
+
+    def __init__(self, ignore_index: int) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+
+    def forward(
+        self, outputs: Mapping[str, Any], targets: Sequence[Target], num_masks: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        label_maps = torch.stack([self._label_map(target) for target in targets])  # [B, H, W]
+        return {"loss_pixel_cross_entropy": pixel_cross_entropy(outputs["logits"], label_maps, self.ignore_index)}
+
+    def total(self, losses: Mapping[str, Tensor]) -> Tensor:
+        return losses["loss_pixel_cross_entropy"]
+
+    def _label_map(self, target: Target) -> Tensor:
+        segments = target["segment_map"] if "segment_map" in target else segment_map_from_masks(target["masks"])
+        return label_map_from_segments(segments, target["labels"], self.ignore_index)

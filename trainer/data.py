@@ -1,0 +1,207 @@
+"""From shards to batches: workers read, decode, crop and flip; the training device does the rest.
+
+A worker hands over few, packed tensors (uint8 pixels and segment maps): dense masks would be 10 to 40 times
+the bytes, and the hand-off, not the decoding, would then set the pace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from shards.errors import ConfigError, CorruptShardError
+from shards.plan import Draw, TrainPlan
+from shards.reader import ShardReader
+from shards.rle import ignore_value
+from shards.sample import CropSample
+from trainer.config import DataConfig
+from trainer.seeding import sample_rng
+from trainer.targets import Target, dense_masks
+from trainer.transforms import draw_photometric
+
+_WORKER_TIMEOUT = 600  # seconds without a batch after which a stuck worker is an error, not a hang
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One micro-batch. `labels` of all images are concatenated; `counts` says how many belong to each."""
+
+    number: int  # of the micro-batch in the run
+    keys: list[str]
+    images: Tensor  # uint8 [B, 3, H, W]
+    segment_maps: Tensor | None  # uint8 (int32 beyond 255 labels) [B, H, W]; None with dense targets
+    masks: list[Tensor] | None  # bool [N, H, W] per image; None with segment maps
+    labels: Tensor  # int64 [sum of counts]
+    counts: list[int]  # N per image
+    photometric: Tensor | None  # float32 [B, K], parameters of `transforms.photometric_distort`
+
+    def targets(self) -> list[Target]:
+        """Per image `{"segment_map" [H, W], "labels" [N]}`, or `{"masks" [N, H, W], "labels" [N]}` if dense."""
+        labels = self.labels.split(self.counts)
+        if self.masks is not None:
+            return [{"masks": masks, "labels": own} for masks, own in zip(self.masks, labels, strict=True)]
+        assert self.segment_maps is not None
+        return [{"segment_map": segments, "labels": own} for segments, own in zip(self.segment_maps, labels,
+                                                                                 strict=True)]
+
+    def to(self, device: torch.device) -> Batch:
+        """Copy to the device without waiting for it (from pinned memory on CUDA)."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """Called by the DataLoader's pinning thread."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, move: Any) -> Batch:
+        return replace(
+            self,
+            images=move(self.images),
+            segment_maps=None if self.segment_maps is None else move(self.segment_maps),
+            masks=None if self.masks is None else [move(masks) for masks in self.masks],
+            labels=move(self.labels),
+            photometric=None if self.photometric is None else move(self.photometric),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledImage:
+    """A whole validation image."""
+
+    key: str
+    image: Tensor  # uint8 [3, H, W]
+    label_map: Tensor  # int64 [H, W], class ids and ignore_index
+
+
+class TrainCrops(Dataset[Batch]):
+    """Item m is micro-batch m of the plan: a pure function of (shards, configuration, seed, m)."""
+
+    def __init__(self, reader: ShardReader, plan: TrainPlan, config: DataConfig) -> None:
+        self.reader, self.plan, self.config = reader, plan, config
+
+    def __getitem__(self, number: int) -> Batch:
+        samples = [self._sample(draw) for draw in self.plan.micro_batch(number)]
+        keys, images, segment_maps, labels, photometric = zip(*samples, strict=True)
+        _check_same_size(keys, images)
+        maps = stack_segment_maps(segment_maps)
+        counts = [own.size for own in labels]
+        dense = self.config.targets == "dense"
+        return Batch(
+            number=number,
+            keys=list(keys),
+            images=torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2).copy()),
+            segment_maps=None if dense else maps,
+            masks=[dense_masks(segments, count) for segments, count in zip(maps, counts, strict=True)] if dense
+            else None,
+            labels=torch.from_numpy(np.concatenate(labels)),
+            counts=counts,
+            photometric=torch.from_numpy(np.stack(photometric)) if self.config.photometric else None,
+        )
+
+    def _sample(self, draw: Draw) -> tuple[str, npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
+        """(key, image [H,W,3], segment map [H,W], labels [N], photometric parameters), augmented."""
+        sample = self.reader.read(draw.sample)
+        check_labels(sample, self.reader.manifest.num_classes)
+        rng = sample_rng(self.plan.seed, draw.epoch, draw.sample)
+        image, segment_map, labels = sample.image, sample.segment_map, sample.labels
+        if self.config.crop_size is not None:
+            window = random_window(rng, segment_map.shape, self.config.crop_size, sample.key)
+            image, segment_map = image[window], segment_map[window]
+            segment_map, labels = drop_absent_labels(segment_map, labels)
+        if rng.random() < self.config.hflip:
+            image, segment_map = image[:, ::-1], segment_map[:, ::-1]
+        return sample.key, image, segment_map, labels, draw_photometric(rng)
+
+
+class WholeImages(Dataset[LabelledImage]):
+    """Item i is validation image i."""
+
+    def __init__(self, reader: ShardReader) -> None:
+        self.reader = reader
+
+    def __getitem__(self, number: int) -> LabelledImage:
+        sample = self.reader.read(number)
+        check_labels(sample, self.reader.manifest.num_classes)
+        return LabelledImage(
+            key=sample.key,
+            image=torch.from_numpy(sample.image.transpose(2, 0, 1).copy()),
+            label_map=torch.from_numpy(sample.label_map().astype(np.int64)),
+        )
+
+
+def check_labels(sample: CropSample, num_classes: int) -> None:
+    """Raise CorruptShardError for a label outside the class table, here where it costs the device nothing."""
+    if sample.labels.size and sample.labels[-1] >= num_classes:  # ascending
+        raise CorruptShardError(f"sample {sample.key} holds the label {sample.labels[-1]}, "
+                                f"legal: 0..{num_classes - 1}")
+
+
+def random_window(rng: np.random.Generator, size: tuple[int, ...], side: int, key: str) -> tuple[slice, slice]:
+    """A random `side` x `side` window of a stored crop. Raises ConfigError when the crop is smaller."""
+    height, width = size
+    if height < side or width < side:
+        raise ConfigError(f"data.crop_size is {side}, but the stored crop {key} is {height}x{width}; "
+                          "legal: at most the stored size")
+    top, left = int(rng.integers(0, height - side + 1)), int(rng.integers(0, width - side + 1))
+    return slice(top, top + side), slice(left, left + side)
+
+
+def drop_absent_labels(
+    segment_map: npt.NDArray[Any], labels: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    """Renumber a cut segment map so that it has one label per class still present."""
+    present = np.bincount(segment_map.reshape(-1), minlength=labels.size)[: labels.size] > 0
+    kept = labels[present]
+    table = np.full(np.iinfo(segment_map.dtype).max + 1, ignore_value(kept.size), np.uint16)
+    table[np.flatnonzero(present)] = np.arange(kept.size)
+    return table[segment_map].astype(np.uint8 if kept.size <= 255 else np.uint16), kept
+
+
+def stack_segment_maps(segment_maps: Sequence[npt.NDArray[Any]]) -> Tensor:
+    """uint8 [B, H, W]; int32 (ignored: 65535) when one of the crops has more labels than uint8 tells apart."""
+    if all(segments.dtype == np.uint8 for segments in segment_maps):
+        return torch.from_numpy(np.stack(segment_maps))
+    wide = [np.where(segments == np.iinfo(segments.dtype).max, 65535, segments.astype(np.int32))
+            for segments in segment_maps]
+    return torch.from_numpy(np.stack(wide).astype(np.int32))
+
+
+def train_loader(crops: TrainCrops, micro_batches: Iterable[int], device: torch.device) -> DataLoader[Batch]:
+    """The micro-batches of the given numbers, in that order whatever the number of workers."""
+    return _loader(crops, micro_batches, crops.config, device)
+
+
+def validation_loader(
+    images: WholeImages, numbers: Iterable[int], config: DataConfig, device: torch.device
+) -> DataLoader[LabelledImage]:
+    """The validation images of the given numbers, in that order."""
+    return _loader(images, numbers, config, device)
+
+
+def _loader(dataset: Dataset[Any], numbers: Iterable[int], config: DataConfig, device: torch.device) -> DataLoader[Any]:
+    workers = config.workers
+    return DataLoader(
+        dataset,
+        batch_size=None,  # an item is already a batch
+        sampler=cast(Any, numbers),
+        num_workers=workers,
+        prefetch_factor=config.prefetch_batches if workers else None,
+        # A forked copy of a process with threads (autograd, NCCL, gloo) can deadlock; these start clean.
+        multiprocessing_context="forkserver" if workers else None,
+        timeout=_WORKER_TIMEOUT if workers else 0,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def _check_same_size(keys: tuple[str, ...], images: tuple[npt.NDArray[Any], ...]) -> None:
+    sizes = {image.shape[:2] for image in images}
+    if len(sizes) > 1:
+        named = ", ".join(f"{key} {image.shape[0]}x{image.shape[1]}" for key, image in zip(keys, images, strict=True))
+        raise ConfigError(f"samples of one batch differ in size: {named}. Train on a split of crops, or set "
+                          "data.crop_size")

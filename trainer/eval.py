@@ -1,0 +1,66 @@
+"""Evaluate a checkpoint on the validation split: mIoU with sliding window and optional views.
+
+example: python trainer/eval.py --config runs/ade20k-m2f/config.yaml --checkpoint runs/ade20k-m2f/checkpoints/best.pt
+The network is the checkpoint's own; `data`, `eval` and `device` come from the configuration, and
+`backbone.source` too, for when the ViT lies elsewhere now.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from shards.command_line import add_overrides, config_parser, run_entry_point
+from shards.errors import ConfigError
+from trainer.config import RunConfig, load_run_config
+
+DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "config-ade20k-m2f-inference.yaml"
+
+
+def main() -> int:
+    parser = config_parser(str(__doc__), RunConfig, str(DEFAULT_CONFIG))
+    parser.add_argument("--checkpoint", required=True, help="checkpoint file, e.g. <run>/checkpoints/best.pt")
+    parser.add_argument("--output", default=None, help="folder for metrics and pictures "
+                        "(default: evaluation/ beside the checkpoint's folder)")
+    add_overrides(parser)
+    arguments = parser.parse_intermixed_args()
+    config = load_run_config(arguments.config, arguments.overrides)
+    checkpoint_path = Path(arguments.checkpoint)
+    output = Path(arguments.output) if arguments.output else checkpoint_path.parent.parent / "evaluation"
+    return _evaluate(config, checkpoint_path, output)
+
+
+def _evaluate(config: RunConfig, checkpoint_path: Path, output: Path) -> int:
+    from shards.reader import ShardReader
+    from trainer.build import restore_model
+    from trainer.checkpoint import class_table, load_checkpoint
+    from trainer.distributed import distributed
+    from trainer.evaluation import evaluate, format_metrics
+
+    if config.data.root is None:
+        raise ConfigError("data.root is not set. Type for example: python trainer/eval.py "
+                          f"--checkpoint {checkpoint_path} data.root=<folder of shards>")
+    checkpoint = load_checkpoint(checkpoint_path)
+    trained = checkpoint.run_config
+    reader = ShardReader(config.data.root, config.data.val_split)
+    if class_table(reader.manifest) != checkpoint.classes:
+        raise ConfigError(f"{config.data.root} and {checkpoint_path} have different class tables "
+                          f"({reader.manifest.num_classes} and {len(checkpoint.classes)} classes)")
+    with distributed(config.device) as context:
+        model = restore_model(checkpoint, config.backbone.source, context.device)
+        settings = replace(trained, data=config.data, eval=config.eval)
+        result = evaluate(model, reader, settings, context, config.eval.max_images)
+        if context.is_main:
+            print(format_metrics(result.metrics, reader.manifest.classes))
+            output.mkdir(parents=True, exist_ok=True)
+            record = {**result.metrics, "step": checkpoint.step, "checkpoint": str(checkpoint_path)}
+            (output / "metrics.json").write_text(json.dumps(record, indent=1))
+            if result.panels is not None:
+                result.panels.save(output / "panels.png")
+            print(f"metrics.json and panels.png are in {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

@@ -1,0 +1,113 @@
+"""Evaluate a model on the validation images of a shard set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from shards.manifest import ClassInfo
+from shards.picture import contact_sheet, overlay
+from shards.plan import validation_samples
+from shards.reader import ShardReader
+from trainer.config import RunConfig
+from trainer.data import LabelledImage, WholeImages, validation_loader
+from trainer.distributed import DistContext
+from trainer.metrics import ConfusionMatrix
+from trainer.models import Segmenter
+from trainer.sliding_window import predict_with_tta
+from trainer.transforms import normalize
+
+
+class Evaluation(NamedTuple):
+    """Metrics over all ranks' images, and pictures of the first images of this rank."""
+
+    metrics: dict[str, Any]  # ConfusionMatrix.summary() and "baseline_mIoU"
+    panels: Image.Image | None
+
+
+class Predictor:
+    """Turns one image into class ids, as `eval.*` says: sliding window or whole, with or without views."""
+
+    def __init__(self, model: Segmenter, config: RunConfig, num_classes: int, device: torch.device) -> None:
+        self.model, self.config, self.num_classes, self.device = model, config, num_classes, device
+
+    @torch.inference_mode()
+    def __call__(self, image: Tensor) -> Tensor:
+        """uint8 [3, H, W] on any device -> int64 [H, W] class ids on the model's device."""
+        settings, backbone = self.config.eval, self.config.backbone
+        pixels = normalize(image[None].to(self.device, non_blocking=True), backbone.image_mean, backbone.image_std)
+        whole = settings.mode == "whole"
+        return predict_with_tta(
+            self._scores,
+            pixels,
+            self.num_classes,
+            None if whole else settings.crop_size,
+            settings.stride,
+            label_size=(image.shape[1], image.shape[2]),
+            short_side=settings.resize_short_side,
+            ratios=settings.tta_ratios,
+            flip=settings.tta_flip,
+        )
+
+    def _scores(self, crop: Tensor) -> Tensor:
+        with autocast(self.config, self.device):
+            outputs = self.model(crop)
+        return self.model.semantic_logits(outputs, (crop.shape[2], crop.shape[3]))
+
+
+def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
+    """bf16 where `train.precision` asks for it; "auto" means CUDA devices that have it."""
+    wanted = config.train.precision
+    automatic = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted == "bf16" or (wanted == "auto" and automatic))
+
+
+def evaluate(
+    model: Segmenter, reader: ShardReader, config: RunConfig, context: DistContext, images: int | None = None
+) -> Evaluation:
+    """Every image exactly once over all ranks; counts are summed once, after the loop.
+
+    `images` limits the number of images. The model's training mode is restored afterwards.
+    """
+    manifest, was_training = reader.manifest, model.training
+    model.eval()
+    predict = Predictor(model, config, manifest.num_classes, context.device)
+    total = len(reader) if images is None else min(images, len(reader))
+    numbers = validation_samples(total, context.rank, context.world_size)
+    confusion = ConfusionMatrix(manifest.num_classes, manifest.ignore_index, context.device)
+    rows: list[list[Any]] = []
+    loader = validation_loader(WholeImages(reader), numbers, config.data, context.device)
+    for item in tqdm(loader, total=len(numbers), desc="evaluating", unit="img", leave=False,
+                     disable=None if context.is_main else True):
+        prediction = predict(item.image)
+        confusion.update(prediction, item.label_map)
+        if len(rows) < config.eval.panels:
+            rows.append(panel_row(item, prediction.cpu(), manifest.classes, manifest.ignore_index))
+    model.train(was_training)
+    confusion.all_reduce()
+    metrics = {**confusion.summary(), "baseline_mIoU": confusion.most_frequent_class_miou()}
+    return Evaluation(metrics, contact_sheet(rows) if rows else None)
+
+
+def panel_row(
+    item: LabelledImage, prediction: Tensor, classes: Sequence[ClassInfo], ignore_index: int
+) -> list[Any]:
+    """[image, truth over image, prediction over image]; unlabelled pixels stay uncoloured in both."""
+    colors = [info.color for info in classes]
+    image = item.image.permute(1, 2, 0).numpy()
+    truth = item.label_map.numpy()
+    return [image, overlay(image, truth, colors), overlay(image, prediction.numpy(), colors)]
+
+
+def format_metrics(metrics: dict[str, Any], classes: Sequence[ClassInfo]) -> str:
+    """A few lines for people: the means, the baseline, the IoU of every class that occurs."""
+    means = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("mIoU", "aAcc", "mAcc"))
+    lines = [f"{means}  (predicting the most frequent class everywhere: mIoU {metrics['baseline_mIoU']:.4f})"]
+    rows = [(info.name, iou) for info, iou in zip(classes, metrics["per_class_iou"], strict=True) if iou == iou]
+    lines += [f"  {name:30s} {iou:.4f}" for name, iou in rows]
+    return "\n".join(lines)

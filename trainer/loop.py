@@ -1,0 +1,303 @@
+"""The training loop: `train` sets the stage, `train_step` is the whole of one optimiser update."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from shards.config_file import config_to_dict, config_to_yaml
+from shards.errors import ConfigError, MaskStreamError
+from shards.manifest import Manifest, load_manifest
+from shards.plan import TrainPlan, accumulation_for, micro_batch_numbers
+from shards.reader import ShardReader
+from shards.writer import write_atomically
+from trainer.build import build_criterion, build_model
+from trainer.checkpoint import (
+    Checkpoint,
+    class_table,
+    load_latest,
+    remove_old_checkpoints,
+    save_best,
+    save_checkpoint,
+)
+from trainer.config import RunConfig
+from trainer.criterion import Criterion
+from trainer.data import Batch, TrainCrops, train_loader
+from trainer.distributed import DistContext
+from trainer.evaluation import autocast, evaluate, format_metrics
+from trainer.matcher import NonFiniteLossError
+from trainer.models import Segmenter
+from trainer.optimizer import build_optimizer, clip_gradients, learning_rate, set_learning_rate
+from trainer.plots import batch_panel, draw_curves
+from trainer.run_logger import RunLogger
+from trainer.seeding import seed_micro_batch
+from trainer.transforms import normalize, photometric_distort
+
+
+class TrainingDiverged(MaskStreamError):
+    """A loss or gradient is not finite; the message names step, loss and samples."""
+
+
+@dataclass(kw_only=True)
+class Run:
+    """The objects one run is made of. `step` counts finished optimiser updates."""
+
+    config: RunConfig
+    context: DistContext
+    manifest: Manifest
+    model: Segmenter
+    wrapped: nn.Module  # the model, in DDP when there is a process group
+    criterion: Criterion
+    optimizer: torch.optim.AdamW
+    folder: Path
+    backbone_sha256: str
+    step: int = 0
+    best_miou: float | None = None
+
+
+def train(config: RunConfig, context: DistContext) -> dict[str, Any]:
+    """Train to `train.total_steps` (continuing a run that is there), evaluate, and return the last metrics."""
+    # -- data ---------------------------------------------------------------------------------------------
+    root, folder = required_folders(config)
+    manifest = load_manifest(root)
+    train_reader = ShardReader(root, config.data.train_split, manifest)
+    val_reader = ShardReader(root, config.data.val_split, manifest)
+    micro_batch_size = config.train.micro_batch_size
+    accumulation = accumulation_for(config.train.global_batch_size, micro_batch_size, context.world_size)
+    plan = TrainPlan(num_samples=len(train_reader), micro_batch_size=micro_batch_size, seed=config.seed)
+    # -- model --------------------------------------------------------------------------------------------
+    run = build_run(config, context, manifest, folder)
+    resume(run)
+    logger = _start_logging(run) if context.is_main else None
+    # -- loop ---------------------------------------------------------------------------------------------
+    numbers = micro_batch_numbers(run.step, config.train.total_steps, context.rank, context.world_size, accumulation)
+    batches = iter(train_loader(TrainCrops(train_reader, plan, config.data), numbers, context.device))
+    metrics: dict[str, Any] = {}
+    meter = _Meter()
+    with tqdm(total=config.train.total_steps, initial=run.step, desc="training", unit="step",
+              disable=None if context.is_main else True) as bar:
+        while run.step < config.train.total_steps:
+            waited = time.perf_counter()
+            micro_batches = list(islice(batches, accumulation))
+            meter.data_seconds += time.perf_counter() - waited
+            if run.step == 0 and logger is not None:
+                first = micro_batches[0]
+                logger.picture(0, "first-batch", batch_panel(augmented_images(first), first, manifest))
+            losses = train_step(run, micro_batches)
+            run.step += 1
+            meter.steps += 1
+            bar.update()
+            is_last = run.step == config.train.total_steps
+            if logger is not None and (is_last or run.step % config.train.log_every == 0):
+                _log_step(run, losses, meter, logger)
+            if is_last or run.step % config.train.eval_every == 0:
+                metrics = _evaluate(run, val_reader, logger)
+            if is_last or run.step % config.train.checkpoint_every == 0 or run.step % config.train.eval_every == 0:
+                _save(run, metrics)
+    if not metrics:  # the run was complete already
+        metrics = _evaluate(run, val_reader, logger)
+    if logger is not None:
+        logger.close()
+        draw_curves(folder)
+    return metrics
+
+
+def train_step(run: Run, micro_batches: list[Batch]) -> dict[str, float]:
+    """One optimiser update on this rank's share of a global batch; returns its losses, weighted total as "loss".
+
+    Mask losses are divided by the number of masks in the whole global batch, so the update does not depend
+    on how ranks and accumulation share it. Raises TrainingDiverged before the weights would be touched.
+    """
+    config, context = run.config, run.context
+    num_masks = _count_masks(micro_batches, context)
+    set_learning_rate(run.optimizer, learning_rate(run.step, config.optimizer, config.train.total_steps))
+    run.optimizer.zero_grad(set_to_none=True)
+    logged: dict[str, Tensor] = {}
+    for position, host_batch in enumerate(micro_batches):
+        batch = host_batch.to(context.device)
+        generator = seed_micro_batch(config.seed, batch.number, context.device)
+        with _gradient_sync(run.wrapped, position == len(micro_batches) - 1):
+            with autocast(config, context.device):
+                outputs = run.wrapped(prepare_images(batch, config))
+            try:
+                losses = run.criterion(outputs, batch.targets(), num_masks, generator)
+            except NonFiniteLossError as error:
+                raise _diverged(run, batch, str(error)) from error
+            total = run.criterion.total(losses) / len(micro_batches)
+            total.backward()
+        for name, value in {**losses, "loss": total * len(micro_batches)}.items():
+            logged[name] = logged.get(name, 0) + value.detach() / len(micro_batches)
+    parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+    logged["grad_norm"] = clip_gradients(parameters, config.optimizer.clip_grad_norm)
+    values = dict(zip(logged, torch.stack(list(logged.values())).tolist(), strict=True))  # the step's one wait
+    for name, value in values.items():
+        if value != value or abs(value) == float("inf"):
+            raise _diverged(run, micro_batches[-1], f"{name} is {value}", micro_batches)
+    run.optimizer.step()
+    return values
+
+
+def prepare_images(batch: Batch, config: RunConfig) -> Tensor:
+    """Float32 normalised `[B,3,H,W]` on the batch's device, colour-augmented if the batch carries parameters."""
+    return normalize(augmented_images(batch), config.backbone.image_mean, config.backbone.image_std)
+
+
+def augmented_images(batch: Batch) -> Tensor:
+    """uint8 `[B,3,H,W]` with the batch's colour augmentation, if it carries any."""
+    return batch.images if batch.photometric is None else photometric_distort(batch.images, batch.photometric)
+
+
+def required_folders(config: RunConfig) -> tuple[str, Path]:
+    """(data.root, output_dir). Raises ConfigError saying what to type when one is missing."""
+    missing = [name for name, value in (("data.root", config.data.root), ("output_dir", config.output_dir))
+               if value is None]
+    if missing:
+        raise ConfigError(
+            f"{' and '.join(missing)} not set. Type for example: torchrun --standalone --nproc-per-node 2 "
+            "trainer/train.py data.root=<folder of shards> output_dir=<folder for the run>"
+        )
+    assert config.data.root is not None and config.output_dir is not None
+    return config.data.root, Path(config.output_dir)
+
+
+def build_run(config: RunConfig, context: DistContext, manifest: Manifest, folder: Path) -> Run:
+    """Model, criterion and optimiser on the device. All ranks draw the same initial weights from the seed."""
+    torch.manual_seed(config.seed)
+    model = build_model(config, manifest.num_classes)
+    backbone_sha256 = model.backbone.weights_sha256()
+    if context.device.type == "cuda" and context.world_size > 1:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.to(context.device).train()
+    wrapped: nn.Module = model
+    if torch.distributed.is_initialized():
+        device_ids = [context.device.index] if context.device.type == "cuda" else None
+        wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    criterion = build_criterion(config, manifest.num_classes, manifest.ignore_index).to(context.device)
+    return Run(
+        config=config, context=context, manifest=manifest, model=model, wrapped=wrapped, criterion=criterion,
+        optimizer=build_optimizer(model, config.optimizer), folder=folder, backbone_sha256=backbone_sha256,
+    )  # fmt: skip
+
+
+def resume(run: Run) -> None:
+    """Continue from the newest checkpoint of the run's folder, if there is one.
+
+    Raises ConfigError when `resume` forbids it, or when the checkpoint belongs to other data, another
+    backbone or another sequence of global batches.
+    """
+    checkpoint = load_latest(run.folder / "checkpoints")
+    if checkpoint is None:
+        return
+    if run.config.resume == "never":
+        raise ConfigError(f"{run.folder} holds a run at step {checkpoint.step} and resume is 'never'; "
+                          "choose another output_dir, or set resume=auto to continue it")
+    old, new = checkpoint.run_config, run.config
+    for name, before, now in (
+        ("the data (manifest config_hash)", checkpoint.data_hash, run.manifest.config_hash),
+        ("the backbone's weights (sha256)", checkpoint.backbone_sha256, run.backbone_sha256),
+        ("seed", old.seed, new.seed),
+        ("train.global_batch_size", old.train.global_batch_size, new.train.global_batch_size),
+    ):
+        if before != now:
+            raise ConfigError(f"cannot continue {run.folder}: {name} was {before} and is {now}; "
+                              "restore it, or choose another output_dir")
+    run.model.load_trainable_state_dict(checkpoint.model)
+    run.optimizer.load_state_dict(checkpoint.optimizer)
+    run.step, run.best_miou = checkpoint.step, checkpoint.best_miou
+
+
+class _Meter:
+    """Time since the last log line."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.started, self.data_seconds, self.steps = time.perf_counter(), 0.0, 0
+
+
+def _count_masks(micro_batches: list[Batch], context: DistContext) -> Tensor:
+    """Masks per micro-batch, averaged over the global batch, at least 1; one all-reduce per step."""
+    mine = torch.tensor([sum(sum(batch.counts) for batch in micro_batches), len(micro_batches)], dtype=torch.float32)
+    total = context.all_reduce_sum(mine.to(context.device, non_blocking=True))
+    return (total[0] / total[1]).clamp(min=1.0)
+
+
+def _gradient_sync(wrapped: nn.Module, is_last: bool) -> contextlib.AbstractContextManager[None]:
+    """All-reduce gradients only in the last backward pass of a step."""
+    if isinstance(wrapped, DistributedDataParallel) and not is_last:
+        return wrapped.no_sync()
+    return contextlib.nullcontext()
+
+
+def _diverged(run: Run, batch: Batch, what: str, batches: list[Batch] | None = None) -> TrainingDiverged:
+    keys = [key for item in batches or [batch] for key in item.keys]
+    return TrainingDiverged(
+        f"step {run.step + 1}, rank {run.context.rank}: {what}; samples: {', '.join(keys)}. The weights were not "
+        "updated. Lower optimizer.lr, set optimizer.clip_grad_norm, or look at these samples"
+    )
+
+
+def _start_logging(run: Run) -> RunLogger:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(run.folder / "config.yaml", config_to_yaml(run.config).encode())
+    trainable = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
+    frozen = sum(parameter.numel() for parameter in run.model.parameters()) - trainable
+    start = f"continuing at step {run.step}" if run.step else "new run"
+    print(f"{run.folder}: {start}; {trainable / 1e6:.2f} M trainable and {frozen / 1e6:.2f} M frozen parameters; "
+          f"{run.context.world_size} rank(s) on {run.context.device.type}", flush=True)
+    return RunLogger(run.folder, run.step)
+
+
+def _log_step(run: Run, losses: dict[str, float], meter: _Meter, logger: RunLogger) -> None:
+    seconds = time.perf_counter() - meter.started
+    speed = {
+        "lr": run.optimizer.param_groups[0]["lr"],
+        "images_per_second": meter.steps * run.config.train.global_batch_size / seconds,
+        "data_wait_share": meter.data_seconds / seconds,
+    }
+    meter.reset()
+    logger.scalars(run.step, "train", {**losses, **speed})
+    tqdm.write(f"step {run.step}/{run.config.train.total_steps}  loss {losses['loss']:.4f}  lr {speed['lr']:.2e}  "
+               f"grad {losses['grad_norm']:.2f}  {speed['images_per_second']:.1f} images/s  "
+               f"waiting for data {speed['data_wait_share']:.0%}")
+
+
+def _evaluate(run: Run, reader: ShardReader, logger: RunLogger | None) -> dict[str, Any]:
+    result = evaluate(run.model, reader, run.config, run.context, run.config.eval.max_images)
+    if logger is not None:
+        means = {name: value for name, value in result.metrics.items() if isinstance(value, float)}
+        logger.scalars(run.step, "val", means)
+        if result.panels is not None:
+            logger.picture(run.step, "val-panels", result.panels)
+        tqdm.write(f"step {run.step}: val {format_metrics(result.metrics, run.manifest.classes).splitlines()[0]}")
+    return result.metrics
+
+
+def _save(run: Run, metrics: dict[str, Any]) -> None:
+    """Rank 0 writes; the others go on (the next collective waits for it)."""
+    miou = metrics.get("mIoU")
+    is_best = miou is not None and (run.best_miou is None or miou > run.best_miou)
+    if is_best:
+        run.best_miou = miou
+    if not run.context.is_main:
+        return
+    folder = run.folder / "checkpoints"
+    path = save_checkpoint(folder, Checkpoint(
+        step=run.step, model=run.model.trainable_state_dict(), optimizer=run.optimizer.state_dict(),
+        config=config_to_dict(run.config), classes=class_table(run.manifest), ignore_index=run.manifest.ignore_index,
+        data_hash=run.manifest.config_hash, backbone_sha256=run.backbone_sha256, best_miou=run.best_miou,
+    ))  # fmt: skip
+    if is_best:
+        save_best(folder, path)
+    remove_old_checkpoints(folder, run.config.train.keep_checkpoints)
+

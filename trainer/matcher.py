@@ -1,0 +1,119 @@
+"""One target to at most one query: the assignment that the mask losses are computed on.
+
+DETR (arXiv:2005.12872, sec. 3.1) with Mask2Former's costs on points (arXiv:2112.01527, sec. 3.3). Costs of all
+predictions of a step go to the host in one copy; the assignments, found there by scipy, come back in another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from trainer.point_sampling import Draw, point_sample
+from trainer.targets import PackedTargets
+
+
+class NonFiniteLossError(RuntimeError):
+    """Predictions hold NaN or infinity; the message names the prediction (layer) and the image."""
+
+
+class Prediction(NamedTuple):
+    """What one decoder layer says."""
+
+    class_logits: Tensor  # [B, Q, C + 1], the last class is "no object"
+    mask_logits: Tensor  # [B, Q, h, w]
+
+
+class HungarianMatcher:
+    """Cheapest assignment of targets to queries under mask, dice and class costs."""
+
+    def __init__(self, num_points: int, mask_coefficient: float, dice_coefficient: float,
+                 class_coefficient: float) -> None:
+        self.num_points = num_points
+        self.mask_coefficient = mask_coefficient
+        self.dice_coefficient = dice_coefficient
+        self.class_coefficient = class_coefficient
+
+    @torch.no_grad()
+    def __call__(self, predictions: Sequence[Prediction], targets: PackedTargets, draw: Draw) -> Tensor:
+        """Matches int64 [L, 3, M] on the predictions' device; the three rows are image, query and target index.
+
+        `predictions` holds the final one first, then the auxiliary ones. Per prediction, matches are ordered by
+        image, then by query; image b has min(Q, N_b) of them: with more targets than queries the dearest targets
+        stay unmatched. Draws [1, P, 2] once per prediction and image, predictions outermost.
+        Raises NonFiniteLossError; ValueError for a label outside [0, C).
+        """
+        device = predictions[0].class_logits.device
+        with torch.autocast(device.type, enabled=False):
+            costs = torch.stack([self.costs(prediction, targets, self._draw_points(len(targets.counts), draw))
+                                 for prediction in predictions])  # [L, B, Q, Nmax]
+        on_host = costs.cpu().numpy()  # the one wait for the device
+        _check_finite(on_host, targets, num_labels=predictions[0].class_logits.shape[-1] - 1)
+        matches = np.stack([_assign(prediction, targets.counts) for prediction in on_host])  # [L, 3, M]
+        return torch.from_numpy(matches).to(device, non_blocking=True)
+
+    def costs(self, prediction: Prediction, targets: PackedTargets, points: Tensor) -> Tensor:
+        """Cost float32 [B, Q, Nmax] of giving each target to each query, from points [B, P, 2] shared by an
+        image's queries. A column whose label is outside [0, C) is NaN, instead of asserting on the device."""
+        logits = point_sample(prediction.mask_logits, points)  # [B, Q, P]
+        truth = point_sample(targets.masks, points)  # [B, Nmax, P]
+        cost = self.mask_coefficient * pairwise_mask_cost(logits, truth)
+        cost = cost + self.dice_coefficient * pairwise_dice_cost(logits, truth)
+        return cost + self.class_coefficient * _class_cost(prediction.class_logits, targets.labels)
+
+    def _draw_points(self, batch: int, draw: Draw) -> Tensor:
+        # One draw per image, as the reference does it, so that the same generator gives the same points.
+        return torch.cat([draw((1, self.num_points, 2)) for _ in range(batch)])  # [B, P, 2]
+
+
+def pairwise_mask_cost(logits: Tensor, truth: Tensor) -> Tensor:
+    """Binary cross-entropy [B, Q, N] of every query's logits [B, Q, P] with every mask [B, N, P], mean over points.
+
+    softplus(-x) y + softplus(x) (1 - y) = softplus(x) - x y leaves one product of matrices.
+    """
+    per_query = F.softplus(logits).sum(2, keepdim=True)  # [B, Q, 1]
+    return (per_query - logits @ truth.transpose(1, 2)) / logits.shape[2]
+
+
+def pairwise_dice_cost(logits: Tensor, truth: Tensor) -> Tensor:
+    """Dice loss [B, Q, N] of every query's logits [B, Q, P] with every mask [B, N, P], smoothed by one."""
+    probabilities = logits.sigmoid()
+    both = 2.0 * probabilities @ truth.transpose(1, 2)  # [B, Q, N]
+    either = probabilities.sum(2, keepdim=True) + truth.sum(2)[:, None]  # [B, Q, N]
+    return 1.0 - (both + 1.0) / (either + 1.0)
+
+
+def _class_cost(class_logits: Tensor, labels: Tensor) -> Tensor:
+    num_labels = class_logits.shape[2] - 1
+    columns = labels.clamp(0, num_labels - 1)[:, None].expand(-1, class_logits.shape[1], -1)  # [B, Q, Nmax]
+    cost = -class_logits.float().softmax(2).gather(2, columns)
+    legal = (labels >= 0) & (labels < num_labels)  # [B, Nmax]
+    return cost.masked_fill(~legal[:, None], torch.nan)
+
+
+def _check_finite(costs: np.ndarray, targets: PackedTargets, num_labels: int) -> None:
+    finite = np.isfinite(costs).all(axis=(2, 3))  # [L, B]
+    if finite.all():
+        return
+    layer, image = (int(index) for index in np.argwhere(~finite)[0])
+    labels = targets.labels[image, :targets.counts[image]].tolist()
+    if any(not 0 <= label < num_labels for label in labels):
+        raise ValueError(f"labels of image {image} in the batch are {labels}, legal: 0 to {num_labels - 1}; "
+                         "leave ignored classes out of the targets")
+    name = "the final prediction" if layer == 0 else f"aux_outputs[{layer - 1}]"
+    raise NonFiniteLossError(f"{name} holds NaN or infinite logits for image {image} in the batch "
+                             f"({int((~finite).sum())} of {finite.size} pairs of prediction and image are affected)")
+
+
+def _assign(costs: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+    """Matches int64 [3, M] (image, query, target) of one prediction's costs [B, Q, Nmax]."""
+    pairs = [linear_sum_assignment(cost[:, :count]) for cost, count in zip(costs, counts, strict=True)]
+    images = [np.full(len(queries), image) for image, (queries, _) in enumerate(pairs)]
+    queries, chosen = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    return np.stack([np.concatenate(images), queries, chosen]).astype(np.int64)

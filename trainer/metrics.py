@@ -1,0 +1,92 @@
+"""Segmentation metrics from one matrix of pixel counts."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Areas(NamedTuple):
+    """Pixels of every class, int64 [C] each."""
+
+    intersect: Tensor  # predicted and labelled so
+    union: Tensor  # predicted or labelled so
+    pred: Tensor
+    label: Tensor
+
+
+class ConfusionMatrix:
+    """Pixel counts int64 [C, C] on `device`, row = label, column = prediction; ignored pixels count nowhere."""
+
+    def __init__(self, num_classes: int, ignore_index: int = 255, device: torch.device | str = "cpu") -> None:
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)  # [C, C]
+
+    def update(self, pred: Tensor, label: Tensor) -> None:
+        """Add one image, or several: integer maps of equal shape, e.g. [H, W], values 0 to C - 1 or ignored label.
+
+        Raises ValueError for other values (in ignored pixels the prediction may be anything) and unequal shapes.
+        """
+        if pred.shape != label.shape:
+            raise ValueError(f"prediction {tuple(pred.shape)} and label {tuple(label.shape)} differ in shape")
+        label = label.to(self.counts.device).long()
+        counted = label != self.ignore_index
+        label = label[counted]
+        pred = pred.to(self.counts.device).long()[counted]
+        for name, values in (("predictions", pred), ("labels", label)):
+            self._check_range(name, values)
+        cells = torch.bincount(label * self.num_classes + pred, minlength=self.num_classes**2)  # [C * C]
+        self.counts += cells.view_as(self.counts)
+
+    def merge(self, other: ConfusionMatrix) -> None:
+        """Add what another matrix of the same classes has counted."""
+        if other.num_classes != self.num_classes:
+            raise ValueError(f"cannot merge {other.num_classes} classes into {self.num_classes}")
+        self.counts += other.counts.to(self.counts.device)
+
+    def all_reduce(self) -> None:
+        """Sum over ranks, in place; nothing to do without a process group. Call it once, on every rank."""
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self.counts)
+
+    def areas(self) -> Areas:
+        """The four pixel counts per class that every metric below is made of."""
+        intersect, pred, label = self.counts.diagonal(), self.counts.sum(0), self.counts.sum(1)
+        return Areas(intersect, pred + label - intersect, pred, label)
+
+    def summary(self) -> dict[str, Any]:
+        """Metrics as fractions 0 to 1: mIoU, aAcc, mAcc, mDice, mF1, mPrecision, mRecall and the list per_class_iou.
+
+        m... is the mean over the classes for which the ratio exists: a class that is neither predicted nor
+        labelled has IoU NaN and is skipped, one without intersection has no F1. Everything is NaN before any update.
+        """
+        intersect, union, pred, label = (area.double() for area in self.areas())
+        iou, recall, precision = intersect / union, intersect / label, intersect / pred  # [C], NaN where 0 / 0
+        ratios = {
+            "mIoU": iou,
+            "mAcc": recall,
+            "mDice": 2 * intersect / (pred + label),
+            "mF1": 2 * precision * recall / (precision + recall),
+            "mPrecision": precision,
+            "mRecall": recall,
+        }
+        summary: dict[str, Any] = {name: float(ratio.nanmean()) for name, ratio in ratios.items()}
+        summary["aAcc"] = float(intersect.sum() / label.sum())
+        summary["per_class_iou"] = iou.tolist()
+        return summary
+
+    def most_frequent_class_miou(self) -> float:
+        """The mIoU of predicting the most frequent label everywhere: what a model that learnt nothing can reach."""
+        label = self.areas().label.double()
+        # That class's union is every pixel; the other classes that occur score zero, the rest is skipped.
+        return float(label.max() / label.sum() / (label > 0).sum())
+
+    def _check_range(self, name: str, values: Tensor) -> None:
+        outside = values[(values < 0) | (values >= self.num_classes)]
+        if len(outside):
+            raise ValueError(f"{len(outside)} {name} are outside 0 to {self.num_classes - 1}, "
+                             f"e.g. {int(outside[0])} (ignore_index is {self.ignore_index})")

@@ -1,0 +1,143 @@
+"""The frozen DINOv3 vision transformer (arXiv:2508.10104), run by transformers' implementation."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+from shards.errors import ConfigError
+from trainer.config import BackboneConfig, RandomBackboneConfig
+
+PATCH_SIZE = 16  # of every DINOv3 ViT
+
+_DOWNLOAD_HINT = (
+    "DINOv3 weights are gated: accept the licence on the model's Hugging Face page, run `huggingface-cli login`, then "
+    "set backbone.source to the hub id (such as facebook/dinov3-vits16-pretrain-lvd1689m) or to a downloaded directory "
+    "with config.json and model.safetensors; backbone.random.hidden_size gives random weights for a dry run"
+)
+
+
+def tapped_layers(depth: int, choice: str) -> list[int]:
+    """Indices (from 0) of the blocks whose tokens are read, for `backbone.layers`. ConfigError if there are too few."""
+    if choice == "LAST":
+        return [depth - 1]
+    if depth < 4:
+        raise ConfigError(f"backbone.layers {choice} needs at least 4 blocks, the backbone has {depth}")
+    if choice == "FOUR_LAST":
+        return list(range(depth - 4, depth))
+    if depth == 24:  # the released ViT-L heads were trained with 4 where the rule gives 5
+        return [4, 11, 17, 23]
+    return [quarter * depth // 4 - 1 for quarter in (1, 2, 3, 4)]
+
+
+class DINOv3Backbone(nn.Module):
+    """A ViT that never trains: no gradients, and always in evaluation mode.
+
+    Training mode must not reach it: it would rescale the rotary position codes at random in every forward pass.
+    Under autocast it runs in the surrounding autocast's dtype.
+    """
+
+    def __init__(self, vit: DINOv3ViTModel, layers: Sequence[int]) -> None:
+        super().__init__()
+        if vit.config.patch_size != PATCH_SIZE:
+            raise ConfigError(f"the backbone's patch size is {vit.config.patch_size}, legal: {PATCH_SIZE}")
+        self.vit = vit
+        self.layers = list(layers)
+        self.embed_dim: int = vit.config.hidden_size
+        self.requires_grad_(False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> DINOv3Backbone:
+        """Stay in evaluation mode, whatever the model around switches to."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Patch tokens [B, N, D] (rows first) and class token [B, D] of each tapped layer, after the final norm.
+
+        images: normalised [B, 3, H, W]. Raises ValueError when H or W is no multiple of 16: the ViT itself
+        would cut the rest off without a word.
+        """
+        height, width = images.shape[-2:]
+        if height % PATCH_SIZE or width % PATCH_SIZE:
+            raise ValueError(f"image is {height}x{width}, legal: height and width multiples of {PATCH_SIZE}")
+        hidden_states = self.vit(images, output_hidden_states=True).hidden_states  # [0] is the input of block 0
+        prefix = 1 + self.vit.config.num_register_tokens
+        normed = [self.vit.norm(hidden_states[layer + 1]) for layer in self.layers]  # [B, prefix + N, D]
+        return [(tokens[:, prefix:], tokens[:, 0]) for tokens in normed]
+
+    def weights_sha256(self) -> str:
+        """Hex digest of all weights (names, dtypes, shapes and bytes, sorted by name): tells backbones apart."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.vit.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+def build_backbone(config: BackboneConfig) -> DINOv3Backbone:
+    """The configured ViT in float32 on the CPU; leaves the global random state as it found it. Raises ConfigError."""
+    with torch.random.fork_rng(devices=[]):
+        if config.source is not None:
+            vit = _pretrained_vit(config.source)
+        elif config.random.hidden_size is not None:
+            vit = _random_vit(config.random, config.random.hidden_size)
+        else:
+            raise ConfigError(f"neither backbone.source nor backbone.random.hidden_size is set. {_DOWNLOAD_HINT}")
+    return DINOv3Backbone(vit, tapped_layers(vit.config.num_hidden_layers, config.layers))
+
+
+def _random_vit(config: RandomBackboneConfig, hidden_size: int) -> DINOv3ViTModel:
+    if hidden_size % (4 * config.num_attention_heads):
+        raise ConfigError(f"backbone.random.hidden_size is {hidden_size}, legal: a multiple of 4 * num_attention_heads "
+                          f"({4 * config.num_attention_heads}), for the rotary position code")
+    # Not torch.manual_seed: that would also re-seed every accelerator's generator.
+    torch.default_generator.manual_seed(config.seed)
+    return DINOv3ViTModel(DINOv3ViTConfig(
+        hidden_size=hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        intermediate_size=config.intermediate_size,
+        num_register_tokens=config.num_register_tokens,
+        use_gated_mlp=config.use_gated_mlp,
+        hidden_act="silu" if config.use_gated_mlp else "gelu",
+        patch_size=PATCH_SIZE,
+        layer_norm_eps=1e-5,
+        rope_theta=100.0,
+        layerscale_value=1.0,  # DINOv3's initial 1e-5 would leave the blocks of an untrained ViT without effect
+    ))
+
+
+def _pretrained_vit(source: str) -> DINOv3ViTModel:
+    _check_directory(source)
+    try:
+        settings, _ = DINOv3ViTConfig.get_config_dict(source)
+        if settings.get("model_type") != DINOv3ViTConfig.model_type:
+            raise ConfigError(f"backbone.source {source} holds a model of type {settings.get('model_type')!r}, legal: "
+                              f"{DINOv3ViTConfig.model_type!r}")
+        loaded: Any = DINOv3ViTModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+    except OSError as error:
+        raise ConfigError(f"backbone.source {source} cannot be loaded ({error}). {_DOWNLOAD_HINT}") from error
+    vit, report = loaded
+    missing = sorted(set(report["missing_keys"]) - {"embeddings.mask_token"})  # the mask token is never used
+    if missing:
+        raise ConfigError(f"backbone.source {source} lacks {len(missing)} weights, the first is {missing[0]}. "
+                          f"{_DOWNLOAD_HINT}")
+    return vit
+
+
+def _check_directory(source: str) -> None:
+    """Refuse a local directory that is missing or incomplete, before it is mistaken for a hub id."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+            raise ConfigError(f"backbone.source {source} is incomplete: it needs config.json and model.safetensors. "
+                              f"{_DOWNLOAD_HINT}")
+    elif source.startswith(("/", ".", "~")) or source.count("/") != 1:
+        raise ConfigError(f"backbone.source {source} is no existing directory. {_DOWNLOAD_HINT}")

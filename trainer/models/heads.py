@@ -1,0 +1,117 @@
+"""The two segmentation heads. Both have `forward(features)` and `semantic_logits(outputs, size)`, so that training,
+sliding windows and evaluation never ask which one they have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.models.backbone import PATCH_SIZE, DINOv3Backbone
+from trainer.models.mask_decoder import MaskedTransformerDecoder
+from trainer.models.pixel_decoder import MSDeformAttnPixelDecoder
+
+
+class Mask2FormerHead(nn.Module):
+    """Pixel decoder and masked-attention decoder (Mask2Former, arXiv:2112.01527).
+
+    in_channels  channels of the features "1".."4", fine to coarse
+    hidden_dim   width of everything behind them: a multiple of 32 and of nheads
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        hidden_dim: int,
+        num_classes: int,
+        *,
+        num_queries: int,
+        nheads: int,
+        enc_layers: int,
+        enc_ffn: int,
+        dec_layers: int,
+        dec_ffn: int,
+    ) -> None:
+        super().__init__()
+        self.pixel_decoder = MSDeformAttnPixelDecoder(
+            in_channels, hidden_dim, nheads=nheads, ffn_dim=enc_ffn, num_layers=enc_layers)
+        self.predictor = MaskedTransformerDecoder(
+            hidden_dim, num_classes, num_queries=num_queries, nheads=nheads, ffn_dim=dec_ffn, num_layers=dec_layers)
+
+    def forward(self, features: dict[str, Tensor], with_aux: bool = False) -> dict[str, Any]:
+        """Features {"1".."4"}: [B, D, H/s, W/s] -> pred_logits [B, Q, C + 1] and pred_masks [B, Q, H/4, W/4].
+
+        In training, or on request, also aux_outputs: the same two for each of the dec_layers earlier predictions.
+        """
+        mask_features, multi_scale = self.pixel_decoder(features)
+        return self.predictor(multi_scale, mask_features, with_aux=self.training or with_aux)
+
+    def semantic_logits(self, outputs: dict[str, Any], size: tuple[int, int]) -> Tensor:
+        """Per-class scores float32 [B, C, H, W] at `size`: masks weighted by their class probabilities, summed.
+
+        Scores, not logits: each is in 0..Q (MaskFormer's semantic inference, arXiv:2107.06278 sec. 3.4).
+        """
+        pred_logits, pred_masks = outputs["pred_logits"].float(), outputs["pred_masks"].float()
+        with torch.autocast(pred_masks.device.type, enabled=False):
+            classes = pred_logits.softmax(dim=-1)[..., :-1]  # [B, Q, C], without "no object"
+            masks = F.interpolate(pred_masks, size=size, mode="bilinear", align_corners=False).sigmoid()
+            return torch.einsum("bqc,bqhw->bchw", classes, masks)
+
+
+class LinearBackbone(nn.Module):
+    """The frozen ViT as the linear head wants it: maps instead of tokens."""
+
+    def __init__(self, feature_model: DINOv3Backbone) -> None:
+        super().__init__()
+        self.feature_model = feature_model
+
+    @property
+    def backbone(self) -> DINOv3Backbone:
+        """The ViT; the attribute's own name is fixed by the reference's keys."""
+        return self.feature_model
+
+    def forward(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Normalised images [B, 3, H, W] -> per tapped layer a patch map [B, D, H/16, W/16] and class token [B, D]."""
+        grid = tuple(side // PATCH_SIZE for side in images.shape[-2:])
+        return [(patch_tokens.transpose(1, 2).unflatten(2, grid), cls_token)
+                for patch_tokens, cls_token in self.feature_model(images)]
+
+
+class LinearHead(nn.Module):
+    """Linear probe: dropout of whole channels, batch norm, 1x1 convolution (DINOv2, arXiv:2304.07193 sec. 7.4)."""
+
+    def __init__(
+        self, in_channels: Sequence[int], num_classes: int, *, dropout: float, use_batchnorm: bool, use_cls_token: bool
+    ) -> None:
+        super().__init__()
+        channels = sum(in_channels) * (2 if use_cls_token else 1)
+        self.use_cls_token = use_cls_token
+        self.dropout = nn.Dropout2d(dropout)
+        self.batchnorm_layer = nn.BatchNorm2d(channels) if use_batchnorm else nn.Identity()
+        self.conv = nn.Conv2d(channels, num_classes, 1)
+        nn.init.normal_(self.conv.weight, std=0.01)
+        assert self.conv.bias is not None
+        nn.init.zeros_(self.conv.bias)
+
+    def forward(self, features: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+        """Patch map [B, D, h, w] and class token [B, D] per layer -> {"logits": [B, C, h, w]}.
+
+        h and w are those of the first layer's map. Class tokens are read only when the head was built with them.
+        """
+        size = features[0][0].shape[-2:]
+        maps = []
+        for patch_map, cls_token in features:
+            maps.append(F.interpolate(patch_map, size=size, mode="bilinear", align_corners=False))
+            if self.use_cls_token:
+                maps.append(cls_token[:, :, None, None].expand(-1, -1, *size))
+        # Maps rebuilt from tokens are transposed views, which BatchNorm2d may not get: see DINOv3Adapter._pyramid.
+        stacked = torch.cat(maps, dim=1).contiguous()  # [B, sum D, h, w]
+        return {"logits": self.conv(self.batchnorm_layer(self.dropout(stacked)))}
+
+    def semantic_logits(self, outputs: dict[str, Any], size: tuple[int, int]) -> Tensor:
+        """Class logits float32 [B, C, H, W], resized bilinearly to `size`."""
+        return F.interpolate(outputs["logits"].float(), size=size, mode="bilinear", align_corners=False)

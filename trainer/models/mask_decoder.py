@@ -1,0 +1,167 @@
+"""Transformer decoder with masked attention (Mask2Former, arXiv:2112.01527 sec. 3.2.1).
+
+Queries become masks and classes, layer after layer; each layer attends only where the previous prediction's mask is
+positive. Parameter names equal the reference's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.models.pixel_decoder import NUM_LEVELS, sine_position_code
+
+
+def blocked_positions(pred_masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """Where a mask, resized to `size`, is negative (probability below 1/2).
+
+    pred_masks: logits [B, Q, H, W] -> bool [B, Q, h * w]. Resized before the comparison, and without gradient.
+    """
+    resized = F.interpolate(pred_masks.detach(), size=size, mode="bilinear", align_corners=False)
+    return resized.flatten(2) < 0
+
+
+def allowed_positions(blocked: Tensor) -> Tensor:
+    """Attention mask for all heads: bool [B, Q, HW] -> [B, 1, Q, HW], True = attend.
+
+    A query that is blocked everywhere may look everywhere: softmax over nothing would be NaN.
+    """
+    return (~blocked | blocked.all(dim=-1, keepdim=True))[:, None]
+
+
+class MultiheadAttention(nn.Module):
+    """Multi-head attention with `nn.MultiheadAttention`'s parameter names, but one mask for all heads.
+
+    The torch module wants a mask per head, [B * heads, Q, HW]; here it broadcasts from [B, 1, Q, HW].
+    """
+
+    def __init__(self, dim: int, nheads: int) -> None:
+        super().__init__()
+        self.nheads = nheads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.xavier_uniform_(self.out_proj.weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """query [B, Q, D], key and value [B, N, D], allowed bool [B, 1, Q, N] (None: everything) -> [B, Q, D]."""
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        q, k, v = (F.linear(x, weight, bias).unflatten(-1, (self.nheads, -1)).transpose(1, 2)  # [B, heads, N, d]
+                   for x, weight, bias in zip((query, key, value), weights, biases, strict=True))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
+
+
+class CrossAttentionLayer(nn.Module):
+    """Queries read a feature map, masked; residual, post-norm."""
+
+    def __init__(self, dim: int, nheads: int) -> None:
+        super().__init__()
+        self.multihead_attn = MultiheadAttention(dim, nheads)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, query_embed: Tensor, key: Tensor, value: Tensor, allowed: Tensor) -> Tensor:
+        """x [B, Q, D], query_embed [Q, D], key and value [B, HW, D], allowed bool [B, 1, Q, HW] -> [B, Q, D]."""
+        return self.norm(x + self.multihead_attn(x + query_embed, key, value, allowed))
+
+
+class SelfAttentionLayer(nn.Module):
+    """Queries read each other; residual, post-norm."""
+
+    def __init__(self, dim: int, nheads: int) -> None:
+        super().__init__()
+        self.self_attn = MultiheadAttention(dim, nheads)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, query_embed: Tensor) -> Tensor:
+        """x [B, Q, D], query_embed [Q, D] -> [B, Q, D]."""
+        placed = x + query_embed
+        return self.norm(x + self.self_attn(placed, placed, x))
+
+
+class FFNLayer(nn.Module):
+    """Two linear layers with ReLU; residual, post-norm."""
+
+    def __init__(self, dim: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(dim, ffn_dim)
+        self.linear2 = nn.Linear(ffn_dim, dim)
+        self.norm = nn.LayerNorm(dim)
+        nn.init.xavier_uniform_(self.linear1.weight)
+        nn.init.xavier_uniform_(self.linear2.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, Q, D] -> [B, Q, D]."""
+        return self.norm(x + self.linear2(F.relu(self.linear1(x))))
+
+
+class MLP(nn.Module):
+    """Three linear layers of equal width, ReLU between."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(dim, dim) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]"""
+        first, second, last = self.layers
+        return last(F.relu(second(F.relu(first(x)))))
+
+
+class MaskedTransformerDecoder(nn.Module):
+    """`num_layers` decoder layers over the levels in turn, coarse first, and `num_layers + 1` predictions."""
+
+    def __init__(
+        self, hidden_dim: int, num_classes: int, *, num_queries: int, nheads: int, ffn_dim: int, num_layers: int
+    ) -> None:
+        super().__init__()
+        layers = range(num_layers)
+        self.transformer_cross_attention_layers = nn.ModuleList(CrossAttentionLayer(hidden_dim, nheads) for _ in layers)
+        self.transformer_self_attention_layers = nn.ModuleList(SelfAttentionLayer(hidden_dim, nheads) for _ in layers)
+        self.transformer_ffn_layers = nn.ModuleList(FFNLayer(hidden_dim, ffn_dim) for _ in layers)
+        self.post_norm = nn.LayerNorm(hidden_dim)
+        self.query_feat = nn.Embedding(num_queries, hidden_dim)
+        self.query_embed = nn.Embedding(num_queries, hidden_dim)
+        self.level_embed = nn.Embedding(NUM_LEVELS, hidden_dim)
+        self.class_embed = nn.Linear(hidden_dim, num_classes + 1)
+        self.mask_embed = MLP(hidden_dim)
+
+    def forward(self, multi_scale: list[Tensor], mask_features: Tensor, with_aux: bool) -> dict[str, Any]:
+        """Predictions from three maps [B, D, h, w] (coarse to fine) and mask features [B, D, H/4, W/4].
+
+        Returns pred_logits [B, Q, C + 1] and pred_masks [B, Q, H/4, W/4] (raw logits); with `with_aux` also
+        aux_outputs, the same two for the queries as they were before each layer. Without it, nobody computes the
+        classes of those.
+        """
+        levels = [self._keys_and_values(level, features) for level, features in enumerate(multi_scale)]
+        x = self.query_feat.weight.expand(mask_features.shape[0], -1, -1)  # [B, Q, D]
+        query_embed = self.query_embed.weight  # [Q, D]
+        aux_outputs = []
+        blocks = zip(self.transformer_cross_attention_layers, self.transformer_self_attention_layers,
+                     self.transformer_ffn_layers, strict=True)
+        for layer, (cross_attention, self_attention, ffn) in enumerate(blocks):
+            normed = self.post_norm(x)
+            pred_masks = self._masks(normed, mask_features)
+            if with_aux:
+                aux_outputs.append({"pred_logits": self.class_embed(normed), "pred_masks": pred_masks})
+            key, value, size = levels[layer % NUM_LEVELS]
+            allowed = allowed_positions(blocked_positions(pred_masks, size))
+            x = cross_attention(x, query_embed, key, value, allowed)
+            x = ffn(self_attention(x, query_embed))
+        normed = self.post_norm(x)
+        outputs = {"pred_logits": self.class_embed(normed), "pred_masks": self._masks(normed, mask_features)}
+        return outputs | {"aux_outputs": aux_outputs} if with_aux else outputs
+
+    def _keys_and_values(self, level: int, features: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """One level's [B, D, h, w] as keys and values [B, hw, D]; only keys carry the position."""
+        _, dim, height, width = features.shape
+        value = features.flatten(2).transpose(1, 2) + self.level_embed.weight[level]
+        return value + sine_position_code(height, width, dim, features.device), value, (height, width)
+
+    def _masks(self, normed: Tensor, mask_features: Tensor) -> Tensor:
+        return torch.einsum("bqd,bdhw->bqhw", self.mask_embed(normed), mask_features)

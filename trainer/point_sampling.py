@@ -1,0 +1,54 @@
+"""Losses on points instead of pixels: where to look, and what is there.
+
+PointRend (arXiv:1912.08193, sec. 3.1) proposed it; Mask2Former (arXiv:2112.01527, sec. 3.3) uses it in the
+matcher and in the mask losses. Points are (x, y) in [0, 1] of the whole map, whatever its resolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Draw = Callable[[tuple[int, ...]], Tensor]
+"""The only source of randomness here: shape -> float32 tensor of that shape, uniform in [0, 1)."""
+
+
+def uniform_draw(device: torch.device, generator: torch.Generator | None) -> Draw:
+    """Draw with torch.rand on `device`; `generator` (None: torch's global one) must live on the same device."""
+
+    def draw(shape: tuple[int, ...]) -> Tensor:
+        return torch.rand(shape, device=device, generator=generator)
+
+    return draw
+
+
+def point_sample(maps: Tensor, points: Tensor) -> Tensor:
+    """Bilinear values float32 [N, C, P] of maps [N, C, H, W] (any dtype) at points float32 [N, P, 2].
+
+    Pixel centres lie at (i + 0.5) / size (align_corners False); beyond the border the map counts as zero.
+    """
+    grid = 2.0 * points[:, :, None] - 1.0  # [N, P, 1, 2], the [-1, 1] that grid_sample wants
+    return F.grid_sample(maps.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)[..., 0]
+
+
+@torch.no_grad()
+def sample_uncertain_points(mask_logits: Tensor, num_points: int, oversample_ratio: float,
+                            importance_sample_ratio: float, draw: Draw) -> Tensor:
+    """Points float32 [N, num_points, 2], most of them where masks [N, H, W] are closest to the 0.5 border.
+
+    Of `oversample_ratio` times too many uniform candidates the least certain are kept, for a share of
+    `importance_sample_ratio`; the rest is uniform (PointRend sec. 3.1, "training").
+    Draws [N, candidates, 2], then [N, rest, 2] unless the rest is none.
+    """
+    count = len(mask_logits)
+    candidates = draw((count, int(num_points * oversample_ratio), 2))  # [N, S, 2]
+    uncertainty = -point_sample(mask_logits[:, None], candidates)[:, 0].abs()  # [N, S]
+    num_uncertain = int(importance_sample_ratio * num_points)
+    chosen = uncertainty.topk(num_uncertain, dim=1, sorted=False).indices  # [N, K]
+    uncertain = candidates.gather(1, chosen[:, :, None].expand(-1, -1, 2))  # [N, K, 2]
+    if num_uncertain == num_points:
+        return uncertain
+    return torch.cat([uncertain, draw((count, num_points - num_uncertain, 2))], dim=1)  # [N, P, 2]

@@ -1,0 +1,71 @@
+"""Predict images with a trained checkpoint: a PNG of class ids and an overlay picture for each.
+
+example: python trainer/predict.py --checkpoint runs/ade20k-m2f/checkpoints/best.pt --output out photo.jpg
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from tqdm import tqdm
+
+from shards.command_line import run_entry_point
+from shards.config_file import override_config
+from shards.errors import ConfigError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="checkpoint file, e.g. <run>/checkpoints/best.pt")
+    parser.add_argument("--output", required=True, help="folder for <name>.png (class ids) and <name>-overlay.png")
+    parser.add_argument("--set", action="append", default=[], metavar="key=value", dest="overrides",
+                        help="change a setting of the run, e.g. --set eval.tta_flip=true (repeatable; settings as in "
+                        "trainer/eval.py --help; default: as trained)")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="JPEG or PNG files")
+    arguments = parser.parse_args()
+    names = [Path(image).stem for image in arguments.images]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"two images are named {twice[0]!r}; their predictions would overwrite each other")
+    missing = [image for image in arguments.images if not Path(image).is_file()]
+    if missing:
+        raise ConfigError(f"image {missing[0]} does not exist")
+    return _predict(arguments)
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from shards.picture import overlay
+    from shards.sample import decode_image
+    from trainer.build import restore_model
+    from trainer.checkpoint import load_checkpoint
+    from trainer.distributed import distributed
+    from trainer.evaluation import Predictor
+
+    checkpoint = load_checkpoint(arguments.checkpoint)
+    config = override_config(checkpoint.run_config, arguments.overrides)
+    output = Path(arguments.output)
+    output.mkdir(parents=True, exist_ok=True)
+    colors = [info.color for info in checkpoint.class_infos]
+    dtype = np.uint8 if len(colors) <= 256 else np.uint16
+    with distributed(config.device) as context:
+        model = restore_model(checkpoint, config.backbone.source, context.device)
+        predict = Predictor(model, config, len(colors), context.device)
+        for path in tqdm(arguments.images, desc="predicting", unit="img", disable=None):
+            pixels = decode_image(Path(path).read_bytes(), path)
+            label_map = predict(torch.from_numpy(pixels.transpose(2, 0, 1).copy())).cpu().numpy().astype(dtype)
+            Image.fromarray(label_map).save(output / f"{Path(path).stem}.png")
+            Image.fromarray(overlay(pixels, label_map, colors)).save(output / f"{Path(path).stem}-overlay.png")
+    legend = {number: info.name for number, info in enumerate(checkpoint.class_infos)}
+    (output / "classes.json").write_text(json.dumps(legend, indent=1))
+    print(f"{len(arguments.images)} predictions are in {output} (class ids, overlays, classes.json)")
+    return 0
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

@@ -1,0 +1,58 @@
+"""What a run leaves behind for people: metrics.jsonl (the record), TensorBoard, pictures. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+
+from shards.writer import write_atomically
+
+METRICS_NAME = "metrics.jsonl"
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The records of a run in order; a last line cut short by a kill is left out."""
+    path = run / METRICS_NAME
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+class RunLogger:
+    """Appends to the run's record from `step` on; what a killed run had logged beyond it is dropped."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        self.run = run
+        kept = [record for record in read_metrics(run) if record["step"] <= step]
+        write_atomically(run / METRICS_NAME, "".join(json.dumps(record) + "\n" for record in kept).encode())
+        self._file = (run / METRICS_NAME).open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+
+    def scalars(self, step: int, kind: str, values: dict[str, float]) -> None:
+        """One record, e.g. kind "train" or "val"."""
+        self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def picture(self, step: int, name: str, picture: Image.Image) -> None:
+        """A picture: `<run>/pictures/<name>-<step>.png` and in TensorBoard."""
+        folder = self.run / "pictures"
+        folder.mkdir(exist_ok=True)
+        picture.save(folder / f"{name}-{step:08d}.png")
+        self._board.add_image(name, np.asarray(picture), step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()

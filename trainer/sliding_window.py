@@ -1,0 +1,148 @@
+"""Predict images of any size with overlapping windows, and average over scaled and mirrored views.
+
+A model here is a function `predict(crop [1, 3, h, w]) -> scores [1, C, h, w]`: higher means more likely, logits
+or Mask2Former's sums of class probability times mask probability (MaskFormer, arXiv:2107.06278, sec. 3.4).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Predict = Callable[[Tensor], Tensor]
+Size = tuple[int, int]
+"""Height and width in pixels."""
+
+ADAPTER_DIVISOR = 32
+"""The adapter accepts only heights and widths that are multiples of this."""
+
+
+def window_grid(size: Size, crop: Size, stride: Size) -> list[tuple[int, int, int, int]]:
+    """Windows (top, bottom, left, right) of `crop` that cover `size`, row by row, `stride` apart.
+
+    The last window of an axis is shifted back inside; an axis shorter than the crop gets one window of its length.
+    Raises ValueError when the stride leaves gaps between windows.
+    """
+    rows, columns = (_spans(*axis) for axis in zip(size, crop, stride, strict=True))
+    return [(*row, *column) for row in rows for column in columns]
+
+
+def _spans(length: int, crop: int, stride: int) -> list[Size]:
+    count = math.ceil(max(length - crop, 0) / stride) + 1
+    ends = [min(index * stride + crop, length) for index in range(count)]
+    spans = [(max(end - crop, 0), end) for end in ends]
+    if any(end < start for (_, end), (start, _) in pairwise(spans)):
+        raise ValueError(f"stride {stride} leaves gaps between windows of {crop} pixels; legal: 1 to {crop}")
+    return spans
+
+
+def window_size(size: Size, crop: Size | None, size_divisor: int | None) -> Size:
+    """The window that an image of `size` is seen through, at most `crop` (None: the whole image).
+
+    With a divisor both sides are multiples of it, so a window may be larger than a small image, which is then
+    padded. Without one (the reference's rule, whose windows the adapter may refuse) windows lie inside the image,
+    and are square when the image is shorter than the crop on both axes.
+    Raises ValueError when the crop itself is not a multiple of the divisor.
+    """
+    if size_divisor is None:
+        if crop is None:
+            return size
+        if size[0] < crop[0] and size[1] < crop[1]:
+            return min(size), min(size)
+        return min(size[0], crop[0]), min(size[1], crop[1])
+    height, width = (math.ceil(side / size_divisor) * size_divisor for side in size)
+    if crop is None:
+        return height, width
+    if crop[0] % size_divisor or crop[1] % size_divisor:
+        raise ValueError(f"crop_size is {crop}, legal: multiples of {size_divisor}")
+    return min(height, crop[0]), min(width, crop[1])
+
+
+@torch.no_grad()
+def slide_inference(predict: Predict, image: Tensor, num_classes: int, crop_size: Size | int | None,
+                    stride: Size | int, *, size_divisor: int | None = ADAPTER_DIVISOR) -> Tensor:
+    """Scores float32 [1, C, H, W] of a normalised image [1, 3, H, W]: the mean over all windows that see a pixel.
+
+    `crop_size` None takes one window over the whole image. Where a window is larger than the image (see
+    `window_size`), the image is continued with zeros, the mean colour, to the right and below.
+    Raises ValueError for other image shapes, and scores that are not of their window's size.
+    """
+    if image.ndim != 4 or len(image) != 1:
+        raise ValueError(f"image has shape {tuple(image.shape)}, legal: one image, [1, 3, H, W]")
+    size = (image.shape[2], image.shape[3])
+    window = window_size(size, None if crop_size is None else _pair(crop_size), size_divisor)
+    padded_size = (max(size[0], window[0]), max(size[1], window[1]))
+    padded = F.pad(image, (0, padded_size[1] - size[1], 0, padded_size[0] - size[0]))
+    scores = torch.zeros(1, num_classes, *padded_size, device=image.device)  # [1, C, H, W]
+    visits = torch.zeros(1, 1, *padded_size, device=image.device)
+    for top, bottom, left, right in window_grid(padded_size, window, _pair(stride)):
+        crop_scores = predict(padded[:, :, top:bottom, left:right])
+        expected = (1, num_classes, bottom - top, right - left)
+        if crop_scores.shape != expected:
+            raise ValueError(f"predict returned scores {tuple(crop_scores.shape)}, legal for this window: {expected}")
+        scores[:, :, top:bottom, left:right] += crop_scores
+        visits[:, :, top:bottom, left:right] += 1
+    return scores.div_(visits)[:, :, :size[0], :size[1]]
+
+
+def view_size(size: Size, short_side: int | None, ratio: float | None) -> Size:
+    """Size that an image of `size` is resized to for one view; the aspect ratio is kept up to rounding.
+
+    The short side becomes `short_side` (None: stays) times `ratio` (None: one), rounded down; for a ratio below
+    one it is then rounded up to a multiple of 32, as the reference does.
+    """
+    short = min(size) if short_side is None else short_side
+    if ratio is not None:
+        short = int(short * ratio)
+        if ratio < 1:
+            short = math.ceil(short / ADAPTER_DIVISOR) * ADAPTER_DIVISOR
+    long = int(short * max(size) / min(size) + 0.5)
+    return (short, long) if size[0] <= size[1] else (long, short)
+
+
+@torch.no_grad()
+def view_scores(predict: Predict, view: Tensor, num_classes: int, crop_size: Size | int | None, stride: Size | int, *,
+                output_size: Size, mirrored: bool, size_divisor: int | None = ADAPTER_DIVISOR) -> Tensor:
+    """Scores float32 [1, C, *output_size] of a view [1, 3, h, w], resized bilinearly and, if it is mirrored,
+    mirrored back."""
+    scores = slide_inference(predict, view, num_classes, crop_size, stride, size_divisor=size_divisor)
+    resized = F.interpolate(scores, output_size, mode="bilinear", align_corners=False)
+    return resized.flip(3) if mirrored else resized
+
+
+@torch.no_grad()
+def predict_with_tta(predict: Predict, image: Tensor, num_classes: int, crop_size: Size | int | None,
+                     stride: Size | int, *, label_size: Size, short_side: int | None = None,
+                     ratios: Sequence[float] = (), flip: bool = False,
+                     size_divisor: int | None = ADAPTER_DIVISOR) -> Tensor:
+    """Class of every pixel, int64 [*label_size], from a normalised image [1, 3, H, W].
+
+    Each ratio (none: the image at `short_side`) is a view, with `flip` each view also mirrored. The class
+    probabilities of all views are averaged: a softmax over classes even of Mask2Former's scores, as in the
+    reference, whose published numbers with several views depend on it.
+    """
+    scales: Sequence[float | None] = ratios or [None]
+    sizes = [view_size((image.shape[2], image.shape[3]), short_side, ratio) for ratio in scales]
+    total = torch.zeros(1, num_classes, *label_size, device=image.device)  # [1, C, H, W]
+    for mirrored in (False, True) if flip else (False,):
+        for size in sizes:
+            view = _resize(image, size)
+            scores = view_scores(predict, view.flip(3) if mirrored else view, num_classes, crop_size, stride,
+                                 output_size=label_size, mirrored=mirrored, size_divisor=size_divisor)
+            total += scores.softmax(1)
+    return total.argmax(1)[0]
+
+
+def _resize(image: Tensor, size: Size) -> Tensor:
+    if size == tuple(image.shape[2:]):
+        return image
+    return F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)
+
+
+def _pair(sides: Size | int) -> Size:
+    return (sides, sides) if isinstance(sides, int) else (sides[0], sides[1])

@@ -1,0 +1,69 @@
+"""Train a segmentation head on a frozen DINOv3 backbone.
+
+example: torchrun --standalone --nproc-per-node 2 trainer/train.py --config configs/config-ade20k-m2f-training.yaml
+         data.root=shards-ade20k output_dir=runs/ade20k-m2f
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shards.command_line import add_overrides, config_parser, run_entry_point
+from shards.config_file import config_to_yaml
+from trainer.config import RunConfig, load_run_config
+
+DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "config-ade20k-m2f-training.yaml"
+
+
+def main() -> int:
+    parser = config_parser(str(__doc__), RunConfig, str(DEFAULT_CONFIG))
+    parser.add_argument("--dry-run", action="store_true", help="print settings, counts and one sample, train nothing")
+    add_overrides(parser)
+    arguments = parser.parse_intermixed_args()
+    config = load_run_config(arguments.config, arguments.overrides)
+    return _dry_run(config) if arguments.dry_run else _train(config)
+
+
+def _train(config: RunConfig) -> int:
+    from trainer.distributed import distributed  # torch takes seconds to import; --help need not wait
+    from trainer.evaluation import format_metrics
+    from trainer.loop import required_folders, train
+
+    root, folder = required_folders(config)
+    with distributed(config.device) as context:
+        metrics = train(config, context)
+        if context.is_main:
+            from shards.manifest import load_manifest
+
+            print(format_metrics(metrics, load_manifest(root).classes))
+            print(f"checkpoints, metrics.jsonl, pictures and curves.png are in {folder}")
+    return 0
+
+
+def _dry_run(config: RunConfig) -> int:
+    from shards.plan import TrainPlan, accumulation_for
+    from shards.reader import ShardReader
+    from trainer.data import TrainCrops
+    from trainer.loop import required_folders
+
+    root, _ = required_folders(config)
+    print(config_to_yaml(config))
+    reader = ShardReader(root, config.data.train_split)
+    plan = TrainPlan(num_samples=len(reader), micro_batch_size=config.train.micro_batch_size, seed=config.seed)
+    accumulation = accumulation_for(config.train.global_batch_size, config.train.micro_batch_size, 1)
+    epochs = config.train.total_steps * config.train.global_batch_size / len(reader)
+    val_images = len(ShardReader(root, config.data.val_split, reader.manifest))
+    print(f"{reader.manifest.dataset}: {reader.manifest.num_classes} classes, {len(reader)} training samples in "
+          f"{len(reader.info.shards)} shards, {val_images} validation samples")
+    print(f"{config.train.total_steps} steps of {config.train.global_batch_size} = {epochs:.2f} epochs; {accumulation} "
+          "micro-batches per step, shared by the ranks")
+    batch = TrainCrops(reader, plan, config.data)[0]
+    names = [reader.manifest.classes[label].name for label in batch.labels[: batch.counts[0]].tolist()]
+    print(f"first sample: {batch.keys[0]}, {tuple(batch.images.shape[1:])} {batch.images.dtype}, "
+          f"{batch.counts[0]} masks: {', '.join(names)}")
+    print("dry run: nothing was trained")
+    return 0
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

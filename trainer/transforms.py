@@ -1,0 +1,87 @@
+"""Colour augmentation and normalisation of whole batches, on the device that trains.
+
+Random numbers are drawn on the loader's workers, one small vector per sample, and applied here to all samples at
+once: a sample's result depends on its own vector only, and nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PHOTOMETRIC_PARAMETERS = ("brightness", "contrast", "saturation", "hue", "contrast_last")
+LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(images / 255 - mean) / std, float32 [B, 3, H, W] from uint8 [B, 3, H, W]; mean and std on a 0..1 scale."""
+    mean_map, std_map = _channel_maps(tuple(mean), tuple(std), images.device)
+    return (images.float() / 255.0 - mean_map) / std_map
+
+
+@lru_cache(maxsize=8)
+def _channel_maps(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    # Cached, because a copy of host numbers to a CUDA device would wait for it on every batch.
+    return (torch.tensor(mean, device=device).view(1, -1, 1, 1), torch.tensor(std, device=device).view(1, -1, 1, 1))
+
+
+def draw_photometric(rng: np.random.Generator) -> np.ndarray:
+    """Parameters float32 [5] of one sample's colour augmentation, in the order of `PHOTOMETRIC_PARAMETERS`.
+
+    Brightness is added, U(-32, 32); contrast and saturation are factors, U(0.5, 1.5); hue is a share of the colour
+    circle, U(-0.5, 0.5). Each is drawn with probability one half and neutral otherwise. `contrast_last` is a coin
+    (SSD, arXiv:1512.02325; ranges of DINOv3's linear recipe). Every call takes the same number of draws from `rng`.
+    """
+    values = rng.uniform((-32.0, 0.5, 0.5, -0.5), (32.0, 1.5, 1.5, 0.5))
+    coins = rng.random(5) < 0.5
+    drawn = np.where(coins[:4], values, (0.0, 1.0, 1.0, 0.0))
+    return np.append(drawn, coins[4]).astype(np.float32)
+
+
+def photometric_distort(images: Tensor, params: Tensor) -> Tensor:
+    """Colour-augmented uint8 [B, 3, H, W] of RGB images uint8 [B, 3, H, W]; params float32 [B, 5], one row each,
+    as from `draw_photometric` and on the images' device.
+
+    Brightness, contrast, saturation, hue; with `contrast_last` contrast comes after hue. Every step ends clipped to
+    0..255 and truncated to whole numbers; a neutral step leaves its sample as it is.
+    """
+    brightness, contrast, saturation, hue, contrast_last = params.float().t()[:, :, None, None, None]  # [B, 1, 1, 1]
+    last = contrast_last > 0.5
+    pixels = images.float()
+    pixels = _to_levels(pixels + brightness)
+    pixels = _to_levels(pixels * torch.where(last, 1.0, contrast))
+    pixels = _to_levels(saturation * pixels + (1.0 - saturation) * _luminance(pixels))
+    pixels = torch.where(hue == 0.0, pixels, _to_levels(_rotate_hue(pixels, hue)))
+    pixels = _to_levels(pixels * torch.where(last, contrast, 1.0))
+    return pixels.to(torch.uint8)
+
+
+def _to_levels(pixels: Tensor) -> Tensor:
+    return pixels.clamp(0.0, 255.0).floor()
+
+
+def _luminance(pixels: Tensor) -> Tensor:
+    red, green, blue = pixels.unbind(1)
+    return (LUMINANCE[0] * red + LUMINANCE[1] * green + LUMINANCE[2] * blue)[:, None]  # [B, 1, H, W]
+
+
+def _rotate_hue(pixels: Tensor, turn: Tensor) -> Tensor:
+    """Turn the HSV hue of pixels [B, 3, H, W] by `turn` [B, 1, 1, 1] of the circle; value and chroma stay."""
+    red, green, blue = pixels[:, 0:1], pixels[:, 1:2], pixels[:, 2:3]
+    value = pixels.amax(1, keepdim=True)  # [B, 1, H, W]
+    chroma = value - pixels.amin(1, keepdim=True)
+    scale = chroma.clamp(min=1.0)  # levels are whole: below one is gray, which has no hue
+    sixths = torch.where(
+        value == red, (green - blue) / scale,
+        torch.where(value == green, 2.0 + (blue - red) / scale, 4.0 + (red - green) / scale),
+    ) + 6.0 * turn
+    # Distance of the hue from each primary decides how much chroma that primary lacks: none up to 1, all from 2 on.
+    lacks = []
+    for primary in (0.0, 2.0, 4.0):
+        around = (sixths - primary).remainder(6.0)
+        lacks.append(torch.minimum(around, 6.0 - around).sub(1.0).clamp(0.0, 1.0))
+    return value - chroma * torch.cat(lacks, dim=1)  # [B, 3, H, W]
