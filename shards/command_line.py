@@ -42,7 +42,7 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
         code = main()
         sys.stdout.flush()
     except MaskStreamError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_last_line(error)}", file=sys.stderr)
         code = EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -51,3 +51,8 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     sys.exit(code)
+
+
+def _last_line(error: Exception) -> str:
+    """The message itself: an error from a DataLoader worker arrives with the worker's traceback before it."""
+    return str(error).strip().rpartition("\n")[2]

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from shards.errors import ConfigError
-from trainer.config import AdapterConfig, BackboneConfig, DecoderHeadConfig, RandomBackboneConfig
-from trainer.models import Segmenter, build_model
+from trainer.build import build_model
+from trainer.config import AdapterConfig, BackboneConfig, DecoderHeadConfig, RandomBackboneConfig, RunConfig
+from trainer.models import Segmenter
 from trainer.models.adapter import DINOv3Adapter, DropPath
 from trainer.models.backbone import DINOv3Backbone, build_backbone, tapped_layers
 from trainer.models.deform_attn import MSDeformAttn, deformable_sampling, pixel_centers
@@ -34,7 +35,8 @@ LINEAR = DecoderHeadConfig(type="linear", dropout=0.0)
 def make_model(head: DecoderHeadConfig = M2F, layers: str = "FOUR_EVEN_INTERVALS", seed: int = 0) -> Segmenter:
     """A tiny model; the same seed gives the same weights."""
     torch.manual_seed(seed)
-    return build_model(BackboneConfig(random=RANDOM_VIT, layers=layers), ADAPTER, head, CLASSES)
+    backbone = BackboneConfig(random=RANDOM_VIT, layers=layers)
+    return build_model(RunConfig(backbone=backbone, adapter=ADAPTER, decoder_head=head), CLASSES)
 
 
 def make_images(batch: int = 2, height: int = 64, width: int = 96, seed: int = 1) -> Tensor:
@@ -457,8 +459,9 @@ def test_keys_and_shapes_equal_the_reference(golden: Any, backbone: str) -> None
     hidden_size = expected["segmentation_model.0.level_embed"][1]
     vit = RandomBackboneConfig(hidden_size=hidden_size, num_attention_heads=hidden_size // 64)
     with torch.device("meta"):
-        model = build_model(BackboneConfig(random=vit), AdapterConfig(),
-                            DecoderHeadConfig(hidden_dim=description["hidden_dim"]), description["num_classes"])
+        head = DecoderHeadConfig(hidden_dim=description["hidden_dim"])
+        model = build_model(RunConfig(backbone=BackboneConfig(random=vit), decoder_head=head),
+                            description["num_classes"])
     assert {key: tuple(value.shape) for key, value in model.trainable_state_dict().items()} == expected
 
 

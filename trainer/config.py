@@ -34,7 +34,7 @@ class DataConfig:
 class RandomBackboneConfig:
     """A small DINOv3 ViT with random weights drawn from `seed`: for tests, demos and dry runs."""
 
-    hidden_size: int | None = knob(None, "token width (for the adapter a multiple of 32); null: no random backbone",
+    hidden_size: int | None = knob(None, "token width; null: no random backbone",
                                    minimum=4)
     num_hidden_layers: int = knob(4, "transformer blocks", minimum=1)
     num_attention_heads: int = knob(2, "attention heads", minimum=1)
@@ -70,12 +70,13 @@ class AdapterConfig:
     deform_num_heads: int = knob(16, "heads of deformable attention", minimum=1)
     drop_path: float = knob(0.3, "stochastic depth rate of the extractors", minimum=0, maximum=0.99)
     cffn_ratio: float = knob(0.25, "width of the convolutional FFN, as a fraction of the token width", minimum=0)
-    deform_ratio: float = knob(0.5, "value width of deformable attention, as a fraction", minimum=0)
+    deform_ratio: float = knob(0.5, "value width of deformable attention, as a fraction of the token "
+                               "width; the result must be a multiple of deform_num_heads", minimum=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderHeadConfig:
-    """The segmentation head; `type` routes in `trainer.models.build_model`, nowhere else."""
+    """The segmentation head; `type` routes in `trainer.build`, nowhere else."""
 
     type: str = knob("m2f", "head kind", choices=("m2f", "linear"))
     hidden_dim: int = knob(256, "m2f: width of pixel decoder, queries and mask features (multiple of 32)", minimum=32)

@@ -1,4 +1,4 @@
-"""The networks: how a configuration becomes a model."""
+"""The networks, float32 on the CPU. `trainer.build` decides which of them a configuration gets."""
 
 from __future__ import annotations
 
@@ -9,26 +9,16 @@ from trainer.models.backbone import build_backbone
 from trainer.models.heads import LinearBackbone, LinearHead, Mask2FormerHead
 from trainer.models.segmenter import Segmenter
 
-__all__ = ["Segmenter", "build_linear", "build_mask2former", "build_model"]
-
-
-def build_model(
-    backbone: BackboneConfig, adapter: AdapterConfig, decoder_head: DecoderHeadConfig, num_classes: int
-) -> Segmenter:
-    """The model that `decoder_head.type` names, float32 on the CPU.
-
-    Its trainable weights are drawn from torch's global random state. Raises ConfigError when the ViT cannot be had or
-    the settings do not fit each other.
-    """
-    if decoder_head.type == "linear":
-        return build_linear(backbone, decoder_head, num_classes)
-    return build_mask2former(backbone, adapter, decoder_head, num_classes)
+__all__ = ["Segmenter", "build_linear", "build_mask2former"]
 
 
 def build_mask2former(
     backbone: BackboneConfig, adapter: AdapterConfig, head: DecoderHeadConfig, num_classes: int
 ) -> Segmenter:
-    """Frozen ViT, adapter and Mask2Former head; as `build_model`."""
+    """Frozen ViT, adapter and Mask2Former head; trainable weights are drawn from torch's global random state.
+
+    Raises ConfigError when the ViT cannot be had or the settings do not fit each other.
+    """
     if backbone.layers == "LAST":
         raise ConfigError("decoder_head.type m2f needs four tapped layers, backbone.layers is LAST; set it to "
                           "FOUR_EVEN_INTERVALS (or FOUR_LAST)")
@@ -47,7 +37,7 @@ def build_mask2former(
 
 
 def build_linear(backbone: BackboneConfig, head: DecoderHeadConfig, num_classes: int) -> Segmenter:
-    """Frozen ViT and linear head, on any choice of layers; as `build_model`."""
+    """Frozen ViT and linear head, on any choice of layers. Raises ConfigError when the ViT cannot be had."""
     vit = build_backbone(backbone)
     return Segmenter(LinearBackbone(vit), LinearHead(
         [vit.embed_dim] * len(vit.layers),

@@ -1,0 +1,32 @@
+# make install | demo | test | lint | figure | clean
+# Every target makes .venv first when it is not there. PYTHON picks the interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := runs/demo
+
+.PHONY: install demo test lint figure clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/python benchmarks/demo.py --output $(DEMO)
+
+test: install
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+figure: demo
+	$(BIN)/python benchmarks/figure.py --demo $(DEMO) --output benchmarks/figures/demo.png
+
+clean:
+	rm -rf $(VENV) $(DEMO)
