@@ -8,9 +8,10 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
+from preprocess.blocks import encode_crop, plan_blocks
 from preprocess.config import PreprocessConfig
 from preprocess.pairs import Dataset, open_dataset, read_pair
-from preprocess.pipeline import encode_crop, plan_blocks, write_shards
+from preprocess.pipeline import write_shards
 from shards.command_line import add_overrides, config_parser, quoted, run_entry_point
 from shards.config_file import config_to_yaml, load_config
 from shards.manifest import Manifest

@@ -81,23 +81,23 @@ def evaluate(
     numbers = validation_samples(total, context.rank, context.world_size)
     confusion = ConfusionMatrix(manifest.num_classes, manifest.ignore_index, context.device)
     rows: list[list[Any]] = []
+    captions: list[str] = []
     loader = validation_loader(WholeImages(reader), numbers, config.data, context.device)
     for item in tqdm(loader, total=len(numbers), desc="evaluating", unit="img", leave=False,
                      disable=None if context.is_main else True):
         prediction = predict(item.image)
         confusion.update(prediction, item.label_map)
         if len(rows) < config.eval.panels:
-            rows.append(panel_row(item, prediction.cpu(), manifest.classes, manifest.ignore_index))
+            rows.append(panel_row(item, prediction.cpu(), manifest.classes))
+            captions.append(f"{item.key}: image, truth, prediction")
     model.train(was_training)
     confusion.all_reduce()
     metrics = {**confusion.summary(), "baseline_mIoU": confusion.most_frequent_class_miou()}
-    return Evaluation(metrics, contact_sheet(rows) if rows else None)
+    return Evaluation(metrics, contact_sheet(rows, captions) if rows else None)
 
 
-def panel_row(
-    item: LabelledImage, prediction: Tensor, classes: Sequence[ClassInfo], ignore_index: int
-) -> list[Any]:
-    """[image, truth over image, prediction over image]; unlabelled pixels stay uncoloured in both."""
+def panel_row(item: LabelledImage, prediction: Tensor, classes: Sequence[ClassInfo]) -> list[Any]:
+    """[image, truth over image (unlabelled pixels stay uncoloured), prediction over image]."""
     colors = [info.color for info in classes]
     image = item.image.permute(1, 2, 0).numpy()
     truth = item.label_map.numpy()

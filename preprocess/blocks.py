@@ -1,0 +1,187 @@
+"""One block of work: some source images become one shard per crop number.
+
+A worker decodes each image of a block once and writes crop k to the block's k-th shard, so a shard's bytes
+are a function of (configuration, block) alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import zlib
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+from PIL import Image, features
+
+from preprocess.config import PreprocessConfig
+from preprocess.crops import crop_rng, cut_image, cut_labels, draw_crop, pad_labels
+from preprocess.pairs import Dataset, Pair, read_pair
+from shards.config_file import config_to_dict
+from shards.errors import ConfigError, DatasetError
+from shards.manifest import FORMAT_VERSION, hash_of
+from shards.rle import encode_rle
+from shards.sample import encode_sample
+from shards.writer import ShardWriter
+
+NO_LABEL = "no labelled pixel in any try"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A unit of work: some pairs of one split, and the names of the shards they become."""
+
+    split: str
+    number: int
+    pairs: list[Pair]
+    shard_names: list[str]
+    is_crops: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.split}-{self.number:06d}"
+
+
+class Interrupted(Exception):
+    """The parent asked the workers to stop; raised between two images."""
+
+
+def plan_blocks(config: PreprocessConfig, dataset: Dataset) -> list[Block]:
+    """Cut every split into blocks of nearly equal size and name their shards."""
+    unknown = set(config.crops.splits) - set(dataset.splits)
+    if unknown:
+        raise ConfigError(f"crops.splits names {sorted(unknown)}, legal: {sorted(dataset.splits)}")
+    blocks = []
+    for split, pairs in dataset.splits.items():
+        is_crops = split in config.crops.splits
+        per_block = config.crops.per_image if is_crops else 1
+        count = -(-len(pairs) // config.images_per_shard)
+        for number in range(count):
+            first, last = number * len(pairs) // count, (number + 1) * len(pairs) // count
+            names = [f"{split}-{number * per_block + k:06d}.tar" for k in range(per_block)]
+            blocks.append(Block(split=split, number=number, pairs=pairs[first:last], shard_names=names,
+                                is_crops=is_crops))  # fmt: skip
+    return blocks
+
+
+def config_hash(config: PreprocessConfig, dataset: Dataset) -> str:
+    """Hash of all that decides the shards' bytes: settings, class meaning, encoders, but not places or workers."""
+    content = config_to_dict(config)
+    for place in ("output", "workers", "on_error"):
+        del content[place]
+    for place in ("root", "class_file", "limit"):
+        del content["dataset"][place]
+    meaning = [asdict(item) for item in dataset.classes], dataset.ignore_labels, dataset.reduce_zero_label
+    return hash_of([FORMAT_VERSION, content, meaning, producer()])
+
+
+def block_fingerprint(fingerprint: str, block: Block) -> str:
+    """Hash of all that decides a block's bytes: settings and, by name and size, its source files."""
+    return hash_of([fingerprint, block.shard_names, [asdict(pair) for pair in block.pairs]])
+
+
+def producer() -> dict[str, str]:
+    """The encoders whose bytes end up in shards. JPEG and zlib builds may differ in bytes, not in meaning."""
+    return {
+        "pillow": PIL.__version__,
+        "libjpeg_turbo": str(features.version("libjpeg_turbo")),
+        "zlib": zlib.ZLIB_RUNTIME_VERSION,
+    }
+
+
+def encode_crop(
+    dataset: Dataset, pair: Pair, image: Image.Image, label_map: np.ndarray, config: PreprocessConfig, number: int
+) -> tuple[str, bytes, bytes, np.ndarray] | None:
+    """Crop `number` of an image as (key, JPEG bytes, msgpack bytes, class ids); None without labelled pixel."""
+    crop = draw_crop(crop_rng(config.seed, pair.key, number), label_map, dataset.ignore_index, config.crops)
+    if crop is None:
+        return None
+    key = f"{pair.key}-{number:03d}"
+    side = config.crops.window
+    labels = pad_labels(cut_labels(label_map, crop), side, dataset.ignore_index)
+    buffer = io.BytesIO()
+    Image.fromarray(cut_image(image, crop, side)).save(buffer, "JPEG", quality=config.crops.jpeg_quality)
+    meta = {"source": pair.image_path, "crop": asdict(crop)}
+    return key, buffer.getvalue(), encode_sample(key, encode_rle(labels, dataset.ignore_index), meta), labels
+
+
+def write_block(
+    config: PreprocessConfig, dataset: Dataset, block: Block, stop: Any = None, images_done: Any = None
+) -> dict[str, Any]:
+    """Write the shards of one block; returns its record (JSON types): shards, index, class counts, skips."""
+    assert config.output is not None
+    stats = _BlockStats(len(dataset.classes))
+    with contextlib.ExitStack() as stack:
+        writers = [stack.enter_context(ShardWriter(Path(config.output) / name)) for name in block.shard_names]
+        for pair in block.pairs:
+            if stop is not None and stop.is_set():
+                raise Interrupted
+            try:
+                _write_pair(config, dataset, block, pair, writers, stats)
+            except DatasetError as error:
+                if config.on_error == "fail":
+                    raise
+                stats.skipped_images.append((pair.image_path, str(error)))
+            if images_done is not None:
+                with images_done.get_lock():
+                    images_done.value += 1
+    for writer in writers:
+        if not writer.info.samples:
+            writer.path.unlink()
+    kept = [writer for writer in writers if writer.info.samples]
+    return {
+        "shards": [asdict(writer.info) for writer in kept],
+        "index": [writer.index.tobytes().hex() for writer in kept],
+        **stats.to_record(),
+    }
+
+
+def _write_pair(
+    config: PreprocessConfig, dataset: Dataset, block: Block, pair: Pair, writers: list[ShardWriter], stats: _BlockStats
+) -> None:
+    image, image_bytes, suffix, label_map = read_pair(dataset, pair)
+    if not block.is_crops:
+        record = encode_rle(label_map, dataset.ignore_index)
+        writers[0].write(pair.key, image_bytes, suffix, encode_sample(pair.key, record, {"source": pair.image_path}))
+        stats.add(label_map, dataset.ignore_index)
+    else:
+        for number, writer in enumerate(writers):
+            encoded = encode_crop(dataset, pair, image, label_map, config, number)
+            if encoded is None:
+                stats.skipped_crops[NO_LABEL] += 1
+                continue
+            key, jpeg, payload, labels = encoded
+            writer.write(key, jpeg, "jpg", payload)
+            stats.add(labels, dataset.ignore_index)
+    stats.images += 1
+
+
+class _BlockStats:
+    """What the manifest will say about a block."""
+
+    def __init__(self, num_classes: int) -> None:
+        self.images, self.ignored_pixels = 0, 0
+        self.class_pixels, self.class_samples = np.zeros(num_classes, np.int64), np.zeros(num_classes, np.int64)
+        self.skipped_crops: Counter[str] = Counter()
+        self.skipped_images: list[tuple[str, str]] = []
+
+    def add(self, label_map: np.ndarray, ignore_index: int) -> None:
+        counts = np.bincount(label_map.reshape(-1), minlength=ignore_index + 1)
+        classes = counts[: self.class_pixels.size]
+        self.class_pixels += classes
+        self.class_samples += classes > 0
+        self.ignored_pixels += int(counts[ignore_index])
+
+    def to_record(self) -> dict[str, Any]:
+        return {
+            "images": self.images,
+            "class_pixels": self.class_pixels.tolist(),
+            "class_samples": self.class_samples.tolist(),
+            "ignored_pixels": self.ignored_pixels,
+            "skipped_crops": dict(self.skipped_crops),
+            "skipped_images": self.skipped_images,
+        }

@@ -1,0 +1,71 @@
+"""Write the indexes and, last, the manifest: its presence is what makes a shard set complete."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from preprocess.blocks import Block, producer
+from preprocess.config import PreprocessConfig
+from preprocess.pairs import Dataset
+from shards.config_file import config_to_dict
+from shards.errors import DatasetError
+from shards.manifest import INDEX_DTYPE, MANIFEST_NAME, IndexInfo, Manifest, ShardInfo, SplitInfo, manifest_bytes
+from shards.writer import write_atomically
+
+
+def publish(
+    config: PreprocessConfig, dataset: Dataset, blocks: list[Block], records: dict[str, Any], set_hash: str
+) -> Manifest:
+    """Put the records of all finished blocks together and write indexes and manifest."""
+    assert config.output is not None
+    output = Path(config.output)
+    splits = {}
+    for split in dataset.splits:
+        mine = [records[block.name] for block in blocks if block.split == split]
+        splits[split] = _publish_split(output, split, mine, dataset.skipped[split], split in config.crops.splits)
+    settings = config_to_dict(config)
+    manifest = Manifest(
+        dataset=dataset.kind, classes=dataset.classes, ignore_index=dataset.ignore_index, seed=config.seed,
+        crops=settings["crops"], config=_portable(settings), config_hash=set_hash, producer=producer(), splits=splits,
+    )  # fmt: skip
+    write_atomically(output / MANIFEST_NAME, manifest_bytes(manifest))
+    return manifest
+
+
+def _portable(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without places, workers and policies: equal inputs give equal manifests anywhere."""
+    dataset = {key: value for key, value in settings["dataset"].items() if key not in ("root", "class_file")}
+    return {"dataset": dataset, "crops": settings["crops"], "images_per_shard": settings["images_per_shard"]}
+
+
+def _publish_split(
+    output: Path, split: str, records: list[dict[str, Any]], unpaired: list[tuple[str, str]], is_crops: bool
+) -> SplitInfo:
+    shards = [ShardInfo(**shard) for record in records for shard in record["shards"]]
+    index = b"".join(bytes.fromhex(entries) for record in records for entries in record["index"])
+    if not shards:
+        raise DatasetError(f"split {split!r} has no usable sample: every image or crop was skipped")
+    index_info = IndexInfo(name=f"{split}.index", bytes=len(index), sha256=hashlib.sha256(index).hexdigest())
+    assert len(index) == INDEX_DTYPE.itemsize * sum(shard.samples for shard in shards)
+    write_atomically(output / index_info.name, index)
+    skipped_crops: Counter[str] = Counter()
+    for record in records:
+        skipped_crops.update(record["skipped_crops"])
+    skipped = [*unpaired, *(tuple(item) for record in records for item in record["skipped_images"])]
+    return SplitInfo(
+        kind="crops" if is_crops else "images",
+        images=sum(record["images"] for record in records),
+        samples=sum(shard.samples for shard in shards),
+        shards=shards,
+        index=index_info,
+        class_pixels=np.sum([record["class_pixels"] for record in records], axis=0).tolist(),
+        class_samples=np.sum([record["class_samples"] for record in records], axis=0).tolist(),
+        ignored_pixels=sum(record["ignored_pixels"] for record in records),
+        skipped_crops=dict(sorted(skipped_crops.items())),
+        skipped_images=[{"image": image, "reason": reason} for image, reason in skipped],
+    )

@@ -1,0 +1,131 @@
+"""The house rules that a reviewer would otherwise have to remember."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from preprocess.config import PreprocessConfig
+from shards.config_file import load_config
+from tests.conftest import REPOSITORY
+from trainer.config import RunConfig, load_run_config
+
+PACKAGES = ("shards", "preprocess", "trainer")
+SOURCES = sorted(path for package in PACKAGES for path in (REPOSITORY / package).rglob("*.py"))
+CODE_ROOTS = [*SOURCES, *sorted((REPOSITORY / "benchmarks").glob("*.py"))]
+
+# Lower layers never import higher ones (a module may import its own layer and those below).
+TRAINER_LAYERS = (
+    {"config", "distributed", "seeding"},
+    {"targets", "point_sampling", "transforms", "metrics", "sliding_window", "pixel_loss"},
+    {"matcher"},
+    {"mask_classification_loss", "optimizer", "models", "data"},
+    {"criterion", "checkpoint", "run_logger"},
+    {"build", "plots"},
+    {"evaluation"},
+    {"loop"},
+    {"train", "eval", "predict"},
+)
+ENTRY_POINTS = {"trainer.train", "trainer.eval", "trainer.predict", "preprocess.make_shards"}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module name that a file imports, at any depth."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or ""
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_of)
+def test_packages_meet_only_in_the_format(path: Path) -> None:
+    allowed = {"shards": {"shards"}, "preprocess": {"shards", "preprocess"}, "trainer": {"shards", "trainer"}}
+    package = path.relative_to(REPOSITORY).parts[0]
+    ours = {name.split(".")[0] for name in imports(path)} & set(PACKAGES)
+    assert ours <= allowed[package]
+    if package != "trainer":
+        assert not {name.split(".")[0] for name in imports(path)} & {"torch", "transformers", "webdataset"}
+    assert not set(imports(path)) & ENTRY_POINTS, "entry points are imported by nobody"
+    assert "pickle" not in set(imports(path)) and "torchvision" not in set(imports(path))
+
+
+def layer(module: str) -> int:
+    name = module.split(".")[1] if "." in module else ""
+    return next((number for number, names in enumerate(TRAINER_LAYERS) if name in names), -1)
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path.parts[-2] in ("trainer", "models")], ids=module_of)
+def test_the_trainer_imports_downwards_only(path: Path) -> None:
+    if path.name == "__init__.py" and path.parent.name == "trainer":
+        return
+    own = layer(module_of(path))
+    assert own >= 0, f"{module_of(path)} has no layer: give it one above"
+    for name in imports(path):
+        if name.startswith("trainer."):
+            assert layer(name) <= own, f"{module_of(path)} imports {name} from a higher layer"
+
+
+def test_no_module_shadows_another() -> None:
+    """`python trainer/x.py` puts trainer/ first on the path: its modules must not hide anybody's."""
+    taken = set(sys.stdlib_module_names) | {"datasets", "evaluate", "utils", "transformers", "torch", "numpy"}
+    for path in SOURCES:
+        assert path.stem not in taken or path.stem == "__init__" or path.stem == "__main__", path
+    assert not (REPOSITORY / "tests" / "shards").exists()
+
+
+def fields_of(schema: type) -> Iterator[str]:
+    for field in dataclasses.fields(schema):
+        value = getattr(schema(), field.name)
+        if dataclasses.is_dataclass(value):
+            yield from fields_of(type(value))
+        else:
+            yield field.name
+
+
+@pytest.mark.parametrize(("schema", "package"), [(RunConfig, "trainer"), (PreprocessConfig, "preprocess")])
+def test_every_setting_is_read_by_code(schema: type, package: str) -> None:
+    readers = [path for path in SOURCES if path.parts[-2] in (package, "models") and path.name != "config.py"]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in [*readers, REPOSITORY / package / "config.py"])
+    for name in fields_of(schema):
+        uses = re.findall(rf"\.{name}\b", text)
+        assert uses, f"nothing reads the setting {name!r}"
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_configuration_is_valid_and_says_how_to_run_it(path: Path) -> None:
+    head = path.read_text(encoding="utf-8").splitlines()[:3]
+    assert all(line.startswith("# ") for line in head), "three header lines: what, cost or result, command"
+    assert path.name in head[2] or "make demo" in head[2] or "make_shards.py" in head[2]
+    if "shards" in path.name:
+        load_config(PreprocessConfig, path)
+    else:
+        load_run_config(path, [])
+
+
+def test_files_and_functions_stay_readable() -> None:
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= 360, f"{path} has {text.count(chr(10))} lines"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                length = (node.end_lineno or 0) - node.lineno + 1
+                assert length <= 60, f"{path}:{node.name} has {length} lines"
+
+
+def test_public_functions_have_docstrings() -> None:
+    for path in SOURCES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                assert ast.get_docstring(node) or node.name == "main", f"{path}: {node.name}"
