@@ -88,11 +88,11 @@ def _merge(base: Any, layers: Sequence[tuple[str, DictConfig]]) -> Any:
         try:
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
-            raise ConfigError(f"{source}: {_explain(error)}") from error
+            raise ConfigError(f"{source}: {_explain(error, layer)}") from error
     try:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{source}: {_explain(error)}") from error
+        raise ConfigError(f"{source}: {_explain(error, merged)}") from error
     check_knobs(config)
     return config
 
@@ -157,9 +157,9 @@ def _writable(node: Any) -> Any:
     return node
 
 
-def _explain(error: OmegaConfBaseException) -> str:
+def _explain(error: OmegaConfBaseException, layer: DictConfig) -> str:
     first_line = str(error).splitlines()[0].rstrip()
     key = getattr(error, "full_key", None)
     if isinstance(error, ConfigKeyError):
         return f"unknown key {key!r}: {first_line}"
-    return f"{key}: {first_line}" if key else first_line
+    return f"{key or ', '.join(map(str, layer))}: {first_line}"

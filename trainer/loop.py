@@ -112,10 +112,11 @@ def train(config: RunConfig, context: DistContext) -> dict[str, Any]:
 
 
 def train_step(run: Run, micro_batches: list[Batch]) -> dict[str, float]:
-    """One optimiser update on this rank's share of a global batch; returns its losses, weighted total as "loss".
+    """One optimiser update on this rank's share of a global batch.
 
-    Mask losses are divided by the number of masks in the whole global batch, so the update does not depend
-    on how ranks and accumulation share it. Raises TrainingDiverged before the weights would be touched.
+    Returns the losses averaged over the whole global batch, their weighted total as "loss". Mask losses are
+    divided by the number of masks in the whole global batch, so the update does not depend on how ranks and
+    accumulation share it. Raises TrainingDiverged before the weights would be touched.
     """
     config, context = run.config, run.context
     num_masks = _count_masks(micro_batches, context)
@@ -138,7 +139,8 @@ def train_step(run: Run, micro_batches: list[Batch]) -> dict[str, float]:
             logged[name] = logged.get(name, 0) + value.detach() / len(micro_batches)
     parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
     logged["grad_norm"] = clip_gradients(parameters, config.optimizer.clip_grad_norm)
-    values = dict(zip(logged, torch.stack(list(logged.values())).tolist(), strict=True))  # the step's one wait
+    summed = context.all_reduce_sum(torch.stack(list(logged.values())))  # so that all ranks see, and stop, alike
+    values = dict(zip(logged, (summed / context.world_size).tolist(), strict=True))  # the step's one wait
     for name, value in values.items():
         if value != value or abs(value) == float("inf"):
             raise _diverged(run, micro_batches[-1], f"{name} is {value}", micro_batches)

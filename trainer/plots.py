@@ -15,7 +15,7 @@ from trainer.data import Batch
 from trainer.run_logger import read_metrics
 from trainer.targets import label_map_from_segments, segment_map_from_masks
 
-_SMOOTHING = 0.9  # of the loss curve drawn over the raw one
+_SMOOTHING = 0.6  # of the loss curve drawn over the raw one
 
 
 def batch_panel(images: Tensor, batch: Batch, manifest: Manifest, limit: int = 8) -> Image.Image:

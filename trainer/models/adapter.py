@@ -58,7 +58,8 @@ class DepthwiseConv(nn.Module):
         """x [B, 21 HW / 4, D]; height and width are those of the stride 16 map."""
         shapes = [(2 * height, 2 * width), (height, width), (height // 2, width // 2)]
         levels = x.split([h * w for h, w in shapes], dim=1)
-        return torch.cat([_tokens(self.dwconv(_maps(level, *shape)))
+        # Contiguous, or the weight's gradient comes out channels-last, which DDP has to copy (and warns about).
+        return torch.cat([_tokens(self.dwconv(_maps(level, *shape).contiguous()))
                           for level, shape in zip(levels, shapes, strict=True)], dim=1)
 
 

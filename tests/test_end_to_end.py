@@ -1,0 +1,293 @@
+"""The main job through its entry points: train, resume, two ranks, evaluate, predict, and stop on bad numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from shards.errors import ConfigError
+from tests.conftest import REPOSITORY
+from trainer.checkpoint import load_checkpoint, load_latest
+from trainer.config import RunConfig, load_run_config
+from trainer.distributed import DistContext
+from trainer.loop import TrainingDiverged, build_run, train, train_step
+from trainer.run_logger import read_metrics
+
+TINY = REPOSITORY / "tests" / "tiny.yaml"
+ALONE = DistContext(rank=0, world_size=1, device=torch.device("cpu"))
+
+
+def tiny(root: Path, run: Path, *overrides: str) -> RunConfig:
+    return load_run_config(TINY, [f"data.root={root}", f"output_dir={run}", *overrides])
+
+
+def losses(run: Path) -> list[dict[str, float]]:
+    """Per logged step everything but the timings."""
+    timings = ("images_per_second", "data_wait_share")
+    records = [record for record in read_metrics(run) if record["kind"] == "train"]
+    return [{name: value for name, value in record.items() if name not in timings} for record in records]
+
+
+def run_program(program: str, *arguments: object, ranks: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run an entry point, under torchrun when `ranks` is given."""
+    launcher = [sys.executable]
+    if ranks:
+        launcher = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.run([*launcher, str(REPOSITORY / program), *map(str, arguments)], capture_output=True, text=True,
+                          check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture(scope="module")
+def finished(scene_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of four steps."""
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    train(tiny(scene_shards, run), ALONE)
+    return run
+
+
+# -- one process --------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_everything_a_person_needs(finished: Path) -> None:
+    assert [record["step"] for record in losses(finished)] == [1, 2, 3, 4]
+    names = {path.relative_to(finished).as_posix() for path in finished.rglob("*") if path.is_file()}
+    assert {"config.yaml", "metrics.jsonl", "curves.png", "checkpoints/best.pt", "checkpoints/step-00000004.pt",
+            "pictures/first-batch-00000000.png", "pictures/val-panels-00000004.png"} <= names
+    assert any(name.startswith("tensorboard/") for name in names)
+    record = losses(finished)[0]
+    for layer in ("", "_0", "_1"):  # dec_layers + 1 predictions, all supervised
+        assert {f"loss_mask{layer}", f"loss_dice{layer}", f"loss_cross_entropy{layer}"} <= record.keys()
+    total = sum(value * (2 if "cross" in name else 5) for name, value in record.items() if name.startswith("loss_"))
+    assert record["loss"] == pytest.approx(total, rel=1e-5)
+    (evaluated,) = [record for record in read_metrics(finished) if record["kind"] == "val"]
+    assert evaluated["step"] == 4 and 0 <= evaluated["mIoU"] <= 1 and evaluated["baseline_mIoU"] > 0
+
+
+def test_the_checkpoint_has_no_backbone_and_loads_without_pickle(finished: Path) -> None:
+    checkpoint = load_checkpoint(finished / "checkpoints/best.pt")
+    assert checkpoint.step == 4 and not [key for key in checkpoint.model if ".backbone." in key]
+    assert any(key.startswith("segmentation_model.0.spm.") for key in checkpoint.model)
+    assert any(key.endswith("running_mean") for key in checkpoint.model)
+    assert len(checkpoint.class_infos) == 8 and checkpoint.run_config.decoder_head.num_queries == 8
+
+
+def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(scene_shards: Path, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "resumed"
+    shutil.copytree(finished, run)
+    (run / "checkpoints/step-00000004.pt").unlink()  # as if it had been killed after step 2's checkpoint
+    train(tiny(scene_shards, run), ALONE)
+    assert losses(run) == losses(finished)  # steps 3 and 4 were logged anew, not twice
+    first, second = load_latest(finished / "checkpoints"), load_latest(run / "checkpoints")
+    assert first is not None and second is not None and second.step == 4
+    assert first.model.keys() == second.model.keys()
+    assert all(torch.equal(first.model[key], second.model[key]) for key in first.model)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_loudly(scene_shards: Path, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "damaged"
+    shutil.copytree(finished, run)
+    newest = run / "checkpoints/step-00000004.pt"
+    newest.write_bytes(newest.read_bytes()[:-3000])
+    with pytest.warns(UserWarning, match=r"step-00000004\.pt cannot be read.*Falling back"):
+        train(tiny(scene_shards, run), ALONE)
+    assert losses(run) == losses(finished)
+
+
+def test_a_complete_run_is_only_evaluated_again(scene_shards: Path, finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "again"))
+    metrics = train(tiny(scene_shards, run), ALONE)
+    assert metrics["mIoU"] >= 0 and losses(run) == losses(finished)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["resume=never"], "resume is 'never'"),
+        (["seed=1"], "seed was 0 and is 1"),
+        (["train.global_batch_size=6"], "global_batch_size was 4 and is 6"),
+        (["backbone.random.seed=1"], "backbone's weights"),
+        (["decoder_head.num_queries=9"], "query_feat"),
+    ],
+)
+def test_a_run_that_would_not_continue_the_same_run_is_refused(
+    scene_shards: Path, finished: Path, tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    with pytest.raises(ConfigError, match=message):
+        train(tiny(scene_shards, run, "train.total_steps=6", *overrides), ALONE)
+
+
+def test_accumulation_and_dense_targets_change_nothing(scene_shards: Path, finished: Path, tmp_path: Path) -> None:
+    train(tiny(scene_shards, tmp_path / "dense", "data.targets=dense", "train.total_steps=4"), ALONE)
+    assert losses(tmp_path / "dense") == losses(finished)
+
+
+def test_the_linear_head_trains_and_resumes(scene_shards: Path, tmp_path: Path) -> None:
+    linear = ("decoder_head.type=linear", "optimizer.schedule=one_cycle", "optimizer.lr=1e-2")
+    train(tiny(scene_shards, tmp_path / "whole", *linear, "train.total_steps=12"), ALONE)
+    record = losses(tmp_path / "whole")
+    assert record[-1]["loss"] < record[0]["loss"] and "loss_pixel_cross_entropy" in record[0]
+
+
+def test_training_learns_two_crops_by_heart(scenes: Path, tmp_path: Path) -> None:
+    from tests.conftest import make_shards
+
+    root = make_shards(tmp_path / "set", scenes, "dataset.limit=2", "crops.per_image=1")
+    config = tiny(root, tmp_path / "run", "train.total_steps=60", "train.global_batch_size=2", "optimizer.lr=4e-3",
+                  "data.photometric=false", "data.hflip=0", "adapter.drop_path=0", "train.checkpoint_every=100")
+    train(config, ALONE)
+    record = losses(tmp_path / "run")
+    assert record[-1]["loss"] < 0.5 * record[0]["loss"]
+
+
+# -- what a step must not do --------------------------------------------------------------------------------
+
+
+def step_setup(root: Path, folder: Path, *overrides: str) -> tuple[Any, list[Any]]:
+    from shards.plan import TrainPlan
+    from shards.reader import ShardReader
+    from trainer.data import TrainCrops
+
+    config = tiny(root, folder, *overrides)
+    reader = ShardReader(root, "train")
+    plan = TrainPlan(num_samples=len(reader), micro_batch_size=2, seed=0)
+    crops = TrainCrops(reader, plan, config.data)
+    return build_run(config, ALONE, reader.manifest, folder), [crops[0], crops[1]]
+
+
+def test_a_step_moves_every_trainable_weight_and_no_frozen_one(scene_shards: Path, tmp_path: Path) -> None:
+    run, batches = step_setup(scene_shards, tmp_path)
+    before = {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
+    frozen_hash = run.model.backbone.weights_sha256()
+    optimized = {id(parameter) for group in run.optimizer.param_groups for parameter in group["params"]}
+    train_step(run, batches)
+    assert run.model.backbone.weights_sha256() == frozen_hash == run.backbone_sha256
+    assert run.model.training and not run.model.backbone.training
+    moved = [not torch.equal(before[name], parameter) for name, parameter in run.model.named_parameters()
+             if parameter.requires_grad]
+    assert sum(moved) > 0.9 * len(moved)  # the rest has a gradient of exactly zero, such as biases before a norm
+    for name, parameter in run.model.named_parameters():
+        assert (id(parameter) in optimized) == parameter.requires_grad == (".backbone." not in name)
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+
+
+def test_non_finite_numbers_stop_the_run_before_the_weights_change(scene_shards: Path, tmp_path: Path) -> None:
+    run, batches = step_setup(scene_shards, tmp_path, "train.total_steps=9")
+    weight = run.model.head.predictor.class_embed.weight
+    with torch.no_grad():
+        weight[0, 0] = float("nan")
+    before = run.model.trainable_state_dict()["segmentation_model.1.predictor.mask_embed.layers.0.weight"].clone()
+    with pytest.raises(TrainingDiverged, match=r"step 1, rank 0: .*samples: scene_train_\d+-00\d, scene_train"):
+        train_step(run, batches)
+    after = run.model.trainable_state_dict()["segmentation_model.1.predictor.mask_embed.layers.0.weight"]
+    assert torch.equal(before, after)
+
+
+def test_an_infinite_gradient_stops_the_run(scene_shards: Path, tmp_path: Path) -> None:
+    run, batches = step_setup(scene_shards, tmp_path)
+    run.model.head.predictor.query_feat.weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(TrainingDiverged, match="grad_norm is"):
+        train_step(run, batches)
+
+
+# -- several processes and the command line -----------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["m2f", "linear"])
+def test_two_ranks_follow_the_loss_curve_of_one(scene_shards: Path, tmp_path: Path, head: str) -> None:
+    """Equal global batch, plain torchrun against plain python, workers in both."""
+    common = ["--config", TINY, f"data.root={scene_shards}", "train.total_steps=20", "data.workers=1",
+              f"decoder_head.type={head}"]
+    for name, ranks in (("one", 0), ("two", 2)):
+        result = run_program("trainer/train.py", *common, f"output_dir={tmp_path / name}", ranks=ranks)
+        assert result.returncode == 0, result.stderr
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == len(two) == 20
+    for ours, theirs in zip(one, two, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3), ours["step"]
+    assert one[0]["loss"] == pytest.approx(two[0]["loss"], rel=1e-5)
+    ours, theirs = (next(r for r in read_metrics(tmp_path / name) if r["kind"] == "val") for name in ("one", "two"))
+    assert ours["baseline_mIoU"] == theirs["baseline_mIoU"]  # the same two images, whoever looked at them
+
+
+@pytest.mark.slow
+def test_evaluate_and_predict_from_the_command_line(scenes: Path, finished: Path, tmp_path: Path) -> None:
+    checkpoint = finished / "checkpoints/best.pt"
+    result = run_program("trainer/eval.py", "--config", finished / "config.yaml", "--checkpoint", checkpoint,
+                         "--output", tmp_path / "eval", "eval.max_images=null", "eval.tta_flip=true",
+                         "eval.tta_ratios=[0.8,1.0]")
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads((tmp_path / "eval/metrics.json").read_text())
+    assert f"mIoU {metrics['mIoU']:.4f}" in result.stdout and (tmp_path / "eval/panels.png").exists()
+    images = sorted((scenes / "images/val").iterdir())[:2]
+    result = run_program("trainer/predict.py", "--checkpoint", checkpoint, "--output", tmp_path / "out", *images)
+    assert result.returncode == 0, result.stderr
+    for image in images:
+        with Image.open(image) as source, Image.open(tmp_path / "out" / f"{image.stem}.png") as predicted:
+            assert predicted.size == source.size and np.asarray(predicted).max() < 8
+        assert (tmp_path / "out" / f"{image.stem}-overlay.png").exists()
+
+
+@pytest.mark.slow
+def test_sharded_evaluation_over_ranks_counts_every_image_once(finished: Path, tmp_path: Path) -> None:
+    found = []
+    for ranks in (0, 2):
+        result = run_program("trainer/eval.py", "--config", finished / "config.yaml", "--checkpoint",
+                             finished / "checkpoints/best.pt", "--output", tmp_path / str(ranks),
+                             "eval.max_images=null", ranks=ranks)
+        assert result.returncode == 0, result.stderr
+        found.append(json.loads((tmp_path / str(ranks) / "metrics.json").read_text()))
+    assert found[0] == found[1]  # 5 images over 2 ranks: uneven, and equal to the last digit
+
+
+def one_line_error(result: subprocess.CompletedProcess[str]) -> str:
+    assert result.returncode == 2, result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.strip()]
+    return line
+
+
+@pytest.mark.slow
+def test_command_line_mistakes_are_one_line(scene_shards: Path, finished: Path, tmp_path: Path) -> None:
+    line = one_line_error(run_program("trainer/train.py"))
+    assert "data.root and output_dir not set" in line and "torchrun --standalone" in line
+    line = one_line_error(run_program("trainer/train.py", "--config", TINY, f"data.root={tmp_path}", "output_dir=x"))
+    assert "not a shard set" in line
+    line = one_line_error(run_program("trainer/train.py", "--config", TINY, "train.total_step=3"))
+    assert "Did you mean: 'total_steps'" in line
+    line = one_line_error(run_program("trainer/predict.py", "--checkpoint", tmp_path / "no.pt", "--output", tmp_path,
+                                      REPOSITORY / "README.md"))
+    assert "no.pt does not exist" in line
+    line = one_line_error(run_program("trainer/eval.py", "--checkpoint", finished / "checkpoints/best.pt"))
+    assert "data.root is not set" in line
+    missing_backbone = run_program("trainer/train.py", f"data.root={scene_shards}", f"output_dir={tmp_path / 'r'}",
+                                   f"backbone.source={tmp_path / 'vit'}")
+    assert "vit" in one_line_error(missing_backbone)
+
+
+@pytest.mark.slow
+def test_help_and_dry_run(scene_shards: Path, tmp_path: Path) -> None:
+    text = run_program("trainer/train.py", "--help").stdout
+    for name in ("train.global_batch_size = 16", "decoder_head.type = m2f", "eval.tta_flip = false", "--dry-run"):
+        assert name in text
+    result = run_program("trainer/train.py", "--config", TINY, f"data.root={scene_shards}",
+                         f"output_dir={tmp_path / 'run'}", "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert "24 training samples" in result.stdout and "first sample: scene_train_" in result.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_unlicensed_or_missing_backbones_say_what_to_do(scene_shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"backbone\.(source|random)"):
+        train(tiny(scene_shards, tmp_path / "run", "backbone.random.hidden_size=null"), ALONE)
