@@ -61,9 +61,11 @@ def main() -> None:
             run()
             rates[name].append(samples / (time.process_time() - started))
         for workers in (1, 2):
-            rates[f"DataLoader, {workers} worker(s), wall"].append(loader_rate(reader, plan, workers, arguments.batches))
+            rate = loader_rate(reader, plan, workers, arguments.batches)
+            rates[f"DataLoader, {workers} worker(s), wall"].append(rate)
     floor = float(np.median(rates["JPEG decoding alone, one core"]))
-    print(f"{samples} samples a round, {arguments.rounds} rounds, medians\n\n| | samples/s | of JPEG decoding |\n|---|---|---|")
+    print(f"{samples} samples a round, {arguments.rounds} rounds, medians\n")
+    print("| | samples/s | of JPEG decoding |\n|---|---|---|")
     for name, values in rates.items():
         print(f"| {name} | {np.median(values):.0f} | {np.median(values) / floor:.2f} |")
 
