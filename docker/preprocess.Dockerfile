@@ -1,0 +1,23 @@
+# Sharding only: no torch. Build from the repository root:
+#   docker build -f docker/preprocess.Dockerfile -t maskstream-preprocess .
+FROM python:3.12-slim-bookworm
+
+ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+RUN useradd --create-home --uid 1000 maskstream
+WORKDIR /app
+
+# Dependencies first, so that editing code does not reinstall them.
+COPY pyproject.toml constraints.txt LICENSE README.md ./
+COPY shards/__init__.py shards/
+COPY preprocess/__init__.py preprocess/
+COPY trainer/__init__.py trainer/
+COPY trainer/models/__init__.py trainer/models/
+RUN pip install --constraint constraints.txt --editable .
+
+COPY shards shards
+COPY preprocess preprocess
+COPY configs configs
+RUN mkdir /data && chown maskstream /data
+
+USER maskstream
+ENTRYPOINT ["python", "preprocess/make_shards.py"]

@@ -1,0 +1,28 @@
+# Training, evaluation and prediction on NVIDIA GPUs (or CPU). Build from the repository root:
+#   docker build -f docker/trainer.Dockerfile -t maskstream-trainer .
+# The torch wheels bring their own CUDA libraries; the base only sets up what the driver mounts need.
+FROM nvidia/cuda:12.8.1-base-ubuntu24.04
+
+ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/venv/bin:$PATH
+RUN apt-get update && apt-get install --yes --no-install-recommends python3 python3-venv \
+    && rm -rf /var/lib/apt/lists/* && python3 -m venv /opt/venv \
+    && userdel --remove ubuntu && useradd --create-home --uid 1000 maskstream
+WORKDIR /app
+
+# Dependencies first, so that editing code does not reinstall them.
+COPY pyproject.toml constraints.txt LICENSE README.md ./
+COPY shards/__init__.py shards/
+COPY preprocess/__init__.py preprocess/
+COPY trainer/__init__.py trainer/
+COPY trainer/models/__init__.py trainer/models/
+RUN pip install --constraint constraints.txt --editable '.[train]'
+
+COPY shards shards
+COPY preprocess preprocess
+COPY trainer trainer
+COPY configs configs
+RUN mkdir /data && chown maskstream /data
+
+USER maskstream
+ENTRYPOINT ["/app/entry.sh"]
+COPY --chmod=755 docker/entry.sh /app/entry.sh
