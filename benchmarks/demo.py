@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import numpy as np
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", **os.environ}  # one thread per rank: two ranks fill two cores
 CALIBRATION_SIDE, CALIBRATION_ROUNDS = 256, 200
 
 
@@ -60,7 +62,7 @@ def call(program: str, *arguments: object) -> float:
     shown = [str(Path(word).relative_to(REPOSITORY)) if word.startswith(str(REPOSITORY)) else word for word in words]
     print(f"\n$ {program} {' '.join(shown)}", flush=True)
     started = time.perf_counter()
-    subprocess.run([str(BIN / program), *words], cwd=REPOSITORY, check=True)
+    subprocess.run([str(BIN / program), *words], cwd=REPOSITORY, check=True, env=ENVIRONMENT)
     return time.perf_counter() - started
 
 
