@@ -77,6 +77,7 @@ def train(config: RunConfig, context: DistContext) -> dict[str, Any]:
     # -- model --------------------------------------------------------------------------------------------
     run = build_run(config, context, manifest, folder)
     resume(run)
+    _check_ranks_agree(run)
     logger = _start_logging(run) if context.is_main else None
     # -- loop ---------------------------------------------------------------------------------------------
     numbers = micro_batch_numbers(run.step, config.train.total_steps, context.rank, context.world_size, accumulation)
@@ -215,6 +216,14 @@ def resume(run: Run) -> None:
     run.model.load_trainable_state_dict(checkpoint.model)
     run.optimizer.load_state_dict(checkpoint.optimizer)
     run.step, run.best_miou = checkpoint.step, checkpoint.best_miou
+
+
+def _check_ranks_agree(run: Run) -> None:
+    """All ranks must have found the same checkpoint, or none: a node without the run's folder would train alone."""
+    steps = run.context.all_reduce_sum(torch.tensor([run.step, run.step**2], device=run.context.device)).tolist()
+    if steps[1] * run.context.world_size != steps[0] ** 2:  # Cauchy-Schwarz: equal only if all are equal
+        raise ConfigError(f"rank {run.context.rank} found a checkpoint of step {run.step} in {run.folder}, other ranks "
+                          "found others; output_dir must be one folder that all nodes see")
 
 
 class _Meter:
