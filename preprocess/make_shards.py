@@ -34,7 +34,7 @@ def main() -> int:
 
 
 def _parse() -> tuple[PreprocessConfig, bool]:
-    parser = config_parser(str(__doc__), PreprocessConfig, str(DEFAULT_CONFIG))
+    parser = config_parser(str(__doc__), PreprocessConfig, DEFAULT_CONFIG)
     parser.add_argument("--dataset", default=None, help="layout of the source: ade20k, camvid or folder (dataset.kind)")
     parser.add_argument("--root", default=None, help="the dataset's folder, or the ADE20K .zip (dataset.root)")
     parser.add_argument("--output", default=None, help="folder for the shard set (output)")

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from shards.config_file import describe_config
@@ -15,14 +16,16 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
 
-def config_parser(description: str, schema: type[Any], default_config: str | None) -> argparse.ArgumentParser:
-    """A parser with `--config` and `key=value` overrides whose `--help` lists every setting of `schema`."""
+def config_parser(description: str, schema: type[Any], default_config: Path) -> argparse.ArgumentParser:
+    """A parser with `--config` (default: a file of configs/) whose `--help` lists every setting of `schema`."""
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="settings (in the YAML file, or as key=value):\n" + "\n".join(describe_config(schema)),
+        epilog="settings (in the YAML file, or as key=value), with their values where neither says:\n"
+        + "\n".join(describe_config(schema)),
     )
-    parser.add_argument("--config", default=default_config, help=f"YAML file of settings (default: {default_config})")
+    parser.add_argument("--config", default=str(default_config),
+                        help=f"YAML file of settings (default: configs/{default_config.name})")
     return parser
 
 

@@ -19,7 +19,7 @@ DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "config-ad
 
 
 def main() -> int:
-    parser = config_parser(str(__doc__), RunConfig, str(DEFAULT_CONFIG))
+    parser = config_parser(str(__doc__), RunConfig, DEFAULT_CONFIG)
     parser.add_argument("--checkpoint", required=True, help="checkpoint file, e.g. <run>/checkpoints/best.pt")
     parser.add_argument("--output", default=None, help="folder for metrics and pictures "
                         "(default: evaluation/ beside the checkpoint's folder)")

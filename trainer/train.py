@@ -16,7 +16,7 @@ DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "config-ad
 
 
 def main() -> int:
-    parser = config_parser(str(__doc__), RunConfig, str(DEFAULT_CONFIG))
+    parser = config_parser(str(__doc__), RunConfig, DEFAULT_CONFIG)
     parser.add_argument("--dry-run", action="store_true", help="print settings, counts and one sample, train nothing")
     add_overrides(parser)
     arguments = parser.parse_intermixed_args()
