@@ -6,6 +6,7 @@ the bytes, and the hand-off, not the decoding, would then set the pace.
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -186,14 +187,17 @@ def validation_loader(
 
 def _loader(dataset: Dataset[Any], numbers: Iterable[int], config: DataConfig, device: torch.device) -> DataLoader[Any]:
     workers = config.workers
+    # A forked copy of a process with threads (autograd, NCCL, gloo) can deadlock. The fork server is a clean
+    # process instead; it imports torch once, its children start in milliseconds.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["trainer.data"])
     return DataLoader(
         dataset,
         batch_size=None,  # an item is already a batch
         sampler=cast(Any, numbers),
         num_workers=workers,
         prefetch_factor=config.prefetch_batches if workers else None,
-        # A forked copy of a process with threads (autograd, NCCL, gloo) can deadlock; these start clean.
-        multiprocessing_context="forkserver" if workers else None,
+        multiprocessing_context=context if workers else None,
         timeout=_WORKER_TIMEOUT if workers else 0,
         pin_memory=device.type == "cuda",
     )
