@@ -72,8 +72,8 @@ def main() -> None:
 
 def loader_rate(reader: ShardReader, plan: TrainPlan, workers: int, batches: int) -> float:
     """Samples per wall second once every worker has delivered its first batch."""
-    loader = iter(train_loader(TrainCrops(reader, plan, DataConfig(workers=workers, prefetch_batches=1)),
-                               range(batches + 2 * workers), torch.device("cpu")))
+    loader = train_loader(TrainCrops(reader, plan, DataConfig(workers=workers, prefetch_batches=1)),
+                               range(batches + 2 * workers), torch.device("cpu"))
     for _ in range(2 * workers):
         next(loader)
     started = time.perf_counter()

@@ -20,7 +20,7 @@ class DatasetConfig:
     reduce_zero_label: bool | None = knob(None, "stored label 0 means 'ignored' and k means class k-1; "
                                           "null: as the layout has it (ade20k yes, others no)")
     ignore_labels: list[int] = knob([], "stored label values that mean 'ignored'; empty: as the layout has it "
-                                    "(camvid 11, others 255)")
+                                    "(camvid 11, others 255; with more than 255 classes 65535)")
     val_fraction: float = knob(0.0, "folder without train/val sub-folders: share of images that become 'val'",
                                minimum=0, maximum=0.9)
     limit: int | None = knob(None, "take only the first so many pairs of each split; null: all", minimum=1)
@@ -63,7 +63,7 @@ class PreprocessConfig:
     dataset: DatasetConfig = knob(DatasetConfig, "")
     crops: CropConfig = knob(CropConfig, "")
     images_per_shard: int = knob(500, "source images per block; a block yields one shard per crop number", minimum=1)
-    seed: int = knob(0, "seed of the crops", minimum=0)
+    seed: int = knob(0, "seed of the crops", minimum=0, maximum=2**62)
     workers: int | None = knob(None, "processes; null: one per CPU (never changes the result)", minimum=1)
     on_error: str = knob("fail", "an unusable source image stops the job, or is recorded in the manifest and skipped",
                          choices=("fail", "skip"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import io
+import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,16 +14,18 @@ from PIL import Image
 
 from preprocess.config import DatasetConfig
 from preprocess.source_tree import SourceTree, open_tree
-from shards.errors import ConfigError, DatasetError
+from shards.errors import ConfigError, CorruptShardError, DatasetError
 from shards.manifest import ClassInfo
 from shards.picture import default_colors
-from shards.rle import MAX_CLASSES, MAX_SIDE, ignore_value
+from shards.rle import MAX_CLASSES, ignore_value
+from shards.sample import decode_image, load_picture, open_picture
 
 CAMVID_CLASSES = (
     "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist",
 )  # fmt: skip
-IMAGE_FORMATS = {"JPEG": "jpg", "PNG": "png"}
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+_USUAL_NAMES = {"train": ("training", "train"), "val": ("validation", "val", "valid"), "test": ("testing", "test")}
+_SPLIT_NAME = re.compile(r"[A-Za-z0-9_-]+")
 _LABEL_MODES = ("1", "L", "P", "I", "I;16")  # single-channel values; palettes hold the index
 
 
@@ -92,13 +94,17 @@ def read_pair(dataset: Dataset, pair: Pair) -> tuple[Image.Image, bytes, str, np
     Raises DatasetError naming the file when it cannot be read, the sizes differ, or a label is illegal.
     """
     image_bytes = dataset.tree.read(pair.image_path)
-    image = _open_image(image_bytes, pair.image_path)
-    label_map = map_labels(_open_labels(dataset.tree.read(pair.label_path), pair.label_path), dataset, pair.label_path)
-    if (image.height, image.width) != label_map.shape:
-        raise DatasetError(f"{pair.image_path} is {image.width}x{image.height} pixels but {pair.label_path} is "
+    try:
+        pixels = decode_image(image_bytes, pair.image_path)
+        stored = _read_labels(dataset.tree.read(pair.label_path), pair.label_path)
+    except CorruptShardError as error:
+        raise DatasetError(str(error)) from error
+    label_map = map_labels(stored, dataset, pair.label_path)
+    if pixels.shape[:2] != label_map.shape:
+        raise DatasetError(f"{pair.image_path} is {pixels.shape[1]}x{pixels.shape[0]} pixels but {pair.label_path} is "
                            f"{label_map.shape[1]}x{label_map.shape[0]}; they must be equal")
-    suffix = IMAGE_FORMATS[str(image.format)]
-    return image.convert("RGB"), image_bytes, suffix, label_map
+    suffix = "png" if image_bytes[:4] == b"\x89PNG" else "jpg"
+    return Image.fromarray(pixels), image_bytes, suffix, label_map
 
 
 def map_labels(stored: npt.NDArray[Any], dataset: Dataset, name: str) -> npt.NDArray[Any]:
@@ -120,35 +126,15 @@ def map_labels(stored: npt.NDArray[Any], dataset: Dataset, name: str) -> npt.NDA
     return mapped
 
 
-def _open_image(data: bytes, name: str) -> Image.Image:
-    try:
-        image = Image.open(io.BytesIO(data), formats=tuple(IMAGE_FORMATS))
-        _check_side(image, name)
-        image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DatasetError(f"{name} is not a readable JPEG or PNG image: {error}") from error
-    if image.mode.startswith("I"):
-        raise DatasetError(f"{name} has 16-bit pixels (mode {image.mode}); convert it to 8 bits per channel")
-    return image
-
-
-def _open_labels(data: bytes, name: str) -> npt.NDArray[Any]:
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-            _check_side(image, name)
-            if image.mode not in _LABEL_MODES:
-                raise DatasetError(f"{name} has mode {image.mode}; a label map must have one channel of class ids")
-            values = np.asarray(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DatasetError(f"{name} is not a readable PNG label map: {error}") from error
+def _read_labels(data: bytes, name: str) -> npt.NDArray[Any]:
+    """Stored label values [H,W]. Raises CorruptShardError or DatasetError."""
+    with open_picture(data, name, ("PNG",)) as image:
+        if image.mode not in _LABEL_MODES:
+            raise DatasetError(f"{name} has mode {image.mode}; a label map must have one channel of class ids")
+        values = np.asarray(load_picture(image, name))
     if values.min() < 0 or values.max() > MAX_CLASSES:
         raise DatasetError(f"{name} holds labels {values.min()}..{values.max()}, legal: 0..{MAX_CLASSES}")
-    return values.astype(np.uint8 if image.mode == "1" else values.dtype)
-
-
-def _check_side(image: Image.Image, name: str) -> None:
-    if max(image.size) > MAX_SIDE:
-        raise DatasetError(f"{name} is {image.width}x{image.height} pixels, legal: at most {MAX_SIDE} a side")
+    return values.astype(np.uint8) if values.dtype == bool else values
 
 
 def _split_folders(config: DatasetConfig, tree: SourceTree) -> list[tuple[str, str, str]]:
@@ -157,16 +143,35 @@ def _split_folders(config: DatasetConfig, tree: SourceTree) -> list[tuple[str, s
         splits = config.splits or {"train": "train", "val": "val"}
         return [(split, folder, f"{folder}annot") for split, folder in splits.items()]
     splits = config.splits or _usual_folders(tree)
+    bad_names = [split for split in splits if not _SPLIT_NAME.fullmatch(split)]
+    if bad_names:
+        raise ConfigError(f"dataset.splits names a split {bad_names[0]!r}, legal: letters, digits, '_' and '-'")
     if not splits:  # one flat tree
         return [("train", "images", "annotations")]
     return [(split, f"images/{folder}", f"annotations/{folder}") for split, folder in splits.items()]
 
 
 def _usual_folders(tree: SourceTree) -> dict[str, str]:
-    """Which of the usual split folder names exist below images/."""
-    present = {PurePosixPath(path).parts[1] for path in tree.files("images") if len(PurePosixPath(path).parts) > 2}
-    usual = {"train": ("training", "train"), "val": ("validation", "val", "valid"), "test": ("testing", "test")}
-    return {split: name for split, names in usual.items() for name in names if name in present}
+    """Our split -> the folder below images/ and annotations/ that has one of its usual names, in any case.
+
+    Raises ConfigError when two folders have the same meaning, or when a folder has no usual name beside ones
+    that do: its files would be left out silently.
+    """
+    paths = [PurePosixPath(path).parts for top in ("images", "annotations") for path in tree.files(top)]
+    present = {parts[1] for parts in paths if len(parts) > 2}
+    found: dict[str, str] = {}
+    for folder in sorted(present):
+        split = next((split for split, names in _USUAL_NAMES.items() if folder.lower() in names), None)
+        if split in found:
+            raise ConfigError(f"{tree.name} has both {found[split]!r} and {folder!r} for the split {split!r}; "
+                              "name the one to use, e.g. dataset.splits={train: training, val: validation}")
+        if split is not None:
+            found[split] = folder
+    left_out = sorted({parts[1] for parts in paths} - set(found.values())) if found else []
+    if left_out:
+        raise ConfigError(f"{tree.name} has {left_out[0]!r} beside the split folders {sorted(found.values())}; it "
+                          "would be left out. Move it, or name the folders to use: dataset.splits={train: training}")
+    return {split: found[split] for split in _USUAL_NAMES if split in found}
 
 
 def _pair_files(tree: SourceTree, image_folder: str, label_folder: str) -> tuple[list[Pair], list[tuple[str, str]]]:
@@ -225,7 +230,7 @@ def _classes(config: DatasetConfig, tree: SourceTree) -> list[ClassInfo]:
     else:
         name = f"{tree.name}/classes.txt"
         try:
-            text = tree.read("classes.txt").decode("utf-8")
+            text = tree.read("classes.txt").decode("utf-8-sig")
         except (DatasetError, UnicodeDecodeError) as error:
             raise ConfigError(f"no class table: {error}. Write one class name per line, in id order, to {name} or set "
                               "dataset.class_file") from error
@@ -235,12 +240,17 @@ def _classes(config: DatasetConfig, tree: SourceTree) -> list[ClassInfo]:
     if not 1 <= len(lines) <= MAX_CLASSES:
         raise ConfigError(f"{name} lists {len(lines)} classes, legal: 1..{MAX_CLASSES}")
     colors = default_colors(len(lines))
-    return [_parse_class(line, colors[number], f"{name}, line {number + 1}") for number, line in enumerate(lines)]
+    classes = [_parse_class(line, colors[number], f"{name}, line {number + 1}") for number, line in enumerate(lines)]
+    first_line: dict[str, int] = {}
+    for number, info in enumerate(classes, 1):
+        if first_line.setdefault(info.name, number) != number:
+            raise ConfigError(f"{name}: lines {first_line[info.name]} and {number} name the same class {info.name!r}")
+    return classes
 
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"dataset.class_file {path} cannot be read: {error}") from error
 

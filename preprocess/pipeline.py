@@ -7,10 +7,11 @@ The manifest is written when every block is there, and never before.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import multiprocessing
-import multiprocessing.connection
 import os
+import re
 import shutil
 import signal
 import threading
@@ -28,10 +29,12 @@ from preprocess.pairs import Dataset
 from preprocess.publish import publish
 from shards.errors import ConfigError, DatasetError
 from shards.manifest import MANIFEST_NAME, Manifest, hash_of, load_manifest
+from shards.workers import exit_with_parent
 from shards.writer import write_atomically
 
 _PROGRESS_FOLDER = ".progress"
 _POLL_SECONDS = 0.2
+_TEMPORARY = re.compile(r"\..+\.(tar|index|json)\.\d+\.tmp")  # as ShardWriter and write_atomically name them
 
 
 def write_shards(config: PreprocessConfig, dataset: Dataset) -> tuple[Manifest, bool]:
@@ -40,7 +43,7 @@ def write_shards(config: PreprocessConfig, dataset: Dataset) -> tuple[Manifest, 
     Returns (manifest, whether anything was written). Raises ConfigError when the folder holds a complete
     set made with other settings, DatasetError on the first unusable image (on_error "fail").
     """
-    if config.output is None:
+    if not config.output:
         raise ConfigError("output is not set: give --output <dir>, the folder for the shards")
     output, blocks, fingerprint = Path(config.output), plan_blocks(config, dataset), config_hash(config, dataset)
     fingerprints = {block.name: block_fingerprint(fingerprint, block) for block in blocks}
@@ -48,8 +51,21 @@ def write_shards(config: PreprocessConfig, dataset: Dataset) -> tuple[Manifest, 
     if (output / MANIFEST_NAME).exists():
         return _existing_set(output, set_hash), False
     progress_folder = output / _PROGRESS_FOLDER
+    if output.exists() and not progress_folder.exists() and any(output.iterdir()):
+        raise ConfigError(f"{output} is not empty and holds no unfinished shard set; give another --output")
     progress_folder.mkdir(parents=True, exist_ok=True)
-    records = {block.name: _load_record(output, block, fingerprints[block.name]) for block in blocks}
+    with _only_writer(progress_folder):
+        manifest = _write_missing(config, dataset, blocks, fingerprints, set_hash)
+        shutil.rmtree(progress_folder)
+    return manifest, True
+
+
+def _write_missing(
+    config: PreprocessConfig, dataset: Dataset, blocks: list[Block], fingerprints: dict[str, str], set_hash: str
+) -> Manifest:
+    assert config.output is not None
+    output = Path(config.output)
+    records = {block.name: _load_record(output, block, fingerprints[block.name], config) for block in blocks}
     missing = [block for block in blocks if records[block.name] is None]
     _remove_leftovers(output, blocks)
     images = sum(len(block.pairs) for block in blocks)
@@ -59,9 +75,18 @@ def write_shards(config: PreprocessConfig, dataset: Dataset) -> tuple[Manifest, 
             record["fingerprint"] = fingerprints[block.name]
             write_atomically(_record_path(output, block), json.dumps(record).encode())
             records[block.name] = record
-    manifest = publish(config, dataset, blocks, records, set_hash)
-    shutil.rmtree(progress_folder)
-    return manifest, True
+    return publish(config, dataset, blocks, records, set_hash)
+
+
+@contextlib.contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    """Hold a lock that the system drops with the process. Raises ConfigError when another run holds it."""
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another run is writing {folder.parent}; wait for it, or use another --output") from None
+        yield
 
 
 def _run_blocks(
@@ -104,14 +129,7 @@ def _start_worker(config: PreprocessConfig, dataset: Dataset, stop: Any, images_
     global _worker_state
     _worker_state = (config, dataset, stop, images_done)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
+    exit_with_parent()
 
 
 def _worker_task(block: Block) -> dict[str, Any]:
@@ -136,12 +154,17 @@ def _record_path(output: Path, block: Block) -> Path:
     return output / _PROGRESS_FOLDER / f"{block.name}.json"
 
 
-def _load_record(output: Path, block: Block, fingerprint: str) -> dict[str, Any] | None:
-    """The record of a block finished earlier under the same settings and sources; None: do it again."""
+def _load_record(output: Path, block: Block, fingerprint: str, config: PreprocessConfig) -> dict[str, Any] | None:
+    """The record of a block finished earlier under the same settings and sources; None: do it again.
+
+    A block in which an earlier run skipped images is done again when this one is to fail on them.
+    """
     try:
         record: dict[str, Any] = json.loads(_record_path(output, block).read_bytes())
         sizes = [(output / shard["name"]).stat().st_size == shard["bytes"] for shard in record["shards"]]
     except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if config.on_error == "fail" and record.get("skipped_images"):
         return None
     return record if record.get("fingerprint") == fingerprint and all(sizes) else None
 
@@ -163,5 +186,5 @@ def _remove_leftovers(output: Path, blocks: list[Block]) -> None:
     splits = {block.split for block in blocks}
     for path in output.iterdir():
         is_ours = path.suffix == ".tar" and path.name[:-11] in splits and path.name[-10:-4].isdigit()
-        if (path.suffix == ".tmp" and path.name.startswith(".")) or (is_ours and path.name not in wanted):
+        if _TEMPORARY.fullmatch(path.name) or (is_ours and path.name not in wanted):
             path.unlink()

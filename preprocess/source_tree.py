@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -29,20 +30,39 @@ class FolderTree:
         self.root, self.name = root, str(root)
 
     def files(self, folder: str) -> dict[str, int]:
-        found = {}
+        found: dict[str, int] = {}
+        visited: set[str] = set()  # real folders: links may lead back up
         for parent, folders, names in os.walk(self.root / folder, followlinks=True):
             folders[:] = [name for name in folders if not name.startswith(".")]
-            for name in names:
-                path = Path(parent) / name
-                if not name.startswith("."):
-                    found[path.relative_to(self.root).as_posix()] = path.stat().st_size
+            real = os.path.realpath(parent)
+            if real in visited:
+                folders.clear()
+                continue
+            visited.add(real)
+            found |= {self._path(Path(parent, name)): _size(Path(parent, name)) for name in names if name[0] != "."}
         return found
+
+    def _path(self, path: Path) -> str:
+        relative = path.relative_to(self.root).as_posix()
+        try:
+            relative.encode("utf-8")
+        except UnicodeEncodeError:
+            raise DatasetError(f"{path!r}: the file name is not valid UTF-8; rename it") from None
+        return relative
 
     def read(self, path: str) -> bytes:
         try:
             return (self.root / path).read_bytes()
         except OSError as error:
             raise DatasetError(f"{self.root / path} cannot be read: {error}") from error
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; 0 for a dangling link, which reading will then name."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 class ZipTree:
@@ -67,7 +87,7 @@ class ZipTree:
     def read(self, path: str) -> bytes:
         try:
             return self._archive.read(self.inside + path)
-        except (OSError, KeyError, zipfile.BadZipFile, RuntimeError) as error:
+        except (OSError, KeyError, zipfile.BadZipFile, RuntimeError, zlib.error, EOFError) as error:
             raise DatasetError(f"{self.name}{path} cannot be read: {error}") from error
 
     def __reduce__(self) -> tuple[type[ZipTree], tuple[Path, str]]:

@@ -77,6 +77,9 @@ def _verify(root: str) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
+    output = Path(arguments.output)
+    if output.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise ConfigError(f"--output is {output}, legal: a .png or .jpg file")
     manifest = load_manifest(arguments.root)
     split = arguments.split or next(iter(manifest.splits))
     reader = ShardReader(arguments.root, split, manifest)
@@ -91,7 +94,6 @@ def _show(arguments: argparse.Namespace) -> int:
         names = ", ".join(manifest.classes[label].name.split(",")[0] for label in sample.labels.tolist())
         captions.append(f"{sample.key}: {names}"[:80])
     reader.close()
-    output = Path(arguments.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet([pictures[i : i + 2] for i in range(0, len(pictures), 2)], captions).save(output)
     print(f"wrote {output}: {len(captions)} samples of split {split!r}")

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.errors import CorruptShardError
-from shards.rle import MAX_SIDE, MaskRecord, decode_segment_map, encode_rle, ignore_value
+from shards.rle import MAX_CLASSES, MAX_SIDE, MaskRecord, decode_segment_map, encode_rle, ignore_value
 
 _ASCII_OFFSET = 48
 
@@ -47,14 +47,16 @@ def from_coco_rle(rles: Sequence[Mapping[str, Any]], size: tuple[int, int] | Non
     if not rles and size is None:
         raise CorruptShardError("no COCO mask and no size given")
     height, width = size if size is not None else _size_of(rles[0])
-    labels = sorted({int(rle["category_id"]) for rle in rles})
-    if len(labels) != len(rles):
+    labels = [rle.get("category_id") for rle in rles]
+    if not _integers(labels, 0, MAX_CLASSES - 1):
+        raise CorruptShardError(f"COCO category_id are {labels}, legal: integers from 0 to {MAX_CLASSES - 1}")
+    if len(set(labels)) != len(rles):
         raise CorruptShardError("two COCO masks have the same category_id; merge them first")
     label_map = np.full(height * width, 65535, np.uint16)
     for rle in rles:
         if _size_of(rle) != (height, width):
             raise CorruptShardError(f"COCO mask has size {_size_of(rle)}, expected {(height, width)}")
-        inside = _foreground(rle["counts"], height * width)
+        inside = _foreground(rle.get("counts"), height * width)
         if (label_map[inside] != 65535).any():
             raise CorruptShardError(f"COCO mask of category {rle['category_id']} overlaps another")
         label_map[inside] = rle["category_id"]
@@ -96,16 +98,24 @@ def expand_counts(text: bytes | str) -> list[int]:
 
 
 def _size_of(rle: Mapping[str, Any]) -> tuple[int, int]:
-    height, width = (int(side) for side in rle["size"])
-    if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
-        raise CorruptShardError(f"COCO mask has size {(height, width)}, legal: 1 to {MAX_SIDE} a side")
-    return height, width
+    size = rle.get("size")
+    if not isinstance(size, list | tuple) or len(size) != 2 or not _integers(size, 1, MAX_SIDE):
+        raise CorruptShardError(f"COCO mask has size {size}, legal: [height, width], 1 to {MAX_SIDE} a side")
+    return int(size[0]), int(size[1])
 
 
 def _foreground(counts: Any, pixels: int) -> npt.NDArray[np.bool_]:
     """Flat column-major mask of one RLE."""
-    lengths = np.asarray(expand_counts(counts) if isinstance(counts, bytes | str) else list(counts), np.int64)
-    if (lengths < 0).any() or lengths.sum() > pixels:
+    values = expand_counts(counts) if isinstance(counts, bytes | str) else counts
+    if not isinstance(values, list | tuple) or not _integers(values, 0, pixels):
+        raise CorruptShardError(f"COCO counts must be a string or a list of integers from 0 to {pixels} pixels")
+    lengths = np.asarray(values, np.int64)
+    if lengths.sum() > pixels:
         raise CorruptShardError(f"COCO counts do not fit {pixels} pixels")
     lengths = np.concatenate((lengths, [pixels - lengths.sum()])) if lengths.sum() < pixels else lengths
     return np.repeat(np.arange(lengths.size) % 2 == 1, lengths)
+
+
+def _integers(values: Sequence[Any], low: int, high: int) -> bool:
+    """Whether all are integers (Python's or numpy's) from `low` to `high`."""
+    return all(isinstance(value, int | np.integer) and low <= value <= high for value in values)

@@ -45,17 +45,18 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
         code = main()
         sys.stdout.flush()
     except MaskStreamError as error:
-        print(f"error: {_last_line(error)}", file=sys.stderr)
-        code = EXIT_BAD_INPUT
+        code = _complain(str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of our output (head, less) went away: not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:  # a folder that cannot be written, a full disk
+        code = _complain(f"{error.filename or 'input or output'}: {error.strerror or error}")
     sys.exit(code)
 
 
-def _last_line(error: Exception) -> str:
-    """The message itself: an error from a DataLoader worker arrives with the worker's traceback before it."""
-    return str(error).strip().rpartition("\n")[2]
+def _complain(message: str) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return EXIT_BAD_INPUT

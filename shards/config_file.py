@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,7 +53,8 @@ def check_knobs(config: Any, prefix: str = "") -> None:
         for number in value if isinstance(value, list | tuple) else [value]:
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
-            if not (low is None or number >= low) or not (high is None or number <= high):
+            in_range = (low is None or number >= low) and (high is None or number <= high)
+            if not math.isfinite(number) or not in_range:
                 legal = f"from {low if low is not None else '-inf'} to {high if high is not None else 'inf'}"
                 raise ConfigError(f"{name} is {value!r}, legal: {legal}")
 

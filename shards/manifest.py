@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from typing import Any
 import numpy as np
 
 from shards.errors import CorruptShardError, FormatVersionError, ShardError
+from shards.rle import ignore_value
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+_FILE_NAME = re.compile(r"[A-Za-z0-9_-]+\.(tar|index)")  # no folder, no dot files: nothing outside the root
 
 # Little-endian record per sample: where its tar members start, how long they are together, their CRC-32.
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc32", "<u4")])
@@ -140,14 +143,14 @@ def parse_manifest(data: bytes, name: str) -> Manifest:
     version = content["format_version"]
     if version != FORMAT_VERSION:
         raise FormatVersionError(f"{name} has format_version {version}, this code knows {FORMAT_VERSION}")
-    recorded = content.pop("manifest_sha256", None)
-    if recorded != hash_of(content):
-        raise CorruptShardError(f"{name} does not match its own manifest_sha256: it was damaged or edited")
     try:
+        recorded = content.pop("manifest_sha256", None)
+        if recorded != hash_of(content):
+            raise CorruptShardError(f"{name} does not match its own manifest_sha256: it was damaged or edited")
         manifest = _from_content(content)
-    except (KeyError, TypeError, ValueError) as error:
+        _check_consistency(manifest, name)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptShardError(f"{name} lacks or misspells a field: {error}") from error
-    _check_consistency(manifest, name)
     return manifest
 
 
@@ -164,10 +167,14 @@ def _split_from_content(item: dict[str, Any]) -> SplitInfo:
 
 def _color(values: list[int]) -> tuple[int, int, int]:
     red, green, blue = values
+    if not all(type(value) is int and 0 <= value <= 255 for value in values):
+        raise ValueError(f"colour {values}, legal: three integers from 0 to 255")
     return red, green, blue
 
 
 def _check_consistency(manifest: Manifest, name: str) -> None:
+    if manifest.ignore_index != ignore_value(len(manifest.classes)):
+        raise CorruptShardError(f"{name}: ignore_index {manifest.ignore_index!r} does not suit the number of classes")
     for split_name, split in manifest.splits.items():
         where = f"{name}, split {split_name!r}"
         if sum(shard.samples for shard in split.shards) != split.samples:
@@ -178,5 +185,5 @@ def _check_consistency(manifest: Manifest, name: str) -> None:
             if len(counts) != len(manifest.classes):
                 raise CorruptShardError(f"{where}: counts for {len(counts)} classes, expected {len(manifest.classes)}")
         for file in [shard.name for shard in split.shards] + [split.index.name]:
-            if Path(file).name != file or file in ("", ".", ".."):
+            if not _FILE_NAME.fullmatch(file):
                 raise CorruptShardError(f"{where}: {file!r} is not a plain file name")

@@ -28,7 +28,7 @@ class ShardReader:
 
     Opening reads the manifest and the index and compares every shard's size. Each read is one `pread`
     of the sample's span, checked against its CRC-32. Safe to hand to spawned or forked workers: files
-    are opened on first use in each process.
+    are opened on first use in each process. Not for several threads at once: give each a reader of its own.
     """
 
     def __init__(self, root: str | Path, split: str, manifest: Manifest | None = None) -> None:

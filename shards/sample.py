@@ -24,10 +24,13 @@ import numpy.typing as npt
 from PIL import Image
 
 from shards.errors import CorruptShardError, FormatVersionError
-from shards.rle import MaskHeader, decode_header, decode_masks, decode_segment_map, label_map_from_segments
+from shards.rle import MAX_SIDE, MaskHeader, decode_header, decode_masks, decode_segment_map, label_map_from_segments
 
 SAMPLE_FORMAT = 1
 IMAGE_SUFFIXES = ("jpg", "png")
+_PNG_START, _PNG_DEPTH = b"\x89PNG", 24  # where a PNG keeps its bits per channel
+# What Pillow raises on damaged files, found by fuzzing.
+_DECODER_ERRORS = (OSError, ValueError, SyntaxError, AssertionError, Image.DecompressionBombError)
 MAX_MEMBER_STEM = 90  # bytes; leaves room for the suffix in a plain ustar name of 100
 
 
@@ -78,15 +81,34 @@ class CropSample:
 
 def decode_image(data: bytes, name: str, size: tuple[int, int] | None = None) -> npt.NDArray[np.uint8]:
     """Decode JPEG or PNG bytes to RGB `[H,W,3]`; the size `(H,W)`, when given, is checked before decoding."""
+    with open_picture(data, name, ("JPEG", "PNG")) as image:
+        if size is not None and (image.height, image.width) != size:
+            raise CorruptShardError(
+                f"image of {name} is {image.height}x{image.width}, its masks are {size[0]}x{size[1]}"
+            )
+        if image.mode.startswith("I") or (data[:4] == _PNG_START and data[_PNG_DEPTH] > 8):
+            raise CorruptShardError(f"{name} has 16 bits per channel; convert it to 8")
+        return np.asarray(load_picture(image, name).convert("RGB"))
+
+
+def open_picture(data: bytes, name: str, formats: tuple[str, ...]) -> Image.Image:
+    """Read a picture's header. Raises CorruptShardError when it has none of the formats or is too large."""
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
-            if size is not None and (image.height, image.width) != size:
-                raise CorruptShardError(
-                    f"image of {name} is {image.height}x{image.width}, its masks are {size[0]}x{size[1]}"
-                )
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise CorruptShardError(f"image of {name} cannot be decoded: {error}") from error
+        image = Image.open(io.BytesIO(data), formats=formats)
+    except _DECODER_ERRORS as error:
+        raise CorruptShardError(f"{name} is not a readable {' or '.join(formats)} file of {len(data)} bytes") from error
+    if max(image.size) > MAX_SIDE:
+        raise CorruptShardError(f"{name} is {image.width}x{image.height} pixels, legal: at most {MAX_SIDE} a side")
+    return image
+
+
+def load_picture(image: Image.Image, name: str) -> Image.Image:
+    """Decode the pixels of an opened picture. Raises CorruptShardError when they are damaged or cut short."""
+    try:
+        image.load()
+    except _DECODER_ERRORS as error:
+        raise CorruptShardError(f"{name} is not a readable image, it is damaged or cut short: {error}") from error
+    return image
 
 
 def encode_sample(key: str, mask_record: dict[str, Any], meta: dict[str, Any]) -> bytes:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,9 @@ def test_a_complete_run_is_only_evaluated_again(scene_shards: Path, finished: Pa
         (["seed=1"], "seed was 0 and is 1"),
         (["train.global_batch_size=6"], "global_batch_size was 4 and is 6"),
         (["backbone.random.seed=1"], "backbone's weights"),
+        (["backbone.layers=FOUR_LAST", "backbone.random.num_hidden_layers=4"], "backbone.layers was"),
+        (["data.train_split=val", "data.crop_size=64"], "data.train_split was"),
+        (["optimizer.decay_all=true"], "decay_all was False"),
         (["decoder_head.num_queries=9"], "query_feat"),
     ],
 )
@@ -125,6 +129,34 @@ def test_a_run_that_would_not_continue_the_same_run_is_refused(
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     with pytest.raises(ConfigError, match=message):
         train(tiny(scene_shards, run, "train.total_steps=6", *overrides), ALONE)
+
+
+def test_settings_that_may_change_on_resume_do_change(scene_shards: Path, finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    config = tiny(scene_shards, run, "train.total_steps=5", "optimizer.weight_decay=0.5", "optimizer.betas=[0.5,0.6]")
+    train(config, ALONE)
+    checkpoint = load_latest(run / "checkpoints")
+    assert checkpoint is not None and checkpoint.step == 5
+    groups = checkpoint.optimizer["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.5}
+    assert {tuple(group["betas"]) for group in groups} == {(0.5, 0.6)}
+
+
+def test_a_run_is_never_started_anew_over_its_remains(scene_shards: Path, finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    for path in (run / "checkpoints").glob("step-*.pt"):
+        path.write_bytes(b"junk")
+    with pytest.warns(UserWarning, match="Falling back"), pytest.raises(ConfigError, match="none of the 2 checkpoints"):
+        train(tiny(scene_shards, run), ALONE)
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(ConfigError, match="resume is 'never'"):
+        train(tiny(scene_shards, run, "resume=never"), ALONE)
+
+
+@pytest.mark.parametrize("overrides", [["data.crop_size=48"], ["data.train_split=val", "train.micro_batch_size=1"]])
+def test_crops_that_do_not_suit_the_head_are_refused(scene_shards: Path, tmp_path: Path, overrides: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"training crops are \d+x\d+ pixels, legal for decoder_head.type m2f: mult"):
+        train(tiny(scene_shards, tmp_path / "run", *overrides), ALONE)
 
 
 def test_accumulation_and_dense_targets_change_nothing(scene_shards: Path, finished: Path, tmp_path: Path) -> None:
@@ -240,6 +272,23 @@ def test_evaluate_and_predict_from_the_command_line(scenes: Path, finished: Path
         assert (tmp_path / "out" / f"{image.stem}-overlay.png").exists()
 
 
+def test_predictions_never_overwrite_images_or_each_other(tmp_path: Path) -> None:
+    from trainer.predict import check_outputs
+
+    for name in ("a.png", "a.jpg", "a-overlay.jpg", "b.jpg"):
+        (tmp_path / name).touch()
+    images = {name: tmp_path / name for name in ("a.png", "a.jpg", "a-overlay.jpg", "b.jpg")}
+    check_outputs([images["a.jpg"], images["b.jpg"]], tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"both be written to .*a\.png"):
+        check_outputs([images["a.jpg"], images["a.png"]], tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"both be written to .*a-overlay\.png"):
+        check_outputs([images["a.jpg"], images["a-overlay.jpg"]], tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"would overwrite the image .*a\.png"):
+        check_outputs([images["a.png"]], tmp_path)
+    with pytest.raises(ConfigError, match="is a folder"):
+        check_outputs([tmp_path], tmp_path / "out")
+
+
 @pytest.mark.slow
 def test_sharded_evaluation_over_ranks_counts_every_image_once(finished: Path, tmp_path: Path) -> None:
     found = []
@@ -274,6 +323,26 @@ def test_command_line_mistakes_are_one_line(scene_shards: Path, finished: Path, 
     missing_backbone = run_program("trainer/train.py", f"data.root={scene_shards}", f"output_dir={tmp_path / 'r'}",
                                    f"backbone.source={tmp_path / 'vit'}")
     assert "vit" in one_line_error(missing_backbone)
+
+
+@pytest.mark.slow
+def test_no_process_outlives_a_killed_trainer(scene_shards: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(REPOSITORY / "trainer/train.py"), "--config", str(TINY), f"data.root={scene_shards}",
+               f"output_dir={tmp_path / 'run'}", "data.workers=2", "train.total_steps=100000"]
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run/checkpoints").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    raise AssertionError("a loader process outlived the trainer")
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from PIL import Image
 
 from preprocess.config import CropConfig, DatasetConfig, PreprocessConfig
 from preprocess.crops import Crop, crop_rng, cut_image, cut_labels, draw_crop, pad_labels
+from preprocess.make_scenes import CLASSES
 from preprocess.pairs import open_dataset, read_pair
 from shards.config_file import load_config
 from shards.errors import ConfigError, DatasetError
@@ -106,6 +107,90 @@ def test_a_flat_folder_can_be_split_by_name(tmp_path: Path) -> None:
     assert dataset.classes[0].color == (16, 32, 48)
 
 
+def test_split_folders_may_be_capitalised_but_nothing_is_left_out_silently(scenes: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(scenes, tmp_path / "scenes"))
+    for top in ("images", "annotations"):
+        (root / top / "train").rename(root / top / "Training")
+    config = DatasetConfig(kind="folder", root=str(root))
+    splits = open_dataset(config, "fail").splits
+    assert {split: len(pairs) for split, pairs in splits.items()} == {"train": 12, "val": 5}
+    (root / "images/extra").mkdir()
+    shutil.copy(next((root / "images/val").iterdir()), root / "images/extra/x.jpg")
+    with pytest.raises(ConfigError, match="has 'extra' beside the split folders"):
+        open_dataset(config, "fail")
+    (root / "images/extra").rename(root / "images/train")
+    with pytest.raises(ConfigError, match="has both 'Training' and 'train' for the split 'train'"):
+        open_dataset(config, "fail")
+
+
+def test_class_tables_may_have_a_byte_order_mark_but_no_repeated_name(scenes: Path, tmp_path: Path) -> None:
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbf" + (scenes / "classes.txt").read_bytes().replace(b"\n", b"\r\n"))
+    config = DatasetConfig(kind="folder", root=str(scenes), class_file=str(tmp_path / "bom.txt"))
+    assert [item.name for item in open_dataset(config, "fail").classes] == [name for name, _, _ in CLASSES]
+    (tmp_path / "twice.txt").write_text("a\nb\na\n")
+    with pytest.raises(ConfigError, match="lines 1 and 3 name the same class 'a'"):
+        open_dataset(DatasetConfig(kind="folder", root=str(scenes), class_file=str(tmp_path / "twice.txt")), "fail")
+
+
+def test_camera_files_with_several_pictures_are_ordinary_jpegs(scenes: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(scenes, tmp_path / "scenes"))
+    image = root / "images/val/scene_val_00000.jpg"
+    with Image.open(image) as picture:
+        picture.save(tmp_path / "x.mpo", "MPO", save_all=True, append_images=[picture.copy()])
+    shutil.copy(tmp_path / "x.mpo", image)
+    sample = next(iter_samples(make_shards(tmp_path / "set", root), "val"))
+    assert sample.image_bytes == image.read_bytes() and sample.image_suffix == "jpg"
+
+
+def test_folders_of_others_are_left_alone(scenes: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for name in (".notes.tmp", "train-000000.tar"):
+        (tmp_path / "mine" / name).write_text("precious")
+    with pytest.raises(ConfigError, match="is not empty and holds no unfinished shard set"):
+        make_shards(tmp_path / "mine", scenes)
+    assert {path.read_text() for path in (tmp_path / "mine").iterdir()} == {"precious"}
+
+
+def test_a_damaged_zip_member_is_named(tmp_path: Path) -> None:
+    root = tiny_ade(tmp_path / "ADEChallengeData2016")
+    path = tmp_path / "release.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(root.rglob("*.*")):
+            archive.write(file, file.relative_to(tmp_path))
+    with zipfile.ZipFile(path) as archive:
+        item = next(item for item in archive.infolist() if item.filename.endswith("00000002.jpg"))
+    data = bytearray(path.read_bytes())
+    data[item.header_offset + 200 : item.header_offset + 240] = b"\xff" * 40
+    path.write_bytes(data)
+    with pytest.raises(DatasetError, match=r"ADE_train_00000002\.jpg cannot be read"):
+        make_shards(tmp_path / "set", path, "dataset.kind=ade20k")
+
+
+def test_blocks_that_skipped_images_are_redone_when_failing_is_asked_for(scenes: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(scenes, tmp_path / "scenes"))
+    pattern = spoil(root, "image is text")
+    for image in (root / "images/val").iterdir():
+        image.write_bytes(b"")
+    with pytest.raises(DatasetError, match="'val' has no usable sample"):
+        make_shards(tmp_path / "set", root, "on_error=skip")
+    for image in (scenes / "images/val").iterdir():
+        shutil.copy(image, root / "images/val" / image.name)
+    with pytest.raises(DatasetError, match=pattern):
+        make_shards(tmp_path / "set", root, "on_error=fail")
+
+
+def test_two_runs_cannot_write_the_same_set(scenes: Path, tmp_path: Path) -> None:
+    import fcntl
+
+    progress = tmp_path / "set/.progress"
+    progress.mkdir(parents=True)
+    with (progress / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another run is writing"):
+            make_shards(tmp_path / "set", scenes)
+    assert verify(make_shards(tmp_path / "set", scenes)) == []
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
 def test_any_usual_image_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     suffix = "jpg" if mode == "CMYK" else "png"
@@ -151,12 +236,25 @@ def spoil(root: Path, how: str) -> str:
     if how == "same name":
         shutil.copy(image, image.with_suffix(".jpeg"))
         return "same name as"
+    if how == "16-bit image":
+        image.unlink()
+        with Image.open(label) as stored:
+            Image.fromarray(np.zeros(stored.size[::-1], np.uint16)).save(image.with_suffix(".png"))
+        return "scene_train_00003.png has 16 bits per channel"
+    if how == "empty file":
+        image.write_bytes(b"")
+        return "scene_train_00003.jpg is not a readable JPEG or PNG file of 0 bytes"
+    if how == "dangling link":
+        image.unlink()
+        image.symlink_to("nowhere.jpg")
+        return "scene_train_00003.jpg cannot be read"
     (root / "images/train/notes.txt").write_text("x")
     return "notes.txt: not one of"
 
 
 BAD_INPUTS = ["truncated image", "image is text", "truncated label", "size differs", "illegal label", "colour label",
-              "no label", "no image", "same name", "stray file"]
+              "no label", "no image", "same name", "stray file", "16-bit image",
+              "empty file", "dangling link"]
 
 
 @pytest.mark.parametrize("how", BAD_INPUTS)
@@ -185,6 +283,8 @@ def test_unusable_files_are_named_or_recorded(scenes: Path, tmp_path: Path, how:
         (["dataset.val_fraction=0.5"], "has split folders"),
         (["crops.stored_size=32"], "at least crops.size"),
         (["crops.min_scale=3"], "at most crops.max_scale"),
+        (["dataset.splits={{../evil: train}}"], "names a split '../evil'"),
+        (["output="], "output is not set"),
     ],
 )
 def test_bad_settings_say_what_is_legal(scenes: Path, tmp_path: Path, overrides: list[str], message: str) -> None:

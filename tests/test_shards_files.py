@@ -257,10 +257,18 @@ def test_manifests_that_cannot_be_trusted_are_refused(damaged: Path) -> None:
         ({"splits": wrong_count}, CorruptShardError, "do not add up to 6"),
         ({"splits": escaping}, CorruptShardError, "not a plain file name"),
         ({"classes": 3}, CorruptShardError, "lacks or misspells"),
+        ({"splits": [1]}, CorruptShardError, "lacks or misspells"),
+        ({"splits": {**splits, "val": splits["val"] | {"samples": "5"}}}, CorruptShardError, "do not add up"),
+        ({"ignore_index": -1}, CorruptShardError, "ignore_index -1 does not suit"),
+        ({"classes": [{"name": "a", "color": [300, 0, 0]}]}, CorruptShardError, "legal: three integers"),
     ):
         path.write_bytes(original)
         edit_manifest(damaged, **changes)
         with pytest.raises(error, match=message):
+            load_manifest(damaged)
+    for odd in (b'{"format_version": 1, "x": NaN}', b'{"format_version": 1, "x": "\\ud800"}', b"[]", b"{", b""):
+        path.write_bytes(odd)
+        with pytest.raises(CorruptShardError, match=r"manifest\.json"):
             load_manifest(damaged)
     path.write_bytes(original.replace(b'"seed": 0', b'"seed": 1'))
     with pytest.raises(CorruptShardError, match="manifest_sha256"):

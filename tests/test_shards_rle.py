@@ -213,13 +213,19 @@ def test_coco_count_strings_round_trip(counts: list[int]) -> None:
     ("rles", "message"),
     [
         ([], "no COCO mask"),
-        ([{"category_id": 1, "size": [2, 2], "counts": [0, 5]}], "do not fit"),
+        ([{"category_id": 1, "size": [2, 2], "counts": [0, 3, 3]}], "do not fit"),
         ([{"category_id": 1, "size": [2, 2], "counts": [0, 2]}, {"category_id": 2, "size": [2, 2], "counts": [1, 2]}],
          "overlaps"),
         ([{"category_id": 1, "size": [2, 2], "counts": [0, 2]}] * 2, "same category_id"),
         ([{"category_id": 1, "size": [2, 2], "counts": "\x01"}], "illegal byte"),
         ([{"category_id": 1, "size": [2, 2], "counts": "P"}], "inside a number"),
-        ([{"category_id": 1, "size": [0, 2], "counts": [0]}], "legal: 1 to"),
+        ([{"category_id": 1, "size": [0, 2], "counts": [0]}], "legal: .height, width., 1 to"),
+        ([{"category_id": 1, "size": [2], "counts": [0]}], "legal: .height, width., 1 to"),
+        ([{"category_id": 1, "size": [2, 2], "counts": [0, 2**62, 2**62, 2**62, 2**62]}], "integers from 0 to 4"),
+        ([{"category_id": 1, "size": [2, 2], "counts": ["a"]}], "integers from 0 to 4"),
+        ([{"category_id": 1, "size": [2, 2]}], "integers from 0 to 4"),
+        ([{"category_id": 65535, "size": [2, 2], "counts": [4]}], "category_id are .65535., legal"),
+        ([{"size": [2, 2], "counts": [4]}], "category_id are .None., legal"),
     ],
 )  # fmt: skip
 def test_bad_coco_masks_are_refused(rles: list[dict[str, Any]], message: str) -> None:

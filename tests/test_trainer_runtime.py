@@ -47,7 +47,7 @@ def test_the_record_drops_what_a_killed_run_logged_beyond_its_checkpoint(tmp_pat
         logger.scalars(step, "train", {"loss": float(step), "lr": 0.1})
     logger.close()
     with (tmp_path / METRICS_NAME).open("a") as file:
-        file.write('{"step": 4, "kind": "tr')  # killed in the middle of a line
+        file.write('5\n\ufffd\n{"step": 4, "kind": "tr')  # junk, and killed in the middle of a line
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
     logger = RunLogger(tmp_path, 2)
     logger.scalars(3, "train", {"loss": 7.0, "lr": 0.1})
@@ -81,9 +81,11 @@ class _Payload:
 def test_checkpoints_that_are_not_ours_are_refused_and_never_executed(tmp_path: Path) -> None:
     torch.save(_Payload(tmp_path / "executed"), tmp_path / "evil.pt")
     torch.save({"weight": torch.zeros(1)}, tmp_path / "foreign.pt")
+    torch.save({"format": 1, "step": "x"}, tmp_path / "fields.pt")
     (tmp_path / "empty.pt").write_bytes(b"")
     for name, message in (("evil.pt", "cannot be read"), ("foreign.pt", "not a MaskStream checkpoint"),
-                          ("empty.pt", "cannot be read"), ("missing.pt", "does not exist"), ("", "is a folder")):
+                          ("empty.pt", "cannot be read"), ("fields.pt", "field 'step' is missing"),
+                          ("missing.pt", "does not exist"), ("", "is a folder")):
         with pytest.raises(ConfigError, match=message):
             load_checkpoint(tmp_path / name)
     assert not (tmp_path / "executed").exists()

@@ -39,7 +39,7 @@ def test_a_stride_with_gaps_is_refused() -> None:
 
 def test_windows_are_legal_for_the_adapter() -> None:
     assert window_size((45, 70), (64, 64), 32) == (64, 64)
-    assert window_size((20, 70), (64, 64), 32) == (32, 64)
+    assert window_size((20, 70), (64, 64), 32) == (64, 64)  # two cells of the coarsest map at least
     assert window_size((45, 70), None, 32) == (64, 96)
     assert window_size((45, 70), (64, 64), None) == (45, 64)  # the reference truncates
     assert window_size((24, 30), (32, 32), None) == (24, 24)  # or shrinks to a square
@@ -124,7 +124,7 @@ def test_tta_sees_every_view_and_returns_labels() -> None:
 
     labels = predict_with_tta(predict, image, 2, None, 1, label_size=(100, 128), short_side=64,
                               ratios=(0.4, 1.0, 1.5), flip=True)
-    assert widths == [32, 64, 96] * 2
+    assert widths == [64, 64, 96] * 2  # the smallest view is padded
     assert labels.dtype == torch.int64
     assert labels.shape == (100, 128)
     assert labels[:, :64].eq(0).all()

@@ -10,7 +10,7 @@ import torch
 
 from shards.errors import ConfigError
 from trainer.checkpoint import Checkpoint
-from trainer.config import RunConfig
+from trainer.config import RandomBackboneConfig, RunConfig
 from trainer.criterion import MaskCriterion, PixelCriterion
 from trainer.models import Segmenter, build_linear, build_mask2former
 
@@ -20,16 +20,19 @@ class HeadKind(NamedTuple):
 
     model: Callable[[RunConfig, int], Segmenter]
     criterion: Callable[[RunConfig, int, int], MaskCriterion | PixelCriterion]
+    size_divisor: int  # height and width of training crops must be multiples of it
 
 
 HEADS = {
     "m2f": HeadKind(
         model=lambda config, classes: build_mask2former(config.backbone, config.adapter, config.decoder_head, classes),
         criterion=lambda config, classes, ignore_index: MaskCriterion(config.loss, classes),
+        size_divisor=32,  # the adapter's coarsest map
     ),
     "linear": HeadKind(
         model=lambda config, classes: build_linear(config.backbone, config.decoder_head, classes),
         criterion=lambda config, classes, ignore_index: PixelCriterion(ignore_index),
+        size_divisor=16,  # the ViT's patches
     ),
 }
 
@@ -44,6 +47,11 @@ def build_criterion(config: RunConfig, num_classes: int, ignore_index: int) -> M
     return HEADS[config.decoder_head.type].criterion(config, num_classes, ignore_index)
 
 
+def size_divisor(config: RunConfig) -> int:
+    """What height and width of training crops must be multiples of."""
+    return HEADS[config.decoder_head.type].size_divisor
+
+
 def restore_model(checkpoint: Checkpoint, backbone_source: str | None, device: torch.device) -> Segmenter:
     """The trained network of a checkpoint, in eval mode. `backbone_source` tells where the ViT lies now.
 
@@ -51,7 +59,8 @@ def restore_model(checkpoint: Checkpoint, backbone_source: str | None, device: t
     """
     config = checkpoint.run_config
     if backbone_source is not None:
-        config = replace(config, backbone=replace(config.backbone, source=backbone_source))
+        backbone = replace(config.backbone, source=backbone_source, random=RandomBackboneConfig())
+        config = replace(config, backbone=backbone)
     model = build_model(config, len(checkpoint.classes))
     found = model.backbone.weights_sha256()
     if found != checkpoint.backbone_sha256:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,12 @@ from trainer.config import RunConfig, run_config_from_dict
 
 CHECKPOINT_FORMAT = 1
 _NAME = re.compile(r"step-(\d{8})\.pt")
+
+
+_FIELD_TYPES: dict[str, Any] = {
+    "step": int, "model": dict, "optimizer": dict, "config": dict, "classes": list, "ignore_index": int,
+    "data_hash": str, "backbone_sha256": str, "best_miou": float | None, "format": int,
+}  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -81,19 +87,30 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ConfigError(f"checkpoint {path} cannot be read, it is damaged or not one of ours: {error}") from error
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise ConfigError(f"checkpoint {path} cannot be read, it is damaged or holds code: {reason}") from error
     if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
         raise ConfigError(f"checkpoint {path} is not a MaskStream checkpoint of format {CHECKPOINT_FORMAT}")
-    return Checkpoint(**content)
+    for field in fields(Checkpoint):
+        if not isinstance(content.get(field.name), _FIELD_TYPES[field.name]):
+            raise ConfigError(f"checkpoint {path}: field {field.name!r} is missing or of the wrong type")
+    return Checkpoint(**{field.name: content[field.name] for field in fields(Checkpoint)})
 
 
 def load_latest(folder: Path) -> Checkpoint | None:
-    """The newest readable checkpoint of a run; a damaged one is passed over with a warning; None: there is none."""
-    for path in reversed(_numbered(folder)):
+    """The newest readable checkpoint of a run; a damaged one is passed over with a warning; None: there is none.
+
+    Raises ConfigError when there are checkpoints but none is readable: starting anew would overwrite the run.
+    """
+    paths = _numbered(folder)
+    for path in reversed(paths):
         try:
             return load_checkpoint(path)
         except ConfigError as error:
             warnings.warn(f"{error}. Falling back to the checkpoint before it", stacklevel=2)
+    if paths:
+        raise ConfigError(f"none of the {len(paths)} checkpoints in {folder} can be read; remove them to start anew "
+                          "there, or choose another output_dir")
     return None
 
 

@@ -57,6 +57,10 @@ class BackboneConfig:
     image_std: list[float] = knob(list(IMAGENET_STD), "per-channel standard deviation, on a 0..1 scale")
 
     def __post_init__(self) -> None:
+        for name, values in (("image_mean", self.image_mean), ("image_std", self.image_std)):
+            if len(values) != 3 or (name == "image_std" and min(values) <= 0):
+                raise ConfigError(f"backbone.{name} is {values}, legal: three numbers"
+                                  f"{' above 0' if name == 'image_std' else ''}, one per channel")
         if self.source is not None and self.random.hidden_size is not None:
             raise ConfigError("backbone.source and backbone.random.hidden_size are both set; give one of them")
 
@@ -69,9 +73,9 @@ class AdapterConfig:
     n_points: int = knob(4, "sampling points per head of deformable attention", minimum=1)
     deform_num_heads: int = knob(16, "heads of deformable attention", minimum=1)
     drop_path: float = knob(0.3, "stochastic depth rate of the extractors", minimum=0, maximum=0.99)
-    cffn_ratio: float = knob(0.25, "width of the convolutional FFN, as a fraction of the token width", minimum=0)
+    cffn_ratio: float = knob(0.25, "width of the convolutional FFN, as a fraction of the token width", minimum=0.01)
     deform_ratio: float = knob(0.5, "value width of deformable attention, as a fraction of the token "
-                               "width; the result must be a multiple of deform_num_heads", minimum=0)
+                               "width; the result must be a multiple of deform_num_heads", minimum=0.01)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +105,7 @@ class LossConfig:
     """Mask classification loss (m2f). The linear head uses per-pixel cross-entropy and reads none of this."""
 
     num_points: int = knob(12544, "points sampled per mask", minimum=1)
-    oversample_ratio: float = knob(3.0, "candidates drawn per kept point", minimum=1)
+    oversample_ratio: float = knob(3.0, "candidates drawn per kept point", minimum=1, maximum=100)
     importance_sample_ratio: float = knob(0.75, "share of points taken where the mask is most uncertain",
                                           minimum=0, maximum=1)
     mask_coefficient: float = knob(5.0, "weight of the mask cross-entropy", minimum=0)
@@ -123,6 +127,10 @@ class OptimizerConfig:
                          "linear recipe", choices=("poly", "one_cycle"))
     power: float = knob(0.9, "poly: exponent", minimum=0)
     warmup_steps: int = knob(1500, "steps of linear warm-up", minimum=0)
+
+    def __post_init__(self) -> None:
+        if len(self.betas) != 2 or max(self.betas) >= 1:
+            raise ConfigError(f"optimizer.betas is {self.betas}, legal: two numbers from 0 to below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +156,7 @@ class EvalConfig:
                      choices=("slide", "whole"))
     resize_short_side: int | None = knob(None, "short side in pixels the image is resized to first; null: as it is",
                                          minimum=32)
-    crop_size: int = knob(512, "slide: window side in pixels (multiple of 32)", minimum=32)
+    crop_size: int = knob(512, "slide: window side in pixels (multiple of 32)", minimum=64)
     stride: int = knob(341, "slide: step between windows in pixels", minimum=1)
     tta_ratios: list[float] = knob([], "scales of resize_short_side to average over, e.g. [0.9, 1.0, 1.1]; empty: one",
                                    minimum=0.1, maximum=10)
@@ -169,7 +177,8 @@ class RunConfig:
     """One run: the root of the configuration."""
 
     output_dir: str | None = knob(None, "folder of the run: config, checkpoints, metrics, pictures")
-    seed: int = knob(0, "seed of initial weights, data order, augmentation and sampled points", minimum=0)
+    seed: int = knob(0, "seed of initial weights, data order, augmentation and sampled points", minimum=0,
+                     maximum=2**62)
     device: str = knob("auto", "where to run: auto takes CUDA when present", choices=("auto", "cpu", "cuda"))
     resume: str = knob("auto", "auto: continue the run in output_dir if it has a checkpoint; never: refuse to touch "
                        "an existing run", choices=("auto", "never"))

@@ -7,7 +7,7 @@ the bytes, and the hand-off, not the decoding, would then set the pace.
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -17,17 +17,22 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from shards.errors import ConfigError, CorruptShardError
+from shards.errors import ConfigError, CorruptShardError, MaskStreamError
 from shards.plan import Draw, TrainPlan
 from shards.reader import ShardReader
 from shards.rle import ignore_value
 from shards.sample import CropSample
+from shards.workers import exit_with_parent
 from trainer.config import DataConfig
 from trainer.seeding import sample_rng
 from trainer.targets import Target, dense_masks
 from trainer.transforms import draw_photometric
 
 _WORKER_TIMEOUT = 600  # seconds without a batch after which a stuck worker is an error, not a hang
+
+
+class LoaderError(MaskStreamError):
+    """A loader process died or stopped answering."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,16 +178,39 @@ def stack_segment_maps(segment_maps: Sequence[npt.NDArray[Any]]) -> Tensor:
     return torch.from_numpy(np.stack(wide).astype(np.int32))
 
 
-def train_loader(crops: TrainCrops, micro_batches: Iterable[int], device: torch.device) -> DataLoader[Batch]:
-    """The micro-batches of the given numbers, in that order whatever the number of workers."""
-    return _loader(crops, micro_batches, crops.config, device)
+def train_loader(crops: TrainCrops, micro_batches: Iterable[int], device: torch.device) -> Iterator[Batch]:
+    """The micro-batches of the given numbers, in that order whatever the number of workers.
+
+    Raises what a worker raised (ShardError, ConfigError), and LoaderError when a worker died or hangs.
+    """
+    return _items(_loader(crops, micro_batches, crops.config, device))
 
 
 def validation_loader(
     images: WholeImages, numbers: Iterable[int], config: DataConfig, device: torch.device
-) -> DataLoader[LabelledImage]:
-    """The validation images of the given numbers, in that order."""
-    return _loader(images, numbers, config, device)
+) -> Iterator[LabelledImage]:
+    """The validation images of the given numbers, in that order; raises as `train_loader`."""
+    return _items(_loader(images, numbers, config, device))
+
+
+def _items(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The loader's items; errors of workers without the workers' tracebacks, which they carry as text."""
+    try:
+        yield from loader
+    except MaskStreamError as error:
+        message = str(error).strip().rpartition("\n")[2]
+        raise type(error)(message.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")) from error
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        raise LoaderError(
+            f"a loader process died or hangs ({str(error).splitlines()[0]}). Often memory is short: lower "
+            f"data.workers (now {loader.num_workers}) or data.prefetch_batches (now {loader.prefetch_factor})"
+        ) from error
+
+
+def _start_worker(number: int) -> None:
+    exit_with_parent()
 
 
 def _loader(dataset: Dataset[Any], numbers: Iterable[int], config: DataConfig, device: torch.device) -> DataLoader[Any]:
@@ -199,6 +227,7 @@ def _loader(dataset: Dataset[Any], numbers: Iterable[int], config: DataConfig, d
         prefetch_factor=config.prefetch_batches if workers else None,
         multiprocessing_context=context if workers else None,
         timeout=_WORKER_TIMEOUT if workers else 0,
+        worker_init_fn=_start_worker,
         pin_memory=device.type == "cuda",
     )
 

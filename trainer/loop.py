@@ -20,7 +20,7 @@ from shards.manifest import Manifest, load_manifest
 from shards.plan import TrainPlan, accumulation_for, micro_batch_numbers
 from shards.reader import ShardReader
 from shards.writer import write_atomically
-from trainer.build import build_criterion, build_model
+from trainer.build import build_criterion, build_model, size_divisor
 from trainer.checkpoint import (
     Checkpoint,
     class_table,
@@ -36,7 +36,7 @@ from trainer.distributed import DistContext
 from trainer.evaluation import autocast, evaluate, format_metrics
 from trainer.matcher import NonFiniteLossError
 from trainer.models import Segmenter
-from trainer.optimizer import build_optimizer, clip_gradients, learning_rate, set_learning_rate
+from trainer.optimizer import build_optimizer, clip_gradients, learning_rate, load_optimizer, set_learning_rate
 from trainer.plots import batch_panel, draw_curves
 from trainer.run_logger import RunLogger
 from trainer.seeding import seed_micro_batch
@@ -69,11 +69,9 @@ def train(config: RunConfig, context: DistContext) -> dict[str, Any]:
     # -- data ---------------------------------------------------------------------------------------------
     root, folder = required_folders(config)
     manifest = load_manifest(root)
-    train_reader = ShardReader(root, config.data.train_split, manifest)
+    crops = open_crops(config, manifest)
     val_reader = ShardReader(root, config.data.val_split, manifest)
-    micro_batch_size = config.train.micro_batch_size
-    accumulation = accumulation_for(config.train.global_batch_size, micro_batch_size, context.world_size)
-    plan = TrainPlan(num_samples=len(train_reader), micro_batch_size=micro_batch_size, seed=config.seed)
+    accumulation = accumulation_for(config.train.global_batch_size, config.train.micro_batch_size, context.world_size)
     # -- model --------------------------------------------------------------------------------------------
     run = build_run(config, context, manifest, folder)
     resume(run)
@@ -81,7 +79,7 @@ def train(config: RunConfig, context: DistContext) -> dict[str, Any]:
     logger = _start_logging(run) if context.is_main else None
     # -- loop ---------------------------------------------------------------------------------------------
     numbers = micro_batch_numbers(run.step, config.train.total_steps, context.rank, context.world_size, accumulation)
-    batches = iter(train_loader(TrainCrops(train_reader, plan, config.data), numbers, context.device))
+    batches = train_loader(crops, numbers, context.device)
     metrics: dict[str, Any] = {}
     meter = _Meter()
     with tqdm(total=config.train.total_steps, initial=run.step, desc="training", unit="step",
@@ -172,6 +170,21 @@ def required_folders(config: RunConfig) -> tuple[str, Path]:
     return config.data.root, Path(config.output_dir)
 
 
+def open_crops(config: RunConfig, manifest: Manifest) -> TrainCrops:
+    """The training samples in their order. Raises ConfigError when their size does not suit the head."""
+    assert config.data.root is not None
+    reader = ShardReader(config.data.root, config.data.train_split, manifest)
+    plan = TrainPlan(num_samples=len(reader), micro_batch_size=config.train.micro_batch_size, seed=config.seed)
+    crops = TrainCrops(reader, plan, config.data)
+    height, width = crops[0].images.shape[2:]
+    divisor = size_divisor(config)
+    if height % divisor or width % divisor:
+        raise ConfigError(f"training crops are {height}x{width} pixels, legal for decoder_head.type "
+                          f"{config.decoder_head.type}: multiples of {divisor}. Set data.crop_size, or shard again "
+                          "with another crops.size")
+    return crops
+
+
 def build_run(config: RunConfig, context: DistContext, manifest: Manifest, folder: Path) -> Run:
     """Model, criterion and optimiser on the device. All ranks draw the same initial weights from the seed."""
     torch.manual_seed(config.seed)
@@ -197,24 +210,28 @@ def resume(run: Run) -> None:
     Raises ConfigError when `resume` forbids it, or when the checkpoint belongs to other data, another
     backbone or another sequence of global batches.
     """
+    if run.config.resume == "never" and (run.folder / "config.yaml").exists():
+        raise ConfigError(f"{run.folder} holds a run and resume is 'never'; "
+                          "choose another output_dir, or set resume=auto to continue it")
     checkpoint = load_latest(run.folder / "checkpoints")
     if checkpoint is None:
         return
-    if run.config.resume == "never":
-        raise ConfigError(f"{run.folder} holds a run at step {checkpoint.step} and resume is 'never'; "
-                          "choose another output_dir, or set resume=auto to continue it")
     old, new = checkpoint.run_config, run.config
     for name, before, now in (
         ("the data (manifest config_hash)", checkpoint.data_hash, run.manifest.config_hash),
         ("the backbone's weights (sha256)", checkpoint.backbone_sha256, run.backbone_sha256),
         ("seed", old.seed, new.seed),
         ("train.global_batch_size", old.train.global_batch_size, new.train.global_batch_size),
+        ("data.train_split", old.data.train_split, new.data.train_split),
+        ("data.crop_size", old.data.crop_size, new.data.crop_size),
+        ("backbone.layers", old.backbone.layers, new.backbone.layers),
+        ("optimizer.decay_all", old.optimizer.decay_all, new.optimizer.decay_all),
     ):
         if before != now:
             raise ConfigError(f"cannot continue {run.folder}: {name} was {before} and is {now}; "
                               "restore it, or choose another output_dir")
     run.model.load_trainable_state_dict(checkpoint.model)
-    run.optimizer.load_state_dict(checkpoint.optimizer)
+    load_optimizer(run.optimizer, checkpoint.optimizer)
     run.step, run.best_miou = checkpoint.step, checkpoint.best_miou
 
 

@@ -82,6 +82,14 @@ def one_cycle_beta1(count: int, beta1: float, warmup_steps: int) -> float:
     return 0.0 if count < warmup_steps else beta1
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take over saved moments; settings such as weight decay stay those of the current configuration."""
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, current in zip(optimizer.param_groups, settings, strict=True):
+        group.update(current)
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give every parameter group this learning rate."""
     for group in optimizer.param_groups:

@@ -25,14 +25,30 @@ def main() -> int:
                         "trainer/eval.py --help; default: as trained)")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="JPEG or PNG files")
     arguments = parser.parse_args()
-    names = [Path(image).stem for image in arguments.images]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ConfigError(f"two images are named {twice[0]!r}; their predictions would overwrite each other")
-    missing = [image for image in arguments.images if not Path(image).is_file()]
-    if missing:
-        raise ConfigError(f"image {missing[0]} does not exist")
+    check_outputs([Path(image) for image in arguments.images], Path(arguments.output))
     return _predict(arguments)
+
+
+def output_names(image: Path) -> tuple[str, str]:
+    """File names of an image's class-id map and overlay."""
+    return f"{image.stem}.png", f"{image.stem}-overlay.png"
+
+
+def check_outputs(images: list[Path], output: Path) -> None:
+    """Raise ConfigError when an image is no file, or a prediction would overwrite an image or another prediction."""
+    written: dict[Path, Path] = {}
+    for image in images:
+        if not image.is_file():
+            raise ConfigError(f"image {image} {'is a folder' if image.is_dir() else 'does not exist'}")
+        for name in output_names(image):
+            other = written.setdefault(output / name, image)
+            if other is not image:
+                raise ConfigError(f"predictions of {other} and {image} would both be written to {output / name}; "
+                                  "predict them into different folders")
+    inputs = {image.resolve() for image in images}
+    for path, image in written.items():
+        if path.resolve() in inputs:
+            raise ConfigError(f"the prediction of {image} would overwrite the image {path}; choose another --output")
 
 
 def _predict(arguments: argparse.Namespace) -> int:
@@ -59,8 +75,9 @@ def _predict(arguments: argparse.Namespace) -> int:
         for path in tqdm(arguments.images, desc="predicting", unit="img", disable=None):
             pixels = decode_image(Path(path).read_bytes(), path)
             label_map = predict(torch.from_numpy(pixels.transpose(2, 0, 1).copy())).cpu().numpy().astype(dtype)
-            Image.fromarray(label_map).save(output / f"{Path(path).stem}.png")
-            Image.fromarray(overlay(pixels, label_map, colors)).save(output / f"{Path(path).stem}-overlay.png")
+            map_name, overlay_name = output_names(Path(path))
+            Image.fromarray(label_map).save(output / map_name)
+            Image.fromarray(overlay(pixels, label_map, colors)).save(output / overlay_name)
     legend = {number: info.name for number, info in enumerate(checkpoint.class_infos)}
     (output / "classes.json").write_text(json.dumps(legend, indent=1))
     print(f"{len(arguments.images)} predictions are in {output} (class ids, overlays, classes.json)")

@@ -16,16 +16,18 @@ METRICS_NAME = "metrics.jsonl"
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The records of a run in order; a last line cut short by a kill is left out."""
+    """The records of a run in order; lines that are none, such as one cut short by a kill, are left out."""
     path = run / METRICS_NAME
     if not path.exists():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
-            break
+            continue
+        if isinstance(record, dict) and {"step", "kind"} <= record.keys():
+            records.append(record)
     return records
 
 

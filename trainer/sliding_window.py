@@ -55,7 +55,8 @@ def window_size(size: Size, crop: Size | None, size_divisor: int | None) -> Size
         if size[0] < crop[0] and size[1] < crop[1]:
             return min(size), min(size)
         return min(size[0], crop[0]), min(size[1], crop[1])
-    height, width = (math.ceil(side / size_divisor) * size_divisor for side in size)
+    # At least two cells of the coarsest map: norms over a single one are undefined.
+    height, width = (max(2, math.ceil(side / size_divisor)) * size_divisor for side in size)
     if crop is None:
         return height, width
     if crop[0] % size_divisor or crop[1] % size_divisor:
@@ -98,7 +99,7 @@ def view_size(size: Size, short_side: int | None, ratio: float | None) -> Size:
     """
     short = min(size) if short_side is None else short_side
     if ratio is not None:
-        short = int(short * ratio)
+        short = max(1, int(short * ratio))
         if ratio < 1:
             short = math.ceil(short / ADAPTER_DIVISOR) * ADAPTER_DIVISOR
     long = int(short * max(size) / min(size) + 0.5)

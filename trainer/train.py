@@ -41,24 +41,24 @@ def _train(config: RunConfig) -> int:
 
 
 def _dry_run(config: RunConfig) -> int:
-    from shards.plan import TrainPlan, accumulation_for
+    from shards.manifest import load_manifest
+    from shards.plan import accumulation_for
     from shards.reader import ShardReader
-    from trainer.data import TrainCrops
-    from trainer.loop import required_folders
+    from trainer.loop import open_crops, required_folders
 
     root, _ = required_folders(config)
     print(config_to_yaml(config))
-    reader = ShardReader(root, config.data.train_split)
-    plan = TrainPlan(num_samples=len(reader), micro_batch_size=config.train.micro_batch_size, seed=config.seed)
-    accumulation = accumulation_for(config.train.global_batch_size, config.train.micro_batch_size, 1)
-    epochs = config.train.total_steps * config.train.global_batch_size / len(reader)
-    val_images = len(ShardReader(root, config.data.val_split, reader.manifest))
-    print(f"{reader.manifest.dataset}: {reader.manifest.num_classes} classes, {len(reader)} training samples in "
-          f"{len(reader.info.shards)} shards, {val_images} validation samples")
-    print(f"{config.train.total_steps} steps of {config.train.global_batch_size} = {epochs:.2f} epochs; {accumulation} "
+    manifest = load_manifest(root)
+    crops = open_crops(config, manifest)
+    samples, steps, global_batch = len(crops.reader), config.train.total_steps, config.train.global_batch_size
+    accumulation = accumulation_for(global_batch, config.train.micro_batch_size, 1)
+    val_images = len(ShardReader(root, config.data.val_split, manifest))
+    print(f"{manifest.dataset}: {manifest.num_classes} classes, {samples} training samples in "
+          f"{len(crops.reader.info.shards)} shards, {val_images} validation samples")
+    print(f"{steps} steps of {global_batch} = {steps * global_batch / samples:.2f} epochs; {accumulation} "
           "micro-batches per step, shared by the ranks")
-    batch = TrainCrops(reader, plan, config.data)[0]
-    names = [reader.manifest.classes[label].name for label in batch.labels[: batch.counts[0]].tolist()]
+    batch = crops[0]
+    names = [manifest.classes[label].name for label in batch.labels[: batch.counts[0]].tolist()]
     print(f"first sample: {batch.keys[0]}, {tuple(batch.images.shape[1:])} {batch.images.dtype}, "
           f"{batch.counts[0]} masks: {', '.join(names)}")
     print("dry run: nothing was trained")
