@@ -14,9 +14,9 @@ from PIL import Image
 
 from preprocess.config import DatasetConfig
 from preprocess.source_tree import SourceTree, open_tree
+from shards.class_list import parse_classes
 from shards.errors import ConfigError, DatasetError
 from shards.manifest import ClassInfo
-from shards.picture import default_colors
 from shards.rle import MAX_CLASSES, MAX_SIDE, ignore_value
 
 CAMVID_CLASSES = (
@@ -229,13 +229,7 @@ def _classes(config: DatasetConfig, tree: SourceTree) -> list[ClassInfo]:
         except (DatasetError, UnicodeDecodeError) as error:
             raise ConfigError(f"no class table: {error}. Write one class name per line, in id order, to {name} or set "
                               "dataset.class_file") from error
-    lines = [line.rstrip("\r") for line in text.split("\n")]
-    while lines and not lines[-1].strip():
-        lines.pop()
-    if not 1 <= len(lines) <= MAX_CLASSES:
-        raise ConfigError(f"{name} lists {len(lines)} classes, legal: 1..{MAX_CLASSES}")
-    colors = default_colors(len(lines))
-    return [_parse_class(line, colors[number], f"{name}, line {number + 1}") for number, line in enumerate(lines)]
+    return parse_classes(text, name)
 
 
 def _read_text(path: Path) -> str:
@@ -243,16 +237,3 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"dataset.class_file {path} cannot be read: {error}") from error
-
-
-def _parse_class(line: str, default: tuple[int, int, int], where: str) -> ClassInfo:
-    name, _, code = line.partition("\t")
-    if not name.strip():
-        raise ConfigError(f"{where}: empty class name; every line is one class, in id order")
-    if not code.strip():
-        return ClassInfo(name=name.strip(), color=default)
-    try:
-        red, green, blue = bytes.fromhex(code.strip().removeprefix("#"))
-    except ValueError:
-        raise ConfigError(f"{where}: colour {code.strip()!r}, legal: #rrggbb") from None
-    return ClassInfo(name=name.strip(), color=(red, green, blue))
