@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 from collections.abc import Callable
@@ -241,7 +242,7 @@ def test_features_equal_metas_forward_pass(
 
 
 def test_files_as_meta_published_them_load(tmp_path: Path) -> None:
-    """In the released files bias and bias_mask are zero throughout (facebookresearch/dinov3 issue 195)."""
+    """In the released files bias and bias_mask are reported to be zero (facebookresearch/dinov3 issue 195)."""
     state = meta_vit(SMALL)
     state = {key: torch.zeros_like(value) if ".qkv.bias" in key else value for key, value in state.items()}
     backbone = backbone_from(state, tmp_path / "vit.pth")
@@ -313,6 +314,21 @@ def test_a_file_that_is_not_exactly_a_vit_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         backbone_from(damage(meta_vit(SMALL)), tmp_path / "vit.pth")
+
+
+@pytest.mark.parametrize(("setting", "message"), [
+    ({"use_gated_mlp": False}, r"unexpected: model\.layer\.0\.mlp\.gate_proj\.bias, "),
+    ({"intermediate_size": 48}, r"of another shape: model\.layer\.0\.mlp\.down_proj\.weight, "),
+    ({"query_bias": False}, r"unexpected: model\.layer\.0\.attention\.q_proj\.bias, "),
+])
+def test_a_hugging_face_directory_whose_config_is_of_another_vit_is_refused(
+    setting: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    DINOv3ViTModel(SMALL_VITS["vits16plus, vith16plus"].config()).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | setting))
+    with pytest.raises(ConfigError, match=rf"config\.json describes another ViT than the weights; {message}"):
+        build_backbone(BackboneConfig(source=str(tmp_path)))
 
 
 class Planted:

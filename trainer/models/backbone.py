@@ -13,7 +13,7 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from shards.errors import ConfigError
 from trainer.config import BackboneConfig, RandomBackboneConfig
-from trainer.models.fitting import listed
+from trainer.models.fitting import grouped, listed
 from trainer.models.vit_keys import (
     META_ONLY,
     PATCH_SIZE,
@@ -193,7 +193,8 @@ def _pretrained_vit(source: str) -> DINOv3ViTModel:
         if settings.get("model_type") != DINOv3ViTConfig.model_type:
             raise ConfigError(f"backbone.source {source} holds a model of type {settings.get('model_type')!r}, legal: "
                               f"{DINOv3ViTConfig.model_type!r}")
-        loaded: Any = DINOv3ViTModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        loaded: Any = DINOv3ViTModel.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
     except OSError as error:
         raise ConfigError(f"backbone.source {source} cannot be loaded ({error}). {_DOWNLOAD_HINT}") from error
     vit, report = loaded
@@ -201,6 +202,11 @@ def _pretrained_vit(source: str) -> DINOv3ViTModel:
     if missing:
         raise ConfigError(f"backbone.source {source} lacks {len(missing)} weights, the first is {missing[0]}. "
                           f"{_DOWNLOAD_HINT}")
+    # transformers only logs these: a ViT-S+ read with a ViT-S config.json would run, without its gates.
+    problems = grouped(missing=(), unexpected=report["unexpected_keys"],
+                       misshaped=(key for key, *_ in report["mismatched_keys"]))
+    if problems:
+        raise ConfigError(f"backbone.source {source}: config.json describes another ViT than the weights; {problems}")
     return vit
 
 

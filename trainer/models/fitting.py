@@ -27,15 +27,17 @@ def check_fit(
     ignored = matching(own.keys() | found.keys(), ignore)
     misshaped = [f"{key} {tuple(found[key].shape)} instead of {tuple(own[key].shape)}"
                  for key in (own.keys() & found.keys()) - ignored if own[key].shape != found[key].shape]
-    groups = {
-        "missing": listed(own.keys() - found.keys() - ignored),
-        "unexpected": listed(found.keys() - own.keys() - ignored),
-        "of another shape": listed(misshaped),
-    }
-    problems = [f"{name}: {keys}" for name, keys in groups.items() if keys]
+    problems = grouped(missing=own.keys() - found.keys() - ignored, unexpected=found.keys() - own.keys() - ignored,
+                       misshaped=misshaped)
     if problems:
-        raise ConfigError(f"{what} do not fit this model; {'; '.join(problems)}. {advice}")
+        raise ConfigError(f"{what} do not fit this model; {problems}. {advice}")
     return sorted(ignored & own.keys())
+
+
+def grouped(*, missing: Iterable[str], unexpected: Iterable[str], misshaped: Iterable[str]) -> str:
+    """The three groups of an error message; empty when there is nothing to say."""
+    groups = {"missing": listed(missing), "unexpected": listed(unexpected), "of another shape": listed(misshaped)}
+    return "; ".join(f"{name}: {keys}" for name, keys in groups.items() if keys)
 
 
 def matching(keys: Iterable[str], patterns: Sequence[str]) -> set[str]:
