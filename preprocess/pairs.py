@@ -14,9 +14,9 @@ from PIL import Image
 
 from preprocess.config import DatasetConfig
 from preprocess.source_tree import SourceTree, open_tree
+from shards.class_list import parse_classes
 from shards.errors import ConfigError, CorruptShardError, DatasetError
 from shards.manifest import ClassInfo
-from shards.picture import default_colors
 from shards.rle import MAX_CLASSES, ignore_value
 from shards.sample import decode_image, load_picture, open_picture
 
@@ -234,18 +234,7 @@ def _classes(config: DatasetConfig, tree: SourceTree) -> list[ClassInfo]:
         except (DatasetError, UnicodeDecodeError) as error:
             raise ConfigError(f"no class table: {error}. Write one class name per line, in id order, to {name} or set "
                               "dataset.class_file") from error
-    lines = [line.rstrip("\r") for line in text.split("\n")]
-    while lines and not lines[-1].strip():
-        lines.pop()
-    if not 1 <= len(lines) <= MAX_CLASSES:
-        raise ConfigError(f"{name} lists {len(lines)} classes, legal: 1..{MAX_CLASSES}")
-    colors = default_colors(len(lines))
-    classes = [_parse_class(line, colors[number], f"{name}, line {number + 1}") for number, line in enumerate(lines)]
-    first_line: dict[str, int] = {}
-    for number, info in enumerate(classes, 1):
-        if first_line.setdefault(info.name, number) != number:
-            raise ConfigError(f"{name}: lines {first_line[info.name]} and {number} name the same class {info.name!r}")
-    return classes
+    return parse_classes(text, name)
 
 
 def _read_text(path: Path) -> str:
@@ -253,16 +242,3 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"dataset.class_file {path} cannot be read: {error}") from error
-
-
-def _parse_class(line: str, default: tuple[int, int, int], where: str) -> ClassInfo:
-    name, _, code = line.partition("\t")
-    if not name.strip():
-        raise ConfigError(f"{where}: empty class name; every line is one class, in id order")
-    if not code.strip():
-        return ClassInfo(name=name.strip(), color=default)
-    try:
-        red, green, blue = bytes.fromhex(code.strip().removeprefix("#"))
-    except ValueError:
-        raise ConfigError(f"{where}: colour {code.strip()!r}, legal: #rrggbb") from None
-    return ClassInfo(name=name.strip(), color=(red, green, blue))

@@ -16,7 +16,7 @@ from trainer.models.backbone import DINOv3Backbone
 from trainer.models.deform_attn import MSDeformAttn
 from trainer.models.heads import LinearHead, Mask2FormerHead
 from trainer.models.mask_decoder import blocked_positions
-from trainer.models.weights import meta_vit_to_transformers
+from trainer.models.vit_keys import meta_vit_to_transformers
 
 GRADIENT_NORM_FLOOR = 1e-6  # some gradients are zero but for rounding, because a batch norm cancels them
 

@@ -13,6 +13,7 @@ from trainer.checkpoint import Checkpoint
 from trainer.config import RandomBackboneConfig, RunConfig
 from trainer.criterion import MaskCriterion, PixelCriterion
 from trainer.models import Segmenter, build_linear, build_mask2former
+from trainer.models.weights import WeightsFile
 
 
 class HeadKind(NamedTuple):
@@ -70,4 +71,14 @@ def restore_model(checkpoint: Checkpoint, backbone_source: str | None, device: t
             "(random backbones also depend on the torch version)"
         )
     model.load_trainable_state_dict(checkpoint.model)
+    return model.eval().to(device)
+
+
+def model_from_weights(weights: WeightsFile, config: RunConfig, num_classes: int, device: torch.device) -> Segmenter:
+    """The configured network with adapter and head that another program trained, complete, in eval mode.
+
+    Raises ConfigError when the weights do not fit it; `load.ignore` has no say, as nothing may stay random.
+    """
+    model = build_model(config, num_classes)
+    model.load_weights(weights)
     return model.eval().to(device)

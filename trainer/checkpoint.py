@@ -16,11 +16,10 @@ from shards.errors import ConfigError
 from shards.manifest import ClassInfo, Manifest
 from shards.writer import write_atomically
 from trainer.config import RunConfig, run_config_from_dict
+from trainer.models.weights import WeightsFile, read_file, weights_in
 
 CHECKPOINT_FORMAT = 1
 _NAME = re.compile(r"step-(\d{8})\.pt")
-
-
 _FIELD_TYPES: dict[str, Any] = {
     "step": int, "model": dict, "optimizer": dict, "config": dict, "classes": list, "ignore_index": int,
     "data_hash": str, "backbone_sha256": str, "best_miou": float | None, "format": int,
@@ -79,22 +78,27 @@ def remove_old_checkpoints(folder: Path, keep: int) -> None:
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint on the CPU, without unpickling code. Raises ConfigError naming the file."""
-    path = Path(path)
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder; name a checkpoint file in it, such as checkpoints/best.pt")
-    if not path.exists():
-        raise ConfigError(f"checkpoint {path} does not exist")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0][:200]
-        raise ConfigError(f"checkpoint {path} cannot be read, it is damaged or holds code: {reason}") from error
-    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
+    content = read_file(path, mmap=False)  # a run goes on from these tensors while its old files are deleted
+    if not _is_ours(content):
         raise ConfigError(f"checkpoint {path} is not a MaskStream checkpoint of format {CHECKPOINT_FORMAT}")
+    return _from_content(content, path)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint | WeightsFile:
+    """One of our checkpoints, or the weights that another program wrote. Raises ConfigError naming the file."""
+    content = read_file(path)
+    return _from_content(content, path) if _is_ours(content) else weights_in(content, path)
+
+
+def _from_content(content: dict[str, Any], path: str | Path) -> Checkpoint:
     for field in fields(Checkpoint):
         if not isinstance(content.get(field.name), _FIELD_TYPES[field.name]):
             raise ConfigError(f"checkpoint {path}: field {field.name!r} is missing or of the wrong type")
     return Checkpoint(**{field.name: content[field.name] for field in fields(Checkpoint)})
+
+
+def _is_ours(content: Any) -> bool:
+    return isinstance(content, dict) and content.get("format") == CHECKPOINT_FORMAT
 
 
 def load_latest(folder: Path) -> Checkpoint | None:

@@ -49,7 +49,7 @@ class BackboneConfig:
     """The frozen DINOv3 ViT."""
 
     source: str | None = knob(None, "Hugging Face DINOv3 directory or hub id, e.g. "
-                              "facebook/dinov3-vits16-pretrain-lvd1689m")
+                              "facebook/dinov3-vits16-pretrain-lvd1689m; or Meta's .pth of a DINOv3 ViT")
     random: RandomBackboneConfig = knob(RandomBackboneConfig, "random weights instead of `source`")
     layers: str = knob("FOUR_EVEN_INTERVALS", "blocks whose tokens are tapped",
                        choices=("FOUR_EVEN_INTERVALS", "FOUR_LAST", "LAST"))
@@ -98,6 +98,20 @@ class DecoderHeadConfig:
         if self.type == "m2f" and (self.hidden_dim % 32 or self.hidden_dim % self.nheads):
             raise ConfigError(f"decoder_head.hidden_dim is {self.hidden_dim}, legal: a multiple of 32 and of "
                               f"decoder_head.nheads ({self.nheads})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadConfig:
+    """Weights that a new run starts from (fine-tuning). A run that is continued reads its own checkpoint instead."""
+
+    weights: str | None = knob(None, "file with a trained head: one of our checkpoints, Meta's head (.pth), or a full "
+                               "model; null: start from random weights")
+    ignore: list[str] = knob([], "patterns of keys that are not loaded and may be missing, unexpected or of another "
+                             "shape, e.g. ['*class_embed.*'] for other classes; any other difference is an error")
+
+    def __post_init__(self) -> None:
+        if self.ignore and self.weights is None:
+            raise ConfigError(f"load.ignore is {list(self.ignore)} and load.weights is not set")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +200,7 @@ class RunConfig:
     backbone: BackboneConfig = knob(BackboneConfig, "")
     adapter: AdapterConfig = knob(AdapterConfig, "")
     decoder_head: DecoderHeadConfig = knob(DecoderHeadConfig, "")
+    load: LoadConfig = knob(LoadConfig, "")
     loss: LossConfig = knob(LossConfig, "")
     optimizer: OptimizerConfig = knob(OptimizerConfig, "")
     train: TrainSection = knob(TrainSection, "")

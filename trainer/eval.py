@@ -2,7 +2,8 @@
 
 example: python trainer/eval.py --config runs/ade20k-m2f/config.yaml --checkpoint runs/ade20k-m2f/checkpoints/best.pt
 The network is the checkpoint's own; `data`, `eval` and `device` come from the configuration, and
-`backbone.source` too, for when the ViT lies elsewhere now.
+`backbone.source` too, for when the ViT lies elsewhere now. A head that another program saved, such as Meta's
+Mask2Former or linear head, brings weights only: then all settings are the configuration's, the classes the shard set's.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "config-ad
 
 def main() -> int:
     parser = config_parser(str(__doc__), RunConfig, DEFAULT_CONFIG)
-    parser.add_argument("--checkpoint", required=True, help="checkpoint file, e.g. <run>/checkpoints/best.pt")
+    parser.add_argument("--checkpoint", required=True, help="checkpoint file, e.g. <run>/checkpoints/best.pt, or "
+                        "another program's head")
     parser.add_argument("--output", default=None, help="folder for metrics and pictures "
                         "(default: evaluation/ beside the checkpoint's folder)")
     add_overrides(parser)
@@ -33,28 +35,32 @@ def main() -> int:
 
 def _evaluate(config: RunConfig, checkpoint_path: Path, output: Path) -> int:
     from shards.reader import ShardReader
-    from trainer.build import restore_model
-    from trainer.checkpoint import class_table, load_checkpoint
+    from trainer.build import model_from_weights, restore_model
+    from trainer.checkpoint import Checkpoint, class_table, open_checkpoint
     from trainer.distributed import distributed
     from trainer.evaluation import evaluate, format_metrics
 
     if config.data.root is None:
         raise ConfigError("data.root is not set. Type for example: python trainer/eval.py "
                           f"--checkpoint {checkpoint_path} data.root=<folder of shards>")
-    checkpoint = load_checkpoint(checkpoint_path)
-    trained = checkpoint.run_config
+    checkpoint = open_checkpoint(checkpoint_path)
     reader = ShardReader(config.data.root, config.data.val_split)
-    if class_table(reader.manifest) != checkpoint.classes:
+    if isinstance(checkpoint, Checkpoint) and class_table(reader.manifest) != checkpoint.classes:
         raise ConfigError(f"{config.data.root} and {checkpoint_path} have different class tables "
                           f"({reader.manifest.num_classes} and {len(checkpoint.classes)} classes)")
     with distributed(config.device) as context:
-        model = restore_model(checkpoint, config.backbone.source, context.device)
-        settings = replace(trained, data=config.data, eval=config.eval)
+        if isinstance(checkpoint, Checkpoint):
+            model = restore_model(checkpoint, config.backbone.source, context.device)
+            settings = replace(checkpoint.run_config, data=config.data, eval=config.eval)
+        else:
+            model = model_from_weights(checkpoint, config, reader.manifest.num_classes, context.device)
+            settings = config
         result = evaluate(model, reader, settings, context, config.eval.max_images)
         if context.is_main:
             print(format_metrics(result.metrics, reader.manifest.classes))
             output.mkdir(parents=True, exist_ok=True)
-            record = {**result.metrics, "step": checkpoint.step, "checkpoint": str(checkpoint_path)}
+            step = checkpoint.step if isinstance(checkpoint, Checkpoint) else None
+            record = {**result.metrics, "step": step, "checkpoint": str(checkpoint_path)}
             (output / "metrics.json").write_text(json.dumps(record, indent=1))
             if result.panels is not None:
                 result.panels.save(output / "panels.png")

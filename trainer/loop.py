@@ -36,6 +36,7 @@ from trainer.distributed import DistContext
 from trainer.evaluation import autocast, evaluate, format_metrics
 from trainer.matcher import NonFiniteLossError
 from trainer.models import Segmenter
+from trainer.models.weights import read_weights
 from trainer.optimizer import build_optimizer, clip_gradients, learning_rate, load_optimizer, set_learning_rate
 from trainer.plots import batch_panel, draw_curves
 from trainer.run_logger import RunLogger
@@ -205,7 +206,7 @@ def build_run(config: RunConfig, context: DistContext, manifest: Manifest, folde
 
 
 def resume(run: Run) -> None:
-    """Continue from the newest checkpoint of the run's folder, if there is one.
+    """Continue from the newest checkpoint of the run's folder; a run that has none starts from `load.weights`.
 
     Raises ConfigError when `resume` forbids it, or when the checkpoint belongs to other data, another
     backbone or another sequence of global batches.
@@ -215,6 +216,7 @@ def resume(run: Run) -> None:
                           "choose another output_dir, or set resume=auto to continue it")
     checkpoint = load_latest(run.folder / "checkpoints")
     if checkpoint is None:
+        start_from_weights(run)
         return
     old, new = checkpoint.run_config, run.config
     for name, before, now in (
@@ -233,6 +235,18 @@ def resume(run: Run) -> None:
     run.model.load_trainable_state_dict(checkpoint.model)
     load_optimizer(run.optimizer, checkpoint.optimizer)
     run.step, run.best_miou = checkpoint.step, checkpoint.best_miou
+
+
+def start_from_weights(run: Run) -> None:
+    """Fine-tuning: fill adapter and head from `load.weights`, if it is set. Raises ConfigError when it does not fit."""
+    settings = run.config.load
+    if settings.weights is None:
+        return
+    left = run.model.load_weights(read_weights(settings.weights), settings.ignore)
+    if run.context.is_main:
+        loaded = len(run.model.trainable_state_dict()) - len(left)
+        random = f"; left random, as load.ignore says: {', '.join(left)}" if left else ""
+        print(f"{settings.weights}: loaded {loaded} tensors of adapter and head{random}", flush=True)
 
 
 def _check_ranks_agree(run: Run) -> None:

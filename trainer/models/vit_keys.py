@@ -1,0 +1,221 @@
+"""The DINOv3 ViT in its two published layouts: Meta's state dict and transformers' `DINOv3ViTModel`.
+
+    Meta                                    transformers
+    cls_token, storage_tokens, mask_token   embeddings.{cls_token,register_tokens,mask_token}
+    patch_embed.proj.*                      embeddings.patch_embeddings.*
+    blocks.N.attn.qkv.{weight,bias}         model.layer.N.attention.{q,k,v}_proj.{weight,bias}   (no k_proj.bias)
+    blocks.N.attn.qkv.bias_mask             -        (multiplies the bias; zero in its key third)
+    blocks.N.mlp.{fc1,fc2} | {w1,w2,w3}     model.layer.N.mlp.{up,down}_proj | {gate,up,down}_proj
+    blocks.N.ls{1,2}.gamma                  model.layer.N.layer_scale{1,2}.lambda1
+    rope_embed.periods                      -        (a formula there, a stored buffer here)
+    local_cls_norm.*                        -        (7B and SAT-493M only; training used it, inference never does)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+from shards.errors import ConfigError
+from trainer.models.fitting import check_fit
+
+PATCH_SIZE = 16  # of every DINOv3 ViT
+ROPE_BASE = 100.0
+PERIODS = "rope_embed.periods"
+LOCAL_CLS_NORM = ("local_cls_norm.weight", "local_cls_norm.bias")
+META_ONLY = (PERIODS, *LOCAL_CLS_NORM)  # what transformers has no place for; DINOv3Backbone keeps it beside the ViT
+
+_TOP_LEVEL = {
+    "cls_token": "embeddings.cls_token",
+    "storage_tokens": "embeddings.register_tokens",
+    "mask_token": "embeddings.mask_token",
+    "patch_embed.proj": "embeddings.patch_embeddings",
+    "norm": "norm",
+}
+_IN_BLOCK = {
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "attn.proj": "attention.o_proj",
+    "ls1.gamma": "layer_scale1.lambda1",
+    "ls2.gamma": "layer_scale2.lambda1",
+}
+_PLAIN_MLP = {"mlp.fc1": "mlp.up_proj", "mlp.fc2": "mlp.down_proj"}
+_GATED_MLP = {"mlp.w1": "mlp.gate_proj", "mlp.w2": "mlp.up_proj", "mlp.w3": "mlp.down_proj"}
+
+
+@dataclass(frozen=True)
+class VitArchitecture:
+    """The sizes that tell DINOv3 ViTs apart (arXiv:2508.10104, table 2)."""
+
+    dim: int
+    blocks: int
+    heads: int
+    ffn: int  # hidden width of the block MLP
+    gated: bool = False  # SwiGLU instead of GELU
+    qkv_bias: bool = True
+    registers: int = 4
+
+    def config(self) -> DINOv3ViTConfig:
+        """The configuration of transformers' model."""
+        return DINOv3ViTConfig(
+            hidden_size=self.dim,
+            num_hidden_layers=self.blocks,
+            num_attention_heads=self.heads,
+            intermediate_size=self.ffn,
+            num_register_tokens=self.registers,
+            use_gated_mlp=self.gated,
+            hidden_act="silu" if self.gated else "gelu",
+            query_bias=self.qkv_bias,
+            key_bias=False,
+            value_bias=self.qkv_bias,
+            patch_size=PATCH_SIZE,
+            layer_norm_eps=1e-5,
+            rope_theta=ROPE_BASE,
+            layerscale_value=1.0,  # DINOv3's initial 1e-5 would leave the blocks of an untrained ViT without effect
+        )
+
+
+RELEASED_VITS = {
+    "vits16": VitArchitecture(384, 12, 6, 1536),
+    "vits16plus": VitArchitecture(384, 12, 6, 1536, gated=True),
+    "vitb16": VitArchitecture(768, 12, 12, 3072),
+    "vitl16": VitArchitecture(1024, 24, 16, 4096),
+    "vith16plus": VitArchitecture(1280, 32, 20, 5120, gated=True),
+    "vit7b16": VitArchitecture(4096, 40, 32, 8192, gated=True, qkv_bias=False),
+}
+
+
+def architecture_of(state: Mapping[str, Tensor], what: str) -> VitArchitecture:
+    """The sizes behind a ViT's state dict in Meta's layout. Raises ConfigError naming the key that is not there.
+
+    Shapes say everything; the number of heads follows from the rotary periods, of which a head has head_dim / 4.
+    """
+    gated = "blocks.0.mlp.w1.weight" in state
+    try:
+        dim = state["cls_token"].shape[-1]
+        return VitArchitecture(
+            dim=dim,
+            blocks=1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
+            heads=dim // (4 * state[PERIODS].numel()),
+            ffn=state[f"blocks.0.mlp.{'w1' if gated else 'fc1'}.weight"].shape[0],
+            gated=gated,
+            qkv_bias="blocks.0.attn.qkv.bias" in state,
+            registers=state["storage_tokens"].shape[1],
+        )
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise ConfigError(f"{what} are no DINOv3 ViT in Meta's layout; missing or misshaped: {error}") from error
+
+
+def kind_of(architecture: VitArchitecture) -> str:
+    """The published name of an architecture, such as vitl16, or its sizes when it was never published."""
+    return next((name for name, released in RELEASED_VITS.items() if released == architecture), str(architecture))
+
+
+def rope_periods(head_dim: int) -> Tensor:
+    """float32 [head_dim / 4]: periods of the rotary code, 100^(4k / head_dim)."""
+    count = head_dim // 4
+    return ROPE_BASE ** (torch.arange(count, dtype=torch.float32, device="cpu") / count)
+
+
+def meta_vit_to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A ViT's state dict with Meta's keys -> keys of transformers' `DINOv3ViTModel`, for a strict load.
+
+    Weights stay views of the tensors given, so nothing is held twice. The bias that Meta applies, bias * bias_mask, is
+    stored; ConfigError when its key third is not zero, since transformers has no key bias, or when it is not finite.
+    Keys in META_ONLY are left out. Raises KeyError for a key that is no part of a DINOv3 ViT.
+    """
+    in_block = _IN_BLOCK | _PLAIN_MLP | _GATED_MLP
+    converted: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        if key in META_ONLY or key.endswith(".attn.qkv.bias_mask"):
+            continue
+        if not key.startswith("blocks."):
+            converted[_renamed(key, _TOP_LEVEL)] = tensor.unsqueeze(1) if key == "mask_token" else tensor
+            continue
+        _, number, name = key.split(".", 2)
+        attention = f"model.layer.{number}.attention."
+        if name == "attn.qkv.weight":
+            for part, weight in zip("qkv", tensor.chunk(3), strict=True):
+                converted[f"{attention}{part}_proj.weight"] = weight
+        elif name == "attn.qkv.bias":
+            converted[f"{attention}q_proj.bias"], converted[f"{attention}v_proj.bias"] = _applied_bias(
+                key, tensor, state[f"{key}_mask"])
+        else:
+            converted[f"model.layer.{number}.{_renamed(name, in_block)}"] = tensor
+    return converted
+
+
+def transformers_vit_to_meta(state: Mapping[str, Tensor], num_heads: int) -> dict[str, Tensor]:
+    """Inverse of `meta_vit_to_transformers`, with the periods of `rope_periods` and without local_cls_norm.
+
+    The key third of the qkv bias is zero, and so is that of bias_mask, which else is one. Raises KeyError for a key
+    that Meta's layout has no place for.
+    """
+    gated = any(".mlp.gate_proj." in key for key in state)
+    in_block = _inverse(_IN_BLOCK | (_GATED_MLP if gated else _PLAIN_MLP))
+    top_level = _inverse(_TOP_LEVEL)
+    some = state["embeddings.cls_token"]
+    converted = {PERIODS: rope_periods(some.shape[-1] // num_heads).to(some.device)}
+    for key, tensor in state.items():
+        if not key.startswith("model.layer."):
+            name = _renamed(key, top_level)
+            converted[name] = tensor.squeeze(1) if name == "mask_token" else tensor
+            continue
+        number, name = key.removeprefix("model.layer.").split(".", 1)
+        stem = key.rpartition("q_proj.")[0]
+        qkv = f"blocks.{number}.attn.qkv."
+        if name == "attention.q_proj.weight":
+            converted[f"{qkv}weight"] = torch.cat([state[f"{stem}{part}_proj.weight"] for part in "qkv"])
+        elif name == "attention.q_proj.bias":
+            zeros, ones = torch.zeros_like(tensor), torch.ones_like(tensor)
+            converted[f"{qkv}bias"] = torch.cat([tensor, zeros, state[f"{stem}v_proj.bias"]])
+            converted[f"{qkv}bias_mask"] = torch.cat([ones, zeros, ones])
+        elif name not in ("attention.k_proj.weight", "attention.v_proj.weight", "attention.v_proj.bias"):
+            converted[f"blocks.{number}.{_renamed(name, in_block)}"] = tensor
+    return converted
+
+
+def check_meta_vit(vit: DINOv3ViTModel, state: Mapping[str, Tensor], what: str) -> None:
+    """Raise ConfigError unless the state dict (Meta's layout) has this ViT's keys and shapes and DINOv3's periods."""
+    on_meta = {key: tensor.to("meta") for key, tensor in vit.state_dict().items()}
+    layout = transformers_vit_to_meta(on_meta, vit.config.num_attention_heads)
+    if any(key in state for key in LOCAL_CLS_NORM):
+        layout |= {key: torch.empty(vit.config.hidden_size, device="meta") for key in LOCAL_CLS_NORM}
+    check_fit(layout, state, what=what, advice="The file is incomplete, or of another ViT than the configured one")
+    periods = state[PERIODS]
+    expected = rope_periods(4 * periods.numel())
+    if not periods.is_meta and not torch.allclose(periods.float().cpu(), expected, rtol=2**-8, atol=0):
+        raise ConfigError(f"{what} turn by the rotary periods {periods.tolist()}, legal: {expected.tolist()}, within "
+                          "the rounding of bfloat16")
+
+
+def used_periods(state: Mapping[str, Tensor], head_dim: int) -> Tensor:
+    """The rotary periods of a state dict, where they are others than the formula's; else the formula's. On the CPU."""
+    formula = rope_periods(head_dim)
+    periods = state.get(PERIODS, formula).float().cpu()
+    return formula if torch.allclose(periods, formula, rtol=1e-6, atol=0) else periods
+
+
+def _applied_bias(key: str, bias: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Query and value bias as Meta's forward pass sees them."""
+    applied = bias.float() * mask.float()
+    q, k, v = applied.chunk(3)
+    if not applied.is_meta and (bool(k.count_nonzero()) or not bool(applied.isfinite().all())):
+        raise ConfigError(f"{key} times its bias_mask is not finite, or not zero for the keys; DINOv3 has no key bias")
+    return q, v
+
+
+def _inverse(names: Mapping[str, str]) -> dict[str, str]:
+    return {theirs: ours for ours, theirs in names.items()}
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    """`name` by the table, which may name it whole or without its last part (.weight, .bias)."""
+    if name in names:
+        return names[name]
+    stem, _, kind = name.rpartition(".")
+    return f"{names[stem]}.{kind}"
