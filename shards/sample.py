@@ -88,7 +88,8 @@ def decode_image(data: bytes, name: str, size: tuple[int, int] | None = None) ->
             )
         if image.mode.startswith("I") or (data[:4] == _PNG_START and data[_PNG_DEPTH] > 8):
             raise CorruptShardError(f"{name} has 16 bits per channel; convert it to 8")
-        return np.asarray(load_picture(image, name).convert("RGB"))
+        pixels = load_picture(image, name)
+        return np.asarray(pixels if pixels.mode == "RGB" else pixels.convert("RGB"))  # convert() would copy
 
 
 def open_picture(data: bytes, name: str, formats: tuple[str, ...]) -> Image.Image:

@@ -101,7 +101,7 @@ class TrainCrops(Dataset[Batch]):
         return Batch(
             number=number,
             keys=list(keys),
-            images=torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2).copy()),
+            images=stack_images(images),
             segment_maps=None if dense else maps,
             masks=[dense_masks(segments, count) for segments, count in zip(maps, counts, strict=True)] if dense
             else None,
@@ -167,6 +167,14 @@ def drop_absent_labels(
     table = np.full(np.iinfo(segment_map.dtype).max + 1, ignore_value(kept.size), np.uint16)
     table[np.flatnonzero(present)] = np.arange(kept.size)
     return table[segment_map].astype(np.uint8 if kept.size <= 255 else np.uint16), kept
+
+
+def stack_images(images: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
+    """uint8 [B, 3, H, W] of images [H, W, 3]. One pass: mirroring and transposing happen while copying."""
+    stacked = np.empty((len(images), 3, *images[0].shape[:2]), np.uint8)
+    for planes, image in zip(stacked, images, strict=True):
+        planes[...] = image.transpose(2, 0, 1)
+    return torch.from_numpy(stacked)
 
 
 def stack_segment_maps(segment_maps: Sequence[npt.NDArray[Any]]) -> Tensor:
