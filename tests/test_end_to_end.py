@@ -252,6 +252,12 @@ def test_two_ranks_follow_the_loss_curve_of_one(scene_shards: Path, tmp_path: Pa
     assert one[0]["loss"] == pytest.approx(two[0]["loss"], rel=1e-5)
     ours, theirs = (next(r for r in read_metrics(tmp_path / name) if r["kind"] == "val") for name in ("one", "two"))
     assert ours["baseline_mIoU"] == theirs["baseline_mIoU"]  # the same two images, whoever looked at them
+    run = tmp_path / "two"  # what the ranks found together is what the saved checkpoint gives alone
+    result = run_program("trainer/eval.py", "--config", run / "config.yaml", "--checkpoint",
+                         run / "checkpoints/step-00000020.pt", "--output", tmp_path / "eval")
+    assert result.returncode == 0, result.stderr
+    alone = json.loads((tmp_path / "eval/metrics.json").read_text())
+    assert {name: alone[name] for name in ("mIoU", "aAcc")} == {name: theirs[name] for name in ("mIoU", "aAcc")}
 
 
 @pytest.mark.slow

@@ -315,6 +315,8 @@ def _log_step(run: Run, losses: dict[str, float], meter: _Meter, logger: RunLogg
 
 
 def _evaluate(run: Run, reader: ShardReader, logger: RunLogger | None) -> dict[str, Any]:
+    # Without synchronised batch norm (CPU) each rank has statistics of its own batches; rank 0's are the ones saved.
+    run.context.broadcast(run.model.buffers())
     result = evaluate(run.model, reader, run.config, run.context, run.config.eval.max_images)
     if logger is not None:
         means = {name: value for name, value in result.metrics.items() if isinstance(value, float)}
