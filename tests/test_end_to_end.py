@@ -17,14 +17,18 @@ import torch
 from PIL import Image
 
 from shards.errors import ConfigError
+from shards.manifest import load_manifest
 from tests.conftest import REPOSITORY
+from trainer.build import build_model, restore_model
 from trainer.checkpoint import load_checkpoint, load_latest
 from trainer.config import RunConfig, load_run_config
 from trainer.distributed import DistContext
-from trainer.loop import TrainingDiverged, build_run, train, train_step
+from trainer.loop import TrainingDiverged, build_run, open_crops, train, train_step
 from trainer.run_logger import read_metrics
 
 TINY = REPOSITORY / "tests" / "tiny.yaml"
+EOMT = ("decoder_head.type=eomt", "decoder_head.num_blocks=2", "backbone.trainable=true", "optimizer.layer_decay=0.8",
+        "decoder_head.mask_annealing=[0.1,0.9]")
 ALONE = DistContext(rank=0, world_size=1, device=torch.device("cpu"))
 
 
@@ -171,6 +175,33 @@ def test_the_linear_head_trains_and_resumes(scene_shards: Path, tmp_path: Path) 
     assert record[-1]["loss"] < record[0]["loss"] and "loss_pixel_cross_entropy" in record[0]
 
 
+def test_eomt_trains_its_vit_too_and_resumes_bit_equal(scene_shards: Path, tmp_path: Path) -> None:
+    train(tiny(scene_shards, tmp_path / "whole", *EOMT), ALONE)
+    checkpoint = load_latest(tmp_path / "whole" / "checkpoints")
+    assert checkpoint is not None
+    probabilities = checkpoint.model["segmentation_model.1.attn_mask_probs"]
+    assert probabilities[0] < 1, "masking has begun to fade"
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    (tmp_path / "resumed/checkpoints/step-00000004.pt").unlink()
+    train(tiny(scene_shards, tmp_path / "resumed", *EOMT), ALONE)
+    again = load_latest(tmp_path / "resumed" / "checkpoints")
+    assert again is not None and again.model.keys() == checkpoint.model.keys()
+    assert all(torch.equal(value, again.model[key]) for key, value in checkpoint.model.items())
+    fresh = build_model(tiny(scene_shards, tmp_path, *EOMT), len(checkpoint.classes)).meta_state_dict()
+    moved = {key for key, value in checkpoint.model.items() if not torch.equal(value, fresh[key])}
+    assert "segmentation_model.0.backbone.blocks.0.attn.qkv.weight" in moved
+    restored = restore_model(checkpoint, None, torch.device("cpu"))
+    assert all(torch.equal(value, checkpoint.model[key]) for key, value in restored.trainable_state_dict().items())
+
+
+def test_recomputing_activations_changes_no_number(scene_shards: Path, finished: Path, tmp_path: Path) -> None:
+    train(tiny(scene_shards, tmp_path / "m2f", "train.gradient_checkpointing=true", "train.total_steps=4"), ALONE)
+    assert losses(tmp_path / "m2f") == losses(finished), "stochastic depth included"
+    for name, setting in (("kept", "false"), ("again", "true")):
+        train(tiny(scene_shards, tmp_path / name, *EOMT, f"train.gradient_checkpointing={setting}"), ALONE)
+    assert losses(tmp_path / "kept") == losses(tmp_path / "again")
+
+
 def test_training_learns_two_crops_by_heart(scenes: Path, tmp_path: Path) -> None:
     from tests.conftest import make_shards
 
@@ -214,6 +245,31 @@ def test_a_step_moves_every_trainable_weight_and_no_frozen_one(scene_shards: Pat
             assert parameter.grad is not None, name
 
 
+def test_a_whole_run_leaves_the_frozen_vit_alone(scene_shards: Path, finished: Path, tmp_path: Path) -> None:
+    checkpoint = load_latest(finished / "checkpoints")
+    assert checkpoint is not None and not [key for key in checkpoint.model if ".backbone." in key]
+    manifest = load_manifest(scene_shards)
+    run = build_run(tiny(scene_shards, tmp_path), ALONE, manifest, tmp_path)
+    before = run.model.backbone.weights_sha256()
+    crops = open_crops(run.config, manifest)
+    for number in range(3):
+        train_step(run, [crops[2 * number], crops[2 * number + 1]])
+        run.model.train()
+    assert run.model.backbone.weights_sha256() == before == checkpoint.backbone_sha256
+
+
+def test_ddp_holds_trainable_weights_only(scene_shards: Path, tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        run = build_run(tiny(scene_shards, tmp_path), ALONE, load_manifest(scene_shards), tmp_path)
+        trainable = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+        reduced = run.wrapped._get_ddp_logging_data()  # type: ignore[operator]
+        assert reduced["num_parameter_tensors"] == len(trainable) < len(list(run.model.parameters()))
+        assert reduced["total_parameter_size_bytes"] == sum(4 * parameter.numel() for parameter in trainable)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_non_finite_numbers_stop_the_run_before_the_weights_change(scene_shards: Path, tmp_path: Path) -> None:
     run, batches = step_setup(scene_shards, tmp_path, "train.total_steps=9")
     weight = run.model.head.predictor.class_embed.weight
@@ -237,11 +293,12 @@ def test_an_infinite_gradient_stops_the_run(scene_shards: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head", ["m2f", "linear"])
-def test_two_ranks_follow_the_loss_curve_of_one(scene_shards: Path, tmp_path: Path, head: str) -> None:
+@pytest.mark.parametrize("head", [("decoder_head.type=m2f",), ("decoder_head.type=linear",), EOMT],
+                         ids=["m2f", "linear", "eomt"])
+def test_two_ranks_follow_the_loss_curve_of_one(scene_shards: Path, tmp_path: Path, head: tuple[str, ...]) -> None:
     """Equal global batch, plain torchrun against plain python, workers in both."""
     common = ["--config", TINY, f"data.root={scene_shards}", "train.total_steps=20", "data.workers=1",
-              f"decoder_head.type={head}"]
+              *head]
     for name, ranks in (("one", 0), ("two", 2)):
         result = run_program("trainer/train.py", *common, f"output_dir={tmp_path / name}", ranks=ranks)
         assert result.returncode == 0, result.stderr

@@ -42,7 +42,7 @@ def test_the_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:
         ("backbone.image_mean=[0.5]", "image_mean is .*legal: three numbers"),
         ("seed=99999999999999999999", "seed is 99999999999999999999, legal: from 0"),
         ("train.total_steps=1.5", "train.total_steps"),
-        ("decoder_head.type=m2", "decoder_head.type is 'm2', legal: m2f, linear; did you mean 'm2f'"),
+        ("decoder_head.type=m2", "decoder_head.type is 'm2', legal: m2f, linear, eomt; did you mean 'm2f'"),
         ("decoder_head.hidden_dim=100", "hidden_dim is 100, legal: a multiple of 32"),
         ("backbone.random.hidden_size=64", "both set"),
         ("eval.crop_size=500", "eval.crop_size is 500, legal: a multiple of 32"),

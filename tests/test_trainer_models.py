@@ -107,9 +107,9 @@ def test_backbone_from_a_directory_equals_the_saved_one(tmp_path: Path) -> None:
 def test_backbone_without_weights_is_refused_with_a_hint(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"neither backbone\.source nor .* accept the licence"):
         build_backbone(BackboneConfig())
-    with pytest.raises(ConfigError, match=r"no existing directory.*huggingface-cli login"):
+    with pytest.raises(ConfigError, match=r"no existing directory.*hf auth login"):
         build_backbone(BackboneConfig(source=str(tmp_path / "missing")))
-    with pytest.raises(ConfigError, match=r"is incomplete: it needs config\.json"):
+    with pytest.raises(ConfigError, match=r"is a folder without config\.json"):
         build_backbone(BackboneConfig(source=str(tmp_path)))
 
 
@@ -123,7 +123,7 @@ def test_backbone_directory_of_another_model_or_with_missing_weights_is_refused(
     with pytest.raises(ConfigError, match=r"lacks 1 weights, the first is norm\.bias"):
         build_backbone(BackboneConfig(source=str(tmp_path)))
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
-    with pytest.raises(ConfigError, match="a model of type 'vit', legal: 'dinov3_vit'"):
+    with pytest.raises(ConfigError, match="a model of type 'vit', legal: dinov3_vit, eomt_dinov3"):
         build_backbone(BackboneConfig(source=str(tmp_path)))
 
 

@@ -16,7 +16,7 @@ from trainer.optimizer import (
     learning_rate,
     one_cycle,
     param_groups,
-    set_learning_rate,
+    set_learning_rates,
 )
 
 
@@ -42,7 +42,7 @@ DECAYED = {"conv.weight", "attention.in_proj_weight", "attention.out_proj.weight
 
 def test_every_trainable_parameter_is_in_exactly_one_group() -> None:
     model = Model()
-    groups = param_groups(model, 0.05, decay_all=False)
+    groups = param_groups(model, OptimizerConfig(weight_decay=0.05))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     grouped = [[names[id(parameter)] for parameter in group["params"]] for group in groups]
     assert [group["weight_decay"] for group in groups] == [0.05, 0.0]
@@ -52,11 +52,11 @@ def test_every_trainable_parameter_is_in_exactly_one_group() -> None:
 
 
 def test_decay_all_makes_one_group() -> None:
-    (group,) = param_groups(Model(), 0.001, decay_all=True)
+    (group,) = param_groups(Model(), OptimizerConfig(weight_decay=0.001, decay_all=True))
     assert group["weight_decay"] == 0.001
     assert len(group["params"]) == sum(parameter.requires_grad for parameter in Model().parameters())
     with pytest.raises(ValueError, match="no trainable parameter"):
-        param_groups(nn.Linear(2, 2).requires_grad_(False), 0.1, decay_all=True)
+        param_groups(nn.Linear(2, 2).requires_grad_(False), OptimizerConfig())
 
 
 def test_build_optimizer_follows_the_config() -> None:
@@ -64,7 +64,7 @@ def test_build_optimizer_follows_the_config() -> None:
     assert isinstance(optimizer, torch.optim.AdamW)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.0]
     assert all(group["betas"] == (0.8, 0.9) and group["lr"] == 0.3 for group in optimizer.param_groups)
-    set_learning_rate(optimizer, 0.125)
+    set_learning_rates(optimizer, 0, OptimizerConfig(lr=0.125, warmup_steps=0), 10)
     assert all(group["lr"] == 0.125 for group in optimizer.param_groups)
 
 

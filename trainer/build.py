@@ -12,7 +12,8 @@ from shards.errors import ConfigError
 from trainer.checkpoint import Checkpoint
 from trainer.config import RandomBackboneConfig, RunConfig
 from trainer.criterion import MaskCriterion, PixelCriterion
-from trainer.models import Segmenter, build_linear, build_mask2former
+from trainer.models import Segmenter, build_eomt, build_linear, build_mask2former
+from trainer.models.recompute import set_gradient_checkpointing
 from trainer.models.weights import WeightsFile
 
 
@@ -35,12 +36,19 @@ HEADS = {
         criterion=lambda config, classes, ignore_index: PixelCriterion(ignore_index),
         size_divisor=16,  # the ViT's patches
     ),
+    "eomt": HeadKind(
+        model=lambda config, classes: build_eomt(config.backbone, config.decoder_head, classes),
+        criterion=lambda config, classes, ignore_index: MaskCriterion(config.loss, classes),
+        size_divisor=16,
+    ),
 }
 
 
 def build_model(config: RunConfig, num_classes: int) -> Segmenter:
-    """The configured network, float32 on the CPU; trainable weights come from torch's global random state."""
-    return HEADS[config.decoder_head.type].model(config, num_classes)
+    """The configured network, float32 on the CPU; adapter and head come from torch's global random state."""
+    model = HEADS[config.decoder_head.type].model(config, num_classes)
+    set_gradient_checkpointing(model, config.train.gradient_checkpointing)
+    return model
 
 
 def build_criterion(config: RunConfig, num_classes: int, ignore_index: int) -> MaskCriterion | PixelCriterion:
@@ -64,7 +72,7 @@ def restore_model(checkpoint: Checkpoint, backbone_source: str | None, device: t
         config = replace(config, backbone=backbone)
     model = build_model(config, len(checkpoint.classes))
     found = model.backbone.weights_sha256()
-    if found != checkpoint.backbone_sha256:
+    if found != checkpoint.backbone_sha256 and not config.backbone.trainable:  # a trained ViT is in the checkpoint
         raise ConfigError(
             f"the backbone's weights have sha256 {found[:16]}, the head was trained on "
             f"{checkpoint.backbone_sha256[:16]}; set backbone.source to the ViT used in training "

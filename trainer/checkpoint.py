@@ -16,7 +16,7 @@ from shards.errors import ConfigError
 from shards.manifest import ClassInfo, Manifest
 from shards.writer import write_atomically
 from trainer.config import RunConfig, run_config_from_dict
-from trainer.models.weights import WeightsFile, read_file, weights_in
+from trainer.models.weights import WeightsFile, names_directory, read_file, read_weights, weights_in
 
 CHECKPOINT_FORMAT = 1
 _NAME = re.compile(r"step-(\d{8})\.pt")
@@ -86,6 +86,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 def open_checkpoint(path: str | Path) -> Checkpoint | WeightsFile:
     """One of our checkpoints, or the weights that another program wrote. Raises ConfigError naming the file."""
+    if names_directory(path):
+        return read_weights(path)
     content = read_file(path)
     return _from_content(content, path) if _is_ours(content) else weights_in(content, path)
 

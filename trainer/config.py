@@ -46,13 +46,15 @@ class RandomBackboneConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    """The frozen DINOv3 ViT."""
+    """The DINOv3 ViT."""
 
-    source: str | None = knob(None, "Hugging Face DINOv3 directory or hub id, e.g. "
+    source: str | None = knob(None, "Hugging Face DINOv3 or EoMT directory or hub id, e.g. "
                               "facebook/dinov3-vits16-pretrain-lvd1689m; or Meta's .pth of a DINOv3 ViT")
     random: RandomBackboneConfig = knob(RandomBackboneConfig, "random weights instead of `source`")
     layers: str = knob("FOUR_EVEN_INTERVALS", "blocks whose tokens are tapped",
                        choices=("FOUR_EVEN_INTERVALS", "FOUR_LAST", "LAST"))
+    trainable: bool = knob(False, "train the ViT too (it stays in evaluation mode: no rotary jitter); checkpoints then "
+                           "hold it")
     image_mean: list[float] = knob(list(IMAGENET_MEAN), "per-channel mean of the pixels, on a 0..1 scale")
     image_std: list[float] = knob(list(IMAGENET_STD), "per-channel standard deviation, on a 0..1 scale")
 
@@ -82,9 +84,9 @@ class AdapterConfig:
 class DecoderHeadConfig:
     """The segmentation head; `type` routes in `trainer.build`, nowhere else."""
 
-    type: str = knob("m2f", "head kind", choices=("m2f", "linear"))
+    type: str = knob("m2f", "head kind", choices=("m2f", "linear", "eomt"))
     hidden_dim: int = knob(256, "m2f: width of pixel decoder, queries and mask features (multiple of 32)", minimum=32)
-    num_queries: int = knob(100, "m2f: mask queries", minimum=1)
+    num_queries: int = knob(100, "m2f, eomt: mask queries", minimum=1)
     nheads: int = knob(16, "m2f: attention heads (must divide hidden_dim)", minimum=1)
     enc_layers: int = knob(6, "m2f: deformable encoder layers of the pixel decoder", minimum=1)
     enc_ffn: int = knob(4096, "m2f: FFN width of the pixel decoder's encoder", minimum=1)
@@ -93,11 +95,21 @@ class DecoderHeadConfig:
     dropout: float = knob(0.1, "linear: probability of dropping a feature channel", minimum=0, maximum=0.99)
     use_batchnorm: bool = knob(True, "linear: batch norm on the features")
     use_cls_token: bool = knob(False, "linear: concatenate the class token to every patch feature")
+    use_backbone_norm: bool = knob(True, "linear: pass the tapped tokens through the ViT's final norm")
+    num_blocks: int = knob(4, "eomt: last blocks of the ViT that the queries run through (num_blocks + 1 predictions)",
+                           minimum=1)
+    num_upscale_blocks: int = knob(2, "eomt: doublings of the patch grid; 2 give masks at stride 4", minimum=0,
+                                   maximum=4)
+    mask_annealing: list[float] = knob([0.125, 0.8125], "eomt: part of the run in which masked attention fades out, "
+                                       "as two fractions of train.total_steps", minimum=0, maximum=1)
 
     def __post_init__(self) -> None:
         if self.type == "m2f" and (self.hidden_dim % 32 or self.hidden_dim % self.nheads):
             raise ConfigError(f"decoder_head.hidden_dim is {self.hidden_dim}, legal: a multiple of 32 and of "
                               f"decoder_head.nheads ({self.nheads})")
+        if len(self.mask_annealing) != 2 or self.mask_annealing[0] >= self.mask_annealing[1]:
+            raise ConfigError(f"decoder_head.mask_annealing is {self.mask_annealing}, legal: two fractions from 0 to "
+                              "1, the first below the second")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,10 +153,17 @@ class OptimizerConfig:
                          "linear recipe", choices=("poly", "one_cycle"))
     power: float = knob(0.9, "poly: exponent", minimum=0)
     warmup_steps: int = knob(1500, "steps of linear warm-up", minimum=0)
+    backbone_warmup_steps: int = knob(0, "poly, trainable backbone: hold the ViT for warmup_steps, then warm it up in "
+                                      "so many; 0: together with the head", minimum=0)
+    layer_decay: float = knob(1.0, "trainable backbone: learning rate of each ViT block as a fraction of the next "
+                              "block's; 1: all alike", minimum=0.01, maximum=1)
 
     def __post_init__(self) -> None:
         if len(self.betas) != 2 or max(self.betas) >= 1:
             raise ConfigError(f"optimizer.betas is {self.betas}, legal: two numbers from 0 to below 1")
+        if self.backbone_warmup_steps and self.schedule != "poly":
+            raise ConfigError(f"optimizer.backbone_warmup_steps is {self.backbone_warmup_steps}, legal with schedule "
+                              f"{self.schedule}: 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +175,8 @@ class TrainSection:
     micro_batch_size: int = knob(2, "crops per forward pass on one device; accumulation follows from it", minimum=1)
     precision: str = knob("auto", "auto: bf16 autocast on CUDA devices that have it, else float32",
                           choices=("auto", "bf16", "fp32"))
+    gradient_checkpointing: bool = knob(False, "compute layers again in the backward pass instead of keeping their "
+                                        "activations: less memory, about a third more time")
     log_every: int = knob(50, "steps between log lines", minimum=1)
     checkpoint_every: int = knob(1000, "steps between checkpoints", minimum=1)
     keep_checkpoints: int = knob(2, "newest checkpoints kept (the best one is kept besides)", minimum=1)
@@ -205,6 +226,14 @@ class RunConfig:
     optimizer: OptimizerConfig = knob(OptimizerConfig, "")
     train: TrainSection = knob(TrainSection, "")
     eval: EvalConfig = knob(EvalConfig, "")
+
+    def __post_init__(self) -> None:
+        if not self.backbone.trainable:
+            for name, value, neutral in (("layer_decay", self.optimizer.layer_decay, 1.0),
+                                         ("backbone_warmup_steps", self.optimizer.backbone_warmup_steps, 0)):
+                if value != neutral:
+                    raise ConfigError(f"optimizer.{name} is {value} and the backbone is frozen; set "
+                                      f"backbone.trainable=true, or optimizer.{name}={neutral}")
 
 
 def load_run_config(path: str | Path | None, overrides: list[str]) -> RunConfig:

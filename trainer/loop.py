@@ -37,7 +37,7 @@ from trainer.evaluation import autocast, evaluate, format_metrics
 from trainer.matcher import NonFiniteLossError
 from trainer.models import Segmenter
 from trainer.models.weights import read_weights
-from trainer.optimizer import build_optimizer, clip_gradients, learning_rate, load_optimizer, set_learning_rate
+from trainer.optimizer import build_optimizer, clip_gradients, load_optimizer, set_learning_rates
 from trainer.plots import batch_panel, draw_curves
 from trainer.run_logger import RunLogger
 from trainer.seeding import seed_micro_batch
@@ -120,7 +120,8 @@ def train_step(run: Run, micro_batches: list[Batch]) -> dict[str, float]:
     """
     config, context = run.config, run.context
     num_masks = _count_masks(micro_batches, context)
-    set_learning_rate(run.optimizer, learning_rate(run.step, config.optimizer, config.train.total_steps))
+    run.model.head.set_progress(run.step / config.train.total_steps)
+    set_learning_rates(run.optimizer, run.step, config.optimizer, config.train.total_steps)
     run.optimizer.zero_grad(set_to_none=True)
     logged: dict[str, Tensor] = {}
     for position, host_batch in enumerate(micro_batches):
@@ -227,6 +228,7 @@ def resume(run: Run) -> None:
         ("data.train_split", old.data.train_split, new.data.train_split),
         ("data.crop_size", old.data.crop_size, new.data.crop_size),
         ("backbone.layers", old.backbone.layers, new.backbone.layers),
+        ("backbone.trainable", old.backbone.trainable, new.backbone.trainable),
         ("optimizer.decay_all", old.optimizer.decay_all, new.optimizer.decay_all),
     ):
         if before != now:

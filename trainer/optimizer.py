@@ -10,50 +10,62 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import OptimizerConfig
+from trainer.models.backbone import DINOv3Backbone
 
 UNDECAYED_MODULES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.LayerNorm, nn.GroupNorm,
                      nn.RMSNorm, nn.Embedding)
-UNDECAYED_NAMES = ("level_embed", "level_encoding", "query_")
+UNDECAYED_NAMES = ("level_embed", "level_encoding", "query_", "cls_token", "register_tokens", "lambda1")
 
 
-def param_groups(model: nn.Module, weight_decay: float, decay_all: bool) -> list[dict[str, Any]]:
+def param_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Optimiser groups with every trainable parameter in exactly one of them, in the model's order.
 
-    Norms, biases and embeddings (nn.Embedding, and parameters called level_embed, level_encoding or query_...) get
-    no weight decay unless `decay_all`: they have few degrees of freedom, and pulling them to zero only moves the
-    features (Mask2Former's recipe). Raises ValueError when nothing is trainable.
+    Norms, biases and embeddings (nn.Embedding, and parameters named as in UNDECAYED_NAMES) get no weight decay unless
+    `decay_all`: they have few degrees of freedom, and pulling them to zero only moves the features (Mask2Former's
+    recipe). Besides torch's own entries a group has "lr_scale", what its learning rate is multiplied by, and "is_vit":
+    a ViT block that has n blocks above it learns layer_decay^n times as fast (arXiv:2106.08254). Raises ValueError when
+    nothing is trainable.
     """
-    decayed: dict[int, nn.Parameter] = {}
-    undecayed: dict[int, nn.Parameter] = {}
+    above = {id(parameter): count for module in model.modules() if isinstance(module, DINOv3Backbone)
+             for parameter, count in module.layers_above()}
+    groups: dict[tuple[bool, int, bool], dict[str, Any]] = {}
+    seen: set[int] = set()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad or id(parameter) in decayed or id(parameter) in undecayed:
+            if not parameter.requires_grad or id(parameter) in seen:
                 continue  # frozen, or shared with a module that came before
+            seen.add(id(parameter))
             spared = isinstance(module, UNDECAYED_MODULES) or name.endswith("bias") or name.startswith(UNDECAYED_NAMES)
-            group = undecayed if spared and not decay_all else decayed
-            group[id(parameter)] = parameter
-    if not decayed and not undecayed:
+            decays = config.decay_all or not spared
+            is_vit, count = id(parameter) in above, above.get(id(parameter), 0)
+            group = groups.setdefault((is_vit, count, not decays), {
+                "params": [], "weight_decay": config.weight_decay if decays else 0.0,
+                "lr_scale": config.layer_decay**count, "is_vit": is_vit})
+            group["params"].append(parameter)
+    if not groups:
         raise ValueError("the model has no trainable parameter")
-    groups = [{"params": list(decayed.values()), "weight_decay": weight_decay},
-              {"params": list(undecayed.values()), "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    return [groups[key] for key in sorted(groups)]  # adapter and head first, and decayed ones before the others
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; its learning rate is set each step from `learning_rate`."""
-    groups = param_groups(model, config.weight_decay, config.decay_all)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]))
+    """AdamW over the trainable parameters; its learning rates are set each step by `set_learning_rates`."""
+    return torch.optim.AdamW(param_groups(model, config), lr=config.lr, betas=(config.betas[0], config.betas[1]))
 
 
-def learning_rate(step: int, config: OptimizerConfig, total_steps: int) -> float:
+def learning_rate(step: int, config: OptimizerConfig, total_steps: int, *, is_vit: bool = False) -> float:
     """Learning rate of optimiser step `step` (0 for the first of `total_steps`).
 
-    poly: (1 - step / total)^power times a linear warm-up that reaches one at its last step.
+    poly: (1 - step / total)^power times a linear warm-up that reaches one at its last step. With
+    `backbone_warmup_steps` the ViT waits for the others' warm-up and then has its own, so that a random head cannot
+    spoil it (arXiv:2503.19108).
     one_cycle: DINOv3's linear recipe, whose schedule lags one step behind because the first is not counted.
     """
     if config.schedule == "one_cycle":
         return one_cycle(max(step - 1, 0), config.lr, total_steps, config.warmup_steps)
-    warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    done, warmup_steps = step + 1, config.warmup_steps
+    if is_vit and config.backbone_warmup_steps:
+        done, warmup_steps = max(done - warmup_steps, 0), config.backbone_warmup_steps
+    warmup = min(1.0, done / warmup_steps) if warmup_steps else 1.0
     return config.lr * warmup * math.pow(1.0 - step / total_steps, config.power)
 
 
@@ -90,10 +102,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
         group.update(current)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every parameter group this learning rate."""
+def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, config: OptimizerConfig, total_steps: int) -> None:
+    """Give every parameter group its learning rate of this step."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = group["lr_scale"] * learning_rate(step, config, total_steps, is_vit=group["is_vit"])
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:

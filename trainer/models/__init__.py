@@ -6,16 +6,17 @@ from shards.errors import ConfigError
 from trainer.config import AdapterConfig, BackboneConfig, DecoderHeadConfig
 from trainer.models.adapter import DINOv3Adapter
 from trainer.models.backbone import build_backbone
+from trainer.models.eomt import EomtHead, PartialBackbone
 from trainer.models.heads import LinearBackbone, LinearHead, Mask2FormerHead
 from trainer.models.segmenter import Segmenter
 
-__all__ = ["Segmenter", "build_linear", "build_mask2former"]
+__all__ = ["Segmenter", "build_eomt", "build_linear", "build_mask2former"]
 
 
 def build_mask2former(
     backbone: BackboneConfig, adapter: AdapterConfig, head: DecoderHeadConfig, num_classes: int
 ) -> Segmenter:
-    """Frozen ViT, adapter and Mask2Former head; trainable weights are drawn from torch's global random state.
+    """ViT, adapter and Mask2Former head; adapter and head are drawn from torch's global random state.
 
     Raises ConfigError when the ViT cannot be had or the settings do not fit each other.
     """
@@ -37,12 +38,27 @@ def build_mask2former(
 
 
 def build_linear(backbone: BackboneConfig, head: DecoderHeadConfig, num_classes: int) -> Segmenter:
-    """Frozen ViT and linear head, on any choice of layers. Raises ConfigError when the ViT cannot be had."""
-    vit = build_backbone(backbone)
+    """ViT and linear head, on any choice of layers. Raises ConfigError when the ViT cannot be had."""
+    vit = build_backbone(backbone, use_norm=head.use_backbone_norm)
     return Segmenter(LinearBackbone(vit), LinearHead(
         [vit.embed_dim] * len(vit.layers),
         num_classes,
         dropout=head.dropout,
         use_batchnorm=head.use_batchnorm,
         use_cls_token=head.use_cls_token,
+    ))
+
+
+def build_eomt(backbone: BackboneConfig, head: DecoderHeadConfig, num_classes: int) -> Segmenter:
+    """ViT whose last blocks the queries run through. ConfigError when the ViT cannot be had or is too shallow."""
+    vit = build_backbone(backbone)
+    start, end = head.mask_annealing
+    return Segmenter(PartialBackbone(vit, head.num_blocks), EomtHead(
+        vit.embed_dim,
+        num_classes,
+        num_queries=head.num_queries,
+        num_blocks=head.num_blocks,
+        num_upscale_blocks=head.num_upscale_blocks,
+        activation=vit.vit.config.hidden_act,
+        mask_annealing=(start, end),
     ))

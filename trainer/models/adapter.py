@@ -17,6 +17,7 @@ from shards.errors import ConfigError
 from trainer.config import AdapterConfig
 from trainer.models.backbone import DINOv3Backbone
 from trainer.models.deform_attn import MSDeformAttn, pixel_centers
+from trainer.models.recompute import RecomputingModule
 
 _NUM_BLOCKS = 4  # one per tapped layer of the ViT
 
@@ -144,8 +145,8 @@ class SpatialPriorModule(nn.Module):
         return self.fc1(c1), self.fc2(c2), self.fc3(c3), self.fc4(c4)
 
 
-class DINOv3Adapter(nn.Module):
-    """Feature pyramid from a frozen ViT with four tapped layers. Raises ConfigError for another number of layers."""
+class DINOv3Adapter(RecomputingModule):
+    """Feature pyramid from a ViT with four tapped layers. Raises ConfigError for another number of layers."""
 
     def __init__(self, backbone: DINOv3Backbone, config: AdapterConfig) -> None:
         super().__init__()
@@ -190,7 +191,7 @@ class DINOv3Adapter(nn.Module):
         reference_points = pixel_centers(shapes, images.device)[None, :, None]  # [1, 21 HW / 4, 1, 2]
         vit_tokens = [patch_tokens for patch_tokens, _ in self.backbone(images)]  # 4 x [B, HW, D]
         for block, feat in zip(self.interactions, vit_tokens, strict=True):
-            c = block(c, reference_points, feat, *shapes[1])
+            c = self.run(block, c, reference_points, feat, *shapes[1])
         c2, c3, c4 = (_maps(tokens, *shape) for tokens, shape in
                       zip(c.split([h * w for h, w in shapes], dim=1), shapes, strict=True))
         return self._pyramid([c1 + self.up(c2), c2, c3, c4], [_maps(tokens, *shapes[1]) for tokens in vit_tokens])

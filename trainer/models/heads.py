@@ -1,9 +1,10 @@
-"""The two segmentation heads. Both have `forward(features)` and `semantic_logits(outputs, size)`, so that training,
-sliding windows and evaluation never ask which one they have.
+"""The segmentation heads. All have `forward(features)` and `semantic_logits(outputs, size)`, so that training, sliding
+windows and evaluation never ask which one they have. EoMT's is in `trainer.models.eomt`.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,33 @@ from trainer.models.mask_decoder import MaskedTransformerDecoder
 from trainer.models.pixel_decoder import MSDeformAttnPixelDecoder
 
 
-class Mask2FormerHead(nn.Module):
+class SegmentationHead(nn.Module, ABC):
+    """What every head can do."""
+
+    @abstractmethod
+    def semantic_logits(self, outputs: dict[str, Any], size: tuple[int, int]) -> Tensor:
+        """Per-class scores float32 [B, C, H, W] at `size`, from what `forward` returned."""
+
+    def set_progress(self, progress: float) -> None:
+        """Told before every step which part of the run is done (0..1); most heads do not care."""
+
+
+class MaskClassificationHead(SegmentationHead):
+    """A head whose queries each predict a mask and a class: outputs are pred_logits, pred_masks and aux_outputs."""
+
+    def semantic_logits(self, outputs: dict[str, Any], size: tuple[int, int]) -> Tensor:
+        """Per-class scores float32 [B, C, H, W] at `size`: masks weighted by their class probabilities, summed.
+
+        Scores, not logits: each is in 0..Q (MaskFormer's semantic inference, arXiv:2107.06278 sec. 3.4).
+        """
+        pred_logits, pred_masks = outputs["pred_logits"].float(), outputs["pred_masks"].float()
+        with torch.autocast(pred_masks.device.type, enabled=False):
+            classes = pred_logits.softmax(dim=-1)[..., :-1]  # [B, Q, C], without "no object"
+            masks = F.interpolate(pred_masks, size=size, mode="bilinear", align_corners=False).sigmoid()
+            return torch.einsum("bqc,bqhw->bchw", classes, masks)
+
+
+class Mask2FormerHead(MaskClassificationHead):
     """Pixel decoder and masked-attention decoder (Mask2Former, arXiv:2112.01527).
 
     in_channels  channels of the features "1".."4", fine to coarse
@@ -50,20 +77,9 @@ class Mask2FormerHead(nn.Module):
         mask_features, multi_scale = self.pixel_decoder(features)
         return self.predictor(multi_scale, mask_features, with_aux=self.training or with_aux)
 
-    def semantic_logits(self, outputs: dict[str, Any], size: tuple[int, int]) -> Tensor:
-        """Per-class scores float32 [B, C, H, W] at `size`: masks weighted by their class probabilities, summed.
-
-        Scores, not logits: each is in 0..Q (MaskFormer's semantic inference, arXiv:2107.06278 sec. 3.4).
-        """
-        pred_logits, pred_masks = outputs["pred_logits"].float(), outputs["pred_masks"].float()
-        with torch.autocast(pred_masks.device.type, enabled=False):
-            classes = pred_logits.softmax(dim=-1)[..., :-1]  # [B, Q, C], without "no object"
-            masks = F.interpolate(pred_masks, size=size, mode="bilinear", align_corners=False).sigmoid()
-            return torch.einsum("bqc,bqhw->bchw", classes, masks)
-
 
 class LinearBackbone(nn.Module):
-    """The frozen ViT as the linear head wants it: maps instead of tokens."""
+    """The ViT as the linear head wants it: maps instead of tokens."""
 
     def __init__(self, feature_model: DINOv3Backbone) -> None:
         super().__init__()
@@ -81,7 +97,7 @@ class LinearBackbone(nn.Module):
                 for patch_tokens, cls_token in self.feature_model(images)]
 
 
-class LinearHead(nn.Module):
+class LinearHead(SegmentationHead):
     """Linear probe: dropout of whole channels, batch norm, 1x1 convolution (DINOv2, arXiv:2304.07193 sec. 7.4)."""
 
     def __init__(

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.models.pixel_decoder import NUM_LEVELS, sine_position_code
+from trainer.models.recompute import RecomputingModule
 
 
 def blocked_positions(pred_masks: Tensor, size: tuple[int, int]) -> Tensor:
@@ -113,7 +114,7 @@ class MLP(nn.Module):
         return last(F.relu(second(F.relu(first(x)))))
 
 
-class MaskedTransformerDecoder(nn.Module):
+class MaskedTransformerDecoder(RecomputingModule):
     """`num_layers` decoder layers over the levels in turn, coarse first, and `num_layers + 1` predictions."""
 
     def __init__(
@@ -151,8 +152,8 @@ class MaskedTransformerDecoder(nn.Module):
                 aux_outputs.append({"pred_logits": self.class_embed(normed), "pred_masks": pred_masks})
             key, value, size = levels[layer % NUM_LEVELS]
             allowed = allowed_positions(blocked_positions(pred_masks, size))
-            x = cross_attention(x, query_embed, key, value, allowed)
-            x = ffn(self_attention(x, query_embed))
+            x = self.run(cross_attention, x, query_embed, key, value, allowed)
+            x = self.run(lambda x, attend=self_attention, ffn=ffn: ffn(attend(x, query_embed)), x)
         normed = self.post_norm(x)
         outputs = {"pred_logits": self.class_embed(normed), "pred_masks": self._masks(normed, mask_features)}
         return outputs | {"aux_outputs": aux_outputs} if with_aux else outputs

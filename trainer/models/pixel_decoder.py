@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.models.deform_attn import MSDeformAttn, pixel_centers
+from trainer.models.recompute import RecomputingModule
 
 NUM_LEVELS = 3
 _NUM_POINTS = 4
@@ -67,7 +68,7 @@ class LayerStack(nn.Module):
         self.layers = nn.ModuleList(layers)
 
 
-class DeformableEncoder(nn.Module):
+class DeformableEncoder(RecomputingModule):
     """Mixes three feature maps, coarse to fine."""
 
     def __init__(self, dim: int, nheads: int, ffn_dim: int, num_layers: int) -> None:
@@ -85,7 +86,7 @@ class DeformableEncoder(nn.Module):
                               for level, (h, w) in enumerate(shapes)])[None]
         reference_points = pixel_centers(shapes, device)[None, :, None].expand(-1, -1, NUM_LEVELS, -1)
         for layer in self.encoder.layers:
-            x = layer(x, position, reference_points, shapes)
+            x = self.run(layer, x, position, reference_points, shapes)
         levels = x.split([h * w for h, w in shapes], dim=1)
         return [tokens.transpose(1, 2).unflatten(2, shape)
                 for tokens, shape in zip(levels, shapes, strict=True)]

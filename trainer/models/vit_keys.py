@@ -25,6 +25,7 @@ from trainer.models.fitting import check_fit
 
 PATCH_SIZE = 16  # of every DINOv3 ViT
 ROPE_BASE = 100.0
+LAYER_NORM_EPS = 1e-5  # of Meta's ViTs
 PERIODS = "rope_embed.periods"
 LOCAL_CLS_NORM = ("local_cls_norm.weight", "local_cls_norm.bias")
 META_ONLY = (PERIODS, *LOCAL_CLS_NORM)  # what transformers has no place for; DINOv3Backbone keeps it beside the ViT
@@ -59,7 +60,7 @@ class VitArchitecture:
     qkv_bias: bool = True
     registers: int = 4
 
-    def config(self) -> DINOv3ViTConfig:
+    def config(self, layer_norm_eps: float = LAYER_NORM_EPS) -> DINOv3ViTConfig:
         """The configuration of transformers' model."""
         return DINOv3ViTConfig(
             hidden_size=self.dim,
@@ -73,7 +74,7 @@ class VitArchitecture:
             key_bias=False,
             value_bias=self.qkv_bias,
             patch_size=PATCH_SIZE,
-            layer_norm_eps=1e-5,
+            layer_norm_eps=layer_norm_eps,
             rope_theta=ROPE_BASE,
             layerscale_value=1.0,  # DINOv3's initial 1e-5 would leave the blocks of an untrained ViT without effect
         )

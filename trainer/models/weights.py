@@ -4,27 +4,37 @@
     adapter and head          Meta's Mask2Former release, bare; or a training checkpoint, {"model": ...}
     a head alone              Meta's linear head: keys segmentation_model.1.* only
     the whole model           all of the above in one, the ViT below segmentation_model.0.backbone. (or .feature_model.)
-    our own checkpoints       {"model": adapter and head, "backbone_sha256": ..., ...}
+    our own checkpoints       {"model": adapter and head (and a ViT that was trained), "backbone_sha256": ..., ...}
 
-Each may be a torch or a safetensors file. A Hugging Face directory is read by `trainer.models.backbone`.
+Each may be a torch or a safetensors file. Besides, directories (or hub ids of them) with config.json and safetensors:
+
+    eomt_dinov3               EoMT as transformers publishes it (`trainer.models.eomt_keys`)
+    maskstream                what `trainer/export.py` writes: the whole model, settings and classes
+
+A Hugging Face DINOv3 directory holds no head; it is read by `trainer.models.vit_sources`.
 """
 
 from __future__ import annotations
 
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import EomtDinov3Config
 
 from shards.errors import ConfigError
+from trainer.models.eomt_keys import EOMT_MODEL_TYPE, check_eomt_config, split_eomt
 from trainer.models.fitting import listed
+from trainer.models.hub import directory_config, directory_tensors, is_hub_id, model_directory
+from trainer.models.vit_keys import LAYER_NORM_EPS
 
-WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+EXPORT_MODEL_TYPE = "maskstream"
+MODEL_TYPES = (EOMT_MODEL_TYPE, EXPORT_MODEL_TYPE)  # of directories that hold a whole model
 VIT_PREFIXES = ("segmentation_model.0.backbone.", "segmentation_model.0.feature_model.")
 _MODEL = "segmentation_model."
 
@@ -37,11 +47,39 @@ class WeightsFile:
     vit: dict[str, Tensor] = field(default_factory=dict)
     model: dict[str, Tensor] = field(default_factory=dict)
     backbone_sha256: str | None = None  # in our own checkpoints: the ViT that the head was trained on
+    layer_norm_eps: float = LAYER_NORM_EPS  # of the ViT
+    config: dict[str, Any] = field(default_factory=dict)  # a directory's config.json
 
 
 def read_weights(path: str | Path, *, mmap: bool = True) -> WeightsFile:
     """Read any of the layouts above (`mmap` as in `read_file`). Raises ConfigError naming the file."""
+    if names_directory(path):
+        hint = "To read a checkpoint, name its file, such as checkpoints/best.pt"
+        return _read_directory(model_directory(path, hint), mmap=mmap)
     return weights_in(read_file(path, mmap=mmap), path)
+
+
+def names_directory(path: str | Path) -> bool:
+    """Is it a folder, or a hub id, rather than a file?"""
+    return Path(path).expanduser().is_dir() or (not Path(path).exists() and is_hub_id(str(path)))
+
+
+def _read_directory(folder: Path, *, mmap: bool) -> WeightsFile:
+    config = directory_config(folder)
+    model_type = config.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise ConfigError(f"{folder} holds a model of type {model_type!r}, legal: {', '.join(MODEL_TYPES)}; name a ViT "
+                          "alone in backbone.source, a checkpoint by its file, such as checkpoints/best.pt")
+    state = directory_tensors(folder)
+    if not mmap:
+        state = {key: tensor.clone() for key, tensor in state.items()}
+    if model_type == EXPORT_MODEL_TYPE:
+        weights = weights_in(state, folder)
+        return replace(weights, layer_norm_eps=float(config["layer_norm_eps"]), config=config)
+    complete = EomtDinov3Config.from_dict(config).to_dict()
+    check_eomt_config(complete, folder / "config.json")
+    vit, head = split_eomt(state, complete["num_attention_heads"], folder)
+    return WeightsFile(path=folder, vit=vit, model=head, layer_norm_eps=complete["layer_norm_eps"], config=config)
 
 
 def read_file(path: str | Path, *, mmap: bool = True) -> Any:

@@ -1,0 +1,207 @@
+"""EoMT (arXiv:2503.19108): queries run through the last blocks of the ViT itself; no adapter, no pixel decoder.
+
+While training, each of these blocks lets a query see only the patches where its mask, predicted before the block, is
+positive. The share of masked queries is annealed to zero, block after block, so that inference needs no masks.
+Parameter names below `segmentation_model.1.` equal those of transformers' `EomtDinov3ForUniversalSegmentation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from shards.errors import ConfigError
+from trainer.models.backbone import DINOv3Backbone
+from trainer.models.heads import MaskClassificationHead
+from trainer.models.mask_decoder import blocked_positions
+from trainer.models.vit_keys import PATCH_SIZE
+
+_ANNEALING_POWER = 0.9
+
+
+class SharedBlocks(NamedTuple):
+    """A ViT stopped before its last blocks, ready to go on with more tokens in front."""
+
+    tokens: Tensor  # [B, prefix + N, D]
+    blocks: Sequence[Callable[[Tensor, Tensor | None], Tensor]]  # (tokens [B, T, D], allowed [B, 1, T, T]) -> tokens
+    norm: Callable[[Tensor], Tensor]
+    grid: tuple[int, int]  # rows and columns of the N patches
+
+
+class PartialBackbone(nn.Module):
+    """The ViT as EoMT wants it: run up to the last `num_blocks` blocks, which it hands over."""
+
+    def __init__(self, backbone: DINOv3Backbone, num_blocks: int) -> None:
+        super().__init__()
+        if num_blocks > backbone.depth:
+            raise ConfigError(f"decoder_head.num_blocks is {num_blocks}, legal: at most the {backbone.depth} blocks of "
+                              "the backbone")
+        self.num_blocks = num_blocks
+        self.backbone = backbone
+
+    def forward(self, images: Tensor) -> SharedBlocks:
+        """Normalised images [B, 3, H, W] -> the tokens and what is left to do. ValueError as for the ViT."""
+        vit = self.backbone
+        first = vit.depth - self.num_blocks
+        with torch.set_grad_enabled(vit.trainable and torch.is_grad_enabled()):
+            tokens, rope = vit.embed(images)
+            for number in range(first):
+                tokens = vit.block(number, tokens, rope)
+        # A frozen ViT's last blocks still pass gradients on: to the queries in front.
+        blocks = [lambda tokens, allowed, number=number: vit.block(number, tokens, rope, allowed)
+                  for number in range(first, vit.depth)]
+        rows, columns = (side // PATCH_SIZE for side in images.shape[-2:])
+        return SharedBlocks(tokens, blocks, vit.vit.norm, (rows, columns))
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm over the channels of a map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, D, H, W] -> same shape."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
+
+
+class UpscaleLayer(nn.Module):
+    """Doubles the size of a map: transposed and depthwise convolution, then a norm."""
+
+    def __init__(self, dim: int, activation: nn.Module) -> None:
+        super().__init__()
+        self.conv1 = nn.ConvTranspose2d(dim, dim, 2, stride=2)
+        self.activation = activation
+        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+        self.layernorm2d = ChannelNorm(dim, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, D, H, W] -> [B, D, 2H, 2W]"""
+        return self.layernorm2d(self.conv2(self.activation(self.conv1(x))))
+
+
+class UpscaleBlock(nn.Module):
+    """Some `UpscaleLayer`s in a row."""
+
+    def __init__(self, dim: int, num_layers: int, activation: nn.Module) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(UpscaleLayer(dim, activation) for _ in range(num_layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, D, H, W] -> [B, D, H * 2^n, W * 2^n]"""
+        for layer in self.block:
+            x = layer(x)
+        return x
+
+
+class MaskHead(nn.Module):
+    """Three linear layers of equal width, the activation between."""
+
+    def __init__(self, dim: int, activation: nn.Module) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.fc3 = (nn.Linear(dim, dim) for _ in range(3))
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]"""
+        return self.fc3(self.activation(self.fc2(self.activation(self.fc1(x)))))
+
+
+class EomtHead(MaskClassificationHead):
+    """Queries and their predictions.
+
+    num_blocks          blocks of the ViT that the queries pass; num_blocks + 1 predictions
+    num_upscale_blocks  doublings of the patch grid; 2 give masks at stride 4
+    activation          transformers' name of the ViT's own, gelu or silu
+    mask_annealing      the part of the run, as two fractions, in which masking fades out
+
+    `attn_mask_probs` [num_blocks], the shares of masked queries, is a buffer: weights bring theirs along.
+    """
+
+    attn_mask_probs: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int,
+        *,
+        num_queries: int,
+        num_blocks: int,
+        num_upscale_blocks: int,
+        activation: str,
+        mask_annealing: tuple[float, float],
+    ) -> None:
+        super().__init__()
+        self.mask_annealing = mask_annealing
+        self.query = nn.Embedding(num_queries, dim)
+        self.upscale_block = UpscaleBlock(dim, num_upscale_blocks, ACT2FN[activation])
+        self.mask_head = MaskHead(dim, ACT2FN[activation])
+        self.class_predictor = nn.Linear(dim, num_classes + 1)
+        self.register_buffer("attn_mask_probs", torch.ones(num_blocks))
+        self._probabilities = [1.0] * num_blocks  # the buffer's values, readable without waiting for the device
+        self.register_load_state_dict_post_hook(_read_probabilities)
+
+    def set_progress(self, progress: float) -> None:
+        """Set the shares of masked queries for this part of the run, 0..1."""
+        self._probabilities = masking_probabilities(progress, len(self._probabilities), self.mask_annealing)
+        for share, probability in zip(self.attn_mask_probs.unbind(), self._probabilities, strict=True):
+            share.fill_(probability)  # a copy from a new host tensor would wait for the device
+
+    def forward(self, features: SharedBlocks, with_aux: bool = False) -> dict[str, Any]:
+        """-> pred_logits [B, Q, C + 1] and pred_masks [B, Q, h * 2^u, w * 2^u], of u upscale layers over the grid.
+
+        In training, or on request, also aux_outputs: the same two as predicted before each of the shared blocks.
+        """
+        with_aux = with_aux or self.training
+        queries = self.query.weight.expand(len(features.tokens), -1, -1)
+        tokens = torch.cat((queries.to(features.tokens.dtype), features.tokens), dim=1)  # [B, T, D]
+        aux_outputs = []
+        for block, probability in zip(features.blocks, self._probabilities, strict=True):
+            allowed = None
+            if with_aux or probability > 0:
+                normed = features.norm(tokens)
+                pred_masks = self._masks(normed, features.grid)
+                if with_aux:
+                    aux_outputs.append({"pred_logits": self._classes(normed), "pred_masks": pred_masks})
+                if probability > 0:
+                    allowed = self._allowed(pred_masks, tokens.shape[1], features.grid, probability)
+            tokens = block(tokens, allowed)
+        normed = features.norm(tokens)
+        outputs = {"pred_logits": self._classes(normed), "pred_masks": self._masks(normed, features.grid)}
+        return outputs | {"aux_outputs": aux_outputs} if with_aux else outputs
+
+    def _classes(self, normed: Tensor) -> Tensor:
+        return self.class_predictor(normed[:, : self.query.num_embeddings])
+
+    def _masks(self, normed: Tensor, grid: tuple[int, int]) -> Tensor:
+        patches = normed[:, -(grid[0] * grid[1]):].transpose(1, 2).unflatten(2, grid)  # [B, D, h, w]
+        # Contiguous, or the depthwise weight's gradient comes out channels-last, which DDP has to copy.
+        upscaled = self.upscale_block(patches.contiguous())
+        return torch.einsum("bqd,bdhw->bqhw", self.mask_head(normed[:, : self.query.num_embeddings]), upscaled)
+
+    def _allowed(self, pred_masks: Tensor, num_tokens: int, grid: tuple[int, int], probability: float) -> Tensor:
+        """bool [B, 1, T, T]: every token sees all, but a masked query, of the patches, only those in its mask."""
+        visible = ~blocked_positions(pred_masks, grid)  # [B, Q, N]
+        if probability < 1:
+            visible |= (torch.rand(visible.shape[:2], device=visible.device) > probability)[:, :, None]
+        allowed = visible.new_ones(len(visible), 1, num_tokens, num_tokens)
+        allowed[:, 0, : visible.shape[1], -visible.shape[2]:] = visible
+        return allowed
+
+
+def masking_probabilities(progress: float, num_blocks: int, window: tuple[float, float]) -> list[float]:
+    """The share of masked queries in each shared block, when `progress` (0..1) of the run is done.
+
+    Inside the window the blocks fade one after the other, first block first, each over two thirds of an equal share
+    of it (the spacing of the recipes published with arXiv:2503.19108), as (1 - t)^0.9.
+    """
+    start, end = window
+    period = (end - start) / (num_blocks - 1 / 3)
+    faded = [(progress - start - block * period) / (2 / 3 * period) for block in range(num_blocks)]
+    return [(1.0 - min(max(t, 0.0), 1.0)) ** _ANNEALING_POWER for t in faded]
+
+
+def _read_probabilities(head: nn.Module, _: Any) -> None:
+    assert isinstance(head, EomtHead)
+    head._probabilities = head.attn_mask_probs.tolist()

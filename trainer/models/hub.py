@@ -1,0 +1,63 @@
+"""Model directories with config.json and safetensors, on disk or on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file
+from torch import Tensor
+
+from shards.errors import ConfigError
+
+WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+
+
+def is_hub_id(source: str) -> bool:
+    """Does it look like `organisation/model`, and not like a file or folder that is missing?"""
+    return _HUB_ID.fullmatch(source) is not None and not source.endswith(WEIGHT_SUFFIXES)
+
+
+def model_directory(source: str | Path, hint: str = "") -> Path:
+    """The folder of a model: `source` itself, or its snapshot from the hub (downloaded once, then cached).
+
+    Raises ConfigError, ending in `hint`, when there is none or a file is missing.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        if not is_hub_id(str(source)):
+            raise ConfigError(f"{source} is no existing directory or file. {hint}")
+        try:
+            folder = Path(snapshot_download(str(source), allow_patterns=_FILES))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{source} cannot be loaded from the hub ({error}). {hint}") from error
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        raise ConfigError(f"{source} is a folder without config.json and model.safetensors. {hint}")
+    return folder
+
+
+def directory_config(folder: Path) -> dict[str, Any]:
+    """The content of config.json. Raises ConfigError when it is no JSON object."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder / 'config.json'} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{folder / 'config.json'} holds no JSON object")
+    return config
+
+
+def directory_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a directory's safetensors files, memory-mapped. Raises ConfigError naming a damaged file."""
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            tensors |= load_file(path)
+        except Exception as error:
+            raise ConfigError(f"{path} is no readable safetensors file: {error}") from error
+    return tensors
