@@ -12,7 +12,7 @@ from preprocess.blocks import encode_crop, plan_blocks
 from preprocess.config import PreprocessConfig
 from preprocess.pairs import Dataset, open_dataset, read_pair
 from preprocess.pipeline import write_shards
-from shards.command_line import add_overrides, config_parser, quoted, run_entry_point
+from shards.command_line import add_overrides, config_files, config_parser, quoted, run_entry_point
 from shards.config_file import config_to_yaml, load_config
 from shards.manifest import Manifest
 from shards.rle import decode_header, encode_rle
@@ -43,7 +43,8 @@ def _parse() -> tuple[PreprocessConfig, bool]:
     parser.add_argument("--dry-run", action="store_true", help="print settings, counts and one sample, write nothing")
     add_overrides(parser)
     arguments = parser.parse_intermixed_args()
-    return load_config(PreprocessConfig, arguments.config, _flags(arguments) + arguments.overrides), arguments.dry_run
+    overrides = _flags(arguments) + arguments.overrides
+    return load_config(PreprocessConfig, config_files(arguments), overrides), arguments.dry_run
 
 
 def _flags(arguments: Namespace) -> list[str]:

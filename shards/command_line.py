@@ -24,9 +24,16 @@ def config_parser(description: str, schema: type[Any], default_config: Path) -> 
         epilog="settings (in the YAML file, or as key=value), with their values where neither says:\n"
         + "\n".join(describe_config(schema)),
     )
-    parser.add_argument("--config", default=str(default_config),
-                        help=f"YAML file of settings (default: configs/{default_config.name})")
+    parser.add_argument("--config", action="append", metavar="FILE", dest="configs",
+                        help=f"YAML file of settings (default: configs/{default_config.name}); given again, a file is "
+                        "laid over the ones before")
+    parser.set_defaults(default_config=default_config)
     return parser
+
+
+def config_files(arguments: argparse.Namespace) -> list[str]:
+    """The files that `--config` names, or the default one."""
+    return arguments.configs or [str(arguments.default_config)]
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

@@ -59,13 +59,15 @@ def check_knobs(config: Any, prefix: str = "") -> None:
                 raise ConfigError(f"{name} is {value!r}, legal: {legal}")
 
 
-def load_config(schema: type[ConfigT], path: str | Path | None, overrides: Sequence[str] = ()) -> ConfigT:
-    """Defaults of `schema`, then the YAML file, then `key=value` overrides (later wins).
+def load_config(schema: type[ConfigT], paths: str | Path | Sequence[str | Path] | None,
+                overrides: Sequence[str] = ()) -> ConfigT:
+    """Defaults of `schema`, then the YAML files, then `key=value` overrides (later wins).
 
     Raises ConfigError naming the unknown key and the nearest legal one, the value that has the wrong
     type, or the field out of range.
     """
-    layers = [(f"configuration {path}", _read_yaml(path))] if path is not None else []
+    files = [paths] if isinstance(paths, str | Path) else paths or []
+    layers = [(f"configuration {path}", _read_yaml(path)) for path in files]
     layers.append(("command line", _read_overrides(overrides)))
     merged: ConfigT = _merge(schema, layers)
     return merged

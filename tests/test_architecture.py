@@ -103,13 +103,15 @@ def test_every_setting_is_read_by_code(schema: type, package: str) -> None:
         assert uses, f"nothing reads the setting {name!r}"
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").rglob("*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_configuration_is_valid_and_says_how_to_run_it(path: Path) -> None:
     head = path.read_text(encoding="utf-8").splitlines()[:3]
     assert all(line.startswith("# ") for line in head), "three header lines: what, cost or result, command"
     assert path.name in head[2] or "make demo" in head[2] or "make_shards.py" in head[2]
     if "shards" in path.name:
         load_config(PreprocessConfig, path)
+    elif path.parent.name == "backbones":
+        load_run_config([REPOSITORY / "configs" / "config-ade20k-m2f-training.yaml", path], [])
     else:
         load_run_config(path, [])
 

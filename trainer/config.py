@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -236,9 +237,9 @@ class RunConfig:
                                       f"backbone.trainable=true, or optimizer.{name}={neutral}")
 
 
-def load_run_config(path: str | Path | None, overrides: list[str]) -> RunConfig:
-    """Read a run's YAML with overrides. Raises ConfigError (see `shards.config_file.load_config`)."""
-    return load_config(RunConfig, path, overrides)
+def load_run_config(paths: str | Path | Sequence[str | Path] | None, overrides: list[str]) -> RunConfig:
+    """Read a run's YAML files with overrides. Raises ConfigError (see `shards.config_file.load_config`)."""
+    return load_config(RunConfig, paths, overrides)
 
 
 def run_config_from_dict(values: dict[str, Any]) -> RunConfig:

@@ -12,7 +12,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from shards.command_line import add_overrides, config_parser, run_entry_point
+from shards.command_line import add_overrides, config_files, config_parser, run_entry_point
 from shards.errors import ConfigError
 from trainer.config import RunConfig, load_run_config
 
@@ -27,7 +27,7 @@ def main() -> int:
                         "(default: evaluation/ beside the checkpoint's folder)")
     add_overrides(parser)
     arguments = parser.parse_intermixed_args()
-    config = load_run_config(arguments.config, arguments.overrides)
+    config = load_run_config(config_files(arguments), arguments.overrides)
     checkpoint_path = Path(arguments.checkpoint)
     output = Path(arguments.output) if arguments.output else checkpoint_path.parent.parent / "evaluation"
     return _evaluate(config, checkpoint_path, output)

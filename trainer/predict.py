@@ -27,7 +27,8 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="key=value", dest="overrides",
                         help="change a setting of the run, e.g. --set eval.tta_flip=true (repeatable; settings as in "
                         "trainer/eval.py --help; default: as trained)")
-    parser.add_argument("--config", help="another program's head only: YAML file of settings with the network's sizes")
+    parser.add_argument("--config", action="append", metavar="FILE", dest="configs", help="another program's head "
+                        "only: YAML file of settings with the network's sizes (repeatable: laid over one another)")
     parser.add_argument("--classes", help="another program's head only: text file with one class name per line, in id "
                         "order, e.g. preprocess/ade20k_classes.txt")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="JPEG or PNG files")
@@ -72,7 +73,7 @@ def _predict(arguments: argparse.Namespace) -> int:
 
     checkpoint = open_checkpoint(arguments.checkpoint)
     if isinstance(checkpoint, Checkpoint):
-        if arguments.config is not None or arguments.classes is not None:
+        if arguments.configs is not None or arguments.classes is not None:
             raise ConfigError(f"{arguments.checkpoint} brings its own settings and classes; leave out --config and "
                               "--classes, change settings with --set")
         config, classes = override_config(checkpoint.run_config, arguments.overrides), checkpoint.class_infos
@@ -102,14 +103,14 @@ def _predict(arguments: argparse.Namespace) -> int:
 
 def _settings_of_a_foreign_head(arguments: argparse.Namespace) -> tuple[RunConfig, list[ClassInfo]]:
     """What a file of weights alone does not say: the network and the classes."""
-    if arguments.config is None or arguments.classes is None:
+    if arguments.configs is None or arguments.classes is None:
         raise ConfigError(f"{arguments.checkpoint} holds weights only; also give --config, a YAML file with the "
                           "network's sizes, and --classes, a text file with one class name per line")
     try:
         text = Path(arguments.classes).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--classes {arguments.classes} cannot be read: {error}") from error
-    return load_run_config(arguments.config, arguments.overrides), parse_classes(text, arguments.classes)
+    return load_run_config(arguments.configs, arguments.overrides), parse_classes(text, arguments.classes)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ example: torchrun --standalone --nproc-per-node 2 trainer/train.py --config conf
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from shards.command_line import add_overrides, config_parser, run_entry_point
+from shards.command_line import add_overrides, config_files, config_parser, run_entry_point
 from shards.config_file import config_to_yaml
 from trainer.config import RunConfig, load_run_config
 
@@ -20,7 +21,7 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="print settings, counts and one sample, train nothing")
     add_overrides(parser)
     arguments = parser.parse_intermixed_args()
-    config = load_run_config(arguments.config, arguments.overrides)
+    config = load_run_config(config_files(arguments), arguments.overrides)
     return _dry_run(config) if arguments.dry_run else _train(config)
 
 
@@ -47,6 +48,8 @@ def _dry_run(config: RunConfig) -> int:
     from trainer.loop import open_crops, required_folders
 
     root, _ = required_folders(config)
+    if os.environ.get("RANK", "0") != "0":
+        return 0  # under torchrun, one rank tells
     print(config_to_yaml(config))
     manifest = load_manifest(root)
     crops = open_crops(config, manifest)

@@ -1,0 +1,72 @@
+"""Sizes of the published ViTs' heads: configs/backbones/*.yaml laid over the recipes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import DINOv3ViTModel
+
+from shards.errors import ConfigError
+from tests.conftest import REPOSITORY
+from trainer.build import build_model
+from trainer.config import BackboneConfig, load_run_config
+from trainer.models import Segmenter
+from trainer.models.vit_keys import RELEASED_VITS
+
+CONFIGS = REPOSITORY / "configs"
+PRESETS = sorted((CONFIGS / "backbones").glob("*.yaml"))
+
+
+def on_meta(monkeypatch: pytest.MonkeyPatch, recipe: str, preset: Path, *overrides: str) -> Segmenter:
+    """The configured model for 150 classes, without memory: the preset's ViT is not downloaded."""
+    def vit(config: BackboneConfig) -> tuple[DINOv3ViTModel, dict[str, torch.Tensor]]:
+        assert config.source is not None and preset.stem in config.source
+        return DINOv3ViTModel(RELEASED_VITS[preset.stem].config()), {}
+
+    monkeypatch.setattr("trainer.models.backbone.load_vit", vit)
+    config = load_run_config([CONFIGS / f"config-ade20k-{recipe}-training.yaml", preset], list(overrides))
+    with torch.device("meta"):
+        return build_model(config, 150)
+
+
+def trainable(model: Segmenter) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def test_every_published_vit_has_a_preset() -> None:
+    assert {preset.stem for preset in PRESETS} == RELEASED_VITS.keys()
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_presets_have_the_parameters_they_claim(preset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    claimed = re.search(r"([\d.]+) M trainable", preset.read_text())
+    assert claimed is not None
+    model = on_meta(monkeypatch, "m2f", preset)
+    assert trainable(model) / 1e6 == pytest.approx(float(claimed[1]), abs=0.05)
+    if preset.stem == "vits16":
+        assert trainable(model) < 20e6
+    depth = model.backbone.depth
+    first = 4 if depth == 24 else depth // 4 - 1
+    assert model.backbone.layers == [first, depth // 2 - 1, 3 * depth // 4 - 1, depth - 1]
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_presets_go_with_every_recipe(preset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = on_meta(monkeypatch, "linear", preset)
+    dim = linear.backbone.embed_dim
+    assert trainable(linear) == 2 * dim + 150 * (dim + 1)  # batch norm and one convolution
+    eomt = on_meta(monkeypatch, "eomt", preset)
+    assert trainable(eomt) > sum(parameter.numel() for parameter in eomt.backbone.parameters()) - dim - 1
+    assert eomt.segmentation_model[0].num_blocks == {12: 3, 24: 4, 32: 4, 40: 5}[eomt.backbone.depth]
+
+
+def test_layer_choices_of_the_linear_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    for layers, taps in (("LAST", 1), ("FOUR_LAST", 4), ("FOUR_EVEN_INTERVALS", 4)):
+        model = on_meta(monkeypatch, "linear", PRESETS[0], f"backbone.layers={layers}")
+        assert len(model.backbone.layers) == taps
+        assert trainable(model) == taps * (2 + 150) * model.backbone.embed_dim + 150
+    with pytest.raises(ConfigError, match="needs four tapped layers"):
+        on_meta(monkeypatch, "m2f", PRESETS[0], "backbone.layers=LAST")
