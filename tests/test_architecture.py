@@ -29,10 +29,11 @@ TRAINER_LAYERS = (
     {"criterion", "checkpoint", "run_logger"},
     {"build", "plots"},
     {"evaluation"},
-    {"loop"},
-    {"train", "eval", "predict"},
+    {"loop", "pretrained"},
+    {"checkpoint_options", "exporting"},
+    {"train", "eval", "predict", "export"},
 )
-ENTRY_POINTS = {"trainer.train", "trainer.eval", "trainer.predict", "preprocess.make_shards"}
+ENTRY_POINTS = {"trainer.train", "trainer.eval", "trainer.predict", "trainer.export", "preprocess.make_shards"}
 
 
 def imports(path: Path) -> Iterator[str]:

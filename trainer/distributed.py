@@ -57,7 +57,7 @@ def distributed(device: str) -> Iterator[DistContext]:
     """
     launched = "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    chosen = _pick_device(device, local_rank)
+    chosen = pick_device(device, local_rank)
     if not launched:
         yield DistContext(rank=0, world_size=1, device=chosen)
         return
@@ -74,7 +74,8 @@ def distributed(device: str) -> Iterator[DistContext]:
         dist.destroy_process_group()
 
 
-def _pick_device(device: str, local_rank: int) -> torch.device:
+def pick_device(device: str, local_rank: int = 0) -> torch.device:
+    """auto | cpu | cuda -> this process's device. Raises ConfigError when it is not there."""
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
         raise ConfigError("device is 'cuda' but torch sees no CUDA device; set device=cpu or device=auto")

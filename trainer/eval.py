@@ -2,8 +2,8 @@
 
 example: python trainer/eval.py --config runs/ade20k-m2f/config.yaml --checkpoint runs/ade20k-m2f/checkpoints/best.pt
 The network is the checkpoint's own; `data`, `eval` and `device` come from the configuration, and
-`backbone.source` too, for when the ViT lies elsewhere now. A head that another program saved, such as Meta's
-Mask2Former or linear head, brings weights only: then all settings are the configuration's, the classes the shard set's.
+`backbone.source` too, for when the ViT lies elsewhere now. What another program saved, such as Meta's Mask2Former or
+linear head, brings weights only: then all settings are the configuration's, the classes the shard set's.
 """
 
 from __future__ import annotations
@@ -35,32 +35,33 @@ def main() -> int:
 
 def _evaluate(config: RunConfig, checkpoint_path: Path, output: Path) -> int:
     from shards.reader import ShardReader
-    from trainer.build import model_from_weights, restore_model
-    from trainer.checkpoint import Checkpoint, class_table, open_checkpoint
+    from trainer.checkpoint import open_checkpoint
     from trainer.distributed import distributed
     from trainer.evaluation import evaluate, format_metrics
+    from trainer.models.weights import WeightsFile
+    from trainer.pretrained import adopt, load_pretrained
 
     if config.data.root is None:
         raise ConfigError("data.root is not set. Type for example: python trainer/eval.py "
                           f"--checkpoint {checkpoint_path} data.root=<folder of shards>")
-    checkpoint = open_checkpoint(checkpoint_path)
+    found = open_checkpoint(checkpoint_path)
     reader = ShardReader(config.data.root, config.data.val_split)
-    if isinstance(checkpoint, Checkpoint) and class_table(reader.manifest) != checkpoint.classes:
-        raise ConfigError(f"{config.data.root} and {checkpoint_path} have different class tables "
-                          f"({reader.manifest.num_classes} and {len(checkpoint.classes)} classes)")
+    manifest = reader.manifest
     with distributed(config.device) as context:
-        if isinstance(checkpoint, Checkpoint):
-            model = restore_model(checkpoint, config.backbone.source, context.device)
-            settings = replace(checkpoint.run_config, data=config.data, eval=config.eval)
+        if isinstance(found, WeightsFile) and not found.brings_settings:
+            pretrained, settings = adopt(found, config, manifest.classes, context.device), config
         else:
-            model = model_from_weights(checkpoint, config, reader.manifest.num_classes, context.device)
-            settings = config
+            pretrained = load_pretrained(found, backbone_source=config.backbone.source, device=context.device)
+            settings = replace(pretrained.config, data=config.data, eval=config.eval)
+        if pretrained.classes != list(manifest.classes):
+            raise ConfigError(f"{config.data.root} and {checkpoint_path} have different class tables "
+                              f"({manifest.num_classes} and {len(pretrained.classes)} classes)")
+        model = pretrained.model
         result = evaluate(model, reader, settings, context, config.eval.max_images)
         if context.is_main:
-            print(format_metrics(result.metrics, reader.manifest.classes))
+            print(format_metrics(result.metrics, manifest.classes))
             output.mkdir(parents=True, exist_ok=True)
-            step = checkpoint.step if isinstance(checkpoint, Checkpoint) else None
-            record = {**result.metrics, "step": step, "checkpoint": str(checkpoint_path)}
+            record = {**result.metrics, "step": pretrained.step, "checkpoint": str(checkpoint_path)}
             (output / "metrics.json").write_text(json.dumps(record, indent=1))
             if result.panels is not None:
                 result.panels.save(output / "panels.png")

@@ -7,7 +7,6 @@ once: a sample's result depends on its own vector only, and nothing waits for th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -19,14 +18,12 @@ LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(images / 255 - mean) / std, float32 [B, 3, H, W] from uint8 [B, 3, H, W]; mean and std on a 0..1 scale."""
-    mean_map, std_map = _channel_maps(tuple(mean), tuple(std), images.device)
-    return (images.float() / 255.0 - mean_map) / std_map
+    return (images.float() / 255.0 - _channel_map(mean, images.device)) / _channel_map(std, images.device)
 
 
-@lru_cache(maxsize=8)
-def _channel_maps(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    # Cached, because a copy of host numbers to a CUDA device would wait for it on every batch.
-    return (torch.tensor(mean, device=device).view(1, -1, 1, 1), torch.tensor(std, device=device).view(1, -1, 1, 1))
+def _channel_map(values: Sequence[float], device: torch.device) -> Tensor:
+    """float32 [1, 3, 1, 1]. Filled on the device: a copy of host numbers would wait for it on every batch."""
+    return torch.stack([torch.full((), value, device=device) for value in values]).view(1, -1, 1, 1)
 
 
 def draw_photometric(rng: np.random.Generator) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -116,11 +117,23 @@ class DINOv3Backbone(RecomputingModule):
         height, width = images.shape[-2:]
         if height % PATCH_SIZE or width % PATCH_SIZE:
             raise ValueError(f"image is {height}x{width}, legal: height and width multiples of {PATCH_SIZE}")
-        return self.vit.embeddings(images), self.vit.rope_embeddings(images)
+        return self.vit.embeddings(images), self._rope(height // PATCH_SIZE, width // PATCH_SIZE)
 
     def block(self, number: int, tokens: Tensor, rope: Rope, allowed: Tensor | None = None) -> Tensor:
         """One block on tokens [B, T, D], whose last N are the patches; allowed: bool [B, 1, T, T], True = attend."""
         return self.run(self.vit.model.layer[number], tokens, allowed, rope)
+
+    def _rope(self, rows: int, columns: int) -> Rope:
+        """Rotary code of a grid of patches: centres in -1..1 per axis times 2 pi / period, y part then x part, twice.
+
+        Transformers' own module keeps earlier grids in a global cache, which torch.export fills with symbols.
+        """
+        frequencies = self.vit.rope_embeddings.inv_freq  # [head_dim / 4]
+        y, x = (2.0 * ((torch.arange(count, dtype=torch.float32, device=frequencies.device) + 0.5) / count) - 1.0
+                for count in (rows, columns))
+        centres = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1)  # [N, 2]
+        angles = (2 * math.pi * centres[:, :, None] * frequencies).flatten(1).tile(2)  # [N, head_dim]
+        return angles.cos(), angles.sin()
 
     def layers_above(self) -> Iterator[tuple[nn.Parameter, int]]:
         """Every parameter with the number of blocks between it and the output: 0 for the final norm and last block,

@@ -154,7 +154,7 @@ class EomtHead(MaskClassificationHead):
         In training, or on request, also aux_outputs: the same two as predicted before each of the shared blocks.
         """
         with_aux = with_aux or self.training
-        queries = self.query.weight.expand(len(features.tokens), -1, -1)
+        queries = self.query.weight.expand(features.tokens.shape[0], -1, -1)
         tokens = torch.cat((queries.to(features.tokens.dtype), features.tokens), dim=1)  # [B, T, D]
         aux_outputs = []
         for block, probability in zip(features.blocks, self._probabilities, strict=True):
@@ -185,7 +185,7 @@ class EomtHead(MaskClassificationHead):
         visible = ~blocked_positions(pred_masks, grid)  # [B, Q, N]
         if probability < 1:
             visible |= (torch.rand(visible.shape[:2], device=visible.device) > probability)[:, :, None]
-        allowed = visible.new_ones(len(visible), 1, num_tokens, num_tokens)
+        allowed = visible.new_ones(visible.shape[0], 1, num_tokens, num_tokens)
         allowed[:, 0, : visible.shape[1], -visible.shape[2]:] = visible
         return allowed
 

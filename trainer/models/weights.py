@@ -50,6 +50,11 @@ class WeightsFile:
     layer_norm_eps: float = LAYER_NORM_EPS  # of the ViT
     config: dict[str, Any] = field(default_factory=dict)  # a directory's config.json
 
+    @property
+    def brings_settings(self) -> bool:
+        """Does it say how the network looks and what its classes are? Another program's weights do not."""
+        return self.config.get("model_type") == EXPORT_MODEL_TYPE
+
 
 def read_weights(path: str | Path, *, mmap: bool = True) -> WeightsFile:
     """Read any of the layouts above (`mmap` as in `read_file`). Raises ConfigError naming the file."""

@@ -1,0 +1,51 @@
+"""Write a trained model in the formats that others read: a directory to load, Meta's files, a torch.export program.
+
+example: python trainer/export.py --checkpoint runs/ade20k-m2f/checkpoints/best.pt --output exported
+    exported/model.safetensors, config.json   the whole model with its ViT, settings and classes; load it with
+                                              trainer.pretrained.load_pretrained, trainer/predict.py or trainer/eval.py
+    exported/meta/head.pth, backbone.pth      Meta's layouts: adapter and head as in the released file, and the ViT
+    exported/program.pt2                      torch.export of image -> class scores, any height and width from 64
+                                              in multiples of 32; needs no code of ours
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from shards.command_line import run_entry_point
+from shards.errors import ConfigError
+from trainer.checkpoint_options import add_checkpoint_options, open_pretrained
+
+FORMATS = ("directory", "meta", "program")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_checkpoint_options(parser)
+    parser.add_argument("--output", required=True, help="folder to write; one that holds an export already is refused")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), metavar="FORMAT",
+                        help=f"what to write: {', '.join(FORMATS)} (default: all)")
+    arguments = parser.parse_args()
+    output = Path(arguments.output)
+    if output.is_dir() and any(output.iterdir()):
+        raise ConfigError(f"--output {output} is not empty; name a new folder")
+    return _export(arguments, output)
+
+
+def _export(arguments: argparse.Namespace, output: Path) -> int:
+    from tqdm import tqdm
+
+    from trainer.exporting import write_directory, write_meta_files, write_program
+
+    writers = {"directory": write_directory, "meta": write_meta_files, "program": write_program}
+    arguments.overrides = ["device=cpu", *arguments.overrides]
+    pretrained = open_pretrained(arguments)
+    for name in tqdm(arguments.formats, desc="exporting", unit="format", disable=None):
+        for path in writers[name](pretrained, output):
+            tqdm.write(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

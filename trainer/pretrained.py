@@ -1,0 +1,111 @@
+"""A trained model with all it needs to be used: network, settings, classes.
+
+    from trainer.pretrained import load_pretrained
+    model = load_pretrained("exported")            # a directory of trainer/export.py, or one of our checkpoints
+    label_map = model.predict(image)               # uint8 [H, W, 3] -> class ids [H, W]; names are in model.classes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from shards.config_file import config_to_dict, override_config
+from shards.errors import ConfigError
+from shards.manifest import ClassInfo
+from trainer.build import model_from_weights, restore_model
+from trainer.checkpoint import Checkpoint, open_checkpoint
+from trainer.config import BackboneConfig, DataConfig, LoadConfig, RandomBackboneConfig, RunConfig, run_config_from_dict
+from trainer.distributed import pick_device
+from trainer.evaluation import Predictor
+from trainer.models import Segmenter
+from trainer.models.weights import EXPORT_MODEL_TYPE, WeightsFile
+
+EXPORT_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """A network in eval mode, the settings it was trained with (and is evaluated by), and its classes."""
+
+    model: Segmenter
+    config: RunConfig
+    classes: list[ClassInfo]
+    step: int | None = None  # optimiser steps of training, where the source tells
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def predict(self, image: NDArray[np.uint8]) -> NDArray[np.integer[Any]]:
+        """RGB image uint8 [H, W, 3] -> class ids [H, W] (uint8 up to 256 classes, else uint16), as `eval.*` says."""
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"image is {image.dtype} {image.shape}, legal: uint8 [H, W, 3]")
+        predict = Predictor(self.model, self.config, len(self.classes), self.device)
+        dtype = np.uint8 if len(self.classes) <= 256 else np.uint16
+        return predict(torch.from_numpy(image.transpose(2, 0, 1).copy())).cpu().numpy().astype(dtype)
+
+
+def load_pretrained(
+    source: str | Path | Checkpoint | WeightsFile,
+    *,
+    overrides: Sequence[str] = (),
+    backbone_source: str | None = None,
+    device: torch.device | None = None,
+) -> Pretrained:
+    """Open an export (a directory or hub id) or one of our checkpoints.
+
+    `overrides` are key=value settings; `backbone_source` says where a checkpoint's frozen ViT lies now; by default the
+    device is the one that the settings name. Raises ConfigError when something is missing or does not fit.
+    """
+    found = open_checkpoint(source) if isinstance(source, str | Path) else source
+    if isinstance(found, Checkpoint):
+        config = override_config(found.run_config, overrides)
+        model = restore_model(found, backbone_source or config.backbone.source, device or pick_device(config.device))
+        return Pretrained(model=model, config=config, classes=found.class_infos, step=found.step)
+    if not found.brings_settings:
+        raise ConfigError(f"{found.path} holds weights only, without settings and classes; give them to "
+                          "trainer/export.py with --config and --classes, and load what it writes")
+    config, classes = _exported_settings(found)
+    config = override_config(config, overrides)
+    return adopt(found, config, classes, device or pick_device(config.device))
+
+
+def adopt(weights: WeightsFile, config: RunConfig, classes: Sequence[ClassInfo], device: torch.device) -> Pretrained:
+    """Weights that another program trained, with the settings and classes they need. Raises ConfigError."""
+    return Pretrained(model=model_from_weights(weights, config, len(classes), device), config=config,
+                      classes=list(classes))
+
+
+def export_config(pretrained: Pretrained) -> dict[str, Any]:
+    """The content of an export's config.json: nothing in it names a place on this machine."""
+    config = replace(pretrained.config, output_dir=None, load=LoadConfig(), device="auto",
+                     data=replace(pretrained.config.data, root=DataConfig().root),
+                     backbone=replace(pretrained.config.backbone, source=None, random=RandomBackboneConfig()))
+    return {
+        "model_type": EXPORT_MODEL_TYPE, "format": EXPORT_FORMAT,
+        "layer_norm_eps": pretrained.model.backbone.layer_norm_eps,
+        "classes": [asdict(item) | {"color": list(item.color)} for item in pretrained.classes],
+        "settings": config_to_dict(config),
+    }  # fmt: skip
+
+
+def _exported_settings(weights: WeightsFile) -> tuple[RunConfig, list[ClassInfo]]:
+    """Inverse of `export_config`; the ViT is in the same directory. Raises ConfigError naming what is wrong."""
+    content = weights.config
+    if content.get("format") != EXPORT_FORMAT:
+        raise ConfigError(f"{weights.path}/config.json: format is {content.get('format')!r}, legal: {EXPORT_FORMAT}; "
+                          "it was written by another version of MaskStream")
+    try:
+        classes = [ClassInfo(name=item["name"], color=tuple(item["color"])) for item in content["classes"]]
+        settings = run_config_from_dict(content["settings"])
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{weights.path}/config.json is incomplete: {error!r}") from error
+    backbone = BackboneConfig(**{**vars(settings.backbone), "source": str(weights.path)})
+    return replace(settings, backbone=backbone), classes
