@@ -202,6 +202,17 @@ def test_recomputing_activations_changes_no_number(scene_shards: Path, finished:
     assert losses(tmp_path / "kept") == losses(tmp_path / "again")
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:The .grad attribute of a Tensor")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, g++ is not on the path")
+def test_a_compiled_head_trains_alike(scene_shards: Path, tmp_path: Path) -> None:
+    for name, setting in (("plain", "false"), ("compiled", "true")):
+        train(tiny(scene_shards, tmp_path / name, "decoder_head.type=linear", "decoder_head.dropout=0",
+                   f"train.compile={setting}"), ALONE)
+    plain, compiled = ([record["loss"] for record in losses(tmp_path / name)] for name in ("plain", "compiled"))
+    assert compiled == pytest.approx(plain, rel=1e-4)
+
+
 def test_training_learns_two_crops_by_heart(scenes: Path, tmp_path: Path) -> None:
     from tests.conftest import make_shards
 

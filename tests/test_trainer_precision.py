@@ -84,6 +84,32 @@ def test_every_tensor_is_made_where_the_model_is(head: str, monkeypatch: pytest.
     assert model.semantic_logits(outputs, (64, 96)).shape == (2, 5, 64, 96)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's compiler looks at it
+@pytest.mark.parametrize("head", HEADS)
+def test_the_head_compiles_in_one_graph(head: str) -> None:
+    """Traced whole (fullgraph), forward and backward; EoMT not anew for every step of its annealing."""
+    torch._dynamo.reset()
+    plain, compiled = (model_of(head, "adapter.drop_path=0", "decoder_head.dropout=0").train() for _ in range(2))
+    graphs = 0
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph
+
+    compiled.head.compile(backend=backend, fullgraph=True)
+    for progress in (0.3, 0.31, 0.32):
+        for model in (plain, compiled):
+            torch.manual_seed(0)
+            model.head.set_progress(progress)
+            loss_of(model(images())).backward()
+    assert graphs == 1
+    for parameter, other in zip(plain.parameters(), compiled.parameters(), strict=True):
+        if parameter.grad is not None:
+            torch.testing.assert_close(other.grad, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
 class Dtypes:
     """The dtypes that parts of a model put out, by name of the part."""
 

@@ -178,6 +178,8 @@ class TrainSection:
                           choices=("auto", "bf16", "fp32"))
     gradient_checkpointing: bool = knob(False, "compute layers again in the backward pass instead of keeping their "
                                         "activations: less memory, about a third more time")
+    compile: bool = knob(False, "run the head through torch.compile: faster steps after a minute or more of compiling "
+                         "at the start; needs a C++ compiler")
     log_every: int = knob(50, "steps between log lines", minimum=1)
     checkpoint_every: int = knob(1000, "steps between checkpoints", minimum=1)
     keep_checkpoints: int = knob(2, "newest checkpoints kept (the best one is kept besides)", minimum=1)

@@ -195,6 +195,8 @@ def build_run(config: RunConfig, context: DistContext, manifest: Manifest, folde
     if context.device.type == "cuda" and context.world_size > 1:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(context.device).train()
+    if config.train.compile:
+        model.head.compile()  # in place: parameter names stay
     wrapped: nn.Module = model
     if torch.distributed.is_initialized():
         device_ids = [context.device.index] if context.device.type == "cuda" else None

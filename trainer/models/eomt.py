@@ -139,13 +139,14 @@ class EomtHead(MaskClassificationHead):
         self.mask_head = MaskHead(dim, ACT2FN[activation])
         self.class_predictor = nn.Linear(dim, num_classes + 1)
         self.register_buffer("attn_mask_probs", torch.ones(num_blocks))
-        self._probabilities = [1.0] * num_blocks  # the buffer's values, readable without waiting for the device
-        self.register_load_state_dict_post_hook(_read_probabilities)
+        self._masked = [True] * num_blocks  # where the buffer is above 0, readable without waiting for the device
+        self.register_load_state_dict_post_hook(_note_masked_blocks)
 
     def set_progress(self, progress: float) -> None:
         """Set the shares of masked queries for this part of the run, 0..1."""
-        self._probabilities = masking_probabilities(progress, len(self._probabilities), self.mask_annealing)
-        for share, probability in zip(self.attn_mask_probs.unbind(), self._probabilities, strict=True):
+        probabilities = masking_probabilities(progress, len(self._masked), self.mask_annealing)
+        self._masked = [probability > 0 for probability in probabilities]
+        for share, probability in zip(self.attn_mask_probs.unbind(), probabilities, strict=True):
             share.fill_(probability)  # a copy from a new host tensor would wait for the device
 
     def forward(self, features: SharedBlocks, with_aux: bool = False) -> dict[str, Any]:
@@ -157,15 +158,15 @@ class EomtHead(MaskClassificationHead):
         queries = self.query.weight.expand(features.tokens.shape[0], -1, -1)
         tokens = torch.cat((queries.to(features.tokens.dtype), features.tokens), dim=1)  # [B, T, D]
         aux_outputs = []
-        for block, probability in zip(features.blocks, self._probabilities, strict=True):
+        for block, masked, share in zip(features.blocks, self._masked, self.attn_mask_probs.unbind(), strict=True):
             allowed = None
-            if with_aux or probability > 0:
+            if with_aux or masked:
                 normed = features.norm(tokens)
                 pred_masks = self._masks(normed, features.grid)
                 if with_aux:
                     aux_outputs.append({"pred_logits": self._classes(normed), "pred_masks": pred_masks})
-                if probability > 0:
-                    allowed = self._allowed(pred_masks, tokens.shape[1], features.grid, probability)
+                if masked:
+                    allowed = self._allowed(pred_masks, tokens.shape[1], features.grid, share)
             tokens = block(tokens, allowed)
         normed = features.norm(tokens)
         outputs = {"pred_logits": self._classes(normed), "pred_masks": self._masks(normed, features.grid)}
@@ -180,11 +181,10 @@ class EomtHead(MaskClassificationHead):
         upscaled = self.upscale_block(patches.contiguous())
         return torch.einsum("bqd,bdhw->bqhw", self.mask_head(normed[:, : self.query.num_embeddings]), upscaled)
 
-    def _allowed(self, pred_masks: Tensor, num_tokens: int, grid: tuple[int, int], probability: float) -> Tensor:
+    def _allowed(self, pred_masks: Tensor, num_tokens: int, grid: tuple[int, int], share: Tensor) -> Tensor:
         """bool [B, 1, T, T]: every token sees all, but a masked query, of the patches, only those in its mask."""
         visible = ~blocked_positions(pred_masks, grid)  # [B, Q, N]
-        if probability < 1:
-            visible |= (torch.rand(visible.shape[:2], device=visible.device) > probability)[:, :, None]
+        visible |= (torch.rand(visible.shape[:2], device=visible.device) > share)[:, :, None]
         allowed = visible.new_ones(visible.shape[0], 1, num_tokens, num_tokens)
         allowed[:, 0, : visible.shape[1], -visible.shape[2]:] = visible
         return allowed
@@ -202,6 +202,6 @@ def masking_probabilities(progress: float, num_blocks: int, window: tuple[float,
     return [(1.0 - min(max(t, 0.0), 1.0)) ** _ANNEALING_POWER for t in faded]
 
 
-def _read_probabilities(head: nn.Module, _: Any) -> None:
+def _note_masked_blocks(head: nn.Module, _: Any) -> None:
     assert isinstance(head, EomtHead)
-    head._probabilities = head.attn_mask_probs.tolist()
+    head._masked = (head.attn_mask_probs > 0).tolist()
