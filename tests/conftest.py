@@ -13,13 +13,16 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("MASKSTREAM_SHARED", str(REPOSITORY.parent / "shared")))
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--golden", default=None, help="folder of golden files (default: $MASKSTREAM_SHARED/golden)")
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: trains or starts several processes")
 
 
 @pytest.fixture
-def golden(request: pytest.FixtureRequest) -> Any:
-    """`golden("name") -> (json description, {tensor name: tensor})`; skips when the file is not there."""
+def golden(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`golden("name") -> (json description, {tensor name: tensor})`; skips when the file is not there.
+
+    What the test then compares by torch.testing.assert_close is measured for the table at the end of the session.
+    """
     from safetensors.torch import load_file
 
     folder = Path(request.config.getoption("--golden") or SHARED / "golden")
@@ -27,10 +30,43 @@ def golden(request: pytest.FixtureRequest) -> Any:
     def load(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
         if not (folder / f"{name}.json").is_file():
             pytest.skip(f"golden file {name} is not in {folder} (set MASKSTREAM_SHARED or --golden)")
+        measure_comparisons(request.node, name, monkeypatch)
         tensors = folder / f"{name}.safetensors"
         return json.loads((folder / f"{name}.json").read_text()), load_file(tensors) if tensors.is_file() else {}
 
     return load
+
+
+def measure_comparisons(test: pytest.Item, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Note (golden file, test, largest absolute error, the same relative to the largest entry) of each comparison."""
+    import torch
+
+    compare = torch.testing.assert_close
+
+    def measured(actual: Any, expected: Any, **options: Any) -> None:
+        compare(actual, expected, **options)
+        ours, theirs = (torch.as_tensor(value).detach().double().nan_to_num() for value in (actual, expected))
+        error, size = float((ours - theirs).abs().max()), float(theirs.abs().max())
+        test.user_properties.append(("parity", (name, test.originalname, error, error / size if size else 0.0)))
+
+    monkeypatch.setattr(torch.testing, "assert_close", measured)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """With --golden: how far every test was from its golden file."""
+    if terminalreporter.config.getoption("--golden") is None:
+        return
+    worst: dict[tuple[str, str], tuple[float, float, int]] = {}
+    for report in terminalreporter.stats.get("passed", []):
+        for kind, row in report.user_properties:
+            if kind == "parity":
+                name, test, error, relative = row
+                largest = worst.get((name, test), (0.0, 0.0, 0))
+                worst[name, test] = (max(error, largest[0]), max(relative, largest[1]), largest[2] + 1)
+    terminalreporter.section("parity with the golden files")
+    for (name, test), (error, relative, count) in sorted(worst.items()):
+        terminalreporter.write_line(f"{name:24s} {test:52s} {count:5d} comparisons, largest error {error:.1e}, "
+                                    f"{relative:.1e} of the largest entry")
 
 
 @pytest.fixture
