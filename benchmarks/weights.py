@@ -1,0 +1,112 @@
+"""Keys of the full models in Meta's layout, and what building and loading one costs in time and memory.
+
+example: python benchmarks/weights.py --vit vitl16 --work-dir /tmp
+Writes the ViT and the head (hidden 2048, as released) of the chosen kind with random numbers, in Meta's two files, and
+loads them in a process of their own. A ViT-L needs 4 GB of disk and 9 GB of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import DINOv3ViTModel
+
+from trainer.build import build_model
+from trainer.config import AdapterConfig, RunConfig, load_run_config
+from trainer.models import Segmenter
+from trainer.models.adapter import DINOv3Adapter
+from trainer.models.backbone import DINOv3Backbone, tapped_layers
+from trainer.models.heads import Mask2FormerHead
+from trainer.models.vit_keys import RELEASED_VITS
+from trainer.models.weights import read_weights
+
+HIDDEN_DIM = 2048
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vit", choices=RELEASED_VITS, default="vitl16", help="kind to load (default: vitl16)")
+    parser.add_argument("--work-dir", help="where the temporary files go (default: the system's place for them)")
+    parser.add_argument("--load", nargs=2, metavar=("VIT", "HEAD"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.load:
+        load(*arguments.load)
+        return
+    print_keys()
+    with tempfile.TemporaryDirectory(dir=arguments.work_dir) as folder:
+        vit, head = Path(folder) / "vit.pth", Path(folder) / "head.pth"
+        write_random(meta_model(arguments.vit), vit, head)
+        sizes = " and ".join(f"{path.stat().st_size / 1e9:.2f} GB" for path in (vit, head))
+        print(f"\n{arguments.vit}: files of {sizes}", flush=True)
+        subprocess.run([sys.executable, __file__, "--load", str(vit), str(head)], check=True)
+
+
+def meta_model(kind: str) -> Segmenter:
+    """The released sizes of adapter and head on a ViT, on the meta device: shapes without memory."""
+    architecture = RELEASED_VITS[kind]
+    with torch.device("meta"):
+        vit = DINOv3ViTModel(architecture.config())
+        adapter = DINOv3Adapter(DINOv3Backbone(vit, tapped_layers(architecture.blocks, "FOUR_EVEN_INTERVALS")),
+                                AdapterConfig())
+        head = Mask2FormerHead([architecture.dim] * 4, HIDDEN_DIM, 150, num_queries=100, nheads=16, enc_layers=6,
+                               enc_ffn=4096, dec_layers=9, dec_ffn=4096)
+        return Segmenter(adapter, head)
+
+
+def print_keys() -> None:
+    """Keys and millions of numbers per part, for every published ViT."""
+    print("| ViT | keys: ViT | adapter | head | millions: ViT | adapter | head |\n|---|---|---|---|---|---|---|")
+    for kind in RELEASED_VITS:
+        state = meta_model(kind).meta_state_dict()
+        vit = {key: value for key, value in state.items() if key.startswith("segmentation_model.0.backbone.")}
+        head = {key: value for key, value in state.items() if key.startswith("segmentation_model.1.")}
+        adapter = {key: value for key, value in state.items() if key not in vit and key not in head}
+        parts = (vit, adapter, head)
+        counts = " | ".join(str(len(part)) for part in parts)
+        sizes = " | ".join(f"{sum(value.numel() for value in part.values()) / 1e6:.1f}" for part in parts)
+        print(f"| {kind} | {counts} | {sizes} |")
+
+
+def write_random(model: Segmenter, vit: Path, head: Path) -> None:
+    """Random weights in Meta's two layouts; the key third of the bias is zero, as it is released."""
+    for path, state in ((vit, model.backbone.meta_state_dict()), (head, model.head_state_dict())):
+        drawn = {key: torch.randn(value.shape) * 0.02 for key, value in state.items()}
+        for key in drawn:
+            if key.endswith("bias_mask"):
+                drawn[key] = torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(len(drawn[key]) // 3)
+            if key == "rope_embed.periods":
+                drawn[key] = 100.0 ** (torch.arange(len(drawn[key])) / len(drawn[key]))
+            if key.endswith("num_batches_tracked"):
+                drawn[key] = torch.zeros((), dtype=torch.int64)
+        torch.save(drawn, path)
+
+
+def load(vit: str, head: str) -> None:
+    """Build and load, printing seconds and the high-water mark of memory after each step."""
+    config: RunConfig = load_run_config(None, [f"backbone.source={vit}", f"decoder_head.hidden_dim={HIDDEN_DIM}"])
+    report("imports", time.perf_counter())
+    started = time.perf_counter()
+    model = build_model(config, 150)
+    report("build the model with its ViT", started)
+    started = time.perf_counter()
+    model.load_weights(read_weights(head))
+    report("load adapter and head", started)
+    held = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    print(f"the model itself holds {held / 1e9:.2f} GB")
+
+
+def report(what: str, started: float) -> None:
+    """The high-water mark counts pages of mapped files too (ru_maxrss would begin at the parent process's)."""
+    status = Path("/proc/self/status").read_text()
+    peak = 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+    print(f"{what}: {time.perf_counter() - started:.1f} s, high-water mark {peak / 1e9:.2f} GB", flush=True)
+
+
+if __name__ == "__main__":
+    main()
