@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,19 @@ def test_backbone_taps_are_the_normed_block_outputs_and_work_on_odd_grids() -> N
     torch.testing.assert_close(cls_token, expected[:, 0])
     with pytest.raises(ValueError, match="50x80, legal: height and width multiples of 16"):
         backbone(make_images(height=50, width=80))
+
+
+def test_every_tap_equals_transformers_hidden_states_with_or_without_the_norm() -> None:
+    config = BackboneConfig(random=RANDOM_VIT, layers="FOUR_LAST")
+    normed, raw = build_backbone(config), build_backbone(config, use_norm=False)
+    images = make_images()
+    states = normed.vit(images, output_hidden_states=True).hidden_states[1:]
+    for (patches, cls_token), (raw_patches, _), state in zip(normed(images), raw(images), states, strict=True):
+        torch.testing.assert_close(patches, normed.vit.norm(state)[:, 5:])
+        torch.testing.assert_close(cls_token, normed.vit.norm(state)[:, 0])
+        torch.testing.assert_close(raw_patches, state[:, 5:])
+    trainable = build_backbone(replace(config, trainable=True), use_norm=False)
+    assert not trainable.vit.norm.weight.requires_grad, "nothing reads it: DDP would wait for its gradient"
 
 
 @pytest.mark.parametrize("head", [M2F, LINEAR], ids=["m2f", "linear"])
@@ -385,6 +399,16 @@ def test_linear_model_with_any_layers(layers: str, taps: int, use_cls_token: boo
     assert outputs["logits"].shape == (2, CLASSES, 3, 5)
     linear = model.head
     assert isinstance(linear, LinearHead) and linear.conv.in_channels == 32 * taps * (2 if use_cls_token else 1)
+
+
+def test_every_switch_of_the_linear_head_does_something() -> None:
+    images, seen = make_images(), []
+    for settings in ({}, {"use_backbone_norm": False}, {"use_batchnorm": False}, {"use_cls_token": True},
+                     {"dropout": 0.9}):
+        model = make_model(DecoderHeadConfig(type="linear", **settings)).train()
+        torch.manual_seed(5)
+        seen.append(model(images)["logits"].detach())
+    assert all(not torch.allclose(seen[0], other, rtol=1e-3) for other in seen[1:])
 
 
 def test_linear_head_drops_channels_before_the_norm() -> None:
