@@ -116,7 +116,8 @@ class EomtHead(MaskClassificationHead):
     activation          transformers' name of the ViT's own, gelu or silu
     mask_annealing      the part of the run, as two fractions, in which masking fades out
 
-    `attn_mask_probs` [num_blocks], the shares of masked queries, is a buffer: weights bring theirs along.
+    `attn_mask_probs` [num_blocks], the shares of masked queries, is a buffer: weights bring theirs along. In evaluation
+    nothing is drawn: a block masks all queries when its share is at least one half, else none.
     """
 
     attn_mask_probs: Tensor
@@ -139,15 +140,15 @@ class EomtHead(MaskClassificationHead):
         self.mask_head = MaskHead(dim, ACT2FN[activation])
         self.class_predictor = nn.Linear(dim, num_classes + 1)
         self.register_buffer("attn_mask_probs", torch.ones(num_blocks))
-        self._masked = [True] * num_blocks  # where the buffer is above 0, readable without waiting for the device
-        self.register_load_state_dict_post_hook(_note_masked_blocks)
+        self._note_masked_blocks([1.0] * num_blocks)
+        self.register_load_state_dict_post_hook(_note_loaded_shares)
 
     def set_progress(self, progress: float) -> None:
         """Set the shares of masked queries for this part of the run, 0..1."""
-        probabilities = masking_probabilities(progress, len(self._masked), self.mask_annealing)
-        self._masked = [probability > 0 for probability in probabilities]
-        for share, probability in zip(self.attn_mask_probs.unbind(), probabilities, strict=True):
-            share.fill_(probability)  # a copy from a new host tensor would wait for the device
+        shares = masking_shares(progress, len(self.attn_mask_probs), self.mask_annealing)
+        self._note_masked_blocks(shares)
+        for entry, share in zip(self.attn_mask_probs.unbind(), shares, strict=True):
+            entry.fill_(share)  # a copy from a new host tensor would wait for the device
 
     def forward(self, features: SharedBlocks, with_aux: bool = False) -> dict[str, Any]:
         """-> pred_logits [B, Q, C + 1] and pred_masks [B, Q, h * 2^u, w * 2^u], of u upscale layers over the grid.
@@ -155,10 +156,11 @@ class EomtHead(MaskClassificationHead):
         In training, or on request, also aux_outputs: the same two as predicted before each of the shared blocks.
         """
         with_aux = with_aux or self.training
+        masked_blocks = self._masked_in_training if self.training else self._masked_in_evaluation
         queries = self.query.weight.expand(features.tokens.shape[0], -1, -1)
         tokens = torch.cat((queries.to(features.tokens.dtype), features.tokens), dim=1)  # [B, T, D]
         aux_outputs = []
-        for block, masked, share in zip(features.blocks, self._masked, self.attn_mask_probs.unbind(), strict=True):
+        for block, masked, share in zip(features.blocks, masked_blocks, self.attn_mask_probs.unbind(), strict=True):
             allowed = None
             if with_aux or masked:
                 normed = features.norm(tokens)
@@ -172,6 +174,11 @@ class EomtHead(MaskClassificationHead):
         outputs = {"pred_logits": self._classes(normed), "pred_masks": self._masks(normed, features.grid)}
         return outputs | {"aux_outputs": aux_outputs} if with_aux else outputs
 
+    def _note_masked_blocks(self, shares: Sequence[float]) -> None:
+        """What the buffer says, readable without waiting for the device."""
+        self._masked_in_training = [share > 0 for share in shares]
+        self._masked_in_evaluation = [share >= 0.5 for share in shares]
+
     def _classes(self, normed: Tensor) -> Tensor:
         return self.class_predictor(normed[:, : self.query.num_embeddings])
 
@@ -184,13 +191,14 @@ class EomtHead(MaskClassificationHead):
     def _allowed(self, pred_masks: Tensor, num_tokens: int, grid: tuple[int, int], share: Tensor) -> Tensor:
         """bool [B, 1, T, T]: every token sees all, but a masked query, of the patches, only those in its mask."""
         visible = ~blocked_positions(pred_masks, grid)  # [B, Q, N]
-        visible |= (torch.rand(visible.shape[:2], device=visible.device) > share)[:, :, None]
+        if self.training:
+            visible |= (torch.rand(visible.shape[:2], device=visible.device) > share)[:, :, None]
         allowed = visible.new_ones(visible.shape[0], 1, num_tokens, num_tokens)
         allowed[:, 0, : visible.shape[1], -visible.shape[2]:] = visible
         return allowed
 
 
-def masking_probabilities(progress: float, num_blocks: int, window: tuple[float, float]) -> list[float]:
+def masking_shares(progress: float, num_blocks: int, window: tuple[float, float]) -> list[float]:
     """The share of masked queries in each shared block, when `progress` (0..1) of the run is done.
 
     Inside the window the blocks fade one after the other, first block first, each over two thirds of an equal share
@@ -202,6 +210,6 @@ def masking_probabilities(progress: float, num_blocks: int, window: tuple[float,
     return [(1.0 - min(max(t, 0.0), 1.0)) ** _ANNEALING_POWER for t in faded]
 
 
-def _note_masked_blocks(head: nn.Module, _: Any) -> None:
+def _note_loaded_shares(head: nn.Module, _: Any) -> None:
     assert isinstance(head, EomtHead)
-    head._masked = (head.attn_mask_probs > 0).tolist()
+    head._note_masked_blocks(head.attn_mask_probs.tolist())
