@@ -23,7 +23,8 @@ CODE_ROOTS = [*SOURCES, *sorted((REPOSITORY / "benchmarks").glob("*.py"))]
 # Lower layers never import higher ones (a module may import its own layer and those below).
 TRAINER_LAYERS = (
     {"config", "distributed", "seeding", "pytest_plugin"},
-    {"targets", "point_sampling", "transforms", "metrics", "sliding_window", "pixel_loss"},
+    {"targets", "point_sampling", "point_losses", "mask_gradients", "transforms", "metrics", "sliding_window",
+     "pixel_loss"},
     {"matcher"},
     {"mask_classification_loss", "optimizer", "models", "data"},
     {"criterion", "checkpoint", "run_logger"},

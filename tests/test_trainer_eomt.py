@@ -40,7 +40,7 @@ def settings(folder: Path | None, *overrides: str) -> RunConfig:
     source = f"backbone.source={folder}" if folder else "backbone.random.hidden_size=32"
     return load_run_config(None, [
         source, "decoder_head.type=eomt", f"decoder_head.num_queries={QUERIES}", "decoder_head.num_blocks=2",
-        "backbone.trainable=true", *overrides])
+        "backbone.trainable=true", "loss.matched_gradients=false", *overrides])
 
 
 def ours(folder: Path, *overrides: str) -> Segmenter:

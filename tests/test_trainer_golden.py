@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.mask_classification_loss import MaskClassificationLoss
+from tests.replay import ReplayedLoss, in_drawing_order, replay
 from trainer.matcher import HungarianMatcher, Prediction
 from trainer.metrics import ConfusionMatrix
 from trainer.optimizer import one_cycle, one_cycle_beta1
@@ -28,24 +27,6 @@ SUMMARY_NAMES = {"mIoU": "mIoU", "acc": "mAcc", "aAcc": "aAcc", "dice": "mDice",
 def assert_gradients_close(actual: Tensor, expected: Tensor) -> None:
     floor = 1e-4 * float(expected.abs().max())
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=floor)
-
-
-def replay(recorded: list[Tensor]) -> Callable[[tuple[int, ...]], Tensor]:
-    queue = iter(recorded)
-
-    def draw(shape: tuple[int, ...]) -> Tensor:
-        points = next(queue)
-        assert tuple(points.shape) == tuple(shape)
-        return points
-
-    return draw
-
-
-class ReplayedLoss(MaskClassificationLoss):
-    draw: Callable[[tuple[int, ...]], Tensor]
-
-    def make_draw(self, device: torch.device, generator: torch.Generator | None) -> Callable[[tuple[int, ...]], Tensor]:
-        return self.draw
 
 
 class MaskLossCase:
@@ -87,8 +68,8 @@ def test_golden_matcher_costs_and_assignments(mask_loss: MaskLossCase) -> None:
     predictions = [case.prediction(layer) for layer in case.layers]
     points = [case.matcher_points(layer) for layer in case.layers]
     matches = matcher(predictions, packed, replay([p for of_layer in points for p in of_layer]))
-    for layer, prediction, of_layer, match in zip(case.layers, predictions, points, matches, strict=True):
-        costs = matcher.costs(prediction, packed, torch.cat(of_layer)).detach()
+    all_costs = matcher.costs(predictions, packed, torch.stack([torch.cat(of_layer) for of_layer in points])).detach()
+    for layer, costs, match in zip(case.layers, all_costs, matches, strict=True):
         for b in case.images:
             torch.testing.assert_close(costs[b, :, :packed.counts[b]], case.tensors[f"{layer}matcher/cost.{b}"],
                                        **FORWARD)
@@ -103,7 +84,7 @@ def test_golden_mask_loss_of_each_prediction(mask_loss: MaskLossCase) -> None:
     torch.testing.assert_close(loss.empty_weight, case.tensors["empty_weight"])
     for layer in case.layers:
         class_logits, mask_logits = case.prediction(layer)
-        loss.draw = replay(case.matcher_points(layer) + case.loss_points(layer))
+        loss.recorded = case.matcher_points(layer) + case.loss_points(layer)
         losses = loss(mask_logits, case.targets, class_logits)
         for name, value in losses.items():
             torch.testing.assert_close(value, case.tensors[f"{layer}losses/{name}"][0], **FORWARD)
@@ -117,12 +98,16 @@ def test_golden_mask_loss_of_each_prediction(mask_loss: MaskLossCase) -> None:
 def test_golden_mask_loss_of_all_predictions_at_once(mask_loss: MaskLossCase) -> None:
     case = mask_loss
     loss = case.loss()
-    loss.draw = replay([p for layer in case.layers for p in case.matcher_points(layer)]
-                       + [p for layer in case.layers for p in case.loss_points(layer)])
+    candidates, rests = zip(*map(case.loss_points, case.layers), strict=True)
+    matcher_points = [p for layer in case.layers for p in case.matcher_points(layer)]
+    loss.recorded = in_drawing_order(matcher_points, candidates, rests)
     items = [{"pred_logits": p.class_logits, "pred_masks": p.mask_logits} for p in map(case.prediction, case.layers)]
-    losses = loss.loss_for_outputs(items[0] | {"aux_outputs": items[1:]}, case.targets)
-    total = loss.loss_total(losses, lambda name, value: None)
+    total, _ = loss.step(items[0] | {"aux_outputs": items[1:]}, case.targets)
     torch.testing.assert_close(total, case.tensors["losses/sum_over_layers"][0], **FORWARD)
+    gradients = torch.autograd.grad(total, [item[name] for item in items for name in ("pred_logits", "pred_masks")])
+    for layer, class_grad, mask_grad in zip(case.layers, gradients[::2], gradients[1::2], strict=True):
+        assert_gradients_close(class_grad, case.tensors[f"{layer}grads/pred_logits"])
+        assert_gradients_close(mask_grad, case.tensors[f"{layer}grads/pred_masks"])
 
 
 @pytest.mark.parametrize(("changed", "moved"), [
@@ -135,7 +120,7 @@ def test_golden_mask_loss_notices_wrong_maths(mask_loss: MaskLossCase, changed: 
     mirrored = changed == {"points": "mirrored"}
     loss = case.loss(**({} if mirrored else changed))
     points = case.matcher_points(layer) + case.loss_points(layer)
-    loss.draw = replay([1 - p for p in points] if mirrored else points)
+    loss.recorded = [1 - p for p in points] if mirrored else points
     class_logits, mask_logits = case.prediction(layer)
     value = loss(mask_logits, case.targets, class_logits)[moved]
     assert abs(float(value.detach() - case.tensors[f"{layer}losses/{moved}"][0])) > 1e-3

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from trainer.mask_classification_loss import MaskClassificationLoss, dice_losses, mask_losses
+from tests.replay import ReplayedLoss, in_drawing_order, replay
+from trainer.mask_classification_loss import MaskClassificationLoss
 from trainer.matcher import HungarianMatcher, NonFiniteLossError, Prediction, pairwise_dice_cost, pairwise_mask_cost
 from trainer.metrics import ConfusionMatrix
 from trainer.pixel_loss import pixel_cross_entropy
+from trainer.point_losses import SampledPoints, point_losses
 from trainer.point_sampling import point_sample, sample_uncertain_points, uniform_draw
 from trainer.targets import (
     dense_masks,
@@ -28,22 +30,6 @@ from trainer.targets import (
 
 NUM_LABELS = 5
 CPU = torch.device("cpu")
-
-
-class ReplayedLoss(MaskClassificationLoss):
-    """The loss with recorded points; every draw must ask for the shape that was recorded."""
-
-    recorded: list[Tensor]
-
-    def make_draw(self, device: torch.device, generator: torch.Generator | None) -> Callable[[tuple[int, ...]], Tensor]:
-        queue = iter(self.recorded)
-
-        def draw(shape: tuple[int, ...]) -> Tensor:
-            points = next(queue)
-            assert tuple(points.shape) == tuple(shape)
-            return points
-
-        return draw
 
 
 def make_loss(kind: type[MaskClassificationLoss] = MaskClassificationLoss, num_points: int = 40,
@@ -141,8 +127,9 @@ def test_point_sample_is_bilinear_between_pixel_centres_and_zero_outside() -> No
 def test_uncertain_points_are_the_least_certain_candidates() -> None:
     ramp = torch.linspace(-8, 8, 64).expand(2, 64, 64).contiguous()  # zero in the middle column
     draw = uniform_draw(CPU, torch.Generator().manual_seed(0))
-    points = sample_uncertain_points(ramp, 100, 3.0, 0.75, draw)
+    points, logits = sample_uncertain_points(ramp, 100, 3.0, 0.75, draw)
     assert points.shape == (2, 100, 2)
+    torch.testing.assert_close(logits, point_sample(ramp[:, None], points)[:, 0])
     from_middle = (points[..., 0] - 0.5).abs()
     assert from_middle[:, :75].max() < 0.2  # a quarter of 300 candidates lies within 0.125
     assert from_middle[:, 75:].max() > 0.3  # the uniform rest does not
@@ -156,7 +143,7 @@ def test_uniform_points_are_drawn_only_when_some_are_wanted(ratio: float, draws:
         shapes.append(shape)
         return torch.rand(shape)
 
-    points = sample_uncertain_points(torch.randn(3, 8, 8), 10, 3.0, ratio, draw)
+    points, _ = sample_uncertain_points(torch.randn(3, 8, 8), 10, 3.0, ratio, draw)
     assert points.shape == (3, 10, 2)
     assert len(shapes) == draws
 
@@ -171,8 +158,11 @@ def test_pairwise_costs_equal_the_losses_of_every_pair() -> None:
     pairs = [(b, q, n) for b in range(2) for q in range(3) for n in range(4)]
     x = torch.stack([logits[b, q] for b, q, _ in pairs])
     y = torch.stack([truth[b, n] for b, _, n in pairs])
-    torch.testing.assert_close(pairwise_mask_cost(logits, truth).flatten(), mask_losses(x, y), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(pairwise_dice_cost(logits, truth).flatten(), dice_losses(x, y), rtol=1e-5, atol=1e-5)
+    for counted in (None, (torch.rand(2, 50, generator=generator) > 0.3).float()):
+        weights = None if counted is None else torch.stack([counted[b] for b, _, _ in pairs])
+        mask, dice = point_losses(SampledPoints(torch.empty(0), x, y, weights))
+        torch.testing.assert_close(pairwise_mask_cost(logits, truth, counted).flatten(), mask, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(pairwise_dice_cost(logits, truth, counted).flatten(), dice, rtol=1e-5, atol=1e-5)
 
 
 def test_a_batch_is_matched_like_its_images_alone() -> None:
@@ -180,10 +170,6 @@ def test_a_batch_is_matched_like_its_images_alone() -> None:
     matcher = HungarianMatcher(30, 5.0, 5.0, 2.0)
     predictions = [Prediction(item["pred_logits"], item["pred_masks"]) for item in (outputs, *outputs["aux_outputs"])]
     points = torch.rand(3, 3, 30, 2, generator=torch.Generator().manual_seed(1))  # [L, B, P, 2]
-
-    def replay(selected: Tensor) -> Callable[[tuple[int, ...]], Tensor]:
-        queue = iter(selected.flatten(0, 1)[:, None])
-        return lambda shape: next(queue)
 
     together = matcher(predictions, pack_targets(targets, CPU), replay(points))
     assert together.shape == (3, 3, 9)
@@ -199,7 +185,7 @@ def test_matching_is_the_cheapest_assignment_and_ordered_by_query() -> None:
     matcher = HungarianMatcher(30, 5.0, 5.0, 2.0)
     prediction, packed = Prediction(outputs["pred_logits"], outputs["pred_masks"]), pack_targets(targets, CPU)
     points = torch.rand(1, 30, 2)
-    rows, columns = linear_sum_assignment(matcher.costs(prediction, packed, points)[0].detach())
+    rows, columns = linear_sum_assignment(matcher.costs([prediction], packed, points[None])[0, 0].detach())
     images, queries, chosen = matcher([prediction], packed, lambda shape: points)[0].tolist()
     assert images == [0] * 4
     assert queries == rows.tolist() == sorted(queries)
@@ -237,13 +223,14 @@ def test_hugging_face_loss_is_equal_with_the_same_points(monkeypatch: pytest.Mon
         rounds = [recorded[i:i + per_prediction] for i in range(0, len(recorded), per_prediction)]
         assert len(rounds) == len(predictions)
         loss = make_loss(ReplayedLoss)
-        loss.recorded = [p for r in rounds for p in r[:-2]] + [p for r in rounds for p in r[-2:]]
-        ours = loss.loss_for_outputs(outputs, targets)
+        loss.recorded = in_drawing_order([p for r in rounds for p in r[:-2]], [r[-2] for r in rounds],
+                                         [r[-1] for r in rounds])
+        total, ours = loss.step(outputs, targets)
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
             assert value.shape == ()
             torch.testing.assert_close(value, theirs[name].reshape(()), rtol=1e-5, atol=1e-6)
-        total = loss.loss_total(ours, lambda name, value: None)
+        torch.testing.assert_close(total, loss.loss_total(ours, lambda name, value: None))
         weights = {"mask": 5.0, "dice": 5.0, "cross": 2.0}
         their_total = sum(weights[name.split("_")[1]] * value.sum() for name, value in theirs.items())
         our_grads = torch.autograd.grad(total, leaves(outputs))
@@ -272,8 +259,7 @@ def test_dense_targets_of_any_dtype_equal_segment_maps() -> None:
                       for dtype in (torch.bool, torch.uint8, torch.float32)]
     forms.append([{"segment_map": torch.where(t["segment_map"] == 255, 65535, t["segment_map"].int()),
                    "labels": t["labels"]} for t in maps])
-    losses = [make_loss().loss_for_outputs(outputs, form, generator=torch.Generator().manual_seed(1))
-              for form in forms]
+    losses = [make_loss().step(outputs, form, generator=torch.Generator().manual_seed(1)).losses for form in forms]
     for other in losses[1:]:
         assert all(torch.equal(losses[0][name], value) for name, value in other.items())
 
@@ -283,7 +269,7 @@ def test_more_targets_than_queries_drop_the_surplus() -> None:
     matches = HungarianMatcher(30, 5.0, 5.0, 2.0)([Prediction(outputs["pred_logits"], outputs["pred_masks"])],
                                                   pack_targets(targets, CPU), uniform_draw(CPU, None))
     assert matches[0, 0].bincount().tolist() == [4, 2]
-    losses = make_loss().loss_for_outputs(outputs, targets)
+    losses = make_loss().step(outputs, targets).losses
     assert all(value.isfinite() for value in losses.values())
 
 
@@ -291,10 +277,10 @@ def test_more_targets_than_queries_drop_the_surplus() -> None:
 def test_empty_targets_give_finite_gradients_everywhere(counts: list[int]) -> None:
     outputs, targets = make_case(counts)
     loss = make_loss()
-    losses = loss.loss_for_outputs(outputs, targets)
+    total, losses = loss.step(outputs, targets)
     if not sum(counts):
         assert all(float(value.detach()) == 0 for name, value in losses.items() if "cross" not in name)
-    loss.loss_total(losses, lambda name, value: None).backward()
+    total.backward()
     for leaf in leaves(outputs):
         assert leaf.grad is not None
         assert leaf.grad.isfinite().all()
@@ -307,7 +293,7 @@ def test_non_finite_masks_name_layer_and_image(bad: float, counts: list[int]) ->
     with torch.no_grad():
         outputs["aux_outputs"][1]["pred_masks"][1, 4] = bad
     with pytest.raises(NonFiniteLossError, match=r"aux_outputs\[1\].* image 1 "):
-        make_loss().loss_for_outputs(outputs, targets)
+        make_loss().step(outputs, targets)
 
 
 def test_non_finite_classes_name_the_final_prediction() -> None:
@@ -315,7 +301,7 @@ def test_non_finite_classes_name_the_final_prediction() -> None:
     with torch.no_grad():
         outputs["pred_logits"][0, 2, 1] = torch.nan
     with pytest.raises(NonFiniteLossError, match=r"the final prediction .* image 0 "):
-        make_loss().loss_for_outputs(outputs, targets)
+        make_loss().step(outputs, targets)
 
 
 @pytest.mark.parametrize("label", [-1, NUM_LABELS, 255])
@@ -323,15 +309,15 @@ def test_a_label_out_of_range_is_named(label: int) -> None:
     outputs, targets = make_case([3, 2])
     targets[1]["labels"][1] = label
     with pytest.raises(ValueError, match=rf"image 1 .*{label}.*legal: 0 to {NUM_LABELS - 1}"):
-        make_loss().loss_for_outputs(outputs, targets)
+        make_loss().step(outputs, targets)
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
     outputs, targets = make_case([3, 2])
     with pytest.raises(ValueError, match="6 classes"):
-        make_loss(num_labels=9).loss_for_outputs(outputs, targets)
+        make_loss(num_labels=9).step(outputs, targets)
     with pytest.raises(ValueError, match="1 targets"):
-        make_loss().loss_for_outputs(outputs, targets[:1])
+        make_loss().step(outputs, targets[:1])
 
 
 def test_half_precision_under_autocast_is_computed_in_float32() -> None:
@@ -339,8 +325,8 @@ def test_half_precision_under_autocast_is_computed_in_float32() -> None:
     halved = {key: outputs[key].detach().bfloat16() for key in ("pred_logits", "pred_masks")}
     exact = {key: value.float() for key, value in halved.items()}
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        low = make_loss().loss_for_outputs(halved, targets, generator=torch.Generator().manual_seed(0))
-    high = make_loss().loss_for_outputs(exact, targets, generator=torch.Generator().manual_seed(0))
+        low = make_loss().step(halved, targets, generator=torch.Generator().manual_seed(0)).losses
+    high = make_loss().step(exact, targets, generator=torch.Generator().manual_seed(0)).losses
     for name, value in low.items():
         assert value.dtype == torch.float32
         assert torch.equal(value, high[name])
@@ -350,7 +336,7 @@ def test_num_masks_divides_mask_and_dice_only() -> None:
     outputs, targets = make_case([3, 2])
 
     def run(num_masks: Tensor | float | None) -> dict[str, Tensor]:
-        return make_loss().loss_for_outputs(outputs, targets, num_masks, torch.Generator().manual_seed(0))
+        return make_loss().step(outputs, targets, num_masks, torch.Generator().manual_seed(0)).losses
 
     default, doubled = run(None), run(torch.tensor(10.0))
     for name, value in default.items():
@@ -384,8 +370,8 @@ def test_a_perfect_prediction_costs_next_to_nothing() -> None:
     masks = torch.stack([target["masks"][1], torch.zeros(24, 32), target["masks"][0]])[None].float() * 20.0 - 10.0
 
     def run(classes: Tensor) -> dict[str, Tensor]:
-        return make_loss(num_points=400, importance_sample_ratio=0.0).loss_for_outputs(
-            {"pred_logits": classes, "pred_masks": masks}, [target], generator=torch.Generator().manual_seed(0))
+        return make_loss(num_points=400, importance_sample_ratio=0.0).step(
+            {"pred_logits": classes, "pred_masks": masks}, [target], generator=torch.Generator().manual_seed(0)).losses
 
     assert all(float(value) < 0.2 for value in run(classes).values())  # points near the border cost a little
     assert float(run(classes.roll(1, dims=1))["loss_cross_entropy"]) > 1.0  # control: the wrong classes do not

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from shards.errors import ConfigError
 from trainer.build import build_model
-from trainer.config import AdapterConfig, BackboneConfig, DecoderHeadConfig, RandomBackboneConfig, RunConfig
+from trainer.config import (
+    AdapterConfig,
+    BackboneConfig,
+    DecoderHeadConfig,
+    LossConfig,
+    RandomBackboneConfig,
+    RunConfig,
+)
 from trainer.models import Segmenter
 from trainer.models.adapter import DINOv3Adapter, DropPath
 from trainer.models.backbone import DINOv3Backbone, build_backbone, tapped_layers
@@ -37,7 +44,8 @@ def make_model(head: DecoderHeadConfig = M2F, layers: str = "FOUR_EVEN_INTERVALS
     """A tiny model; the same seed gives the same weights."""
     torch.manual_seed(seed)
     backbone = BackboneConfig(random=RANDOM_VIT, layers=layers)
-    return build_model(RunConfig(backbone=backbone, adapter=ADAPTER, decoder_head=head), CLASSES)
+    loss = LossConfig(matched_gradients=False)  # masks in the graph, to be differentiated here
+    return build_model(RunConfig(backbone=backbone, adapter=ADAPTER, decoder_head=head, loss=loss), CLASSES)
 
 
 def make_images(batch: int = 2, height: int = 64, width: int = 96, seed: int = 1) -> Tensor:

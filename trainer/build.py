@@ -48,6 +48,7 @@ def build_model(config: RunConfig, num_classes: int) -> Segmenter:
     """The configured network, float32 on the CPU; adapter and head come from torch's global random state."""
     model = HEADS[config.decoder_head.type].model(config, num_classes)
     set_gradient_checkpointing(model, config.train.gradient_checkpointing)
+    model.head.set_matched_gradients(config.loss.matched_gradients)
     return model
 
 

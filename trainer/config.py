@@ -139,6 +139,10 @@ class LossConfig:
     dice_coefficient: float = knob(5.0, "weight of the dice loss", minimum=0)
     class_coefficient: float = knob(2.0, "weight of the class cross-entropy", minimum=0)
     no_object_coefficient: float = knob(0.1, "class weight of 'no object'", minimum=0)
+    ignore: str = knob("background", "pixels without a label: background of every mask, as in the reference; or "
+                       "exclude: left out of matching and losses", choices=("background", "exclude"))
+    matched_gradients: bool = knob(True, "let only matched queries carry gradients through masks: the same gradients, "
+                                   "with less memory and time")
 
 
 @dataclass(frozen=True, kw_only=True)

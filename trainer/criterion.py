@@ -1,4 +1,4 @@
-"""What the loop asks of a loss, for either kind of head: named losses, and their weighted total."""
+"""What the loop asks of a loss, for every kind of head: a total to differentiate, and named losses to look at."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import LossConfig
-from trainer.mask_classification_loss import MaskClassificationLoss
+from trainer.mask_classification_loss import MaskClassificationLoss, StepLoss
 from trainer.pixel_loss import pixel_cross_entropy
 from trainer.targets import Target, label_map_from_segments, segment_map_from_masks
 
@@ -19,15 +19,12 @@ class Criterion(Protocol):
 
     def __call__(
         self, outputs: Mapping[str, Any], targets: Sequence[Target], num_masks: Tensor, generator: torch.Generator
-    ) -> dict[str, Tensor]:
-        """Named scalar losses; `num_masks` is the number of masks that mask losses are divided by."""
-
-    def total(self, losses: Mapping[str, Tensor]) -> Tensor:
-        """The scalar that is differentiated."""
+    ) -> StepLoss:
+        """What is differentiated, and named losses; `num_masks` is the number that mask losses are divided by."""
 
 
 class MaskCriterion(nn.Module):
-    """Mask classification on every prediction (Mask2Former head)."""
+    """Mask classification on every prediction (Mask2Former, EoMT)."""
 
     def __init__(self, config: LossConfig, num_classes: int) -> None:
         super().__init__()
@@ -40,15 +37,13 @@ class MaskCriterion(nn.Module):
             class_coefficient=config.class_coefficient,
             num_labels=num_classes,
             no_object_coefficient=config.no_object_coefficient,
+            ignore=config.ignore,
         )
 
     def forward(
         self, outputs: Mapping[str, Any], targets: Sequence[Target], num_masks: Tensor, generator: torch.Generator
-    ) -> dict[str, Tensor]:
-        return self.loss.loss_for_outputs(outputs, targets, num_masks, generator)
-
-    def total(self, losses: Mapping[str, Tensor]) -> Tensor:
-        return self.loss.loss_total(losses, lambda name, value: None)
+    ) -> StepLoss:
+        return self.loss.step(outputs, targets, num_masks, generator)
 
 
 class PixelCriterion(nn.Module):
@@ -60,12 +55,10 @@ class PixelCriterion(nn.Module):
 
     def forward(
         self, outputs: Mapping[str, Any], targets: Sequence[Target], num_masks: Tensor, generator: torch.Generator
-    ) -> dict[str, Tensor]:
+    ) -> StepLoss:
         label_maps = torch.stack([self._label_map(target) for target in targets])  # [B, H, W]
-        return {"loss_pixel_cross_entropy": pixel_cross_entropy(outputs["logits"], label_maps, self.ignore_index)}
-
-    def total(self, losses: Mapping[str, Tensor]) -> Tensor:
-        return losses["loss_pixel_cross_entropy"]
+        loss = pixel_cross_entropy(outputs["logits"], label_maps, self.ignore_index)
+        return StepLoss(loss, {"loss_pixel_cross_entropy": loss.detach()})
 
     def _label_map(self, target: Target) -> Tensor:
         segments = target["segment_map"] if "segment_map" in target else segment_map_from_masks(target["masks"])

@@ -131,12 +131,11 @@ def train_step(run: Run, micro_batches: list[Batch]) -> dict[str, float]:
             with autocast(config, context.device):
                 outputs = run.wrapped(prepare_images(batch, config))
             try:
-                losses = run.criterion(outputs, batch.targets(), num_masks, generator)
+                total, losses = run.criterion(outputs, batch.targets(), num_masks, generator)
             except NonFiniteLossError as error:
                 raise _diverged(run, batch, str(error)) from error
-            total = run.criterion.total(losses) / len(micro_batches)
-            total.backward()
-        for name, value in {**losses, "loss": total * len(micro_batches)}.items():
+            (total / len(micro_batches)).backward()
+        for name, value in {**losses, "loss": total}.items():
             logged[name] = logged.get(name, 0) + value.detach() / len(micro_batches)
     parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
     logged["grad_norm"] = clip_gradients(parameters, config.optimizer.clip_grad_norm)

@@ -7,31 +7,49 @@ Mask2Former (arXiv:2112.01527, sec. 3.3 and "training settings") on top of MaskF
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.matcher import HungarianMatcher, Prediction
+from trainer.mask_gradients import with_gradients
+from trainer.matcher import HungarianMatcher, Prediction, in_chunks
+from trainer.point_losses import SampledPoints, point_gradients, point_losses, spread_to_pixels
 from trainer.point_sampling import Draw, point_sample, sample_uncertain_points, uniform_draw
 from trainer.targets import PackedTargets, Target, pack_targets
 
 
+class StepLoss(NamedTuple):
+    """What one optimiser step needs: a scalar to differentiate, and its parts, unweighted and detached, to look at."""
+
+    total: Tensor
+    losses: dict[str, Tensor]
+
+
 class MaskClassificationLoss(nn.Module):
-    """Mask, dice and class losses of matched predictions, on sampled points and always in float32."""
+    """Mask, dice and class losses of matched predictions, on sampled points and always in float32.
+
+    `forward` is one prediction's losses, a stand-in for transformers' `Mask2FormerLoss` as EoMT calls it. `step` is
+    those of all predictions of a step at once, with their coefficients: the same numbers with a fraction of the work.
+
+    `ignore`: pixels without any target are "background" of every mask, as in the reference, or "exclude": points in
+    them count neither in matching nor in the losses.
+    """
 
     empty_weight: Tensor
 
     def __init__(self, num_points: int, oversample_ratio: float, importance_sample_ratio: float,
                  mask_coefficient: float, dice_coefficient: float, class_coefficient: float, num_labels: int,
-                 no_object_coefficient: float) -> None:
+                 no_object_coefficient: float, *, ignore: str = "background") -> None:
         super().__init__()
+        if ignore not in ("background", "exclude"):
+            raise ValueError(f"ignore is {ignore!r}, legal: background, exclude")
         self.num_points = num_points
         self.oversample_ratio = oversample_ratio
         self.importance_sample_ratio = importance_sample_ratio
         self.num_labels = num_labels
+        self.ignore = ignore
         self.coefficients = {"loss_mask": mask_coefficient, "loss_dice": dice_coefficient,
                              "loss_cross_entropy": class_coefficient}
         self.matcher = HungarianMatcher(num_points, mask_coefficient, dice_coefficient, class_coefficient)
@@ -41,36 +59,59 @@ class MaskClassificationLoss(nn.Module):
 
     def forward(self, masks_queries_logits: Tensor, targets: Sequence[Target],
                 class_queries_logits: Tensor) -> dict[str, Tensor]:
-        """Unweighted scalar losses of one prediction: masks [B, Q, h, w], classes [B, Q, C + 1]."""
-        return self.loss_for_outputs({"pred_masks": masks_queries_logits, "pred_logits": class_queries_logits}, targets)
+        """Unweighted scalar losses of one prediction: masks [B, Q, h, w], classes [B, Q, C + 1].
 
-    def loss_for_outputs(self, outputs: Mapping[str, Any], targets: Sequence[Target],
-                         num_masks: Tensor | float | None = None,
-                         generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Unweighted scalar losses of all predictions of a step: `loss_mask` is the final one's, `loss_mask_3` is
-        that of `aux_outputs[3]`; likewise `loss_dice` and `loss_cross_entropy`.
-
-        `outputs` is {"pred_logits" [B, Q, C + 1], "pred_masks" [B, Q, h, w], "aux_outputs": list of the same two};
-        targets are in either form of `trainer.targets`. `num_masks` divides mask and dice losses; by default it
-        is `count_masks(targets)`. Waits for the device once. Draws the matcher's points of all predictions first,
-        then prediction by prediction those of the losses. Raises NonFiniteLossError; ValueError for labels outside
-        [0, num_labels) and shapes that do not fit.
+        `targets` are in either form of `trainer.targets`. Mask and dice losses are divided by `count_masks(targets)`.
+        Waits for the device once. Draws the matcher's points, then those of the losses. Raises NonFiniteLossError;
+        ValueError for labels outside [0, num_labels) and shapes that do not fit.
         """
-        predictions = [Prediction(item["pred_logits"], item["pred_masks"])
-                       for item in (outputs, *outputs.get("aux_outputs", ()))]
+        predictions = [Prediction(class_queries_logits, masks_queries_logits)]
+        self._check_shapes(predictions, targets)
+        device = class_queries_logits.device
+        with torch.autocast(device.type, enabled=False):
+            packed = pack_targets(targets, device, exclude_ignored=self.ignore == "exclude")
+            draw = self.make_draw(device, None)
+            matches = self.matcher(predictions, packed, draw)  # [1, 3, M]
+            divisor = self.count_masks(targets)
+            images, queries, chosen = matches[0]
+            maps = masks_queries_logits[images, queries].float()  # [M, h, w]
+            sampled = self._sample_points(maps, packed, images, chosen, draw)
+            logits = point_sample(maps[:, None], sampled.points)[:, 0]  # again, for the gradient
+            mask, dice = point_losses(sampled._replace(logits=logits))
+            classes = self._class_losses(predictions, packed.labels, matches)[0]
+        return {"loss_mask": mask.sum() / divisor, "loss_dice": dice.sum() / divisor, "loss_cross_entropy": classes}
+
+    def step(self, outputs: Mapping[str, Any], targets: Sequence[Target], num_masks: Tensor | float | None = None,
+             generator: torch.Generator | None = None) -> StepLoss:
+        """The weighted total of all predictions' losses, and the single losses: `loss_mask` is the final one's,
+        `loss_mask_3` that of `aux_outputs[3]`; likewise `loss_dice` and `loss_cross_entropy`.
+
+        `outputs` is {"pred_logits" [B, Q, C + 1], "pred_masks" [B, Q, h, w], "aux_outputs": list of the same two}.
+        Where a prediction also has "mask_embeddings" [B, Q, D] and "mask_features" [B, D, h, w], whose products its
+        masks are, the gradient goes there, through the matched queries alone, and pred_masks need none.
+        `num_masks` divides mask and dice losses; by default it is `count_masks(targets)`. Waits for the device once.
+        Draws the matcher's points of all predictions first, then those of the losses, a few predictions at a time.
+        Raises as `forward`.
+        """
+        items = [outputs, *outputs.get("aux_outputs", ())]
+        predictions = [Prediction(item["pred_logits"], item["pred_masks"].detach()) for item in items]
         self._check_shapes(predictions, targets)
         device = predictions[0].class_logits.device
         with torch.autocast(device.type, enabled=False):
-            packed = pack_targets(targets, device)
+            packed = pack_targets(targets, device, exclude_ignored=self.ignore == "exclude")
             divisor = self.count_masks(targets) if num_masks is None else num_masks
             draw = self.make_draw(device, generator)
-            losses: dict[str, Tensor] = {}
             matches = self.matcher(predictions, packed, draw)  # [L, 3, M]
-            for layer, (prediction, match) in enumerate(zip(predictions, matches, strict=True)):
-                suffix = f"_{layer - 1}" if layer else ""
-                for name, value in self._prediction_losses(prediction, packed, match, divisor, draw).items():
-                    losses[f"{name}{suffix}"] = value
-        return losses
+            mask_losses, gradients = self._mask_losses(predictions, packed, matches, divisor, draw)  # [L, 2]
+            class_losses = self._class_losses(predictions, packed.labels, matches)  # [L]
+            masks, dice = mask_losses.sum(0)
+            value = self.coefficients["loss_mask"] * masks + self.coefficients["loss_dice"] * dice
+            total = with_gradients(value, items, matches, gradients, packed.labels.shape[1])
+            total = total + self.coefficients["loss_cross_entropy"] * class_losses.sum()
+        named = torch.cat([mask_losses, class_losses.detach()[:, None]], dim=1)  # [L, 3]
+        return StepLoss(total, {f"{name}{f'_{layer - 1}' if layer else ''}": value
+                                for layer, row in enumerate(named.unbind())
+                                for name, value in zip(self.coefficients, row.unbind(), strict=True)})
 
     def loss_total(self, losses_all_layers: Mapping[str, Tensor], log_fn: Callable[[str, Tensor], Any]) -> Tensor:
         """Sum of all losses, each times the coefficient its name calls for; `log_fn(name, loss)` sees the unweighted
@@ -97,25 +138,42 @@ class MaskClassificationLoss(nn.Module):
         """The source of all random points; override it to replay recorded ones."""
         return uniform_draw(device, generator)
 
-    def _prediction_losses(self, prediction: Prediction, targets: PackedTargets, match: Tensor,
-                           divisor: Tensor | float, draw: Draw) -> dict[str, Tensor]:
-        images, queries, chosen = match  # [M] each
-        mask_logits = prediction.mask_logits[images, queries].float()  # [M, h, w]
-        points = sample_uncertain_points(mask_logits, self.num_points, self.oversample_ratio,
-                                         self.importance_sample_ratio, draw)  # [M, P, 2]
-        logits = point_sample(mask_logits[:, None], points)[:, 0]  # [M, P]
-        truth = point_sample(targets.masks[images, chosen][:, None], points)[:, 0]  # [M, P]
-        return {
-            "loss_mask": mask_losses(logits, truth).sum() / divisor,
-            "loss_dice": dice_losses(logits, truth).sum() / divisor,
-            "loss_cross_entropy": self._class_loss(prediction.class_logits, targets.labels, match),
-        }
+    @torch.no_grad()
+    def _mask_losses(self, predictions: Sequence[Prediction], targets: PackedTargets, matches: Tensor,
+                     divisor: Tensor | float, draw: Draw) -> tuple[Tensor, list[Tensor]]:
+        """Mask and dice loss of each prediction [L, 2], and the gradient of their weighted sum [M, h, w] for each."""
+        losses: list[Tensor] = []
+        gradients: list[Tensor] = []
+        for some in in_chunks(range(len(predictions))):
+            images, queries, chosen = matches[some.start : some.stop].unbind(1)  # [G, M]
+            maps = torch.stack([predictions[layer].mask_logits[images[number], queries[number]]
+                                for number, layer in enumerate(some)]).float().flatten(0, 1)  # [G * M, h, w]
+            sampled = self._sample_points(maps, targets, images.flatten(), chosen.flatten(), draw)
+            pair = torch.stack(point_losses(sampled))  # [2, G * M]
+            losses.append(pair.unflatten(1, images.shape).sum(2).T / divisor)
+            at_points = point_gradients(sampled, self.coefficients["loss_mask"], self.coefficients["loss_dice"])
+            spread = spread_to_pixels(at_points / divisor, sampled.points, maps.shape[1:])
+            gradients += spread.unflatten(0, images.shape).unbind()
+        return torch.cat(losses), gradients
 
-    def _class_loss(self, class_logits: Tensor, labels: Tensor, match: Tensor) -> Tensor:
-        images, queries, chosen = match
-        classes = labels.new_full(class_logits.shape[:2], self.num_labels)  # [B, Q], all "no object"
-        classes[images, queries] = labels[images, chosen]
-        return F.cross_entropy(class_logits.float().transpose(1, 2), classes, self.empty_weight.float())
+    @torch.no_grad()
+    def _sample_points(self, maps: Tensor, targets: PackedTargets, images: Tensor, chosen: Tensor,
+                       draw: Draw) -> SampledPoints:
+        points, logits = sample_uncertain_points(maps, self.num_points, self.oversample_ratio,
+                                                 self.importance_sample_ratio, draw)
+        return SampledPoints(points, logits, targets.at_matched_points(images, chosen, points),
+                             targets.counted(images, points))
+
+    def _class_losses(self, predictions: Sequence[Prediction], labels: Tensor, matches: Tensor) -> Tensor:
+        """Cross-entropy [L], a mean weighted by class, of queries that are not matched with "no object"."""
+        logits = torch.stack([prediction.class_logits for prediction in predictions]).float()  # [L, B, Q, C + 1]
+        layers = torch.arange(len(predictions), device=logits.device)[:, None]
+        images, queries, chosen = matches.unbind(1)  # [L, M] each
+        classes = labels.new_full(logits.shape[:3], self.num_labels)  # [L, B, Q], all "no object"
+        classes[layers, images, queries] = labels[images, chosen]
+        weights = self.empty_weight.float()[classes]
+        picked = logits.log_softmax(3).gather(3, classes[..., None])[..., 0]  # [L, B, Q]
+        return -(weights * picked).sum((1, 2)) / weights.sum((1, 2))
 
     def _coefficient(self, name: str) -> float:
         for known, coefficient in self.coefficients.items():
@@ -132,16 +190,3 @@ class MaskClassificationLoss(nn.Module):
             if class_logits.shape[:2] != mask_logits.shape[:2] or len(class_logits) != len(targets):
                 raise ValueError(f"pred_logits {tuple(class_logits.shape)}, pred_masks {tuple(mask_logits.shape)} "
                                  f"and {len(targets)} targets disagree about images or queries")
-
-
-def mask_losses(logits: Tensor, truth: Tensor) -> Tensor:
-    """Binary cross-entropy [M] of mask logits [M, P] with bilinear truth [M, P] in 0..1, mean over points."""
-    return F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1)
-
-
-def dice_losses(logits: Tensor, truth: Tensor) -> Tensor:
-    """Dice loss [M] of mask logits [M, P] with bilinear truth [M, P] (V-Net, arXiv:1606.04797), smoothed by one."""
-    probabilities = logits.sigmoid()
-    both = 2.0 * (probabilities * truth).sum(1)
-    either = probabilities.sum(1) + truth.sum(1)
-    return 1.0 - (both + 1.0) / (either + 1.0)

@@ -6,7 +6,7 @@ predictions of a step go to the host in one copy; the assignments, found there b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from trainer.point_sampling import Draw, point_sample
 from trainer.targets import PackedTargets
+
+LAYERS_AT_ONCE = 3
 
 
 class NonFiniteLossError(RuntimeError):
@@ -46,53 +48,70 @@ class HungarianMatcher:
 
         `predictions` holds the final one first, then the auxiliary ones. Per prediction, matches are ordered by
         image, then by query; image b has min(Q, N_b) of them: with more targets than queries the dearest targets
-        stay unmatched. Draws [1, P, 2] once per prediction and image, predictions outermost.
-        Raises NonFiniteLossError; ValueError for a label outside [0, C).
+        stay unmatched. Draws [L * B, P, 2] once. Raises NonFiniteLossError; ValueError for a label outside [0, C).
         """
-        device = predictions[0].class_logits.device
+        device, batch = predictions[0].class_logits.device, len(targets.counts)
         with torch.autocast(device.type, enabled=False):
-            costs = torch.stack([self.costs(prediction, targets, self._draw_points(len(targets.counts), draw))
-                                 for prediction in predictions])  # [L, B, Q, Nmax]
+            points = draw((len(predictions) * batch, self.num_points, 2)).unflatten(0, (-1, batch))  # [L, B, P, 2]
+            costs = self.costs(predictions, targets, points)
         on_host = costs.cpu().numpy()  # the one wait for the device
         _check_finite(on_host, targets, num_labels=predictions[0].class_logits.shape[-1] - 1)
         matches = np.stack([_assign(prediction, targets.counts) for prediction in on_host])  # [L, 3, M]
         return torch.from_numpy(matches).to(device, non_blocking=True)
 
-    def costs(self, prediction: Prediction, targets: PackedTargets, points: Tensor) -> Tensor:
-        """Cost float32 [B, Q, Nmax] of giving each target to each query, from points [B, P, 2] shared by an
+    def costs(self, predictions: Sequence[Prediction], targets: PackedTargets, points: Tensor) -> Tensor:
+        """Cost float32 [L, B, Q, Nmax] of giving each target to each query, from points [L, B, P, 2] shared by an
         image's queries. A column whose label is outside [0, C) is NaN, instead of asserting on the device."""
-        logits = point_sample(prediction.mask_logits, points)  # [B, Q, P]
-        truth = point_sample(targets.masks, points)  # [B, Nmax, P]
-        cost = self.mask_coefficient * pairwise_mask_cost(logits, truth)
-        cost = cost + self.dice_coefficient * pairwise_dice_cost(logits, truth)
-        return cost + self.class_coefficient * _class_cost(prediction.class_logits, targets.labels)
+        costs = []
+        for some in in_chunks(range(len(predictions))):
+            logits = torch.stack([point_sample(predictions[layer].mask_logits, points[layer]) for layer in some])
+            chosen = points[some.start : some.stop]
+            truth = targets.at_points(chosen)  # [G, B, Nmax, P]
+            counted = targets.counted(torch.arange(len(targets.counts), device=points.device), chosen)  # [G, B, P]
+            costs.append(self.mask_coefficient * pairwise_mask_cost(logits, truth, counted)
+                         + self.dice_coefficient * pairwise_dice_cost(logits, truth, counted))
+        class_logits = torch.stack([prediction.class_logits for prediction in predictions])
+        return torch.cat(costs) + self.class_coefficient * _class_cost(class_logits, targets.labels)
 
-    def _draw_points(self, batch: int, draw: Draw) -> Tensor:
-        # One draw per image, as the reference does it, so that the same generator gives the same points.
-        return torch.cat([draw((1, self.num_points, 2)) for _ in range(batch)])  # [B, P, 2]
+
+def in_chunks(layers: range) -> Iterator[range]:
+    """A few predictions at a time: all at once would fill the memory with points, one by one is many small steps."""
+    for start in range(0, len(layers), LAYERS_AT_ONCE):
+        yield layers[start : start + LAYERS_AT_ONCE]
 
 
-def pairwise_mask_cost(logits: Tensor, truth: Tensor) -> Tensor:
-    """Binary cross-entropy [B, Q, N] of every query's logits [B, Q, P] with every mask [B, N, P], mean over points.
+def pairwise_mask_cost(logits: Tensor, truth: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Binary cross-entropy [..., Q, N] of every query's logits [..., Q, P] with every mask [..., N, P], their mean.
 
-    softplus(-x) y + softplus(x) (1 - y) = softplus(x) - x y leaves one product of matrices.
+    softplus(-x) y + softplus(x) (1 - y) = softplus(x) - x y leaves one product of matrices. `counted` [..., P]: 1 for
+    points that count, 0 for others.
     """
-    per_query = F.softplus(logits).sum(2, keepdim=True)  # [B, Q, 1]
-    return (per_query - logits @ truth.transpose(1, 2)) / logits.shape[2]
+    if counted is None:
+        return (F.softplus(logits).sum(-1, keepdim=True) - _products(logits, truth)) / logits.shape[-1]
+    summed = F.softplus(logits) @ counted[..., None] - _products(logits, truth * counted[..., None, :])
+    return summed / counted.sum(-1).clamp(min=1)[..., None, None]
 
 
-def pairwise_dice_cost(logits: Tensor, truth: Tensor) -> Tensor:
-    """Dice loss [B, Q, N] of every query's logits [B, Q, P] with every mask [B, N, P], smoothed by one."""
+def pairwise_dice_cost(logits: Tensor, truth: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Dice loss [..., Q, N] of every query's logits [..., Q, P] with every mask [..., N, P], smoothed by one."""
     probabilities = logits.sigmoid()
-    both = 2.0 * probabilities @ truth.transpose(1, 2)  # [B, Q, N]
-    either = probabilities.sum(2, keepdim=True) + truth.sum(2)[:, None]  # [B, Q, N]
+    if counted is not None:
+        probabilities, truth = probabilities * counted[..., None, :], truth * counted[..., None, :]
+    both = 2.0 * _products(probabilities, truth)  # [..., Q, N]
+    either = probabilities.sum(-1, keepdim=True) + truth.sum(-1)[..., None, :]
     return 1.0 - (both + 1.0) / (either + 1.0)
 
 
+def _products(queries: Tensor, targets: Tensor) -> Tensor:
+    """[..., Q, P] and [..., N, P] -> their products [..., Q, N]; with the few targets first, which is twice as fast."""
+    return (targets @ queries.mT).mT
+
+
 def _class_cost(class_logits: Tensor, labels: Tensor) -> Tensor:
-    num_labels = class_logits.shape[2] - 1
-    columns = labels.clamp(0, num_labels - 1)[:, None].expand(-1, class_logits.shape[1], -1)  # [B, Q, Nmax]
-    cost = -class_logits.float().softmax(2).gather(2, columns)
+    """[L, B, Q, C + 1] and [B, Nmax] -> [L, B, Q, Nmax]"""
+    num_labels = class_logits.shape[-1] - 1
+    columns = labels.clamp(0, num_labels - 1)[:, None].expand(*class_logits.shape[:3], -1)
+    cost = -class_logits.float().softmax(-1).gather(-1, columns)
     legal = (labels >= 0) & (labels < num_labels)  # [B, Nmax]
     return cost.masked_fill(~legal[:, None], torch.nan)
 

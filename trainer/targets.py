@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_VALUES = {torch.uint8: 255, torch.int32: 65535}
@@ -81,36 +82,127 @@ def to_dense(target: Target) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class PackedTargets:
-    """A batch of targets in two tensors. Rows behind an image's own `counts[b]` are zeros.
+    """A batch of targets, ready to be read at points. Rows behind an image's own `counts[b]` are never in a mask.
 
     There is always at least one row, so that costs exist, and can be checked, for images without any target.
+    A target is the set of pixels where one of the maps has one value: with segment maps the map of its image and its
+    index there; with dense masks a map of its own and 1. Masks never exist as floats.
     """
 
-    masks: Tensor  # float32 [B, Nmax, H, W]
+    corners: Tensor  # [K * (H + 1) * (W + 1)]: the four pixels around every corner between pixels of K maps, packed
+    size: tuple[int, int]  # H, W
+    scale: Tensor  # float32 [2]: W, H
+    maps: Tensor  # int64 [B, 1 or Nmax]: the map that holds the target
+    values: Tensor  # [B, Nmax], of the maps' dtype: the target's value in it
+    ignored: Tensor | None  # bool [B, H, W]: pixels without any target; None when they count as background
     labels: Tensor  # int64 [B, Nmax]
     counts: tuple[int, ...]  # targets of each image
 
+    def at_points(self, points: Tensor) -> Tensor:
+        """Every mask of every image, bilinear, at points float32 [..., B, P, 2] in [0, 1]: [..., B, Nmax, P]."""
+        return self._sample(points[..., None, :, :], self.maps, self.values)
 
-def pack_targets(targets: Sequence[Target], device: torch.device) -> PackedTargets:
-    """Pad and stack targets of either form on `device`.
+    def at_matched_points(self, images: Tensor, chosen: Tensor, points: Tensor) -> Tensor:
+        """Masks `chosen` [M] of `images` [M], each at points [M, P, 2] of its own: float32 [M, P]."""
+        maps = self.maps.expand(-1, self.values.shape[1])
+        return self._sample(points, maps[images, chosen], self.values[images, chosen])
+
+    def counted(self, images: Tensor, points: Tensor) -> Tensor | None:
+        """0 where a point [M, P, 2] lies in an ignored pixel of its image [M], else 1: float32 [M, P].
+
+        None when ignored pixels are background, and all points count.
+        """
+        if self.ignored is None:
+            return None
+        height, width = self.size
+        x = (points[..., 0] * width).long().clamp(0, width - 1)
+        y = (points[..., 1] * height).long().clamp(0, height - 1)
+        return (~self.ignored[images[:, None], y, x]).float()
+
+    def _sample(self, points: Tensor, maps: Tensor, values: Tensor) -> Tensor:
+        """points [..., P, 2], maps and values [...] or broadcast against it -> [..., P], with zeros outside the maps.
+
+        Bilinear as grid_sample (align_corners False); one gather fetches all four pixels of a point.
+        """
+        height, width = self.size
+        places = points * self.scale - 0.5  # in pixels, from the centre of the first
+        corners = places.floor()
+        x, y = (places - corners).unbind(-1)  # [..., P]
+        left, top = corners.int().unbind(-1)
+        first = maps * ((height + 1) * (width + 1)) + (width + 2)  # where a map's corner (0, 0) lies in `corners`
+        index = top * (width + 1) + left + first[..., None]
+        around = self.corners.index_select(0, index.clamp(0, len(self.corners) - 1).flatten()).view(index.shape)
+        inside = (around.view(values.dtype).unflatten(-1, (-1, 4)) == values[..., None, None]).float()  # [..., P, 4]
+        a, b, c, d = inside.unbind(-1)
+        return torch.lerp(torch.lerp(a, b, x), torch.lerp(c, d, x), y)
+
+
+def pack_targets(targets: Sequence[Target], device: torch.device, *, exclude_ignored: bool = False) -> PackedTargets:
+    """Bring targets of either form to `device`.
 
     Raises ValueError when there is none, or when images differ in size: points live in coordinates of the whole
     image, so masks padded to a common size would be sampled at the wrong places.
     """
-    dense = [to_dense(_moved(target, device)) for target in targets]
-    sizes = {tuple(target["masks"].shape[1:]) for target in dense}
+    moved = [{key: value.to(device, non_blocking=True) for key, value in target.items()} for target in targets]
+    sizes = {_check_form(target) for target in moved}
     if len(sizes) != 1:
         raise ValueError(f"targets of one batch need one size [H, W], these have {sorted(sizes)}")
-    counts = tuple(len(target["labels"]) for target in dense)
+    counts = tuple(len(target["labels"]) for target in moved)
     rows = max(1, *counts)
-    masks = torch.zeros(len(dense), rows, *sizes.pop(), device=device)  # [B, Nmax, H, W]
-    labels = torch.zeros(len(dense), rows, dtype=torch.int64, device=device)  # [B, Nmax]
-    for image, (target, count) in enumerate(zip(dense, counts, strict=True)):
-        masks[image, :count] = target["masks"]
+    labels = torch.zeros(len(moved), rows, dtype=torch.int64, device=device)
+    for image, (target, count) in enumerate(zip(moved, counts, strict=True)):
         labels[image, :count] = target["labels"]
-    return PackedTargets(masks, labels, counts)
+    segmented = all("segment_map" in target for target in moved)
+    maps, places, values, ignored = _segment_maps(moved, rows) if segmented else _binary_maps(moved, counts, rows)
+    outside = _OUTSIDE[maps.dtype] if segmented else 0
+    (size,) = sizes
+    scale = torch.stack([torch.full((), float(side), device=device) for side in reversed(size)])
+    return PackedTargets(_packed_corners(maps, outside), size, scale, places, values,
+                         ignored if exclude_ignored else None, labels, counts)
 
 
-def _moved(target: Target, device: torch.device) -> Target:
-    # A segment map moves as it is and becomes masks on the device, not before.
-    return {key: value.to(device, non_blocking=True) for key, value in target.items()}
+_Maps = tuple[Tensor, Tensor, Tensor, Tensor]  # maps [K, H, W]; maps and values of PackedTargets; ignored [B, H, W]
+_OUTSIDE = {torch.uint8: 255, torch.int16: -1}  # a value that no target has
+
+
+def _segment_maps(targets: Sequence[Target], rows: int) -> _Maps:
+    """One map per image. Indices beyond 254 take int16, in which 32768 and more wrap around: equality is all we ask."""
+    maps = [target["segment_map"] for target in targets]
+    if any(single.dtype != torch.uint8 for single in maps):
+        maps = [torch.where(single == ignore_value(single.dtype), -1, single.int()).to(torch.int16) for single in maps]
+    stacked = torch.stack(maps)
+    places = torch.arange(len(maps), device=stacked.device)[:, None]  # [B, 1]
+    values = torch.arange(rows, device=stacked.device).to(stacked.dtype).expand(len(maps), -1)
+    return stacked, places, values, stacked == _OUTSIDE[stacked.dtype]
+
+
+def _binary_maps(targets: Sequence[Target], counts: Sequence[int], rows: int) -> _Maps:
+    """One map of zeros and ones per target, and an empty one for the rows behind."""
+    dense = [to_dense(target)["masks"].bool() for target in targets]
+    maps = torch.cat([*dense, dense[0].new_zeros(1, *dense[0].shape[1:])]).to(torch.uint8)
+    places = torch.full((len(targets), rows), len(maps) - 1, device=maps.device)
+    for image, count in enumerate(counts):
+        first = sum(counts[:image])
+        places[image, :count] = torch.arange(first, first + count, device=maps.device)
+    values = torch.ones(len(targets), rows, dtype=torch.uint8, device=maps.device)
+    return maps, places, values, torch.stack([~masks.any(0) for masks in dense])
+
+
+def _packed_corners(maps: Tensor, outside: int) -> Tensor:
+    """The four pixels around each corner between pixels, in one integer: uint8 [K, H, W] -> int32, int16 -> int64."""
+    padded = F.pad(maps, (1, 1, 1, 1), value=outside)  # [K, H + 2, W + 2]
+    four = torch.stack((padded[:, :-1, :-1], padded[:, :-1, 1:], padded[:, 1:, :-1], padded[:, 1:, 1:]), dim=-1)
+    return four.view(torch.int32 if maps.dtype == torch.uint8 else torch.int64).flatten()
+
+
+def _check_form(target: Target) -> tuple[int, int]:
+    """(H, W) of a target. Raises ValueError when it has neither form, or more labels than masks or indices."""
+    if "segment_map" not in target:
+        height, width = to_dense(target)["masks"].shape[1:]
+        return height, width
+    limit = ignore_value(target["segment_map"].dtype)
+    if len(target["labels"]) > limit:
+        raise ValueError(f"a target has {len(target['labels'])} labels, legal for a {target['segment_map'].dtype} "
+                         f"segment map: up to {limit}")
+    height, width = target["segment_map"].shape
+    return height, width

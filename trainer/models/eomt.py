@@ -17,7 +17,7 @@ from transformers.activations import ACT2FN
 from shards.errors import ConfigError
 from trainer.models.backbone import DINOv3Backbone
 from trainer.models.heads import MaskClassificationHead
-from trainer.models.mask_decoder import blocked_positions
+from trainer.models.mask_decoder import blocked_positions, predicted_masks
 from trainer.models.vit_keys import PATCH_SIZE
 
 _ANNEALING_POWER = 0.9
@@ -135,6 +135,7 @@ class EomtHead(MaskClassificationHead):
     ) -> None:
         super().__init__()
         self.mask_annealing = mask_annealing
+        self.matched_gradients = False
         self.query = nn.Embedding(num_queries, dim)
         self.upscale_block = UpscaleBlock(dim, num_upscale_blocks, ACT2FN[activation])
         self.mask_head = MaskHead(dim, ACT2FN[activation])
@@ -142,6 +143,10 @@ class EomtHead(MaskClassificationHead):
         self.register_buffer("attn_mask_probs", torch.ones(num_blocks))
         self._note_masked_blocks([1.0] * num_blocks)
         self.register_load_state_dict_post_hook(_note_loaded_shares)
+
+    def set_matched_gradients(self, enabled: bool) -> None:
+        """See `mask_decoder.predicted_masks`."""
+        self.matched_gradients = enabled
 
     def set_progress(self, progress: float) -> None:
         """Set the shares of masked queries for this part of the run, 0..1."""
@@ -164,14 +169,14 @@ class EomtHead(MaskClassificationHead):
             allowed = None
             if with_aux or masked:
                 normed = features.norm(tokens)
-                pred_masks = self._masks(normed, features.grid)
+                masks = self._masks(normed, features.grid)
                 if with_aux:
-                    aux_outputs.append({"pred_logits": self._classes(normed), "pred_masks": pred_masks})
+                    aux_outputs.append({"pred_logits": self._classes(normed), **masks})
                 if masked:
-                    allowed = self._allowed(pred_masks, tokens.shape[1], features.grid, share)
+                    allowed = self._allowed(masks["pred_masks"], tokens.shape[1], features.grid, share)
             tokens = block(tokens, allowed)
         normed = features.norm(tokens)
-        outputs = {"pred_logits": self._classes(normed), "pred_masks": self._masks(normed, features.grid)}
+        outputs = {"pred_logits": self._classes(normed), **self._masks(normed, features.grid)}
         return outputs | {"aux_outputs": aux_outputs} if with_aux else outputs
 
     def _note_masked_blocks(self, shares: Sequence[float]) -> None:
@@ -182,11 +187,12 @@ class EomtHead(MaskClassificationHead):
     def _classes(self, normed: Tensor) -> Tensor:
         return self.class_predictor(normed[:, : self.query.num_embeddings])
 
-    def _masks(self, normed: Tensor, grid: tuple[int, int]) -> Tensor:
+    def _masks(self, normed: Tensor, grid: tuple[int, int]) -> dict[str, Tensor]:
         patches = normed[:, -(grid[0] * grid[1]):].transpose(1, 2).unflatten(2, grid)  # [B, D, h, w]
         # Contiguous, or the depthwise weight's gradient comes out channels-last, which DDP has to copy.
         upscaled = self.upscale_block(patches.contiguous())
-        return torch.einsum("bqd,bdhw->bqhw", self.mask_head(normed[:, : self.query.num_embeddings]), upscaled)
+        embeddings = self.mask_head(normed[:, : self.query.num_embeddings])
+        return predicted_masks(embeddings, upscaled, self.matched_gradients and self.training)
 
     def _allowed(self, pred_masks: Tensor, num_tokens: int, grid: tuple[int, int], share: Tensor) -> Tensor:
         """bool [B, 1, T, T]: every token sees all, but a masked query, of the patches, only those in its mask."""

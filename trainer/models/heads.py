@@ -28,6 +28,10 @@ class SegmentationHead(nn.Module, ABC):
         """Told before every step which part of the run is done (0..1); most heads do not care."""
 
 
+    def set_matched_gradients(self, enabled: bool) -> None:
+        """Heads with masks: keep masks out of the graph and give the loss what they are products of, instead."""
+
+
 class MaskClassificationHead(SegmentationHead):
     """A head whose queries each predict a mask and a class: outputs are pred_logits, pred_masks and aux_outputs."""
 
@@ -68,6 +72,10 @@ class Mask2FormerHead(MaskClassificationHead):
             in_channels, hidden_dim, nheads=nheads, ffn_dim=enc_ffn, num_layers=enc_layers)
         self.predictor = MaskedTransformerDecoder(
             hidden_dim, num_classes, num_queries=num_queries, nheads=nheads, ffn_dim=dec_ffn, num_layers=dec_layers)
+
+    def set_matched_gradients(self, enabled: bool) -> None:
+        """See `mask_decoder.predicted_masks`."""
+        self.predictor.matched_gradients = enabled
 
     def forward(self, features: dict[str, Tensor], with_aux: bool = False) -> dict[str, Any]:
         """Features {"1".."4"}: [B, D, H/s, W/s] -> pred_logits [B, Q, C + 1] and pred_masks [B, Q, H/4, W/4].

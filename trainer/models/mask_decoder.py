@@ -16,6 +16,17 @@ from trainer.models.pixel_decoder import NUM_LEVELS, sine_position_code
 from trainer.models.recompute import RecomputingModule
 
 
+def predicted_masks(embeddings: Tensor, features: Tensor, matched_gradients: bool) -> dict[str, Tensor]:
+    """{"pred_masks": logits [B, Q, h, w]}, products of embeddings [B, Q, D] and features [B, D, h, w].
+
+    With `matched_gradients` the masks are no part of the graph; the two factors come along as mask_embeddings and
+    mask_features, and `trainer.mask_gradients` gives them the gradient of the few masks that are matched.
+    """
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not matched_gradients):
+        masks = {"pred_masks": torch.einsum("bqd,bdhw->bqhw", embeddings, features)}
+    return masks | {"mask_embeddings": embeddings, "mask_features": features} if matched_gradients else masks
+
+
 def blocked_positions(pred_masks: Tensor, size: tuple[int, int]) -> Tensor:
     """Where a mask, resized to `size`, is negative (probability below 1/2).
 
@@ -129,6 +140,7 @@ class MaskedTransformerDecoder(RecomputingModule):
         self.query_feat = nn.Embedding(num_queries, hidden_dim)
         self.query_embed = nn.Embedding(num_queries, hidden_dim)
         self.level_embed = nn.Embedding(NUM_LEVELS, hidden_dim)
+        self.matched_gradients = False
         self.class_embed = nn.Linear(hidden_dim, num_classes + 1)
         self.mask_embed = MLP(hidden_dim)
 
@@ -147,15 +159,15 @@ class MaskedTransformerDecoder(RecomputingModule):
                      self.transformer_ffn_layers, strict=True)
         for layer, (cross_attention, self_attention, ffn) in enumerate(blocks):
             normed = self.post_norm(x)
-            pred_masks = self._masks(normed, mask_features)
+            masks = self._masks(normed, mask_features)
             if with_aux:
-                aux_outputs.append({"pred_logits": self.class_embed(normed), "pred_masks": pred_masks})
+                aux_outputs.append({"pred_logits": self.class_embed(normed), **masks})
             key, value, size = levels[layer % NUM_LEVELS]
-            allowed = allowed_positions(blocked_positions(pred_masks, size))
+            allowed = allowed_positions(blocked_positions(masks["pred_masks"], size))
             x = self.run(cross_attention, x, query_embed, key, value, allowed)
             x = self.run(lambda x, attend=self_attention, ffn=ffn: ffn(attend(x, query_embed)), x)
         normed = self.post_norm(x)
-        outputs = {"pred_logits": self.class_embed(normed), "pred_masks": self._masks(normed, mask_features)}
+        outputs = {"pred_logits": self.class_embed(normed), **self._masks(normed, mask_features)}
         return outputs | {"aux_outputs": aux_outputs} if with_aux else outputs
 
     def _keys_and_values(self, level: int, features: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
@@ -164,5 +176,5 @@ class MaskedTransformerDecoder(RecomputingModule):
         value = features.flatten(2).transpose(1, 2) + self.level_embed.weight[level]
         return value + sine_position_code(height, width, dim, features.device), value, (height, width)
 
-    def _masks(self, normed: Tensor, mask_features: Tensor) -> Tensor:
-        return torch.einsum("bqd,bdhw->bqhw", self.mask_embed(normed), mask_features)
+    def _masks(self, normed: Tensor, mask_features: Tensor) -> dict[str, Tensor]:
+        return predicted_masks(self.mask_embed(normed), mask_features, self.matched_gradients and self.training)

@@ -1,0 +1,87 @@
+"""Hand gradients that are known already to the tensors that masks came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def with_gradients(value: Tensor, items: Sequence[Mapping[str, Any]], matches: Tensor, gradients: Sequence[Tensor],
+                   num_targets: int) -> Tensor:
+    """`value`, a scalar, with the gradient [M, h, w] that each prediction's matched masks have under it.
+
+    items        the predictions; see `MaskClassificationLoss.step`
+    matches      int64 [L, 3, M]: image, query and target of each of the M masks; targets are below `num_targets`
+
+    Only the matched queries' masks have a gradient at all. Masks are linear in what they are made of, so the gradient
+    of embeddings and features needs two products over those few masks, where autograd would take all queries'.
+    """
+    if any("mask_embeddings" not in item for item in items):
+        return _MaskGradients.apply(value, matches, gradients, *[item["pred_masks"] for item in items])
+    by_features: dict[int, list[int]] = {}
+    for layer, item in enumerate(items):
+        by_features.setdefault(id(item["mask_features"]), []).append(layer)
+    groups = list(by_features.values())  # layers that share their features: all of Mask2Former's, none of EoMT's
+    embeddings = [item["mask_embeddings"] for item in items]
+    features = [items[group[0]]["mask_features"] for group in groups]
+    return _FactorGradients.apply(value, matches, gradients, num_targets, groups, *embeddings, *features)
+
+
+class _MaskGradients(torch.autograd.Function):
+    """Gradients of whole masks [B, Q, h, w]: zero but for the matched ones."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, matches: Tensor, gradients: Sequence[Tensor], *masks: Tensor) -> Tensor:
+        ctx.shape, ctx.dtype = masks[0].shape, masks[0].dtype
+        ctx.save_for_backward(matches, *gradients)
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        matches, *gradients = ctx.saved_tensors
+        found = []
+        for match, gradient in zip(matches.unbind(), gradients, strict=True):
+            whole = gradient.new_zeros(ctx.shape, dtype=ctx.dtype)
+            whole[match[0], match[1]] = (gradient * upstream).to(ctx.dtype)
+            found.append(whole)
+        return None, None, None, *found
+
+
+class _FactorGradients(torch.autograd.Function):
+    """Gradients of mask embeddings [B, Q, D] and mask features [B, D, h, w]; worked out in the forward pass, so that
+    nothing else has to be kept."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, matches: Tensor, gradients: Sequence[Tensor], num_targets: int,
+                groups: Sequence[Sequence[int]], *factors: Tensor) -> Tensor:
+        embeddings, features = factors[: len(gradients)], factors[len(gradients):]
+        found: dict[int, Tensor] = {}
+        of_features = []
+        for group, feature in zip(groups, features, strict=True):
+            maps = feature.float().flatten(2)  # [B, D, hw]
+            images, queries, chosen = matches[group].unbind(1)  # [g, M]
+            layers = torch.arange(len(group), device=maps.device)[:, None]
+            # A place for every target of every image in every layer, so that one product does for all of them.
+            masks = maps.new_zeros(len(maps), len(group), num_targets, maps.shape[2])
+            masks[images, layers, chosen] = torch.stack([gradients[layer] for layer in group]).flatten(2)
+            matched = maps.new_zeros(len(maps), len(group), num_targets, maps.shape[1])
+            whole = torch.stack([embeddings[layer] for layer in group]).float()  # [g, B, Q, D]
+            matched[images, layers, chosen] = whole[layers, images, queries]
+            of_matched = (masks.flatten(1, 2) @ maps.mT).view_as(matched)  # [B, g, N, D]
+            of_embeddings = torch.zeros_like(whole)
+            of_embeddings[layers, images, queries] = of_matched[images, layers, chosen]
+            found |= zip(group, of_embeddings.unbind(), strict=True)
+            of_features.append((matched.flatten(1, 2).mT @ masks.flatten(1, 2)).view(feature.shape))
+        known = [*(found[layer] for layer in range(len(gradients))), *of_features]
+        ctx.save_for_backward(*[gradient.to(factor.dtype) for gradient, factor in zip(known, factors, strict=True)])
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        return None, None, None, None, None, *[gradient * upstream for gradient in ctx.saved_tensors]
