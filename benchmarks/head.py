@@ -1,0 +1,149 @@
+"""What does our Mask2Former head cost beside the one in transformers, on the CPU?
+
+Same sizes, weights and random features; it is an error if outputs or gradients differ. Repetitions are interleaved
+in one process; a ratio is the median of the repetitions' own ratios. Training: forward with all predictions, backward
+to weights and features. Inference: no gradients, classes of the last prediction only. Only transformers computes
+attention weights to return, masks per attention head and for a layer after the last, and tests for infinities.
+
+example: python benchmarks/head.py --size 512
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from timeit import timeit
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Mask2FormerConfig
+from transformers.models.mask2former.modeling_mask2former import Mask2FormerPixelDecoder, Mask2FormerTransformerModule
+
+from trainer.models.heads import Mask2FormerHead
+
+CHANNELS, CLASSES = [384] * 4, 150  # the features of a ViT-S, the classes of ADE20K
+SIZES = Mask2FormerConfig()  # Mask2Former's own: hidden 256, 8 heads, FFN 1024 and 2048, 6 and 9 layers, 100 queries
+
+
+class OurHead(Mask2FormerHead):
+    """Ours, with lists of tensors in and out."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            CHANNELS, SIZES.hidden_dim, CLASSES, num_queries=SIZES.num_queries, nheads=SIZES.num_attention_heads,
+            enc_layers=SIZES.encoder_layers, enc_ffn=SIZES.encoder_feedforward_dim,
+            dec_layers=SIZES.decoder_layers - 1, dec_ffn=SIZES.dim_feedforward)  # theirs counts predictions
+
+    def pixels(self, *features: Tensor) -> list[Tensor]:
+        mask_features, maps = self.pixel_decoder({str(level): x for level, x in enumerate(features, 1)})
+        return [*maps, mask_features]
+
+    def predictions(self, *maps: Tensor) -> list[Tensor]:
+        last = self.predictor(list(maps[:-1]), maps[-1], with_aux=self.training)
+        return [one[key] for one in (*last.get("aux_outputs", ()), last) for key in ("pred_logits", "pred_masks")]
+
+
+class TheirHead(nn.Module):
+    """What transformers' model has between backbone and loss, with the weights of ours."""
+
+    def __init__(self, ours: OurHead) -> None:
+        super().__init__()
+        self.pixel_decoder = Mask2FormerPixelDecoder(SIZES, CHANNELS)
+        self.predictor = Mask2FormerTransformerModule(SIZES.hidden_dim, SIZES)
+        self.class_predictor = nn.Linear(SIZES.hidden_dim, CLASSES + 1)
+        for target, source in zip(self.parameters(), in_their_order(ours), strict=True):
+            target.data.copy_(source)
+
+    def pixels(self, *features: Tensor) -> list[Tensor]:
+        outputs = self.pixel_decoder(features)
+        return [*outputs.multi_scale_features, outputs.mask_features]
+
+    def predictions(self, *maps: Tensor) -> list[Tensor]:
+        outputs = self.predictor(maps[:-1], maps[-1])
+        pairs = list(zip(outputs.intermediate_hidden_states, outputs.masks_queries_logits, strict=True))
+        return [x for queries, masks in pairs[0 if self.training else -1:]
+                for x in (self.class_predictor(queries.transpose(0, 1)), masks)]
+
+
+def in_their_order(ours: OurHead) -> list[Tensor]:
+    """Our weights in the order of theirs, which keep a self-attention's keys, values and queries apart."""
+    pixels, masks = ours.pixel_decoder, ours.predictor
+    parts: list[Any] = [pixels.encoder.level_encoding, pixels.input_convs, pixels.encoder.encoder, pixels.mask_feature,
+                        pixels.lateral_convs, pixels.output_convs, masks.query_embed, masks.query_feat]
+    for cross, own, ffn in zip(masks.transformer_cross_attention_layers, masks.transformer_self_attention_layers,
+                               masks.transformer_ffn_layers, strict=True):
+        joint: Any = own.self_attn
+        parts += [x.chunk(3)[third] for third in (1, 2, 0) for x in (joint.in_proj_weight, joint.in_proj_bias)]
+        parts += [joint.out_proj, own.norm, cross, ffn]
+    parts += [masks.post_norm, masks.mask_embed, masks.level_embed, masks.class_embed]
+    return [x for part in parts for x in (part.parameters() if isinstance(part, nn.Module) else [part])]
+
+
+class Operators(TorchDispatchMode):
+    count = 0  # of everything dispatched, views included
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def cost(part: Callable[[Any], list[Tensor]], head: nn.Module) -> list[int]:
+    """Operators of a forward pass in training, and the MiB it keeps for the backward pass besides the weights."""
+    kept: dict[int, Tensor] = {}  # by storage, which views share
+    keep = saved_tensors_hooks(lambda x: kept.setdefault(x.untyped_storage().data_ptr(), x), lambda x: x)
+    with Operators() as operators, keep:
+        part(head.train())
+    for weight in head.parameters():
+        kept.pop(weight.untyped_storage().data_ptr(), None)
+    return [operators.count, sum(x.untyped_storage().nbytes() for x in kept.values()) >> 20]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=512, help="side of the images (default: 512)")
+    parser.add_argument("--batch", type=int, default=1, help="images (default: 1)")
+    parser.add_argument("--repetitions", type=int, default=7, help="interleaved repetitions (default: 7)")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    heads: list[Any] = [ours := OurHead(), TheirHead(ours)]
+    print("weights, ours and theirs:", *(f"{sum(x.numel() for x in head.parameters()):,}" for head in heads))
+    sides = [arguments.size // stride for stride in (4, 8, 16, 32)]
+    features = [torch.randn(arguments.batch, CHANNELS[0], side, side, requires_grad=True) for side in sides]
+    maps = [x.detach().requires_grad_() for x in ours.pixels(*features)]
+    parts: dict[str, Callable[[Any], list[Tensor]]] = {
+        "pixel decoder": lambda head: head.pixels(*features), "mask decoder": lambda head: head.predictions(*maps),
+        "whole head": lambda head: head.predictions(*head.pixels(*features))}
+    upstream = {name: [torch.randn_like(x) for x in part(ours)] for name, part in parts.items()}
+
+    def run(name: str, training: bool, head: nn.Module) -> list[Tensor]:
+        with torch.set_grad_enabled(training):
+            outputs = parts[name](head.train(training))
+        if training:  # the weights' gradients are computed, but not returned
+            wanted = [*features, *maps, *head.parameters()]
+            outputs += torch.autograd.grad(outputs, wanted, upstream[name], allow_unused=True)[:8]
+        return [x for x in outputs if x is not None]
+
+    rows = [(name, training) for training in (True, False) for name in parts]
+    for row in rows:  # a warm-up, too; by norm, because a ReLU or a mask at 0 may fall to the other side
+        for x, y in zip(*(run(*row, head) for head in heads), strict=True):
+            assert (x - y).norm() < 0.01 * y.norm(), f"{row}: not the same function"
+    times = np.array([[[timeit(partial(run, *row, head), number=1) for head in heads] for row in rows]
+                      for _ in range(arguments.repetitions)])
+    print("\n| | ours, ms | theirs, ms | ours / theirs | quartiles |\n|---|---|---|---|---|")
+    for (name, training), pairs in zip(rows, times.transpose(1, 0, 2), strict=True):
+        low, middle, high = np.quantile(np.c_[1000 * pairs, pairs[:, 0] / pairs[:, 1]], (0.25, 0.5, 0.75), axis=0)
+        noise = f" (identical work varied {spread:.1f}x)" if (spread := max(high[:2] / low[:2])) > 1.3 else ""
+        print(f"| {name}, {'training' if training else 'inference'} | {middle[0]:.0f} | {middle[1]:.0f} "
+              f"| {middle[2]:.2f} | {low[2]:.2f} to {high[2]:.2f}{noise} |")
+    print("\n| in training | operators forward, ours | theirs | MiB kept, ours | theirs |\n|---|---|---|---|---|")
+    for name, part in parts.items():
+        print(f"| {name} |", *(f"{x:,} |" for x in np.transpose([cost(part, head) for head in heads]).flat))
+
+
+if __name__ == "__main__":
+    main()
