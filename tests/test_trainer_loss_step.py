@@ -24,7 +24,7 @@ from tests.test_trainer_precision import WAITING, images, model_of
 from trainer import mask_gradients, point_losses, point_sampling
 from trainer.mask_classification_loss import MaskClassificationLoss, StepLoss
 from trainer.matcher import HungarianMatcher, Prediction
-from trainer.point_losses import SampledPoints, point_gradients
+from trainer.point_losses import SampledPoints, losses_and_gradients
 from trainer.targets import pack_targets, to_dense
 
 CLASSES = 6
@@ -141,11 +141,16 @@ def test_one_prediction_alone_equals_its_part_of_a_step(counts: list[int], ignor
         torch.testing.assert_close(gradient, reference, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("part", ["point_gradients", "spread_to_pixels"])
+@pytest.mark.parametrize("part", ["losses_and_gradients", "spread_to_pixels"])
 def test_the_comparisons_notice_a_wrong_gradient(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control of the tests above."""
     right = getattr(point_losses, part)
-    monkeypatch.setattr(f"trainer.mask_classification_loss.{part}", lambda *args: 1.01 * right(*args))
+
+    def wrong(*args: Any) -> Any:
+        found = right(*args)
+        return 1.01 * found if isinstance(found, Tensor) else (found[0], 1.01 * found[1])
+
+    monkeypatch.setattr(f"trainer.mask_classification_loss.{part}", wrong)
     with pytest.raises(AssertionError, match="not close"):
         test_one_prediction_alone_equals_its_part_of_a_step([3, 0, 5], "background")
 
@@ -158,7 +163,9 @@ def test_gradients_in_closed_form_equal_autograd() -> None:
         sampled = SampledPoints(torch.empty(0), logits, truth, counted)
         mask, dice = point_losses.point_losses(sampled)
         (expected,) = torch.autograd.grad((3 * mask + 2 * dice).sum(), logits)
-        torch.testing.assert_close(point_gradients(sampled, 3.0, 2.0).detach(), expected, rtol=1e-10, atol=1e-12)
+        losses, gradient = losses_and_gradients(sampled, 3.0, 2.0)
+        torch.testing.assert_close(gradient.detach(), expected, rtol=1e-10, atol=1e-12)
+        assert all(torch.equal(one, other) for one, other in zip(losses, (mask, dice), strict=True))
 
 
 # -- matched queries alone ------------------------------------------------------------------------------------------
@@ -476,7 +483,7 @@ def _points(rank: int | None) -> list[Tensor]:
     if rank is not None:
         matcher = [points[2 * rank:2 * rank + 2] for points in matcher]
     if rank == 1:
-        candidates, rests = [candidates[0][:0]], [rests[0][:0]]
+        candidates, rests = ([points[:0] for points in recorded] for recorded in (candidates, rests))
     return in_drawing_order(matcher, candidates, rests)
 
 

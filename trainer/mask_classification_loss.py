@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trainer.mask_gradients import with_gradients
 from trainer.matcher import HungarianMatcher, Prediction, in_chunks
-from trainer.point_losses import SampledPoints, point_gradients, point_losses, spread_to_pixels
+from trainer.point_losses import SampledPoints, losses_and_gradients, point_losses, spread_to_pixels
 from trainer.point_sampling import Draw, point_sample, sample_uncertain_points, uniform_draw
 from trainer.targets import PackedTargets, Target, pack_targets
 
@@ -94,7 +94,7 @@ class MaskClassificationLoss(nn.Module):
         Raises as `forward`.
         """
         items = [outputs, *outputs.get("aux_outputs", ())]
-        predictions = [Prediction(item["pred_logits"], item["pred_masks"].detach()) for item in items]
+        predictions = [Prediction(item["pred_logits"], item["pred_masks"]) for item in items]
         self._check_shapes(predictions, targets)
         device = predictions[0].class_logits.device
         with torch.autocast(device.type, enabled=False):
@@ -109,9 +109,9 @@ class MaskClassificationLoss(nn.Module):
             total = with_gradients(value, items, matches, gradients, packed.labels.shape[1])
             total = total + self.coefficients["loss_cross_entropy"] * class_losses.sum()
         named = torch.cat([mask_losses, class_losses.detach()[:, None]], dim=1)  # [L, 3]
-        return StepLoss(total, {f"{name}{f'_{layer - 1}' if layer else ''}": value
-                                for layer, row in enumerate(named.unbind())
-                                for name, value in zip(self.coefficients, row.unbind(), strict=True)})
+        suffixes = ["", *(f"_{layer}" for layer in range(len(items) - 1))]
+        names = [f"{name}{suffix}" for suffix in suffixes for name in self.coefficients]
+        return StepLoss(total, dict(zip(names, named.flatten().unbind(), strict=True)))
 
     def loss_total(self, losses_all_layers: Mapping[str, Tensor], log_fn: Callable[[str, Tensor], Any]) -> Tensor:
         """Sum of all losses, each times the coefficient its name calls for; `log_fn(name, loss)` sees the unweighted
@@ -149,9 +149,9 @@ class MaskClassificationLoss(nn.Module):
             maps = torch.stack([predictions[layer].mask_logits[images[number], queries[number]]
                                 for number, layer in enumerate(some)]).float().flatten(0, 1)  # [G * M, h, w]
             sampled = self._sample_points(maps, targets, images.flatten(), chosen.flatten(), draw)
-            pair = torch.stack(point_losses(sampled))  # [2, G * M]
-            losses.append(pair.unflatten(1, images.shape).sum(2).T / divisor)
-            at_points = point_gradients(sampled, self.coefficients["loss_mask"], self.coefficients["loss_dice"])
+            pair, at_points = losses_and_gradients(sampled, self.coefficients["loss_mask"],
+                                                   self.coefficients["loss_dice"])
+            losses.append(torch.stack(pair).unflatten(1, images.shape).sum(2).T / divisor)
             spread = spread_to_pixels(at_points / divisor, sampled.points, maps.shape[1:])
             gradients += spread.unflatten(0, images.shape).unbind()
         return torch.cat(losses), gradients

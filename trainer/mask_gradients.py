@@ -1,4 +1,4 @@
-"""Hand gradients that are known already to the tensors that masks came from."""
+"""Hand gradients of masks, known already, to the tensors that the masks came from."""
 
 from __future__ import annotations
 
@@ -53,35 +53,36 @@ class _MaskGradients(torch.autograd.Function):
 
 
 class _FactorGradients(torch.autograd.Function):
-    """Gradients of mask embeddings [B, Q, D] and mask features [B, D, h, w]; worked out in the forward pass, so that
-    nothing else has to be kept."""
+    """Gradients of mask embeddings [B, Q, D] and mask features [B, D, h, w]: products over the matched masks alone."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, matches: Tensor, gradients: Sequence[Tensor], num_targets: int,
                 groups: Sequence[Sequence[int]], *factors: Tensor) -> Tensor:
-        embeddings, features = factors[: len(gradients)], factors[len(gradients):]
-        found: dict[int, Tensor] = {}
-        of_features = []
-        for group, feature in zip(groups, features, strict=True):
-            maps = feature.float().flatten(2)  # [B, D, hw]
-            images, queries, chosen = matches[group].unbind(1)  # [g, M]
-            layers = torch.arange(len(group), device=maps.device)[:, None]
-            # A place for every target of every image in every layer, so that one product does for all of them.
-            masks = maps.new_zeros(len(maps), len(group), num_targets, maps.shape[2])
-            masks[images, layers, chosen] = torch.stack([gradients[layer] for layer in group]).flatten(2)
-            matched = maps.new_zeros(len(maps), len(group), num_targets, maps.shape[1])
-            whole = torch.stack([embeddings[layer] for layer in group]).float()  # [g, B, Q, D]
-            matched[images, layers, chosen] = whole[layers, images, queries]
-            of_matched = (masks.flatten(1, 2) @ maps.mT).view_as(matched)  # [B, g, N, D]
-            of_embeddings = torch.zeros_like(whole)
-            of_embeddings[layers, images, queries] = of_matched[images, layers, chosen]
-            found |= zip(group, of_embeddings.unbind(), strict=True)
-            of_features.append((matched.flatten(1, 2).mT @ masks.flatten(1, 2)).view(feature.shape))
-        known = [*(found[layer] for layer in range(len(gradients))), *of_features]
-        ctx.save_for_backward(*[gradient.to(factor.dtype) for gradient, factor in zip(known, factors, strict=True)])
+        ctx.num_targets, ctx.groups = num_targets, groups
+        ctx.save_for_backward(matches, *gradients, *factors)
         return value.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        return None, None, None, None, None, *[gradient * upstream for gradient in ctx.saved_tensors]
+        matches, *saved = ctx.saved_tensors
+        gradients, embeddings, features = saved[: len(matches)], saved[len(matches): 2 * len(matches)], saved[
+            2 * len(matches):]
+        of_embeddings: dict[int, Tensor] = {}
+        of_features = []
+        for group, feature in zip(ctx.groups, features, strict=True):
+            maps = feature.float().flatten(2)  # [B, D, hw]
+            images, queries, chosen = matches[group].unbind(1)  # [g, M]
+            layers = torch.arange(len(group), device=maps.device)[:, None]
+            # A place for every target of every image in every layer, so that one product does for all of them.
+            masks = maps.new_zeros(len(maps), len(group), ctx.num_targets, maps.shape[2])
+            masks[images, layers, chosen] = torch.stack([gradients[layer] for layer in group]).flatten(2) * upstream
+            matched = maps.new_zeros(len(maps), len(group), ctx.num_targets, maps.shape[1])
+            whole = torch.stack([embeddings[layer] for layer in group])  # [g, B, Q, D]
+            matched[images, layers, chosen] = whole[layers, images, queries].float()
+            of_matched = (masks.flatten(1, 2) @ maps.mT).view_as(matched)  # [B, g, N, D]
+            found = torch.zeros_like(whole)
+            found[layers, images, queries] = of_matched[images, layers, chosen].to(whole.dtype)
+            of_embeddings |= zip(group, found.unbind(), strict=True)
+            of_features.append((matched.flatten(1, 2).mT @ masks.flatten(1, 2)).view(feature.shape).to(feature.dtype))
+        return None, None, None, None, None, *(of_embeddings[layer] for layer in range(len(matches))), *of_features

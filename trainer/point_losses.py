@@ -25,25 +25,47 @@ class SampledPoints(NamedTuple):
     counted: Tensor | None  # [M, P]: 1 for points that count, 0 for others; None: all count
 
 
+class _Sums(NamedTuple):
+    """What both the losses and their gradients need."""
+
+    probabilities: Tensor  # [M, P]
+    both: Tensor  # [M], A above
+    size: Tensor  # [M], D above
+    number: Tensor | float  # [M] or the same for all, V above
+
+
 def point_losses(sampled: SampledPoints) -> tuple[Tensor, Tensor]:
     """Binary cross-entropy [M] and dice loss [M], differentiable in the logits."""
-    _, logits, truth, counted = sampled
-    mask = F.softplus(logits) - logits * truth
-    both, area = _overlap(logits.sigmoid(), truth, counted)
-    dice = 1.0 - (2.0 * both + 1.0) / (area + 1.0)
-    return (mask.mean(1) if counted is None else (mask * counted).sum(1) / _number(counted)), dice
+    return _losses(sampled, _sums(sampled))
 
 
-def point_gradients(sampled: SampledPoints, mask_coefficient: float, dice_coefficient: float) -> Tensor:
-    """Gradient [M, P] of mask_coefficient * mask loss + dice_coefficient * dice loss in each mask's logits."""
+def losses_and_gradients(
+    sampled: SampledPoints, mask_coefficient: float, dice_coefficient: float
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """`point_losses`, and the gradient [M, P] of their sum with these coefficients in each mask's logits."""
+    _, _, truth, counted = sampled
+    sums = _sums(sampled)
+    probabilities, size = sums.probabilities, sums.size[:, None]
+    number = sums.number[:, None] if isinstance(sums.number, Tensor) else sums.number
+    ratio = (2.0 * sums.both + 1.0)[:, None] / size
+    gradient = probabilities * (1.0 - probabilities) * (ratio - 2.0 * truth) * (dice_coefficient / size)
+    gradient = gradient + (probabilities - truth) * (mask_coefficient / number)
+    return _losses(sampled, sums), gradient if counted is None else gradient * counted
+
+
+def _sums(sampled: SampledPoints) -> _Sums:
     _, logits, truth, counted = sampled
     probabilities = logits.sigmoid()
-    both, area = _overlap(probabilities, truth, counted)
-    size, ratio = (area + 1.0)[:, None], ((2.0 * both + 1.0) / (area + 1.0))[:, None]  # [M, 1]
-    number = logits.shape[1] if counted is None else _number(counted)[:, None]
-    dice = probabilities * (1.0 - probabilities) * (ratio - 2.0 * truth) * (dice_coefficient / size)
-    gradient = (probabilities - truth) * (mask_coefficient / number) + dice
-    return gradient if counted is None else gradient * counted
+    some, true = (probabilities, truth) if counted is None else (probabilities * counted, truth * counted)
+    number = float(logits.shape[1]) if counted is None else counted.sum(1).clamp(min=1.0)
+    return _Sums(probabilities, (some * true).sum(1), some.sum(1) + true.sum(1) + 1.0, number)
+
+
+def _losses(sampled: SampledPoints, sums: _Sums) -> tuple[Tensor, Tensor]:
+    _, logits, truth, counted = sampled
+    mask = F.softplus(logits) - logits * truth
+    summed = mask.sum(1) if counted is None else (mask * counted).sum(1)
+    return summed / sums.number, 1.0 - (2.0 * sums.both + 1.0) / sums.size
 
 
 def spread_to_pixels(at_points: Tensor, points: Tensor, size: torch.Size) -> Tensor:
@@ -56,14 +78,3 @@ def spread_to_pixels(at_points: Tensor, points: Tensor, size: torch.Size) -> Ten
     gradient, _ = torch.ops.aten.grid_sampler_2d_backward(
         at_points[:, None, :, None], maps, grid, 0, 0, False, [True, False])  # bilinear, zeros, not aligned
     return gradient[:, 0]
-
-
-def _overlap(probabilities: Tensor, truth: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sums [M] over the points that count: of the products, and of both."""
-    if counted is not None:
-        probabilities, truth = probabilities * counted, truth * counted
-    return (probabilities * truth).sum(1), probabilities.sum(1) + truth.sum(1)
-
-
-def _number(counted: Tensor) -> Tensor:
-    return counted.sum(1).clamp(min=1.0)

@@ -1,0 +1,193 @@
+"""The loss of a training step beside transformers' Mask2FormerLoss, called as EoMT calls it.
+
+Ten predictions of 100 queries at 128x128 (--side), targets of about 10 segments at four times the side, 12,544 points.
+The masks are given; what is measured is the loss and its backward pass, either "to masks", or "to features": through
+the masks to what they are products of, mask embeddings and mask features of width 256, as a training step has to.
+Repetitions are interleaved in one process; a row is marked when identical work varied by more than 1.3 between its
+quartiles. Memory: high-water mark, in a process of its own, beyond the given tensors and their gradients. Operations:
+dispatched in the forward pass. Kept: bytes saved for the backward pass beyond the given tensors.
+
+example: python benchmarks/loss.py --batches 1 2 4 8 16 --repetitions 20
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Mask2FormerConfig
+from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
+
+from trainer.mask_classification_loss import MaskClassificationLoss
+from trainer.targets import dense_masks
+
+RUNS = ("transformers, to masks", "ours, to masks", "transformers, to features", "ours, to features")
+LAYERS, QUERIES, CLASSES, SEGMENTS, WIDTH, POINTS = 10, 100, 150, 10, 256, 12_544
+COEFFICIENTS = {"loss_mask": 5.0, "loss_dice": 5.0, "loss_cross_entropy": 2.0}
+
+
+class TheirLoss(Mask2FormerLoss):
+    """As EoMT subclasses it (its all-reduce of the number of masks is nothing in one process)."""
+
+    def __init__(self) -> None:
+        super().__init__(Mask2FormerConfig(num_labels=CLASSES, train_num_points=POINTS), {})
+
+    def total(self, masks: Tensor, targets: Sequence[dict[str, Tensor]], classes: Tensor) -> Tensor:
+        losses = self(masks_queries_logits=masks, class_queries_logits=classes,
+                      mask_labels=[target["masks"].to(masks.dtype) for target in targets],
+                      class_labels=[target["labels"] for target in targets])
+        return sum((COEFFICIENTS[name] * loss for name, loss in losses.items()), torch.zeros(()))
+
+    def get_num_masks(self, class_labels: Any, device: Any) -> Tensor:
+        return torch.tensor(float(sum(map(len, class_labels)))).clamp(min=1)
+
+
+class Case:
+    """Random predictions, and targets of blocky segments with a border of ignored pixels."""
+
+    def __init__(self, batch: int, side: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        size = 4 * side
+        segments = torch.randint(0, SEGMENTS, (batch, 8, 8), generator=generator).to(torch.uint8)
+        maps = segments.repeat_interleave(size // 8, 1).repeat_interleave(size // 8, 2)
+        maps[:, :8] = 255
+        self.targets = [{"segment_map": one, "labels": torch.randperm(CLASSES, generator=generator)[:SEGMENTS]}
+                        for one in maps]
+        self.dense = [{"masks": dense_masks(one["segment_map"], SEGMENTS), "labels": one["labels"]}
+                      for one in self.targets]
+        self.features = torch.randn(batch, WIDTH, side, side, generator=generator).requires_grad_()
+        self.embeddings = [(0.2 * torch.randn(batch, QUERIES, WIDTH, generator=generator)).requires_grad_()
+                           for _ in range(LAYERS)]
+        self.classes = [torch.randn(batch, QUERIES, CLASSES + 1, generator=generator).requires_grad_()
+                        for _ in range(LAYERS)]
+        self.theirs = TheirLoss()
+        self.ours = MaskClassificationLoss(POINTS, 3.0, 0.75, *COEFFICIENTS.values(), CLASSES, 0.1)
+
+    def masks(self, *, in_graph: bool) -> list[Tensor]:
+        with torch.set_grad_enabled(in_graph):
+            return [torch.einsum("bqd,bdhw->bqhw", one, self.features) for one in self.embeddings]
+
+    def their_total(self, masks: list[Tensor]) -> Tensor:
+        return torch.stack([self.theirs.total(one, self.dense, classes)
+                            for one, classes in zip(masks, self.classes, strict=True)]).sum()
+
+    def our_total(self, masks: list[Tensor], *, factors: bool) -> Tensor:
+        items: list[dict[str, Any]] = [{"pred_masks": one, "pred_logits": classes}
+                                       for one, classes in zip(masks, self.classes, strict=True)]
+        if factors:
+            for item, embeddings in zip(items, self.embeddings, strict=True):
+                item |= {"mask_embeddings": embeddings, "mask_features": self.features}
+        return self.ours.step({**items[0], "aux_outputs": items[1:]}, self.targets).total
+
+    def prepare(self, name: str) -> list[Tensor]:
+        """The masks that a run is given."""
+        if name.endswith("to features"):
+            return self.masks(in_graph=name.startswith("transformers"))
+        return [mask.requires_grad_() for mask in self.masks(in_graph=False)]
+
+    def total(self, name: str, masks: list[Tensor]) -> Tensor:
+        """What a run differentiates."""
+        if name.startswith("transformers"):
+            return self.their_total(masks)
+        return self.our_total(masks, factors=name.endswith("to features"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="images per step")
+    parser.add_argument("--side", type=int, default=128, help="side of mask logits (default: 128; 224 for 896 pixels)")
+    parser.add_argument("--repetitions", type=int, default=20, help="interleaved repetitions (default: 20)")
+    parser.add_argument("--memory", metavar="RUN", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory:
+        print(memory_of(arguments.memory, arguments.batches[0], arguments.side))
+        return
+    print("| images | | seconds, median (quartiles) | speed-up | memory, MB | of theirs | operations | kept, MB |\n"
+          "|---|---|---|---|---|---|---|---|")
+    for batch in arguments.batches:
+        report(batch, arguments.side, arguments.repetitions)
+
+
+def report(batch: int, side: int, repetitions: int) -> None:
+    """Four rows of the table."""
+    case = Case(batch, side)
+    seconds: dict[str, list[float]] = {name: [] for name in RUNS}
+    for repetition in range(repetitions + 1):
+        for name in RUNS:
+            masks = case.prepare(name)
+            started = perf_counter()
+            case.total(name, masks).backward()
+            if repetition:  # the first is not counted
+                seconds[name].append(perf_counter() - started)
+    memory = {name: in_own_process(name, batch, side) for name in RUNS}
+    for name in RUNS:
+        low, median, high = np.percentile(seconds[name], [25, 50, 75])
+        reference = name.replace("ours", "transformers")
+        speed = np.median(np.array(seconds[reference]) / np.array(seconds[name]))
+        operations, kept = counts(case, name)
+        unsteady = " (unsteady)" if high > 1.3 * low else ""
+        cells = (batch, name, f"{median:.3f} ({low:.3f}, {high:.3f}){unsteady}", f"{speed:.2f}", f"{memory[name]:.0f}",
+                 f"{memory[name] / memory[reference]:.2f}", operations, f"{kept / 1e6:.0f}")
+        print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def counts(case: Case, name: str) -> tuple[int, int]:
+    """(operations dispatched by the loss's forward pass, bytes it keeps), masks given."""
+    class Operations(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += 1
+            return func(*args, **(kwargs or {}))
+
+    kept: dict[int, int] = {}
+    alive = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        alive.append(tensor)
+        return tensor
+
+    masks = case.prepare(name)
+    given = {tensor.untyped_storage().data_ptr() for tensor in (*masks, *case.embeddings, *case.classes, case.features)}
+    with saved_tensors_hooks(pack, lambda tensor: tensor), Operations() as operations:
+        _ = case.total(name, masks)
+    return operations.count, sum(size for place, size in kept.items() if place not in given)
+
+
+def in_own_process(name: str, batch: int, side: int) -> float:
+    """Megabytes, by a fresh process."""
+    command = [sys.executable, __file__, "--memory", name, "--batches", str(batch), "--side", str(side)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def memory_of(name: str, batch: int, side: int) -> float:
+    """Megabytes that one run needs beyond the memory that its inputs and their gradients are in."""
+    case = Case(batch, side)
+    masks = case.prepare(name)
+    for tensor in (*masks, *case.embeddings, *case.classes, case.features):
+        if tensor.is_leaf and tensor.requires_grad:
+            tensor.grad = torch.ones_like(tensor)
+    before = memory("VmRSS")
+    case.total(name, masks).backward()
+    return (memory("VmHWM") - before) / 1e3
+
+
+def memory(entry: str) -> int:
+    """Kilobytes, from the kernel's account of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(entry)).split()[1])
+
+
+if __name__ == "__main__":
+    main()
