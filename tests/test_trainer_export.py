@@ -115,8 +115,10 @@ def test_a_damaged_or_foreign_export_is_refused(exported: Path, tmp_path: Path) 
     with pytest.raises(ConfigError, match=r"a folder without config\.json"):
         load_pretrained(tmp_path)  # as an export that was killed leaves it
     config = json.loads((exported / "exported/config.json").read_text())
-    for change, message in (({"format": 99}, "format is 99, legal: 1"), ({"classes": [{}]}, "is incomplete"),
-                            ({"classes": config["classes"][:-1]}, "do not fit")):
+    for change, message in (
+        ({"layer_norm_eps": None}, "layer_norm_eps is None"), ({"format": 99}, "format is 99, legal: 1"),
+        ({"classes": [{}]}, "is incomplete"), ({"classes": config["classes"][:-1]}, "do not fit"),
+    ):
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(ConfigError, match=message):
             load_pretrained(tmp_path)

@@ -24,12 +24,13 @@ def main() -> int:
     parser.add_argument("--checkpoint", required=True, help="checkpoint file, e.g. <run>/checkpoints/best.pt, or "
                         "another program's head")
     parser.add_argument("--output", default=None, help="folder for metrics and pictures "
-                        "(default: evaluation/ beside the checkpoint's folder)")
+                        "(default: evaluation/ in the run's or the export's folder)")
     add_overrides(parser)
     arguments = parser.parse_intermixed_args()
     config = load_run_config(config_files(arguments), arguments.overrides)
     checkpoint_path = Path(arguments.checkpoint)
-    output = Path(arguments.output) if arguments.output else checkpoint_path.parent.parent / "evaluation"
+    beside = checkpoint_path if checkpoint_path.is_dir() else checkpoint_path.parent.parent
+    output = Path(arguments.output) if arguments.output else beside / "evaluation"
     return _evaluate(config, checkpoint_path, output)
 
 

@@ -79,8 +79,10 @@ def _read_directory(folder: Path, *, mmap: bool) -> WeightsFile:
     if not mmap:
         state = {key: tensor.clone() for key, tensor in state.items()}
     if model_type == EXPORT_MODEL_TYPE:
-        weights = weights_in(state, folder)
-        return replace(weights, layer_norm_eps=float(config["layer_norm_eps"]), config=config)
+        epsilon = config.get("layer_norm_eps")
+        if not isinstance(epsilon, float):
+            raise ConfigError(f"{folder}/config.json: layer_norm_eps is {epsilon!r}, legal: a number; export again")
+        return replace(weights_in(state, folder), layer_norm_eps=epsilon, config=config)
     complete = EomtDinov3Config.from_dict(config).to_dict()
     check_eomt_config(complete, folder / "config.json")
     vit, head = split_eomt(state, complete["num_attention_heads"], folder)
