@@ -37,15 +37,17 @@ def deformable_sampling(
     returns    [B, Lq, heads * d], in the common dtype of the inputs
     """
     batch, _, heads, width = value.shape
-    queries, points = locations.shape[1], locations.shape[4]
-    grids = (2 * locations - 1).transpose(1, 2).flatten(0, 1)  # [B * heads, Lq, levels, P, 2]
-    weights = weights.transpose(1, 2).reshape(batch * heads, 1, queries, -1, points)
+    queries = locations.shape[1]
+    grids = (2 * locations - 1).permute(3, 0, 2, 4, 1, 5).flatten(1, 2)  # [levels, B * heads, P, Lq, 2]
+    weights = weights.permute(3, 4, 0, 2, 1).flatten(2, 3).unsqueeze(3)  # [levels, P, B * heads, 1, Lq]
     total = value.new_zeros(batch * heads, width, queries)
     tokens_per_level = value.split([height * width for height, width in spatial_shapes], dim=1)
-    for level, (tokens, shape) in enumerate(zip(tokens_per_level, spatial_shapes, strict=True)):
+    for tokens, shape, grid, point_weights in zip(tokens_per_level, spatial_shapes, grids, weights, strict=True):
         maps = tokens.permute(0, 2, 3, 1).reshape(batch * heads, width, *shape)  # [B * heads, d, H, W]
-        samples = F.grid_sample(maps, grids[:, :, level], align_corners=False)  # [B * heads, d, Lq, P]
-        total = total + (samples * weights[:, :, :, level]).sum(dim=-1)
+        samples = F.grid_sample(maps, grid, align_corners=False)  # [B * heads, d, P, Lq]
+        # Point by point: all products at once would be a tensor of the samples' size, written and read for one sum.
+        for sample, weight in zip(samples.unbind(2), point_weights, strict=True):
+            total = torch.addcmul(total, sample, weight)
     return total.view(batch, heads * width, queries).transpose(1, 2)
 
 
