@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
+from transformers.utils.logging import disable_progress_bar
 
 from shards.errors import ConfigError
 from trainer.config import BackboneConfig, RandomBackboneConfig
@@ -80,6 +82,8 @@ def _pretrained_vit(folder: Path) -> DINOv3ViTModel:
     if model_type != DINOv3ViTConfig.model_type:
         legal = (DINOv3ViTConfig.model_type, *MODEL_TYPES)
         raise ConfigError(f"backbone.source {folder} holds a model of type {model_type!r}, legal: {', '.join(legal)}")
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # like our own bars
     try:
         loaded: Any = DINOv3ViTModel.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
