@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,9 @@ def main() -> None:
             command = [*launcher, "trainer/train.py", "--config", arguments.config, f"data.root={arguments.root}",
                        f"output_dir={run}", f"train.total_steps={arguments.steps}", "train.log_every=1",
                        "eval.max_images=1"]
-            subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL)
+            # One thread each, as torchrun has it: more would add up in another order.
+            subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL,
+                           env={**os.environ, "OMP_NUM_THREADS": "1"})
             records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
             curves.append([record["loss"] for record in records if record["kind"] == "train"])
     print("| step | 1 process | 2 processes | relative difference |\n|---|---|---|---|")
