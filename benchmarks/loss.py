@@ -4,8 +4,8 @@ Ten predictions of 100 queries at 128x128 (--side), targets of about 10 segments
 The masks are given; what is measured is the loss and its backward pass, either "to masks", or "to features": through
 the masks to what they are products of, mask embeddings and mask features of width 256, as a training step has to.
 Repetitions are interleaved in one process; a row is marked when identical work varied by more than 1.3 between its
-quartiles. Memory: high-water mark, in a process of its own, beyond the given tensors and their gradients. Operations:
-dispatched in the forward pass. Kept: bytes saved for the backward pass beyond the given tensors.
+quartiles. Memory: high-water mark beyond the given tensors and their gradients, the median of five fresh processes.
+Operations: dispatched in the forward pass. Kept: bytes saved for the backward pass beyond the given tensors.
 
 example: python benchmarks/loss.py --batches 1 2 4 8 16 --repetitions 20
 """
@@ -166,9 +166,10 @@ def counts(case: Case, name: str) -> tuple[int, int]:
 
 
 def in_own_process(name: str, batch: int, side: int) -> float:
-    """Megabytes, by a fresh process."""
+    """Megabytes, by fresh processes: the median of five, as it varies with what the allocator happens to keep."""
     command = [sys.executable, __file__, "--memory", name, "--batches", str(batch), "--side", str(side)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return float(np.median([float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+                            for _ in range(5)]))
 
 
 def memory_of(name: str, batch: int, side: int) -> float:

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from tests.replay import ReplayedLoss, in_drawing_order, replay
 from trainer.mask_classification_loss import MaskClassificationLoss
-from trainer.matcher import HungarianMatcher, NonFiniteLossError, Prediction, pairwise_dice_cost, pairwise_mask_cost
+from trainer.matcher import (
+    HungarianMatcher,
+    NonFiniteLossError,
+    Prediction,
+    pairwise_dice_cost,
+    pairwise_mask_cost,
+    rows_of_points,
+    sum_over_points,
+)
 from trainer.metrics import ConfusionMatrix
 from trainer.pixel_loss import pixel_cross_entropy
 from trainer.point_losses import SampledPoints, point_losses
@@ -161,8 +169,9 @@ def test_pairwise_costs_equal_the_losses_of_every_pair() -> None:
     for counted in (None, (torch.rand(2, 50, generator=generator) > 0.3).float()):
         weights = None if counted is None else torch.stack([counted[b] for b, _, _ in pairs])
         mask, dice = point_losses(SampledPoints(torch.empty(0), x, y, weights))
-        torch.testing.assert_close(pairwise_mask_cost(logits, truth, counted).flatten(), mask, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(pairwise_dice_cost(logits, truth, counted).flatten(), dice, rtol=1e-5, atol=1e-5)
+        sums = sum_over_points(logits.clone(), rows_of_points(truth, counted))
+        torch.testing.assert_close(pairwise_mask_cost(sums).flatten(), mask, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(pairwise_dice_cost(sums).flatten(), dice, rtol=1e-5, atol=1e-5)
 
 
 def test_a_batch_is_matched_like_its_images_alone() -> None:

@@ -21,7 +21,9 @@ def with_gradients(value: Tensor, items: Sequence[Mapping[str, Any]], matches: T
     of embeddings and features needs two products over those few masks, where autograd would take all queries'.
     """
     if any("mask_embeddings" not in item for item in items):
-        return _MaskGradients.apply(value, matches, gradients, *[item["pred_masks"] for item in items])
+        for item, match, gradient in zip(items, matches.unbind(), gradients, strict=True):
+            value = _MaskGradients.apply(value, match, gradient, item["pred_masks"])  # one by one: each soon forgotten
+        return value
     by_features: dict[int, list[int]] = {}
     for layer, item in enumerate(items):
         by_features.setdefault(id(item["mask_features"]), []).append(layer)
@@ -32,24 +34,21 @@ def with_gradients(value: Tensor, items: Sequence[Mapping[str, Any]], matches: T
 
 
 class _MaskGradients(torch.autograd.Function):
-    """Gradients of whole masks [B, Q, h, w]: zero but for the matched ones."""
+    """Gradients of one prediction's masks [B, Q, h, w]: zero but for the matched ones."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, matches: Tensor, gradients: Sequence[Tensor], *masks: Tensor) -> Tensor:
-        ctx.shape, ctx.dtype = masks[0].shape, masks[0].dtype
-        ctx.save_for_backward(matches, *gradients)
+    def forward(ctx: Any, value: Tensor, match: Tensor, gradient: Tensor, masks: Tensor) -> Tensor:
+        ctx.shape, ctx.dtype = masks.shape, masks.dtype
+        ctx.save_for_backward(match, gradient)
         return value.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        matches, *gradients = ctx.saved_tensors
-        found = []
-        for match, gradient in zip(matches.unbind(), gradients, strict=True):
-            whole = gradient.new_zeros(ctx.shape, dtype=ctx.dtype)
-            whole[match[0], match[1]] = (gradient * upstream).to(ctx.dtype)
-            found.append(whole)
-        return None, None, None, *found
+        (images, queries, _), gradient = ctx.saved_tensors
+        whole = gradient.new_zeros(ctx.shape, dtype=ctx.dtype)
+        whole[images, queries] = (gradient * upstream).to(ctx.dtype)
+        return upstream, None, None, whole
 
 
 class _FactorGradients(torch.autograd.Function):

@@ -18,7 +18,7 @@ from torch import Tensor
 from trainer.point_sampling import Draw, point_sample
 from trainer.targets import PackedTargets
 
-LAYERS_AT_ONCE = 3
+LAYERS_AT_ONCE = 2
 
 
 class NonFiniteLossError(RuntimeError):
@@ -62,16 +62,20 @@ class HungarianMatcher:
     def costs(self, predictions: Sequence[Prediction], targets: PackedTargets, points: Tensor) -> Tensor:
         """Cost float32 [L, B, Q, Nmax] of giving each target to each query, from points [L, B, P, 2] shared by an
         image's queries. A column whose label is outside [0, C) is NaN, instead of asserting on the device."""
-        costs = []
+        sums = []
+        images = torch.arange(len(targets.counts), device=points.device)
         for some in in_chunks(range(len(predictions))):
-            logits = torch.stack([point_sample(predictions[layer].mask_logits, points[layer]) for layer in some])
-            chosen = points[some.start : some.stop]
+            chosen = points[some.start : some.stop]  # [G, B, P, 2]
             truth = targets.at_points(chosen)  # [G, B, Nmax, P]
-            counted = targets.counted(torch.arange(len(targets.counts), device=points.device), chosen)  # [G, B, P]
-            costs.append(self.mask_coefficient * pairwise_mask_cost(logits, truth, counted)
-                         + self.dice_coefficient * pairwise_dice_cost(logits, truth, counted))
+            counted = targets.counted(images, chosen)  # [G, B, P]
+            rows = rows_of_points(truth, counted)  # [G, B, Nmax + 1, P]
+            sums += [sum_over_points(point_sample(predictions[layer].mask_logits, chosen[place]), rows[place])
+                     for place, layer in enumerate(some)]
+        all_sums = PointSums(*map(torch.stack, zip(*sums, strict=True)))
         class_logits = torch.stack([prediction.class_logits for prediction in predictions])
-        return torch.cat(costs) + self.class_coefficient * _class_cost(class_logits, targets.labels)
+        return (self.mask_coefficient * pairwise_mask_cost(all_sums)
+                + self.dice_coefficient * pairwise_dice_cost(all_sums)
+                + self.class_coefficient * _class_cost(class_logits, targets.labels))
 
 
 def in_chunks(layers: range) -> Iterator[range]:
@@ -80,31 +84,50 @@ def in_chunks(layers: range) -> Iterator[range]:
         yield layers[start : start + LAYERS_AT_ONCE]
 
 
-def pairwise_mask_cost(logits: Tensor, truth: Tensor, counted: Tensor | None = None) -> Tensor:
-    """Binary cross-entropy [..., Q, N] of every query's logits [..., Q, P] with every mask [..., N, P], their mean.
+class PointSums(NamedTuple):
+    """All that the pairwise costs need to know of the points, P of which lie in each image; x are logits.
 
-    softplus(-x) y + softplus(x) (1 - y) = softplus(x) - x y leaves one product of matrices. `counted` [..., P]: 1 for
-    points that count, 0 for others.
+    A row says which points it sums over: one row for each of N targets, and a last one for all points that count.
     """
-    if counted is None:
-        return (F.softplus(logits).sum(-1, keepdim=True) - _products(logits, truth)) / logits.shape[-1]
-    summed = F.softplus(logits) @ counted[..., None] - _products(logits, truth * counted[..., None, :])
-    return summed / counted.sum(-1).clamp(min=1)[..., None, None]
+
+    softplus: Tensor  # [..., 1, Q], of x, over the last row
+    logits: Tensor  # [..., N + 1, Q], of x
+    probabilities: Tensor  # [..., N + 1, Q], of sigmoid(x)
+    sizes: Tensor  # [..., N + 1, 1], of 1
 
 
-def pairwise_dice_cost(logits: Tensor, truth: Tensor, counted: Tensor | None = None) -> Tensor:
-    """Dice loss [..., Q, N] of every query's logits [..., Q, P] with every mask [..., N, P], smoothed by one."""
-    probabilities = logits.sigmoid()
-    if counted is not None:
-        probabilities, truth = probabilities * counted[..., None, :], truth * counted[..., None, :]
-    both = 2.0 * _products(probabilities, truth)  # [..., Q, N]
-    either = probabilities.sum(-1, keepdim=True) + truth.sum(-1)[..., None, :]
-    return 1.0 - (both + 1.0) / (either + 1.0)
+def rows_of_points(truth: Tensor, counted: Tensor | None) -> Tensor:
+    """Truth [..., N, P] and `counted` [..., P], 1 for points that count and else 0 (None: all do), as rows
+    [..., N + 1, P]."""
+    rows = F.pad(truth, (0, 0, 0, 1), value=1.0)
+    return rows if counted is None else rows * counted[..., None, :]
 
 
-def _products(queries: Tensor, targets: Tensor) -> Tensor:
-    """[..., Q, P] and [..., N, P] -> their products [..., Q, N]; with the few targets first, which is twice as fast."""
-    return (targets @ queries.mT).mT
+def sum_over_points(logits: Tensor, rows: Tensor) -> PointSums:
+    """Logits [B, Q, P], which are overwritten, and rows [B, N + 1, P].
+
+    Few, large steps in memory that is there already: new memory costs more time than what is computed in it.
+    """
+    by_point, last = logits.mT, rows[:, -1:]
+    softplus = last.bmm(F.softplus(logits).mT)
+    of_logits = rows.bmm(by_point)
+    logits.sigmoid_()
+    return PointSums(softplus, of_logits, rows.bmm(by_point), rows.sum(-1, keepdim=True))
+
+
+def pairwise_mask_cost(sums: PointSums) -> Tensor:
+    """Binary cross-entropy [..., Q, N] of every query with every mask, the mean over points that count.
+
+    softplus(-x) y + softplus(x) (1 - y) = softplus(x) - x y leaves one product of matrices.
+    """
+    return ((sums.softplus - sums.logits[..., :-1, :]) / sums.sizes[..., -1:, :].clamp(min=1)).mT
+
+
+def pairwise_dice_cost(sums: PointSums) -> Tensor:
+    """Dice loss [..., Q, N] of every query with every mask, smoothed by one."""
+    both = 2.0 * sums.probabilities[..., :-1, :]
+    either = sums.probabilities[..., -1:, :] + sums.sizes[..., :-1, :]
+    return (1.0 - (both + 1.0) / (either + 1.0)).mT
 
 
 def _class_cost(class_logits: Tensor, labels: Tensor) -> Tensor:

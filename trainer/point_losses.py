@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainer.point_sampling import sampling_grid
+
 
 class SampledPoints(NamedTuple):
     """M masks at P points of their own."""
@@ -74,7 +76,6 @@ def spread_to_pixels(at_points: Tensor, points: Tensor, size: torch.Size) -> Ten
     The transpose of `trainer.point_sampling.point_sample`.
     """
     maps = at_points.new_empty(()).expand(len(points), 1, *size)  # only its shape is read
-    grid = 2.0 * points[:, :, None] - 1.0
-    gradient, _ = torch.ops.aten.grid_sampler_2d_backward(
-        at_points[:, None, :, None], maps, grid, 0, 0, False, [True, False])  # bilinear, zeros, not aligned
+    gradient, _ = torch.ops.aten.grid_sampler_2d_backward(  # 0, 0, False: bilinear, zeros outside, not aligned
+        at_points[:, None, :, None], maps, sampling_grid(points), 0, 0, False, [True, False])
     return gradient[:, 0]

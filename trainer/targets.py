@@ -92,7 +92,7 @@ class PackedTargets:
     corners: Tensor  # [K * (H + 1) * (W + 1)]: the four pixels around every corner between pixels of K maps, packed
     size: tuple[int, int]  # H, W
     scale: Tensor  # float32 [2]: W, H
-    maps: Tensor  # int64 [B, 1 or Nmax]: the map that holds the target
+    first: Tensor  # int64 [B, 1 or Nmax]: where the map that holds the target begins: its corner (0, 0) in `corners`
     values: Tensor  # [B, Nmax], of the maps' dtype: the target's value in it
     ignored: Tensor | None  # bool [B, H, W]: pixels without any target; None when they count as background
     labels: Tensor  # int64 [B, Nmax]
@@ -100,12 +100,12 @@ class PackedTargets:
 
     def at_points(self, points: Tensor) -> Tensor:
         """Every mask of every image, bilinear, at points float32 [..., B, P, 2] in [0, 1]: [..., B, Nmax, P]."""
-        return self._sample(points[..., None, :, :], self.maps, self.values)
+        return self._sample(points[..., None, :, :], self.first, self.values)
 
     def at_matched_points(self, images: Tensor, chosen: Tensor, points: Tensor) -> Tensor:
         """Masks `chosen` [M] of `images` [M], each at points [M, P, 2] of its own: float32 [M, P]."""
-        maps = self.maps.expand(-1, self.values.shape[1])
-        return self._sample(points, maps[images, chosen], self.values[images, chosen])
+        first = self.first.expand_as(self.values)
+        return self._sample(points, first[images, chosen], self.values[images, chosen])
 
     def counted(self, images: Tensor, points: Tensor) -> Tensor | None:
         """0 where a point [M, P, 2] lies in an ignored pixel of its image [M], else 1: float32 [M, P].
@@ -119,19 +119,18 @@ class PackedTargets:
         y = (points[..., 1] * height).long().clamp(0, height - 1)
         return (~self.ignored[images[:, None], y, x]).float()
 
-    def _sample(self, points: Tensor, maps: Tensor, values: Tensor) -> Tensor:
-        """points [..., P, 2], maps and values [...] or broadcast against it -> [..., P], with zeros outside the maps.
+    def _sample(self, points: Tensor, first: Tensor, values: Tensor) -> Tensor:
+        """points [..., P, 2], first and values [...] or broadcast against it -> [..., P], with zeros outside the maps.
 
         Bilinear as grid_sample (align_corners False); one gather fetches all four pixels of a point.
         """
-        height, width = self.size
+        _, width = self.size
         places = points * self.scale - 0.5  # in pixels, from the centre of the first
         corners = places.floor()
         x, y = (places - corners).unbind(-1)  # [..., P]
         left, top = corners.int().unbind(-1)
-        first = maps * ((height + 1) * (width + 1)) + (width + 2)  # where a map's corner (0, 0) lies in `corners`
         index = top * (width + 1) + left + first[..., None]
-        around = self.corners.index_select(0, index.clamp(0, len(self.corners) - 1).flatten()).view(index.shape)
+        around = self.corners.take(index.clamp_(0, len(self.corners) - 1))
         inside = (around.view(values.dtype).unflatten(-1, (-1, 4)) == values[..., None, None]).float()  # [..., P, 4]
         a, b, c, d = inside.unbind(-1)
         return torch.lerp(torch.lerp(a, b, x), torch.lerp(c, d, x), y)
@@ -157,11 +156,13 @@ def pack_targets(targets: Sequence[Target], device: torch.device, *, exclude_ign
     outside = _OUTSIDE[maps.dtype] if segmented else 0
     (size,) = sizes
     scale = torch.stack([torch.full((), float(side), device=device) for side in reversed(size)])
-    return PackedTargets(_packed_corners(maps, outside), size, scale, places, values,
+    height, width = size
+    first = places * ((height + 1) * (width + 1)) + (width + 2)
+    return PackedTargets(_packed_corners(maps, outside), size, scale, first, values,
                          ignored if exclude_ignored else None, labels, counts)
 
 
-_Maps = tuple[Tensor, Tensor, Tensor, Tensor]  # maps [K, H, W]; maps and values of PackedTargets; ignored [B, H, W]
+_Maps = tuple[Tensor, Tensor, Tensor, Tensor]  # maps [K, H, W]; each target's map and value [B, N]; ignored [B, H, W]
 _OUTSIDE = {torch.uint8: 255, torch.int16: -1}  # a value that no target has
 
 
