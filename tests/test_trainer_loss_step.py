@@ -446,6 +446,34 @@ def test_bf16_predictions_are_matched_and_charged_as_their_float32_values() -> N
                for name, value in losses[0].losses.items())
 
 
+def test_a_trained_model_is_matched_alike_in_bf16_and_in_float32() -> None:
+    model, pixels = model_of("m2f").train(), images()
+    blocks = torch.arange(3, dtype=torch.uint8).repeat_interleave(32).expand(64, 96)
+    targets = [{"segment_map": blocks, "labels": torch.tensor([4, 0, 2])},
+               {"segment_map": blocks.flip(1), "labels": torch.tensor([1, 3, 2])}]
+    loss = MaskClassificationLoss(**SETTINGS | {"num_points": 256, "num_labels": 5})
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    for step in range(30):
+        total, losses = loss.step(model(pixels), targets, generator=seeded(step))
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        if step == 0:
+            first = total.detach()
+    assert total.detach() < 0.5 * first, "it has learned something"
+    matches = []
+    for enabled in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            outputs = model(pixels)
+            _, losses = loss.step(outputs, targets, generator=seeded())
+            predictions = [Prediction(item["pred_logits"], item["pred_masks"]) for item in items_of(outputs)]
+            draw = point_sampling.uniform_draw(CPU, seeded())
+            matches.append(loss.matcher(predictions, pack_targets(targets, CPU), draw))
+    assert outputs["pred_masks"].dtype == torch.bfloat16
+    assert all(value.dtype == torch.float32 for value in losses.values())
+    assert torch.equal(*matches)
+
+
 RANKS = [[3, 2], [0, 0]]  # the second rank has no mask at all
 
 
