@@ -32,7 +32,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     reader = ShardReader(arguments.root, arguments.split)
-    plan = TrainPlan(num_samples=len(reader), micro_batch_size=arguments.batch, seed=0)
+    plan = TrainPlan([shard.samples for shard in reader.info.shards], arguments.batch, 0)
     numbers = range(arguments.batches)
     jpegs = [reader.read(draw.sample).image_bytes for number in numbers for draw in plan.micro_batch(number)]
     samples = len(jpegs)

@@ -71,7 +71,7 @@ def plan_blocks(config: PreprocessConfig, dataset: Dataset) -> list[Block]:
 def config_hash(config: PreprocessConfig, dataset: Dataset) -> str:
     """Hash of all that decides the shards' bytes: settings, class meaning, encoders, but not places or workers."""
     content = config_to_dict(config)
-    for place in ("output", "workers", "on_error"):
+    for place in ("output", "staging", "workers", "on_error"):
         del content[place]
     for place in ("root", "class_file", "limit"):
         del content["dataset"][place]

@@ -59,7 +59,8 @@ class CropConfig:
 class PreprocessConfig:
     """One sharding job: the root of the configuration."""
 
-    output: str | None = knob(None, "folder of the shard set to write")
+    output: str | None = knob(None, "folder of the shard set to write, or its s3://, gs:// or az:// URL")
+    staging: str = knob(".staging", "output is a URL: folder in which the set is made before it is uploaded")
     dataset: DatasetConfig = knob(DatasetConfig, "")
     crops: CropConfig = knob(CropConfig, "")
     images_per_shard: int = knob(500, "source images per block; a block yields one shard per crop number", minimum=1)

@@ -37,7 +37,7 @@ def _parse() -> tuple[PreprocessConfig, bool]:
     parser = config_parser(str(__doc__), PreprocessConfig, DEFAULT_CONFIG)
     parser.add_argument("--dataset", default=None, help="layout of the source: ade20k, camvid or folder (dataset.kind)")
     parser.add_argument("--root", default=None, help="the dataset's folder, or the ADE20K .zip (dataset.root)")
-    parser.add_argument("--output", default=None, help="folder for the shard set (output)")
+    parser.add_argument("--output", default=None, help="folder or URL for the shard set (output)")
     parser.add_argument("--workers", type=int, default=None, help="processes; default: one per CPU (workers)")
     parser.add_argument("--on-error", default=None, help="fail or skip: what an unusable image does (on_error)")
     parser.add_argument("--dry-run", action="store_true", help="print settings, counts and one sample, write nothing")

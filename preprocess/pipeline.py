@@ -18,6 +18,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,12 @@ from preprocess.blocks import Block, block_fingerprint, config_hash, plan_blocks
 from preprocess.config import PreprocessConfig
 from preprocess.pairs import Dataset
 from preprocess.publish import publish
+from shards.atomic import write_atomically
 from shards.errors import ConfigError, DatasetError
 from shards.manifest import MANIFEST_NAME, Manifest, hash_of, load_manifest
+from shards.mirror import copy_set, files_of
+from shards.storage import LocalStorage, Storage, is_remote, open_storage
 from shards.workers import exit_with_parent
-from shards.writer import write_atomically
 
 _PROGRESS_FOLDER = ".progress"
 _POLL_SECONDS = 0.2
@@ -40,16 +43,37 @@ _TEMPORARY = re.compile(r"\..+\.(tar|index|json)\.\d+\.tmp")  # as ShardWriter a
 def write_shards(config: PreprocessConfig, dataset: Dataset) -> tuple[Manifest, bool]:
     """Write what is missing of the shard set `config.output`, then its manifest.
 
-    Returns (manifest, whether anything was written). Raises ConfigError when the folder holds a complete
+    A set for object storage is written to `config.staging`, mirrored from there, verified, and removed there.
+    Returns (manifest, whether anything was written). Raises ConfigError when the place holds a complete
     set made with other settings, DatasetError on the first unusable image (on_error "fail").
     """
     if not config.output:
-        raise ConfigError("output is not set: give --output <dir>, the folder for the shards")
-    output, blocks, fingerprint = Path(config.output), plan_blocks(config, dataset), config_hash(config, dataset)
-    fingerprints = {block.name: block_fingerprint(fingerprint, block) for block in blocks}
-    set_hash = hash_of([fingerprint, sorted(fingerprints.items())])
+        raise ConfigError("output is not set: give --output <dir or URL>, the place for the shards")
+    if not is_remote(config.output):
+        return _write_to_folder(config, dataset, Path(config.output))
+    destination, folder = open_storage(config.output), staging_folder(config)
+    _, set_hash = _fingerprints(config, dataset, plan_blocks(config, dataset))
+    with contextlib.suppress(FileNotFoundError):
+        destination.read(MANIFEST_NAME)
+        return _existing_set(destination, set_hash), False
+    manifest, _ = _write_to_folder(replace(config, output=str(folder)), dataset, folder)
+    with tqdm(total=sum(file.bytes for file in files_of(manifest)), unit="B", unit_scale=True, disable=None,
+              desc="uploading") as bar:
+        copy_set(folder, destination, lambda file: bar.update(file.bytes))
+    shutil.rmtree(folder)
+    return manifest, True
+
+
+def staging_folder(config: PreprocessConfig) -> Path:
+    """Where a set for `config.output` waits for its upload: one folder per URL."""
+    return Path(config.staging) / hash_of(config.output)[:16]
+
+
+def _write_to_folder(config: PreprocessConfig, dataset: Dataset, output: Path) -> tuple[Manifest, bool]:
+    blocks = plan_blocks(config, dataset)
+    fingerprints, set_hash = _fingerprints(config, dataset, blocks)
     if (output / MANIFEST_NAME).exists():
-        return _existing_set(output, set_hash), False
+        return _existing_set(LocalStorage(output), set_hash), False
     progress_folder = output / _PROGRESS_FOLDER
     if output.exists() and not progress_folder.exists() and any(output.iterdir()):
         raise ConfigError(f"{output} is not empty and holds no unfinished shard set; give another --output")
@@ -58,6 +82,13 @@ def write_shards(config: PreprocessConfig, dataset: Dataset) -> tuple[Manifest, 
         manifest = _write_missing(config, dataset, blocks, fingerprints, set_hash)
         shutil.rmtree(progress_folder)
     return manifest, True
+
+
+def _fingerprints(config: PreprocessConfig, dataset: Dataset, blocks: list[Block]) -> tuple[dict[str, str], str]:
+    """(fingerprint of each block by its name, hash of the whole set)"""
+    fingerprint = config_hash(config, dataset)
+    fingerprints = {block.name: block_fingerprint(fingerprint, block) for block in blocks}
+    return fingerprints, hash_of([fingerprint, sorted(fingerprints.items())])
 
 
 def _write_missing(
@@ -169,13 +200,13 @@ def _load_record(output: Path, block: Block, fingerprint: str, config: Preproces
     return record if record.get("fingerprint") == fingerprint and all(sizes) else None
 
 
-def _existing_set(output: Path, set_hash: str) -> Manifest:
-    manifest = load_manifest(output)
+def _existing_set(place: Storage, set_hash: str) -> Manifest:
+    manifest, output = load_manifest(place), place.root
     if manifest.config_hash != set_hash:
         raise ConfigError(
             f"{output} already holds a complete shard set made with other settings, sources or encoders "
             f"(its config_hash is {manifest.config_hash[:12]}, this command's is {set_hash[:12]}); "
-            "give another --output, or remove that folder first"
+            "give another --output, or remove that set first"
         )
     return manifest
 

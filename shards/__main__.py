@@ -1,4 +1,7 @@
-"""`python -m shards info|verify|show <root>`: look at a shard set."""
+"""`python -m shards info|verify|show|audit|copy <root>`: look at a shard set, or mirror it.
+
+A root is a folder or an s3://, gs://, az:// or https:// URL.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from shards.audit import audit
 from shards.command_line import run_entry_point
 from shards.errors import ConfigError, MaskStreamError
 from shards.manifest import Manifest, SplitInfo, load_manifest
+from shards.mirror import copy_set, files_of
 from shards.picture import contact_sheet, overlay
+from shards.plan import LANES, SPAN_SAMPLES, TrainPlan
 from shards.reader import ShardReader
 from shards.verify import verify
 
@@ -22,8 +28,19 @@ def main() -> int:
     info = commands.add_parser("info", help="what the set holds: splits, sizes, classes")
     check = commands.add_parser("verify", help="read every byte and every sample; exit code 1 when something is wrong")
     show = commands.add_parser("show", help="write a contact sheet of samples: image, overlay")
-    for command in (info, check, show):
-        command.add_argument("root", help="folder that holds manifest.json")
+    audited = commands.add_parser("audit", help="play an epoch as ranks and workers would; exit code 1 unless each "
+                                  "sample is seen once")
+    mirror = commands.add_parser("copy", help="mirror the set to another place; run it again to go on")
+    for command in (info, check, show, audited, mirror):
+        command.add_argument("root", help="folder or URL that holds manifest.json")
+    mirror.add_argument("destination", help="folder or URL to copy to")
+    audited.add_argument("--split", default="train", help="split to play (default: train)")
+    audited.add_argument("--seed", type=int, default=0, help="seed of the order (default: 0)")
+    for name, default, meaning in (("ranks", 1, "ranks"), ("workers", 1, "loader processes per rank"),
+                                   ("batch", 2, "samples per micro-batch"), ("accumulation", 1, "micro-batches of a "
+                                   "rank per step"), ("lanes", LANES, "as data.lanes"),
+                                   ("span-samples", SPAN_SAMPLES, "as data.span_samples")):
+        audited.add_argument(f"--{name}", type=_at_least_one, default=default, help=f"{meaning} (default: {default})")
     show.add_argument("--split", default=None, help="split to draw from (default: the first one)")
     show.add_argument("--count", type=int, default=12, help="samples on the sheet (default: 12)")
     show.add_argument("--first", type=int, default=0, help="number of the first sample (default: 0)")
@@ -33,6 +50,10 @@ def main() -> int:
         return _verify(arguments.root)
     if arguments.command == "show":
         return _show(arguments)
+    if arguments.command == "audit":
+        return _audit(arguments)
+    if arguments.command == "copy":
+        return _copy(arguments.root, arguments.destination)
     return _info(arguments.root)
 
 
@@ -74,6 +95,45 @@ def _verify(root: str) -> int:
         print(f"problem: {problem}")
     print(f"{root}: {len(problems)} problems" if problems else f"{root}: sound")
     return 1 if problems else 0
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    reader = ShardReader(arguments.root, arguments.split)
+    plan = TrainPlan([shard.samples for shard in reader.info.shards], arguments.batch, arguments.seed,
+                     arguments.lanes, arguments.span_samples)
+    with tqdm(total=len(reader), unit="sample", disable=None) as bar:
+        found = audit(reader, plan, arguments.ranks, arguments.workers, arguments.accumulation,
+                      lambda sample: bar.update())
+    reader.close()
+    print(f"split {arguments.split!r}, epoch 0, seed {arguments.seed}: {found.samples} samples, "
+          f"{arguments.ranks} ranks x {arguments.workers} workers, {found.micro_batches[0]} micro-batches of "
+          f"{arguments.batch} per rank")
+    print(f"{found.spans} spans of neighbours, {found.shared_spans} of them read by more than one worker")
+    if found.is_exact:
+        print(f"each of {found.samples} samples seen once")
+        return 0
+    missing = found.samples - len(found.seen)
+    repeated = sum(count > 1 for count in found.seen.values())
+    same_key = sum(count > 1 for count in found.keys.values())
+    print(f"problem: {missing} samples never seen, {repeated} seen more than once, {same_key} keys met more than once, "
+          f"micro-batches per rank {found.micro_batches}")
+    return 1
+
+
+def _copy(root: str, destination: str) -> int:
+    manifest = load_manifest(root)
+    total = sum(file.bytes for file in files_of(manifest))
+    with tqdm(total=total, unit="B", unit_scale=True, disable=None, desc="copying") as bar:
+        copied = copy_set(root, destination, lambda file: bar.update(file.bytes))
+    print(f"{destination}: complete, {copied} files copied, all verified ({total / 1e6:.1f} MB)")
+    return 0
+
+
+def _at_least_one(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
 
 
 def _show(arguments: argparse.Namespace) -> int:

@@ -5,7 +5,8 @@ MaskStreamError            everything below; entry points print it as one line a
 ├── DatasetError           a source image or label map cannot be used (preprocess)
 └── ShardError             a shard set cannot be used
     ├── CorruptShardError      bytes differ from what the manifest or the payload promises
-    └── FormatVersionError     written by a newer MaskStream than this one
+    ├── FormatVersionError     written by a newer MaskStream than this one
+    └── StorageError           object storage does not answer, or not with what was asked for
 """
 
 from __future__ import annotations
@@ -33,3 +34,7 @@ class CorruptShardError(ShardError):
 
 class FormatVersionError(ShardError):
     """The set, sample or mask payload has a format version that this code does not know."""
+
+
+class StorageError(ShardError):
+    """A place that holds shards cannot be read or written; the message names object, offset and cause."""

@@ -19,6 +19,7 @@ import numpy as np
 
 from shards.errors import CorruptShardError, FormatVersionError, ShardError
 from shards.rle import ignore_value
+from shards.storage import ObjectStorage, Storage, open_storage
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -113,23 +114,25 @@ def manifest_bytes(manifest: Manifest) -> bytes:
     return (canonical_json({**content, "manifest_sha256": hash_of(content)}) + "\n").encode()
 
 
-def load_manifest(root: str | Path) -> Manifest:
+def load_manifest(root: str | Path | Storage) -> Manifest:
     """Read and check `<root>/manifest.json`.
 
     Raises ShardError when there is none (the set is incomplete or this is not one), FormatVersionError
     when it is newer than this code, CorruptShardError when it is damaged or inconsistent.
     """
-    path = Path(root) / MANIFEST_NAME
+    storage = open_storage(root)
+    path = storage.where(MANIFEST_NAME)
     try:
-        data = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
+        data = storage.read(MANIFEST_NAME)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        missing = isinstance(storage, ObjectStorage) and f" ({error})"
         raise ShardError(
-            f"{path} does not exist: {root} is not a shard set, or writing it did not finish. "
+            f"{path} does not exist: {storage.root} is not a shard set, or writing it did not finish{missing or ''}. "
             "Rerun the same preprocess/make_shards.py command to complete it."
         ) from None
     except OSError as error:
         raise ShardError(f"{path} cannot be read: {error}") from error
-    return parse_manifest(data, str(path))
+    return parse_manifest(data, path)
 
 
 def parse_manifest(data: bytes, name: str) -> Manifest:

@@ -1,16 +1,22 @@
 """Which samples, in which order, for which rank: pure functions of (seed, numbers), no state, no I/O.
 
-Training samples form one endless sequence: epoch after epoch, each a seeded permutation of all samples.
-Cut into micro-batches of equal size, micro-batch m is the same list of samples whoever works on it.
-Optimiser step s consumes micro-batches s*M .. s*M + M - 1 (M = ranks x accumulation), so every rank gets
-the same number of them, nothing is dropped or repeated within an epoch, and a run is described by the
-number of steps done, whatever the numbers of ranks and workers.
+Training samples form one endless sequence of positions: epoch after epoch, each a seeded permutation of all samples.
+Position p belongs to micro-batch p // size, whoever works on it. Optimiser step s consumes micro-batches
+s*M .. s*M + M - 1 (M = ranks x accumulation), so every rank gets the same number of them, nothing is dropped or
+repeated within an epoch, and a run is described by the number of steps done, whatever ranks and workers.
+
+How an epoch is shuffled, so that few bytes are read twice and any position is computed directly:
+
+    shards, permuted   |---c---|--a--|----d----|--b--|        one row of samples
+    lanes, permuted    |  2   |  0   |  3   |  1   |          equal sections; position p is in lane p mod lanes
+    spans              |..|..|..|                             a few neighbours, read in one piece; permuted in
+                                                              their lane, and samples permuted in their span
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +24,10 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.errors import ConfigError
+
+LANES, SPAN_SAMPLES = 128, 16
+_EPOCHS_KEPT = 2  # a micro-batch can straddle two epochs
+_SHARDS, _LANES, _SPANS, _SAMPLES = range(4)  # what a random generator permutes
 
 
 class Draw(NamedTuple):
@@ -27,46 +37,123 @@ class Draw(NamedTuple):
     sample: int
 
 
-@dataclass(frozen=True, kw_only=True)
+class Span(NamedTuple):
+    """Some samples that follow each other in the row of an epoch: `size` of them from place `first`."""
+
+    epoch: int
+    first: int
+    size: int
+
+
 class TrainPlan:
-    """The order of training samples. Raises ConfigError when there is nothing to train on."""
+    """The order of training samples, numbered in storage order. Raises ConfigError when there is nothing to train on.
 
-    num_samples: int
-    micro_batch_size: int
-    seed: int
+    Memory grows with the number of shards, and with that of spans in the lanes in use; never with the samples.
+    """
 
-    def __post_init__(self) -> None:
+    def __init__(self, shard_samples: Sequence[int], micro_batch_size: int, seed: int, lanes: int = LANES,
+                 span_samples: int = SPAN_SAMPLES) -> None:
+        self.shard_samples = np.asarray(shard_samples, np.int64)
+        self.num_samples = int(self.shard_samples.sum())
         if self.num_samples < 1:
             raise ConfigError("the training split holds no samples")
-        if self.micro_batch_size < 1:
-            raise ConfigError(f"micro_batch_size is {self.micro_batch_size}, legal: at least 1")
+        for name, value in (("micro_batch_size", micro_batch_size), ("lanes", lanes), ("span_samples", span_samples)):
+            if value < 1:
+                raise ConfigError(f"{name} is {value}, legal: at least 1")
+        self.micro_batch_size, self.seed = micro_batch_size, seed
+        self.lanes, self.span_samples = min(lanes, self.num_samples), span_samples
+        self._first_samples = np.cumsum(self.shard_samples) - self.shard_samples
+        self._row = functools.lru_cache(maxsize=_EPOCHS_KEPT)(self._make_row)
+        self._lane_starts = functools.lru_cache(maxsize=_EPOCHS_KEPT)(self._make_lane_starts)
+        self._span_order = functools.lru_cache(maxsize=_EPOCHS_KEPT * self.lanes)(self._make_span_order)
+        self._sample_order = functools.lru_cache(maxsize=_EPOCHS_KEPT * self.lanes)(self._make_sample_order)
+
+    def __reduce__(self) -> tuple[type[TrainPlan], tuple[npt.NDArray[np.int64], int, int, int, int]]:
+        return TrainPlan, (self.shard_samples, self.micro_batch_size, self.seed, self.lanes, self.span_samples)
 
     def micro_batch(self, number: int) -> list[Draw]:
         """The samples of micro-batch `number` (0, 1, 2, ... without end)."""
-        first = number * self.micro_batch_size
-        draws = []
-        for position in range(first, first + self.micro_batch_size):
-            epoch, place = divmod(position, self.num_samples)
-            draws.append(Draw(epoch, int(epoch_order(self.num_samples, self.seed, epoch)[place])))
-        return draws
+        return [self.draw(position) for position in self.positions(number)]
+
+    def positions(self, number: int) -> range:
+        """The positions of micro-batch `number` in the endless sequence."""
+        return range(number * self.micro_batch_size, (number + 1) * self.micro_batch_size)
+
+    def draw(self, position: int) -> Draw:
+        """The sample at a position (0, 1, 2, ... without end)."""
+        span, place = self._locate(position)
+        inside = int(self._sample_order(span)[place])
+        return Draw(span.epoch, int(self.samples(Span(span.epoch, span.first + inside, 1))[0]))
+
+    def span(self, position: int) -> Span:
+        """The span that holds the sample at a position."""
+        return self._locate(position)[0]
+
+    def samples(self, span: Span) -> npt.NDArray[np.int64]:
+        """Sample numbers of a span; they ascend by one, but for seams between shards."""
+        order, ends = self._row(span.epoch)
+        places = np.arange(span.first, span.first + span.size)
+        shards = np.searchsorted(ends, places, side="right")
+        sizes = self.shard_samples[order[shards]]
+        return self._first_samples[order[shards]] + places - (ends[shards] - sizes)
+
+    def _locate(self, position: int) -> tuple[Span, int]:
+        """(span, place in its permutation) of a position."""
+        epoch, in_epoch = divmod(position, self.num_samples)
+        in_lane, lane = divmod(in_epoch, self.lanes)
+        size, longer = divmod(self.num_samples, self.lanes)  # the first `longer` lanes have one sample more
+        first, length = int(self._lane_starts(epoch)[lane]), size + (lane < longer)
+        order, starts = self._span_order(epoch, lane, length)
+        number = int(np.searchsorted(starts, in_lane, side="right")) - 1
+        offset = int(order[number]) * self.span_samples
+        span = Span(epoch, first + offset, min(self.span_samples, length - offset))
+        return span, in_lane - int(starts[number])
+
+    def _make_row(self, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """(shards in the epoch's order, where each ends in the row)"""
+        order = self._rng(epoch, _SHARDS).permutation(len(self.shard_samples))
+        return order, np.cumsum(self.shard_samples[order])
+
+    def _make_lane_starts(self, epoch: int) -> npt.NDArray[np.int64]:
+        """Where each lane begins in the row: in random order, so that a batch does not hold neighbouring sections."""
+        size, longer = divmod(self.num_samples, self.lanes)
+        order = self._rng(epoch, _LANES).permutation(self.lanes)
+        lengths = size + (order < longer)
+        starts = np.empty(self.lanes, np.int64)
+        starts[order] = np.cumsum(lengths) - lengths
+        return starts
+
+    def _make_span_order(self, epoch: int, lane: int, length: int) -> tuple[npt.NDArray[np.int32],
+                                                                           npt.NDArray[np.int32]]:
+        """(spans of a lane in their order, where each starts in it); the lane's last span may be short."""
+        count = -(-length // self.span_samples)
+        order = self._rng(epoch, _SPANS, lane).permutation(np.arange(count, dtype=np.int32))
+        sizes = np.full(count, self.span_samples, np.int32)
+        sizes[order == count - 1] = length - (count - 1) * self.span_samples
+        return order, np.cumsum(sizes, dtype=np.int32) - sizes
+
+    def _make_sample_order(self, span: Span) -> npt.NDArray[np.int64]:
+        return self._rng(span.epoch, _SAMPLES, span.first).permutation(span.size)
+
+    def _rng(self, *numbers: int) -> np.random.Generator:
+        return np.random.Generator(np.random.PCG64([self.seed, *numbers]))
 
 
-@functools.lru_cache(maxsize=2)  # a micro-batch can straddle two epochs
-def epoch_order(num_samples: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """Permutation of 0..num_samples-1 for one epoch."""
-    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_samples)
-    order.setflags(write=False)
-    return order
+@dataclass(frozen=True, kw_only=True)
+class MicroBatchNumbers:
+    """Iterable: the micro-batches that `rank` works on in steps first_step..last_step-1, in order."""
 
+    first_step: int
+    last_step: int
+    rank: int
+    world_size: int
+    accumulation: int
 
-def micro_batch_numbers(
-    first_step: int, last_step: int, rank: int, world_size: int, accumulation: int
-) -> Iterator[int]:
-    """Numbers of the micro-batches that `rank` works on in steps first_step..last_step-1, in order."""
-    per_step = world_size * accumulation
-    for step in range(first_step, last_step):
-        for turn in range(accumulation):
-            yield step * per_step + turn * world_size + rank
+    def __iter__(self) -> Iterator[int]:
+        per_step = self.world_size * self.accumulation
+        for step in range(self.first_step, self.last_step):
+            for turn in range(self.accumulation):
+                yield step * per_step + turn * self.world_size + self.rank
 
 
 def accumulation_for(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:

@@ -4,92 +4,150 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
+import logging
 import tarfile
 import zlib
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from shards.errors import CorruptShardError, ShardError
+from shards.cache import DiskCache
+from shards.errors import CorruptShardError, ShardError, StorageError
 from shards.manifest import INDEX_DTYPE, Manifest, ShardInfo, load_manifest
 from shards.sample import IMAGE_SUFFIXES, CropSample, decode_sample
+from shards.storage import LocalStorage, Storage, open_storage
 
 _BLOCK = 512
-_OPEN_FILES = 64  # shards kept open per reader; far below the usual limit of 1024 descriptors
+_FETCHES_OF_DAMAGED = 4  # from object storage: a bit may have flipped on the way
+_log = logging.getLogger(__name__)
 
 
 class ShardReader:
     """Random access to the samples of one split, numbered 0..len-1 in storage order.
 
-    Opening reads the manifest and the index and compares every shard's size. Each read is one `pread`
-    of the sample's span, checked against its CRC-32. Safe to hand to spawned or forked workers: files
-    are opened on first use in each process. Not for several threads at once: give each a reader of its own.
+    Opening reads the manifest and the index and, where the storage can list, compares every shard's size. Each read
+    is one range of bytes, checked against its CRC-32; what object storage delivers damaged is fetched again. Safe to
+    hand to spawned workers, and to forked ones on local folders. With `cache`, ranges from object storage are kept on
+    the local disk.
     """
 
-    def __init__(self, root: str | Path, split: str, manifest: Manifest | None = None) -> None:
-        self.root, self.split = Path(root), split
-        self.manifest = manifest if manifest is not None else load_manifest(root)
+    def __init__(self, root: str | Path | Storage, split: str, manifest: Manifest | None = None,
+                 cache: DiskCache | None = None) -> None:
+        self.storage, self.split, self.cache = open_storage(root), split, cache
+        self.manifest = manifest if manifest is not None else load_manifest(self.storage)
         self.info = self.manifest.split(split)
-        self._index = load_index(self.root, self.manifest, split)
+        self._index = load_index(self.storage, self.manifest, split)
         self._first_sample = np.cumsum([0] + [shard.samples for shard in self.info.shards])
-        for shard in self.info.shards:
-            _check_size(self.root / shard.name, shard)
-        self._files: OrderedDict[int, int] = OrderedDict()
-        self._owner = os.getpid()
+        _check_sizes(self.storage, self.info.shards)
 
     def __len__(self) -> int:
         return self.info.samples
 
-    def read(self, number: int) -> CropSample:
-        """Sample `number`. Raises CorruptShardError naming shard and sample; IndexError when out of range."""
+    def read(self, number: int, data: bytes | None = None) -> CropSample:
+        """Sample `number`, from its bytes if they are here already (see `fetch`).
+
+        Raises CorruptShardError or StorageError naming shard and sample; IndexError when out of range.
+        """
         if not 0 <= number < len(self):
             raise IndexError(f"sample {number} of split {self.split!r}, legal: 0..{len(self) - 1}")
-        shard_number = int(np.searchsorted(self._first_sample, number, side="right")) - 1
-        shard = self.info.shards[shard_number]
-        offset, length, crc32 = (int(value) for value in self._index[number])
-        where = f"{self.root / shard.name}, sample {number - int(self._first_sample[shard_number])} (offset {offset})"
-        try:
-            span = os.pread(self._file(shard_number), length, offset)
-        except OSError as error:
-            raise ShardError(f"{where}: {error}") from error
-        if len(span) != length:
-            raise CorruptShardError(f"{where}: got {len(span)} of {length} bytes, the shard is cut short")
-        if zlib.crc32(span) != crc32:
-            raise CorruptShardError(f"{where}: CRC-32 differs from the index, the shard is damaged")
-        return parse_span(span, where, self.manifest.ignore_index)
+        where = self._where(number)
+        tries = 1 if self.is_local else _FETCHES_OF_DAMAGED
+        for left in reversed(range(tries)):
+            if data is None:
+                data = self.fetch([number])[0]
+            problem = self._problem(number, data)
+            if problem is None:
+                return parse_span(data, where, self.manifest.ignore_index)
+            if left:
+                _log.warning("%s: %s; fetching it again", where, problem)
+                self._forget(number)
+            data = None
+        raise CorruptShardError(f"{where}: {problem}")
+
+    def fetch(self, numbers: Sequence[int]) -> list[bytes]:
+        """The unverified bytes of some samples; neighbours in a shard come in one request. May be used by threads."""
+        found: list[bytes] = []
+        for run in self._runs(numbers):
+            shard, offset, _ = self._place(run[0])
+            end = sum(self._place(run[-1])[1:])
+            data = self._range(shard, offset, end - offset)
+            starts = [self._place(number)[1] - offset for number in run]
+            found += [data[start : start + self._place(number)[2]] for start, number in zip(starts, run, strict=True)]
+        return found
+
+    def bytes_of(self, numbers: Sequence[int]) -> int:
+        """How many bytes `fetch` would return."""
+        return int(self._index["length"][np.asarray(numbers)].sum())
+
+    @property
+    def is_local(self) -> bool:
+        """Whether reading needs no network, and so no reading ahead."""
+        return isinstance(self.storage, LocalStorage)
 
     def close(self) -> None:
-        """Close the shard files of this process."""
-        if self._owner == os.getpid():
-            for descriptor in self._files.values():
-                os.close(descriptor)
-        self._files.clear()
+        """Close the files of this process."""
+        if isinstance(self.storage, LocalStorage):
+            self.storage.close()
 
-    def __del__(self) -> None:
-        if "_files" in self.__dict__:
-            self.close()
+    def _runs(self, numbers: Sequence[int]) -> Iterator[list[int]]:
+        """Numbers in pieces that follow each other in one shard."""
+        run: list[int] = []
+        for number in map(int, numbers):
+            if run and (number != run[-1] + 1 or self._place(number)[0] != self._place(run[0])[0]):
+                yield run
+                run = []
+            run.append(number)
+        if run:
+            yield run
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": OrderedDict()}  # descriptors mean nothing in another process
+    def _place(self, number: int) -> tuple[int, int, int]:
+        """(shard, offset, length)"""
+        shard = int(np.searchsorted(self._first_sample, number, side="right")) - 1
+        return shard, int(self._index["offset"][number]), int(self._index["length"][number])
 
-    def _file(self, shard_number: int) -> int:
-        if self._owner != os.getpid():  # forked or unpickled: the parent's descriptors are not ours to use
-            self._files, self._owner = OrderedDict(), os.getpid()
-        descriptor = self._files.pop(shard_number, None)
-        if descriptor is None:
-            descriptor = os.open(self.root / self.info.shards[shard_number].name, os.O_RDONLY)
-            if len(self._files) >= _OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-        self._files[shard_number] = descriptor  # newest last
-        return descriptor
+    def _range(self, shard_number: int, offset: int, length: int) -> bytes:
+        shard = self.info.shards[shard_number]
+
+        def from_storage() -> bytes:
+            try:
+                return self.storage.read(shard.name, offset, length)
+            except FileNotFoundError as error:
+                raise StorageError(f"{self.storage.where(shard.name)} (offset {offset}): the manifest lists this "
+                                   f"shard, but it is not there: {error}") from error
+            except OSError as error:
+                raise ShardError(f"{self.storage.where(shard.name)} (offset {offset}): {error}") from error
+
+        if self.cache is None or self.is_local:
+            return from_storage()
+        return self.cache.get(_cache_key(shard, offset, length), from_storage)
+
+    def _forget(self, number: int) -> None:
+        if self.cache is not None:
+            shard, offset, length = self._place(number)
+            self.cache.remove(_cache_key(self.info.shards[shard], offset, length))
+
+    def _problem(self, number: int, data: bytes) -> str | None:
+        _, _, crc32 = (int(value) for value in self._index[number])
+        length = self._place(number)[2]
+        if len(data) != length:
+            return f"got {len(data)} of {length} bytes, the shard is cut short"
+        damaged = zlib.crc32(data) != crc32
+        return "CRC-32 differs from the index, the shard is damaged or was replaced" if damaged else None
+
+    def _where(self, number: int) -> str:
+        shard, offset, _ = self._place(number)
+        name = self.storage.where(self.info.shards[shard].name)
+        return f"{name}, sample {number - int(self._first_sample[shard])} (offset {offset})"
 
 
-def iter_samples(root: str | Path, split: str) -> Iterator[CropSample]:
+def _cache_key(shard: ShardInfo, offset: int, length: int) -> str:
+    """Of what the bytes are, not where they lie: equal shards share their entries."""
+    return f"{shard.sha256}-{offset}-{length}"
+
+
+def iter_samples(root: str | Path | Storage, split: str) -> Iterator[CropSample]:
     """Verified samples of a split in storage order."""
     reader = ShardReader(root, split)
     try:
@@ -99,12 +157,12 @@ def iter_samples(root: str | Path, split: str) -> Iterator[CropSample]:
         reader.close()
 
 
-def load_index(root: Path, manifest: Manifest, split: str) -> npt.NDArray[np.void]:
+def load_index(storage: Storage, manifest: Manifest, split: str) -> npt.NDArray[np.void]:
     """The `INDEX_DTYPE` records of a split, checked against size and hash in the manifest."""
     info = manifest.split(split).index
-    path = root / info.name
+    path = storage.where(info.name)
     try:
-        data = path.read_bytes()
+        data = storage.read(info.name)
     except OSError as error:
         raise ShardError(f"{path}: the index of split {split!r} cannot be read: {error}") from error
     if len(data) != info.bytes or hashlib.sha256(data).hexdigest() != info.sha256:
@@ -150,10 +208,15 @@ def _read_member(stream: io.BytesIO, where: str) -> tuple[str, bytes]:
     return header.name, data
 
 
-def _check_size(path: Path, shard: ShardInfo) -> None:
+def _check_sizes(storage: Storage, shards: Sequence[ShardInfo]) -> None:
+    """Every shard is there and has the manifest's size, as far as the storage can tell without reading them."""
     try:
-        found = path.stat().st_size
+        sizes = storage.sizes()
     except OSError as error:
-        raise ShardError(f"{path} cannot be read, but the manifest lists it: {error}") from error
-    if found != shard.bytes:
-        raise CorruptShardError(f"{path} has {found} bytes, the manifest says {shard.bytes}")
+        raise ShardError(f"{storage.root} cannot be read: {error}") from error
+    for shard in shards if sizes is not None else ():
+        path, found = storage.where(shard.name), sizes.get(shard.name) if sizes else None
+        if found is None:
+            raise ShardError(f"{path} cannot be read, but the manifest lists it")
+        if found != shard.bytes:
+            raise CorruptShardError(f"{path} has {found} bytes, the manifest says {shard.bytes}")

@@ -13,45 +13,46 @@ import numpy as np
 from shards.errors import MaskStreamError
 from shards.manifest import MANIFEST_NAME, Manifest, SplitInfo, load_manifest, manifest_bytes
 from shards.reader import load_index, parse_span
+from shards.storage import Storage, open_storage
 
 _END_OF_ARCHIVE = bytes(1024)
 
 
-def verify(root: str | Path, progress: Callable[[str], object] = lambda shard: None) -> list[str]:
+def verify(root: str | Path | Storage, progress: Callable[[str], object] = lambda shard: None) -> list[str]:
     """All problems found, as sentences that name the file; an empty list means the set is sound.
 
     `progress` is called with each shard's name when it has been read.
     """
-    root = Path(root)
+    storage = open_storage(root)
     try:
-        manifest = load_manifest(root)
+        manifest = load_manifest(storage)
     except MaskStreamError as error:
         return [str(error)]
     problems = []
-    if (root / MANIFEST_NAME).read_bytes() != manifest_bytes(manifest):
-        problems.append(f"{root / MANIFEST_NAME} is not in canonical form: it was edited or damaged")
-    problems += _unlisted_files(root, manifest)
+    if storage.read(MANIFEST_NAME) != manifest_bytes(manifest):
+        problems.append(f"{storage.where(MANIFEST_NAME)} is not in canonical form: it was edited or damaged")
+    problems += _unlisted_files(storage, manifest)
     for name in manifest.splits:
-        problems += _verify_split(root, manifest, name, progress)
+        problems += _verify_split(storage, manifest, name, progress)
     return problems
 
 
-def _verify_split(root: Path, manifest: Manifest, name: str, progress: Callable[[str], object]) -> Iterator[str]:
+def _verify_split(storage: Storage, manifest: Manifest, name: str, progress: Callable[[str], object]) -> Iterator[str]:
     split = manifest.splits[name]
     try:
-        index = load_index(root, manifest, name)
+        index = load_index(storage, manifest, name)
     except MaskStreamError as error:
         yield str(error)
         return
     counts = _Counts(manifest.num_classes)
     first, sound = 0, True
     for shard in split.shards:
-        path = root / shard.name
+        path = storage.where(shard.name)
         entries = index[first : first + shard.samples]
         first += shard.samples
         try:
-            data = path.read_bytes()
-        except OSError as error:
+            data = storage.read(shard.name)
+        except (OSError, MaskStreamError) as error:
             yield f"{path} cannot be read: {error}"
             sound = False
             continue
@@ -59,12 +60,12 @@ def _verify_split(root: Path, manifest: Manifest, name: str, progress: Callable[
             yield f"{path} has {len(data)} bytes, the manifest says {shard.bytes}"
         if hashlib.sha256(data).hexdigest() != shard.sha256:
             yield f"{path} has another sha256 than the manifest says"
-        problems = list(_verify_samples(data, entries, str(path), manifest.ignore_index, counts))
+        problems = list(_verify_samples(data, entries, path, manifest.ignore_index, counts))
         yield from problems
         sound = sound and not problems
         progress(shard.name)
     if sound:
-        yield from counts.compare(split, f"{root / MANIFEST_NAME}, split {name!r}")
+        yield from counts.compare(split, f"{storage.where(MANIFEST_NAME)}, split {name!r}")
 
 
 def _verify_samples(
@@ -90,12 +91,12 @@ def _verify_samples(
         yield f"{path}: the end-of-archive blocks are damaged, or there is more data than the index knows"
 
 
-def _unlisted_files(root: Path, manifest: Manifest) -> list[str]:
+def _unlisted_files(storage: Storage, manifest: Manifest) -> list[str]:
     listed = {shard.name for split in manifest.splits.values() for shard in split.shards}
     return [
-        f"{path} is not in the manifest: remove it, or it was never finished"
-        for path in sorted(root.iterdir())
-        if path.suffix in (".tar", ".tmp") and path.name not in listed
+        f"{storage.where(name)} is not in the manifest: remove it, or it was never finished"
+        for name in sorted(storage.sizes() or ())
+        if name.endswith((".tar", ".tmp")) and name not in listed
     ]
 
 

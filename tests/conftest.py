@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.object_storage import FaultyProxy, S3Server
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("MASKSTREAM_SHARED", str(REPOSITORY.parent / "shared")))
@@ -106,3 +110,40 @@ def make_shards(output: Path, root: Path, *overrides: str) -> Path:
     config = load_config(PreprocessConfig, None, [*defaults, *overrides])
     write_shards(config, open_dataset(config.dataset, config.on_error))
     return output
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """A real S3 server of this test process."""
+    from tests.object_storage import s3_server
+
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    """Credentials in the environment, and a proxy before the server that makes faults when told to."""
+    from tests.object_storage import KEY, SECRET, FaultyProxy
+
+    proxy = FaultyProxy(s3_server.port)
+    for name, value in (("ACCESS_KEY_ID", KEY), ("SECRET_ACCESS_KEY", SECRET), ("REGION", "us-east-1"),
+                        ("ENDPOINT", proxy.endpoint)):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def s3_root(s3: FaultyProxy, tmp_path: Path) -> str:
+    """A URL of its own for a test."""
+    return f"s3://maskstream/{tmp_path.parent.name}-{tmp_path.name}".replace("_", "-")
+
+
+@pytest.fixture
+def s3_shards(s3_root: str, scene_shards: Path) -> str:
+    """`scene_shards` on object storage."""
+    from shards.mirror import copy_set
+
+    copy_set(scene_shards, s3_root)
+    return s3_root

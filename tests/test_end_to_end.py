@@ -234,7 +234,7 @@ def step_setup(root: Path, folder: Path, *overrides: str) -> tuple[Any, list[Any
 
     config = tiny(root, folder, *overrides)
     reader = ShardReader(root, "train")
-    plan = TrainPlan(num_samples=len(reader), micro_batch_size=2, seed=0)
+    plan = TrainPlan([shard.samples for shard in reader.info.shards], 2, 0)
     crops = TrainCrops(reader, plan, config.data)
     return build_run(config, ALONE, reader.manifest, folder), [crops[0], crops[1]]
 

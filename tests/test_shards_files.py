@@ -20,13 +20,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shards
+from shards.atomic import write_atomically
 from shards.errors import CorruptShardError, FormatVersionError, ShardError
 from shards.manifest import MANIFEST_NAME, hash_of, load_manifest, manifest_bytes
 from shards.reader import ShardReader, iter_samples
 from shards.rle import encode_rle
 from shards.sample import decode_sample, encode_sample, member_stem, read_header
 from shards.verify import verify
-from shards.writer import ShardWriter, write_atomically
+from shards.writer import ShardWriter
 
 
 def payload(key: str = "a") -> bytes:

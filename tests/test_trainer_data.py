@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from shards.errors import ConfigError, CorruptShardError
-from shards.plan import TrainPlan, epoch_order
+from shards.plan import TrainPlan
 from shards.reader import ShardReader
 from shards.rle import encode_rle
 from shards.sample import CropSample
@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 def crops(root: Path, batch: int = 3, **settings: object) -> TrainCrops:
     reader = ShardReader(root, "train")
-    plan = TrainPlan(num_samples=len(reader), micro_batch_size=batch, seed=5)
+    plan = TrainPlan([shard.samples for shard in reader.info.shards], batch, 5)
     return TrainCrops(reader, plan, DataConfig(**{"workers": 0, **settings}))  # type: ignore[arg-type]
 
 
@@ -58,8 +58,8 @@ def test_a_batch_holds_what_the_shards_hold(scene_shards: Path) -> None:
     dataset = crops(scene_shards, hflip=0.0, photometric=False)
     batch = dataset[0]
     assert batch.images.dtype == torch.uint8 and batch.images.shape == (3, 3, 64, 64) and batch.photometric is None
-    for position, sample_number in enumerate(epoch_order(24, 5, 0)[:3].tolist()):
-        sample = dataset.reader.read(sample_number)
+    for position, draw in enumerate(dataset.plan.micro_batch(0)):
+        sample = dataset.reader.read(draw.sample)
         target = batch.targets()[position]
         assert batch.keys[position] == sample.key and target["labels"].tolist() == sample.labels.tolist()
         assert np.array_equal(batch.images[position].permute(1, 2, 0).numpy(), sample.image)
@@ -130,7 +130,7 @@ def test_samples_of_different_sizes_cannot_share_a_batch(scenes: Path, tmp_path:
 
 def test_validation_images_arrive_whole(scene_shards: Path) -> None:
     reader = ShardReader(scene_shards, "val")
-    loader = validation_loader(WholeImages(reader), range(0, 5, 2), DataConfig(workers=0), CPU)
+    loader = validation_loader(WholeImages(reader, DataConfig(workers=0)), range(0, 5, 2), CPU)
     for item, number in zip(loader, (0, 2, 4), strict=True):
         sample = reader.read(number)
         assert item.key == sample.key and item.label_map.dtype == torch.int64

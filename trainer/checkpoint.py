@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shards.atomic import write_atomically
 from shards.errors import ConfigError
 from shards.manifest import ClassInfo, Manifest
-from shards.writer import write_atomically
 from trainer.config import RunConfig, run_config_from_dict
 from trainer.models.weights import WeightsFile, names_directory, read_file, read_weights, weights_in
 

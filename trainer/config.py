@@ -18,7 +18,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class DataConfig:
     """Where the shards are and how a worker turns a stored crop into a training sample."""
 
-    root: str | None = knob(None, "folder of the shard set (the one that holds manifest.json)")
+    root: str | None = knob(None, "folder of the shard set (the one that holds manifest.json), or its s3://, gs://, "
+                            "az:// or https:// URL")
     train_split: str = knob("train", "split of the shard set to train on")
     val_split: str = knob("val", "split of the shard set to evaluate on")
     workers: int = knob(4, "loader processes per rank; 0 decodes in the training process", minimum=0)
@@ -29,6 +30,21 @@ class DataConfig:
                                  "null trains on stored crops as they are", minimum=32)
     hflip: float = knob(0.5, "probability of mirroring a training crop", minimum=0, maximum=1)
     photometric: bool = knob(True, "random brightness, contrast, saturation and hue (on the training device)")
+    lanes: int = knob(128, "sections of an epoch that a run of micro-batches takes its samples from in turn; each span "
+                      "is read by one worker only when micro_batch_size x ranks x workers divides it", minimum=1)
+    span_samples: int = knob(16, "neighbouring samples that are read in one piece", minimum=1)
+    read_ahead_mb: int = knob(256, "object storage: bytes that a worker holds before they are needed, in MiB; enough "
+                              "for lanes / (ranks x workers) spans", minimum=1)
+    cache_dir: str | None = knob(None, "object storage: folder on the node's own disk in which read bytes are kept; "
+                                 "null: no cache")
+    cache_gb: float = knob(100.0, "size limit of cache_dir, in GB", minimum=0.001)
+    tries: int = knob(8, "object storage: tries before a read fails, with growing pauses between", minimum=1)
+    timeout: float = knob(30.0, "object storage: seconds after which a request is given up and tried again",
+                          minimum=0.1)
+    on_corrupt: str = knob("fail", "what a training sample whose bytes are damaged does: fail, or skip: another sample "
+                           "of its micro-batch takes its place", choices=("fail", "skip"))
+    corrupt_budget: int = knob(10, "on_corrupt skip: samples per rank that may be skipped before it is an error",
+                               minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,29 +6,44 @@ the bytes, and the hand-off, not the decoding, would then set the pace.
 
 from __future__ import annotations
 
+import copy
+import logging
 import multiprocessing
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from shards.cache import DiskCache
 from shards.errors import ConfigError, CorruptShardError, MaskStreamError
-from shards.plan import Draw, TrainPlan
+from shards.manifest import Manifest
+from shards.plan import TrainPlan
+from shards.read_ahead import ReadAhead, look_ahead
 from shards.reader import ShardReader
 from shards.rle import ignore_value
 from shards.sample import CropSample
+from shards.storage import Patience, open_storage
 from shards.workers import exit_with_parent
 from trainer.config import DataConfig
 from trainer.seeding import sample_rng
 from trainer.targets import Target, dense_masks
 from trainer.transforms import draw_photometric
 
+_log = logging.getLogger(__name__)
+_BATCHES_AHEAD, _IMAGES_AHEAD = 4, 8  # whose bytes a loader process asks object storage for before it needs them
 _WORKER_TIMEOUT = 600  # seconds without a batch after which a stuck worker is an error, not a hang
+
+
+# key, image [H, W, 3], segment map [H, W], labels [N], photometric parameters; augmented
+_Sample = tuple[str, npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]
 
 
 class LoaderError(MaskStreamError):
@@ -47,6 +62,7 @@ class Batch:
     labels: Tensor  # int64 [sum of counts]
     counts: list[int]  # N per image
     photometric: Tensor | None  # float32 [B, K], parameters of `transforms.photometric_distort`
+    skipped: list[str]  # what was wrong with samples that could not be used
 
     def targets(self) -> list[Target]:
         """Per image `{"segment_map" [H, W], "labels" [N]}`, or `{"masks" [N, H, W], "labels" [N]}` if dense."""
@@ -85,14 +101,43 @@ class LabelledImage:
     label_map: Tensor  # int64 [H, W], class ids and ignore_index
 
 
-class TrainCrops(Dataset[Batch]):
-    """Item m is micro-batch m of the plan: a pure function of (shards, configuration, seed, m)."""
+def open_reader(config: DataConfig, split: str, manifest: Manifest | None = None) -> ShardReader:
+    """The samples of a split of `data.root`, with its cache and patience. Raises ShardError, ConfigError."""
+    assert config.root is not None
+    storage = open_storage(config.root, Patience(tries=config.tries, timeout=config.timeout))
+    cache = None if config.cache_dir is None else DiskCache(folder=Path(config.cache_dir),
+                                                            limit=int(config.cache_gb * 1e9))
+    return ShardReader(storage, split, manifest, cache)
 
-    def __init__(self, reader: ShardReader, plan: TrainPlan, config: DataConfig) -> None:
-        self.reader, self.plan, self.config = reader, plan, config
+
+class TrainCrops(IterableDataset[Batch]):
+    """Micro-batches of the plan. Number m is a pure function of (shards, configuration, seed, m)."""
+
+    def __init__(self, reader: ShardReader, plan: TrainPlan, config: DataConfig, numbers: Iterable[int] = ()) -> None:
+        self.reader, self.plan, self.config, self.numbers = reader, plan, config, numbers
 
     def __getitem__(self, number: int) -> Batch:
-        samples = [self._sample(draw) for draw in self.plan.micro_batch(number)]
+        return self._batch(number, None)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The micro-batches of `numbers`; of several loader processes each makes its share."""
+        if self.reader.is_local:
+            yield from map(self.__getitem__, share_of_worker(self.numbers))
+            return
+        ahead = ReadAhead(self.reader, self.config.read_ahead_mb << 20)
+        try:
+            for number in look_ahead(share_of_worker(self.numbers), _BATCHES_AHEAD,
+                                     lambda number: self._ask(number, ahead)):
+                yield self._batch(number, ahead)
+        finally:
+            ahead.close()
+
+    def _ask(self, number: int, ahead: ReadAhead) -> None:
+        for span in map(self.plan.span, self.plan.positions(number)):
+            ahead.ask(span, partial(self.plan.samples, span))
+
+    def _batch(self, number: int, ahead: ReadAhead | None) -> Batch:
+        samples, skipped = self._readable(number, ahead)
         keys, images, segment_maps, labels, photometric = zip(*samples, strict=True)
         _check_same_size(keys, images)
         maps = stack_segment_maps(segment_maps)
@@ -108,11 +153,34 @@ class TrainCrops(Dataset[Batch]):
             labels=torch.from_numpy(np.concatenate(labels)),
             counts=counts,
             photometric=torch.from_numpy(np.stack(photometric)) if self.config.photometric else None,
+            skipped=skipped,
         )
 
-    def _sample(self, draw: Draw) -> tuple[str, npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
-        """(key, image [H,W,3], segment map [H,W], labels [N], photometric parameters), augmented."""
-        sample = self.reader.read(draw.sample)
+    def _readable(self, number: int, ahead: ReadAhead | None) -> tuple[list[_Sample], list[str]]:
+        """The samples of a micro-batch, and why some could not be used (data.on_corrupt "skip").
+
+        Those are replaced by others of the same micro-batch, so that it keeps its size and ranks stay in step.
+        """
+        found: list[_Sample] = []
+        skipped: list[str] = []
+        for position in self.plan.positions(number):
+            try:
+                found.append(self._sample(position, ahead))
+            except CorruptShardError as error:
+                if self.config.on_corrupt == "fail":
+                    raise
+                skipped.append(str(error))
+        if not found:
+            raise CorruptShardError(f"no sample of micro-batch {number} can be used: {skipped[0]}")
+        return [*found, *(found[place % len(found)] for place in range(len(skipped)))], skipped
+
+    def _sample(self, position: int, ahead: ReadAhead | None) -> _Sample:
+        draw = self.plan.draw(position)
+        data = None
+        if ahead is not None:
+            span = self.plan.span(position)
+            data = ahead.take(span, partial(self.plan.samples, span), draw.sample)
+        sample = self.reader.read(draw.sample, data)
         check_labels(sample, self.reader.manifest.num_classes)
         rng = sample_rng(self.plan.seed, draw.epoch, draw.sample)
         image, segment_map, labels = sample.image, sample.segment_map, sample.labels
@@ -125,20 +193,41 @@ class TrainCrops(Dataset[Batch]):
         return sample.key, image, segment_map, labels, draw_photometric(rng)
 
 
-class WholeImages(Dataset[LabelledImage]):
-    """Item i is validation image i."""
+class WholeImages(IterableDataset[LabelledImage]):
+    """Validation images of the given numbers. A damaged one is always an error: a metric over fewer images lies."""
 
-    def __init__(self, reader: ShardReader) -> None:
-        self.reader = reader
+    def __init__(self, reader: ShardReader, config: DataConfig, numbers: Iterable[int] = ()) -> None:
+        self.reader, self.config, self.numbers = reader, config, numbers
 
     def __getitem__(self, number: int) -> LabelledImage:
-        sample = self.reader.read(number)
+        return self._image(number, None)
+
+    def __iter__(self) -> Iterator[LabelledImage]:
+        if self.reader.is_local:
+            yield from map(self.__getitem__, share_of_worker(self.numbers))
+            return
+        ahead = ReadAhead(self.reader, self.config.read_ahead_mb << 20)
+        try:
+            for number in look_ahead(share_of_worker(self.numbers), _IMAGES_AHEAD,
+                                     lambda number: ahead.ask(number, partial(list, [number]))):
+                yield self._image(number, ahead.take(number, partial(list, [number]), number))
+        finally:
+            ahead.close()
+
+    def _image(self, number: int, data: bytes | None) -> LabelledImage:
+        sample = self.reader.read(number, data)
         check_labels(sample, self.reader.manifest.num_classes)
         return LabelledImage(
             key=sample.key,
             image=torch.from_numpy(sample.image.transpose(2, 0, 1).copy()),
             label_map=torch.from_numpy(sample.label_map().astype(np.int64)),
         )
+
+
+def share_of_worker(numbers: Iterable[int]) -> Iterable[int]:
+    """Of n loader processes, each takes every n-th number; DataLoader asks them in turn, which restores the order."""
+    worker = get_worker_info()
+    return numbers if worker is None else islice(numbers, worker.id, None, worker.num_workers)
 
 
 def check_labels(sample: CropSample, num_classes: int) -> None:
@@ -187,18 +276,26 @@ def stack_segment_maps(segment_maps: Sequence[npt.NDArray[Any]]) -> Tensor:
 
 
 def train_loader(crops: TrainCrops, micro_batches: Iterable[int], device: torch.device) -> Iterator[Batch]:
-    """The micro-batches of the given numbers, in that order whatever the number of workers.
+    """The micro-batches of the given numbers (an iterable that can be sent to processes, and begun again in each), in
+    that order whatever the number of workers.
 
     Raises what a worker raised (ShardError, ConfigError), and LoaderError when a worker died or hangs.
     """
-    return _items(_loader(crops, micro_batches, crops.config, device))
+    skipped: list[str] = []
+    for batch in _items(_loader(crops, micro_batches, device)):
+        for problem in batch.skipped:
+            skipped.append(problem)
+            _log.warning("skipped a training sample (%d of at most %d): %s", len(skipped), crops.config.corrupt_budget,
+                         problem)
+        if len(skipped) > crops.config.corrupt_budget:
+            raise CorruptShardError(f"{len(skipped)} training samples were skipped, data.corrupt_budget is "
+                                    f"{crops.config.corrupt_budget}; the last one: {skipped[-1]}")
+        yield batch
 
 
-def validation_loader(
-    images: WholeImages, numbers: Iterable[int], config: DataConfig, device: torch.device
-) -> Iterator[LabelledImage]:
-    """The validation images of the given numbers, in that order; raises as `train_loader`."""
-    return _items(_loader(images, numbers, config, device))
+def validation_loader(images: WholeImages, numbers: Iterable[int], device: torch.device) -> Iterator[LabelledImage]:
+    """The validation images of the given numbers, in that order; as `train_loader`."""
+    return _items(_loader(images, numbers, device))
 
 
 def _items(loader: DataLoader[Any]) -> Iterator[Any]:
@@ -221,8 +318,10 @@ def _start_worker(number: int) -> None:
     exit_with_parent()
 
 
-def _loader(dataset: Dataset[Any], numbers: Iterable[int], config: DataConfig, device: torch.device) -> DataLoader[Any]:
-    workers = config.workers
+def _loader(dataset: TrainCrops | WholeImages, numbers: Iterable[int], device: torch.device) -> DataLoader[Any]:
+    workers = dataset.config.workers
+    dataset = copy.copy(dataset)
+    dataset.numbers = numbers
     # A forked copy of a process with threads (autograd, NCCL, gloo) can deadlock. The fork server is a clean
     # process instead; it imports torch once, its children start in milliseconds.
     context = multiprocessing.get_context("forkserver")
@@ -230,9 +329,8 @@ def _loader(dataset: Dataset[Any], numbers: Iterable[int], config: DataConfig, d
     return DataLoader(
         dataset,
         batch_size=None,  # an item is already a batch
-        sampler=cast(Any, numbers),
         num_workers=workers,
-        prefetch_factor=config.prefetch_batches if workers else None,
+        prefetch_factor=dataset.config.prefetch_batches if workers else None,
         multiprocessing_context=context if workers else None,
         timeout=_WORKER_TIMEOUT if workers else 0,
         worker_init_fn=_start_worker,

@@ -35,8 +35,8 @@ def main() -> int:
 
 
 def _evaluate(config: RunConfig, checkpoint_path: Path, output: Path) -> int:
-    from shards.reader import ShardReader
     from trainer.checkpoint import open_checkpoint
+    from trainer.data import open_reader
     from trainer.distributed import distributed
     from trainer.evaluation import evaluate, format_metrics
     from trainer.models.weights import WeightsFile
@@ -46,7 +46,7 @@ def _evaluate(config: RunConfig, checkpoint_path: Path, output: Path) -> int:
         raise ConfigError("data.root is not set. Type for example: python trainer/eval.py "
                           f"--checkpoint {checkpoint_path} data.root=<folder of shards>")
     found = open_checkpoint(checkpoint_path)
-    reader = ShardReader(config.data.root, config.data.val_split)
+    reader = open_reader(config.data, config.data.val_split)
     manifest = reader.manifest
     with distributed(config.device) as context:
         if isinstance(found, WeightsFile) and not found.brings_settings:

@@ -82,7 +82,7 @@ def evaluate(
     confusion = ConfusionMatrix(manifest.num_classes, manifest.ignore_index, context.device)
     rows: list[list[Any]] = []
     captions: list[str] = []
-    loader = validation_loader(WholeImages(reader), numbers, config.data, context.device)
+    loader = validation_loader(WholeImages(reader, config.data), numbers, context.device)
     for item in tqdm(loader, total=len(numbers), desc="evaluating", unit="img", leave=False,
                      disable=None if context.is_main else True):
         prediction = predict(item.image)

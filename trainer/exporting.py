@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
+from shards.atomic import write_atomically
 from shards.errors import MaskStreamError
-from shards.writer import write_atomically
 from trainer.models import Segmenter
 from trainer.pretrained import Pretrained, export_config
 from trainer.transforms import normalize

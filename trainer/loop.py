@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from shards.atomic import write_atomically
 from shards.config_file import config_to_dict, config_to_yaml
 from shards.errors import ConfigError, MaskStreamError
 from shards.manifest import Manifest, load_manifest
-from shards.plan import TrainPlan, accumulation_for, micro_batch_numbers
+from shards.plan import MicroBatchNumbers, TrainPlan, accumulation_for
 from shards.reader import ShardReader
-from shards.writer import write_atomically
 from trainer.build import build_criterion, build_model, size_divisor
 from trainer.checkpoint import (
     Checkpoint,
@@ -31,7 +31,7 @@ from trainer.checkpoint import (
 )
 from trainer.config import RunConfig
 from trainer.criterion import Criterion
-from trainer.data import Batch, TrainCrops, train_loader
+from trainer.data import Batch, TrainCrops, open_reader, train_loader
 from trainer.distributed import DistContext
 from trainer.evaluation import autocast, evaluate, format_metrics
 from trainer.matcher import NonFiniteLossError
@@ -71,7 +71,7 @@ def train(config: RunConfig, context: DistContext) -> dict[str, Any]:
     root, folder = required_folders(config)
     manifest = load_manifest(root)
     crops = open_crops(config, manifest)
-    val_reader = ShardReader(root, config.data.val_split, manifest)
+    val_reader = open_reader(config.data, config.data.val_split, manifest)
     accumulation = accumulation_for(config.train.global_batch_size, config.train.micro_batch_size, context.world_size)
     # -- model --------------------------------------------------------------------------------------------
     run = build_run(config, context, manifest, folder)
@@ -79,7 +79,8 @@ def train(config: RunConfig, context: DistContext) -> dict[str, Any]:
     _check_ranks_agree(run)
     logger = _start_logging(run) if context.is_main else None
     # -- loop ---------------------------------------------------------------------------------------------
-    numbers = micro_batch_numbers(run.step, config.train.total_steps, context.rank, context.world_size, accumulation)
+    numbers = MicroBatchNumbers(first_step=run.step, last_step=config.train.total_steps, rank=context.rank,
+                                world_size=context.world_size, accumulation=accumulation)
     batches = train_loader(crops, numbers, context.device)
     metrics: dict[str, Any] = {}
     meter = _Meter()
@@ -173,9 +174,9 @@ def required_folders(config: RunConfig) -> tuple[str, Path]:
 
 def open_crops(config: RunConfig, manifest: Manifest) -> TrainCrops:
     """The training samples in their order. Raises ConfigError when their size does not suit the head."""
-    assert config.data.root is not None
-    reader = ShardReader(config.data.root, config.data.train_split, manifest)
-    plan = TrainPlan(num_samples=len(reader), micro_batch_size=config.train.micro_batch_size, seed=config.seed)
+    reader = open_reader(config.data, config.data.train_split, manifest)
+    plan = TrainPlan([shard.samples for shard in reader.info.shards], config.train.micro_batch_size, config.seed,
+                     config.data.lanes, config.data.span_samples)
     crops = TrainCrops(reader, plan, config.data)
     height, width = crops[0].images.shape[2:]
     divisor = size_divisor(config)
@@ -227,7 +228,8 @@ def resume(run: Run) -> None:
         ("seed", old.seed, new.seed),
         ("train.global_batch_size", old.train.global_batch_size, new.train.global_batch_size),
         ("data.train_split", old.data.train_split, new.data.train_split),
-        ("data.crop_size", old.data.crop_size, new.data.crop_size),
+        *((f"data.{name}", getattr(old.data, name), getattr(new.data, name))
+          for name in ("crop_size", "lanes", "span_samples")),
         ("backbone.layers", old.backbone.layers, new.backbone.layers),
         ("backbone.trainable", old.backbone.trainable, new.backbone.trainable),
         ("optimizer.decay_all", old.optimizer.decay_all, new.optimizer.decay_all),

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from shards.writer import write_atomically
+from shards.atomic import write_atomically
 
 METRICS_NAME = "metrics.jsonl"
 

@@ -44,7 +44,7 @@ def _train(config: RunConfig) -> int:
 def _dry_run(config: RunConfig) -> int:
     from shards.manifest import load_manifest
     from shards.plan import accumulation_for
-    from shards.reader import ShardReader
+    from trainer.data import open_reader
     from trainer.loop import open_crops, required_folders
 
     root, _ = required_folders(config)
@@ -55,7 +55,7 @@ def _dry_run(config: RunConfig) -> int:
     crops = open_crops(config, manifest)
     samples, steps, global_batch = len(crops.reader), config.train.total_steps, config.train.global_batch_size
     accumulation = accumulation_for(global_batch, config.train.micro_batch_size, 1)
-    val_images = len(ShardReader(root, config.data.val_split, manifest))
+    val_images = len(open_reader(config.data, config.data.val_split, manifest))
     print(f"{manifest.dataset}: {manifest.num_classes} classes, {samples} training samples in "
           f"{len(crops.reader.info.shards)} shards, {val_images} validation samples")
     print(f"{steps} steps of {global_batch} = {steps * global_batch / samples:.2f} epochs; {accumulation} "

@@ -1,0 +1,57 @@
+"""Play an epoch as its ranks and workers would, and count what each sample was used for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+
+from shards.plan import MicroBatchNumbers, Span, TrainPlan
+from shards.reader import ShardReader
+from shards.sample import CropSample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """What was found."""
+
+    samples: int
+    seen: Counter[int]  # times each sample, by number, was used
+    keys: Counter[str]  # times each key was read
+    micro_batches: list[int]  # per rank
+    spans: int
+    shared_spans: int  # read by more than one worker, so more than once
+
+    @property
+    def is_exact(self) -> bool:
+        """Each sample once, under a key of its own, and as many micro-batches on every rank."""
+        return (len(self.seen) == len(self.keys) == self.samples and set(self.seen.values()) == {1}
+                and set(self.keys.values()) == {1} and len(set(self.micro_batches)) == 1)
+
+
+def audit(reader: ShardReader, plan: TrainPlan, ranks: int, workers: int, accumulation: int,
+          progress: Callable[[CropSample], object] = lambda sample: None) -> Audit:
+    """Read every sample of the first epoch, verified, as `workers` per rank would. Raises as `ShardReader.read`."""
+    per_step = plan.micro_batch_size * ranks * accumulation
+    steps = -(-plan.num_samples // per_step)
+    seen: Counter[int] = Counter()
+    keys: Counter[str] = Counter()
+    owners: dict[Span, set[tuple[int, int]]] = {}
+    micro_batches = []
+    for rank in range(ranks):
+        numbers = MicroBatchNumbers(first_step=0, last_step=steps, rank=rank, world_size=ranks,
+                                    accumulation=accumulation)
+        micro_batches.append(sum(1 for _ in numbers))
+        for worker in range(workers):
+            for number in islice(numbers, worker, None, workers):
+                for position in plan.positions(number):
+                    draw = plan.draw(position)
+                    if draw.epoch == 0:
+                        sample = reader.read(draw.sample)
+                        seen[draw.sample] += 1
+                        keys[sample.key] += 1
+                        owners.setdefault(plan.span(position), set()).add((rank, worker))
+                        progress(sample)
+    return Audit(samples=len(reader), seen=seen, keys=keys, micro_batches=micro_batches, spans=len(owners),
+                 shared_spans=sum(len(who) > 1 for who in owners.values()))

@@ -1,0 +1,90 @@
+"""Mirror a shard set between any two places: verified, resumable, complete or visibly not."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from shards.errors import ConfigError, CorruptShardError, ShardError
+from shards.manifest import MANIFEST_NAME, IndexInfo, Manifest, ShardInfo, load_manifest, manifest_bytes
+from shards.storage import LocalStorage, Storage, open_storage
+
+_PIECE = 8 << 20
+
+File = ShardInfo | IndexInfo
+
+
+def copy_set(source: str | Path | Storage, destination: str | Path | Storage,
+             progress: Callable[[File], object] = lambda file: None) -> int:
+    """Copy what `destination` lacks; returns the number of files copied. `progress` hears of each file that is there.
+
+    Each file is read back and compared with its sha256; the manifest comes last and is only ever created, never
+    overwritten, so a reader sees a complete set or none. Files that an earlier run left are kept if they are right.
+    Raises ConfigError when the destination holds another set, CorruptShardError when a file arrives changed.
+    """
+    source, destination = open_storage(source), open_storage(destination)
+    manifest = load_manifest(source)
+    content = manifest_bytes(manifest)
+    there = _existing_manifest(destination)
+    if there is not None and there != content:
+        raise ConfigError(f"{destination.root} holds another complete shard set; give another place, or remove that")
+    try:
+        sizes = destination.sizes() or {}
+    except FileNotFoundError:  # a folder or bucket that will be made, or an upload that will say what is wrong
+        sizes = {}
+    copied = 0
+    for file in files_of(manifest):
+        if sizes.get(file.name) != file.bytes or _sha256(destination, file) != file.sha256:
+            _copy(source, destination, file)
+            copied += 1
+        progress(file)
+    if there is None:
+        destination.write(MANIFEST_NAME, content, create=True)
+    return copied
+
+
+def files_of(manifest: Manifest) -> Iterator[File]:
+    """All files of a set but the manifest."""
+    for split in manifest.splits.values():
+        yield from split.shards
+        yield split.index
+
+
+def _copy(source: Storage, destination: Storage, file: File) -> None:
+    if isinstance(source, LocalStorage):
+        destination.upload(file.name, source.folder / file.name)
+    else:
+        with tempfile.NamedTemporaryFile(prefix="maskstream-copy-") as temporary:
+            for piece in _pieces(source, file):
+                temporary.write(piece)
+            temporary.flush()
+            destination.upload(file.name, Path(temporary.name))
+    if _sha256(destination, file) != file.sha256:
+        destination.delete(file.name)
+        right = _sha256(source, file) == file.sha256
+        raise CorruptShardError(f"{destination.where(file.name)} has another sha256 than the manifest says: "
+                                f"{'it changed on the way; try again' if right else 'the source is damaged'}")
+
+
+def _sha256(storage: Storage, file: File) -> str:
+    digest = hashlib.sha256()
+    for piece in _pieces(storage, file):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _pieces(storage: Storage, file: File) -> Iterator[bytes]:
+    for offset in range(0, file.bytes, _PIECE):
+        try:
+            yield storage.read(file.name, offset, min(_PIECE, file.bytes - offset))
+        except FileNotFoundError as error:
+            raise ShardError(f"{storage.where(file.name)} is not there: {error}") from error
+
+
+def _existing_manifest(storage: Storage) -> bytes | None:
+    try:
+        return storage.read(MANIFEST_NAME)
+    except (FileNotFoundError, NotADirectoryError):
+        return None

@@ -1,0 +1,312 @@
+"""Where shard sets live: a folder, or object storage. Everything that reads or writes a set goes through here.
+
+    path                    reads are `pread`s; writes take a temporary name, are synced, then renamed
+    s3://bucket/prefix      \\
+    gs://bucket/prefix       } obstore; credentials, region, endpoint and so on from the usual environment variables
+    az://account/container  /  (AWS_*, GOOGLE_*, AZURE_*)
+    https://host/prefix     obstore, read only
+
+A read that is cut, stalls, trickles or meets a server error goes on from the byte reached, after a pause. One that
+cannot succeed (no such object, no permission) or has used up its tries raises StorageError naming object and offset.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import obstore
+from obstore import exceptions
+from obstore.store import from_url
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
+
+from shards.atomic import copy_atomically, write_atomically
+from shards.errors import ConfigError, StorageError
+
+REMOTE_SCHEMES = ("s3", "gs", "az", "https", "http")
+_OPEN_FILES = 64  # kept open per process; far below the usual limit of 1024 descriptors
+_PIECE = 8 << 20  # bytes asked for in one request, and held twice at most
+_LARGEST_WHOLE = 4 << 30  # bytes; of manifests and indexes, whose size is not known beforehand
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(//)?")
+_REFUSED = re.compile(r"status code: (4\d\d)")
+_SETTINGS = ("AWS_", "GOOGLE_", "AZURE_")
+_SAID = re.compile(r"<(?:Code|Message)>([^<]*)")
+_LASTING = (FileNotFoundError, PermissionError, exceptions.PermissionDeniedError, exceptions.UnauthenticatedError,
+            exceptions.InvalidPathError, exceptions.NotSupportedError, exceptions.AlreadyExistsError,
+            exceptions.UnknownConfigurationKeyError, exceptions.PreconditionError)
+_log = logging.getLogger(__name__)
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long to try. A read takes at most about tries x (timeout + longest_pause) seconds before it fails."""
+
+    tries: int = 8
+    timeout: float = 30.0  # seconds for one request, its body included
+    longest_pause: float = 15.0  # seconds; pauses double from a fifth of a second, less a random part
+
+
+class Storage(Protocol):
+    """Flat, named blobs under one root."""
+
+    root: str
+
+    def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+        """`length` bytes from `offset`, or all of them. May return fewer at the end of a local file.
+
+        Raises FileNotFoundError when there is no such blob, StorageError when it cannot be read.
+        """
+
+    def sizes(self) -> dict[str, int] | None:
+        """Bytes of each blob; None where the store cannot say."""
+
+    def write(self, name: str, data: bytes, *, create: bool = False) -> None:
+        """Publish a whole blob at once. With `create`, raises StorageError when it is there already."""
+
+    def upload(self, name: str, path: Path) -> None:
+        """Publish a file's content as a blob, at once, however large."""
+
+    def delete(self, name: str) -> None:
+        """Remove a blob, if it is there."""
+
+    def where(self, name: str) -> str:
+        """Path or URL, for messages."""
+
+
+def open_storage(root: str | Path | Storage, patience: Patience | None = None) -> Storage:
+    """The storage at a path or URL. Raises ConfigError for schemes other than those above; no request is made."""
+    if not isinstance(root, str | Path):
+        return root
+    found = _URL.match(str(root))
+    if isinstance(root, Path) or found is None or (found[2] is None and Path(root).exists()):
+        return LocalStorage(Path(root))
+    if found[2] is None and len(found[1]) > 1 and found[1].lower() not in (*REMOTE_SCHEMES, "pipe", "file"):
+        return LocalStorage(Path(root))  # a colon in a file name
+    if found[2] is None or found[1].lower() not in REMOTE_SCHEMES:
+        raise ConfigError(f"{root!r} is not a place for shards, legal: a path, s3://, gs://, az:// and https:// URLs")
+    return ObjectStorage(str(root), patience or Patience())
+
+
+def is_remote(root: str | Path) -> bool:
+    """True for a URL of object storage. Raises ConfigError as `open_storage`."""
+    return isinstance(open_storage(root), ObjectStorage)
+
+
+class LocalStorage:
+    """A folder. Files stay open; descriptors are this process's own, so it may be forked or pickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.root = folder, str(folder)
+        self._files: OrderedDict[str, int] = OrderedDict()
+        self._owner = os.getpid()
+
+    def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+        if length is None:
+            return (self.folder / name).read_bytes()
+        return os.pread(self._file(name), length, offset)
+
+    def sizes(self) -> dict[str, int]:
+        return {path.name: path.stat().st_size for path in self.folder.iterdir() if path.is_file()}
+
+    def write(self, name: str, data: bytes, *, create: bool = False) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if create and (self.folder / name).exists():
+            raise StorageError(f"{self.where(name)} is there already")
+        write_atomically(self.folder / name, data)
+
+    def upload(self, name: str, path: Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        copy_atomically(path, self.folder / name)
+
+    def delete(self, name: str) -> None:
+        (self.folder / name).unlink(missing_ok=True)
+
+    def where(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def close(self) -> None:
+        """Close the files of this process."""
+        if self._owner == os.getpid():
+            for descriptor in self._files.values():
+                os.close(descriptor)
+        self._files.clear()
+
+    def __del__(self) -> None:
+        if "_files" in self.__dict__:
+            self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": OrderedDict()}  # descriptors mean nothing in another process
+
+    def _file(self, name: str) -> int:
+        if self._owner != os.getpid():  # forked or unpickled: the parent's descriptors are not ours to use
+            self._files, self._owner = OrderedDict(), os.getpid()
+        descriptor = self._files.pop(name, None)
+        if descriptor is None:
+            descriptor = os.open(self.folder / name, os.O_RDONLY)
+            if len(self._files) >= _OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+        self._files[name] = descriptor  # newest last
+        return descriptor
+
+
+class ObjectStorage:
+    """Object storage by URL. The client is made on first use, in each process; may be shared by threads."""
+
+    def __init__(self, url: str, patience: Patience) -> None:
+        self.root, self.patience = url.rstrip("/"), patience
+        self.retries = 0  # of this process, for the warnings
+        self._store: Any = None
+        # A loader's fork server may have been started before these were set, and its children have its environment.
+        self._settings = {name: value for name, value in os.environ.items() if name.startswith(_SETTINGS)}
+
+    def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+        received = bytearray()
+        if length is None:
+            length = self._size(name) - offset
+        while len(received) < length:  # in pieces, so that no single request takes long
+            self._read_piece(name, offset, min(length, len(received) + _PIECE), received)
+        return bytes(received)
+
+    def sizes(self) -> dict[str, int] | None:
+        if self.root.startswith("http"):
+            return None
+        found: dict[str, int] = {}
+
+        def listed() -> None:
+            for batch in obstore.list(self._client()):
+                found.update({item["path"]: item["size"] for item in batch if "/" not in item["path"]})
+
+        self._patiently("", 0, listed)
+        return found
+
+    def write(self, name: str, data: bytes, *, create: bool = False) -> None:
+        try:
+            self._patiently(name, 0, lambda: obstore.put(self._client(), name, data, use_multipart=False,
+                                                         mode="create" if create else "overwrite"))
+        except exceptions.AlreadyExistsError as error:
+            raise StorageError(f"{self.where(name)} is there already") from error
+
+    def upload(self, name: str, path: Path) -> None:
+        def put() -> None:
+            with path.open("rb") as file:
+                obstore.put(self._client(), name, file)  # in parts when it is large; visible when all are there
+
+        self._patiently(name, 0, put)
+
+    def delete(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._patiently(name, 0, lambda: obstore.delete(self._client(), name))
+
+    def where(self, name: str) -> str:
+        return f"{self.root}/{name}" if name else self.root
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_store": None}
+
+    def _size(self, name: str) -> int:
+        size = int(self._patiently(name, 0, lambda: obstore.head(self._client(), name))["size"])
+        if size > _LARGEST_WHOLE:
+            raise StorageError(f"{self.where(name)} has {size} bytes, legal for a file read whole: {_LARGEST_WHOLE}")
+        return size
+
+    def _read_piece(self, name: str, offset: int, end: int, received: bytearray) -> None:
+        """Append bytes of an object until there are `end`, counted from `offset`."""
+
+        def go_on() -> None:
+            start = offset + len(received)
+            answer = obstore.get(self._client(), name, options={"range": (start, offset + end)})
+            if next(iter(answer.range)) != start:
+                raise exceptions.GenericError(f"asked for bytes from {start}, got {answer.range}")
+            for chunk in answer.stream(min_chunk_size=1):
+                received.extend(bytes(chunk)[: end - len(received)])
+            if len(received) < end:
+                raise exceptions.GenericError(f"the body ended after {len(received)} of {end} bytes")
+
+        self._patiently(name, offset, go_on, lambda: f" after {len(received)} of {end} bytes")
+
+    def _patiently(self, name: str, offset: int, call: Callable[[], _Value],
+                   reached: Callable[[], str] = lambda: "") -> _Value:
+        """`call`, again after failures that may pass. Raises FileNotFoundError; StorageError for all else."""
+        place = f"{self.where(name)} (offset {offset})"
+
+        def warn(state: RetryCallState) -> None:
+            self.retries += 1
+            cause = _brief(state.outcome.exception() if state.outcome else None)
+            _log.warning("%s: try %d of %d failed%s: %s; going on from there (%d retries in this process so far)",
+                         place, state.attempt_number, self.patience.tries, reached(), cause, self.retries)
+
+        def pause(state: RetryCallState) -> float:
+            whole = min(self.patience.longest_pause, 0.2 * 2.0 ** (state.attempt_number - 1))
+            return whole * random.Random(f"{place} {os.getpid()} {state.attempt_number}").uniform(0.5, 1.0)
+
+        retrying = Retrying(stop=stop_after_attempt(self.patience.tries), wait=pause, before_sleep=warn, reraise=True,
+                            retry=retry_if_exception(_may_pass))
+        try:
+            return retrying(call)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{place}: there is no such object or bucket: {_brief(error)}") from error
+        except exceptions.AlreadyExistsError:
+            raise
+        except (exceptions.BaseError, OSError, ValueError) as error:
+            if (refused := _REFUSED.search(str(error))) and refused[1] == "404":  # of a listing: no such bucket
+                raise FileNotFoundError(f"{place}: there is no such bucket: {_brief(error)}") from error
+            times = f" after {self.patience.tries} tries{reached()}" if _may_pass(error) else ""
+            raise StorageError(f"{place}: failed{times}: {_brief(error)}") from error
+
+    def _client(self) -> Any:
+        if _fork_broke_clients:
+            raise StorageError(f"{self.root}: this process was forked from one that had used object storage, which "
+                               "would hang; start workers with multiprocessing_context='forkserver' or 'spawn'")
+        if self._store is None:
+            global _clients_used
+            _clients_used = True
+            os.environ.update(self._settings)
+            pause = timedelta(seconds=self.patience.timeout)
+            # http is used only where the URL or the endpoint in the environment says so.
+            options = {"timeout": pause, "connect_timeout": pause, "read_timeout": pause, "allow_http": True}
+            try:
+                # Its own retries are off: ours go on from the byte reached, for every cause, and say so.
+                make: Callable[..., Any] = from_url
+                self._store = make(self.root, client_options=options,
+                                   retry_config={"max_retries": 0, "retry_timeout": pause})
+            except (exceptions.BaseError, ValueError) as error:
+                raise StorageError(f"{self.root}: {_brief(error)}") from error
+        return self._store
+
+
+_clients_used = _fork_broke_clients = False
+
+
+def _after_fork() -> None:
+    global _fork_broke_clients
+    _fork_broke_clients = _fork_broke_clients or _clients_used
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether another try makes sense: not for an answer that says what is wrong with the request."""
+    if isinstance(error, _LASTING) or not isinstance(error, exceptions.BaseError | OSError):
+        return False
+    refused = _REFUSED.search(str(error))
+    return refused is None or refused[1] in ("408", "429")  # took too long, too many requests
+
+
+def _brief(error: BaseException | None) -> str:
+    """One line of an error's text: what clients say without their debug dumps, and the server's code and message."""
+    text = " ".join(str(error).split("Debug source:")[0].split())
+    said = ": ".join(_SAID.findall(text))
+    text = text.split("<?xml")[0].rstrip(": ")
+    return f"{text[:400]}{f' ({said})' if said else ''}"

@@ -1,0 +1,390 @@
+"""Object storage over a real S3 server: exact bytes or a clear error, whatever the network does; complete sets only."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from shards.cache import DiskCache
+from shards.errors import ConfigError, CorruptShardError, FormatVersionError, ShardError, StorageError
+from shards.manifest import MANIFEST_NAME, load_manifest, manifest_bytes
+from shards.mirror import copy_set, files_of
+from shards.reader import ShardReader, iter_samples
+from shards.storage import LocalStorage, ObjectStorage, Patience, is_remote, open_storage
+from shards.verify import verify
+from tests.conftest import REPOSITORY
+from tests.object_storage import (
+    Fault,
+    FaultyProxy,
+    cut,
+    flip,
+    internal_error,
+    short,
+    stall,
+    trickle,
+    unavailable,
+)
+
+HASTY = Patience(tries=5, timeout=1.0, longest_pause=0.2)
+DATA = bytes(range(256)) * 800
+
+
+def python(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout)
+
+
+# Places
+
+
+@pytest.mark.parametrize("root", ["pipe:cat /etc/passwd", "file:///tmp/x", "ftp://host/x", "gopher://x", "S4://x",
+                                  "s3:bucket", "pipe:true"])
+def test_other_schemes_are_refused_and_nothing_runs(root: str) -> None:
+    with pytest.raises(ConfigError, match="legal: a path, s3://"):
+        open_storage(root)
+    assert python("-m", "shards", "info", root).returncode == 2
+
+
+def test_paths_are_paths(tmp_path: Path) -> None:
+    assert not any(map(is_remote, ["shards", "./a:b", "/data/run:3", "C_drive", str(tmp_path)]))
+    assert all(map(is_remote, ["s3://b/x", "gs://b", "az://a/c", "https://h/x"]))
+
+
+# Reading
+
+
+@pytest.mark.parametrize("fault", [cut, short, unavailable, internal_error, stall, trickle])
+def test_a_read_goes_on_from_the_byte_reached(
+    s3: FaultyProxy, s3_root: str, fault: Fault, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = open_storage(s3_root, HASTY)
+    storage.write("x", DATA)
+    s3.faults, s3.bytes = [fault], 0
+    with caplog.at_level(logging.WARNING):
+        assert storage.read("x", 1000, 150_000) == DATA[1000:151_000]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"{s3_root}/x (offset 1000): try 1 of 5 failed" in caplog.text and "1 retries in this process" in caplog.text
+    if fault is cut:
+        assert "after 75000 of 150000 bytes" in caplog.text
+        assert s3.bytes < 150_000 + 75_000 + 5000, "the second request asked only for what was missing"
+
+
+def test_a_burst_of_faults_is_survived_and_too_long_a_one_is_an_error(s3: FaultyProxy, s3_root: str) -> None:
+    storage = open_storage(s3_root, HASTY)
+    storage.write("x", DATA)
+    s3.faults = [unavailable, cut, internal_error, short]
+    assert storage.read("x", 0, len(DATA)) == DATA
+    s3.faults = [unavailable] * 5
+    with pytest.raises(StorageError, match=rf"{s3_root}/x \(offset 7\): failed after 5 tries after 0 of 9 bytes.*503"):
+        storage.read("x", 7, 9)
+
+
+def test_lasting_errors_are_clear_and_quick(s3: FaultyProxy, s3_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = open_storage(s3_root, HASTY)
+    storage.write("x", DATA)
+    s3.requests = 0
+    with pytest.raises(FileNotFoundError, match=rf"{s3_root}/y \(offset 3\): there is no such object or bucket"):
+        storage.read("y", 3, 1)
+    with pytest.raises(ShardError, match=r"does not exist.*no such object or bucket"):
+        load_manifest("s3://no-such-bucket/set")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(StorageError, match=rf"{s3_root}/x \(offset 0\): failed: .*SignatureDoesNotMatch"):
+        open_storage(s3_root, HASTY).read("x", 0, 1)
+    assert s3.requests == 3, "none was tried twice"
+
+
+def test_large_objects_come_in_pieces_and_whole_ones_have_a_limit(
+    s3: FaultyProxy, s3_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shards import storage as module
+
+    storage = open_storage(s3_root, HASTY)
+    storage.write("x", DATA)
+    monkeypatch.setattr(module, "_PIECE", 10_000)
+    s3.requests, s3.faults = 0, [cut, unavailable]
+    assert storage.read("x") == DATA
+    assert s3.requests == 1 + -(-len(DATA) // 10_000) + 2
+    monkeypatch.setattr(module, "_LARGEST_WHOLE", 1000)
+    with pytest.raises(StorageError, match="legal for a file read whole: 1000"):
+        storage.read("x")
+
+
+def test_writes_are_whole_and_created_only_once(s3: FaultyProxy, s3_root: str, tmp_path: Path) -> None:
+    large = tmp_path / "large"
+    large.write_bytes(os.urandom(12 << 20))  # more than one part
+    for storage in (open_storage(s3_root), open_storage(tmp_path / "folder")):
+        storage.upload("large", large)
+        storage.write("small", b"1", create=True)
+        with pytest.raises(StorageError, match="small is there already"):
+            storage.write("small", b"2", create=True)
+        assert storage.read("large") == large.read_bytes() and storage.read("small") == b"1"
+        assert storage.sizes() == {"large": 12 << 20, "small": 1}
+        storage.delete("small")
+        storage.delete("small")
+        assert storage.sizes() == {"large": 12 << 20}
+
+
+def _read_in_child(root: str, answers: multiprocessing.Queue) -> None:  # type: ignore[type-arg]
+    try:
+        answers.put(load_manifest(root).dataset)
+    except ShardError as error:
+        answers.put(str(error))
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_processes_started_after_use_answer_or_say_why_not(s3_shards: str, method: str) -> None:
+    dataset = load_manifest(s3_shards).dataset
+    context = multiprocessing.get_context(method)
+    answers = context.Queue()
+    child = context.Process(target=_read_in_child, args=(s3_shards, answers))
+    child.start()
+    answer = answers.get(timeout=60)
+    child.join(10)
+    assert not child.is_alive()
+    assert answer == dataset if method != "fork" else "multiprocessing_context='forkserver'" in answer
+
+
+# A set on object storage
+
+
+def test_samples_equal_those_of_the_folder(s3_shards: str, scene_shards: Path) -> None:
+    for split in ("train", "val"):
+        for remote, local in zip(iter_samples(s3_shards, split), iter_samples(scene_shards, split), strict=True):
+            assert (remote.key, remote.image_bytes, remote.record) == (local.key, local.image_bytes, local.record)
+    assert verify(s3_shards) == []
+    assert "sound" in python("-m", "shards", "verify", s3_shards).stdout
+    assert "5 images" in python("-m", "shards", "info", s3_shards).stdout
+
+
+def test_stored_bits_that_flip_on_the_way_are_fetched_again(
+    s3: FaultyProxy, s3_shards: str, scene_shards: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    reader, local = ShardReader(s3_shards, "train"), ShardReader(scene_shards, "train")
+    s3.faults = [flip, flip]
+    with caplog.at_level(logging.WARNING):
+        assert reader.read(3).image_bytes == local.read(3).image_bytes
+    assert caplog.text.count("CRC-32 differs from the index") == caplog.text.count("fetching it again") == 2
+    s3.faults = [flip] * 4
+    with pytest.raises(CorruptShardError, match=r"train-000000\.tar, sample 3 \(offset \d+\): CRC-32 differs"):
+        reader.read(3)
+
+
+def test_missing_replaced_and_newer_sets_are_refused(s3_shards: str, scene_shards: Path) -> None:
+    storage = open_storage(s3_shards)
+    reader, name = ShardReader(s3_shards, "train"), "train-000001.tar"
+    data = bytearray(storage.read(name))
+    storage.write(name, bytes(255 - byte for byte in data))  # replaced while it is being read
+    number = reader.info.shards[0].samples
+    with pytest.raises(CorruptShardError, match=f"{s3_shards}/{name}, sample 0 .*was replaced"):
+        reader.read(number)
+    storage.delete(name)
+    with pytest.raises(StorageError, match=rf"{s3_shards}/{name} \(offset 0\): the manifest lists this shard, but"):
+        reader.read(number)
+    with pytest.raises(ShardError, match=f"{s3_shards}/{name} cannot be read, but the manifest lists it"):
+        ShardReader(s3_shards, "train")
+    storage.write(name, bytes(data[:-512]))
+    with pytest.raises(CorruptShardError, match=f"{name} has {len(data) - 512} bytes, the manifest says {len(data)}"):
+        ShardReader(s3_shards, "train")
+    newer = manifest_bytes(load_manifest(s3_shards)).replace(b'"format_version": 1', b'"format_version": 9')
+    storage.write(MANIFEST_NAME, newer)
+    with pytest.raises(FormatVersionError, match=f"{s3_shards}/manifest.json has format_version 9"):
+        load_manifest(s3_shards)
+
+
+# The cache
+
+
+def test_the_cache_answers_instead_of_the_server(s3: FaultyProxy, s3_shards: str, tmp_path: Path) -> None:
+    cache = DiskCache(folder=tmp_path / "cache", limit=10**9)
+    expected = [sample.image_bytes for sample in iter_samples(s3_shards, "train")]
+    for turn in range(2):
+        reader = ShardReader(s3_shards, "train", cache=cache)
+        s3.bytes = 0
+        assert [reader.read(number).image_bytes for number in range(len(reader))] == expected
+        assert (s3.bytes > 0) == (turn == 0)
+    for entry in (tmp_path / "cache").glob("??/*"):
+        entry.write_bytes(entry.read_bytes()[:-3])  # a disk that lost something
+    assert [reader.read(number).image_bytes for number in range(len(reader))] == expected
+
+
+def test_damage_that_came_with_a_fetch_does_not_stay_in_the_cache(
+    s3: FaultyProxy, s3_shards: str, tmp_path: Path
+) -> None:
+    reader = ShardReader(s3_shards, "train", cache=DiskCache(folder=tmp_path / "cache", limit=10**9))
+    s3.faults = [flip]
+    first = reader.read(0).image_bytes
+    assert not s3.faults
+    s3.faults = [flip] * 9
+    assert reader.read(0).image_bytes == first, "the good bytes are cached, under the range that was read"
+
+
+def test_the_cache_drops_the_least_recently_used_and_keeps_to_its_limit(tmp_path: Path) -> None:
+    cache = DiskCache(folder=tmp_path, limit=100_000)
+
+    def size() -> int:
+        return sum(path.stat().st_size for path in tmp_path.glob("??/*"))
+
+    def absent() -> bytes:
+        raise AssertionError("it should be there")
+
+    cache.get("dear", lambda: b"d" * 1000)
+    for number in range(300):
+        cache.get(f"{number}", lambda: bytes(1000))
+        assert cache.get("dear", absent) == b"d" * 1000
+        assert size() <= 1.1 * 100_000
+    assert cache.get("299", absent) == bytes(1000)
+    with pytest.raises(AssertionError, match="should be there"):
+        cache.get("0", absent)
+    cache.get("299", lambda: pytest.fail("still there"))
+    stale = next(tmp_path.glob("??")) / ".x.tmp"
+    stale.write_bytes(b"left by a kill")
+    os.utime(stale, (0, 0))
+    for number in range(300, 320):
+        cache.get(f"{number}", lambda: bytes(1000))
+    assert not stale.exists()
+
+
+def _use_cache(folder: str, seed: int) -> None:
+    cache = DiskCache(folder=Path(folder), limit=60_000)
+    number = seed
+    while True:
+        number = (number * 48271) % 2147483647
+        key = number % 100
+        assert cache.get(str(key), lambda key=key: bytes([key]) * 1500) == bytes([key]) * 1500  # type: ignore[misc]
+
+
+def test_the_cache_survives_kills_and_is_shared(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    for turn in range(3):
+        users = [context.Process(target=_use_cache, args=(str(tmp_path), seed)) for seed in (1 + turn, 77 + turn)]
+        for user in users:
+            user.start()
+        time.sleep(2.0)
+        assert all(user.is_alive() for user in users), "an entry was wrong"
+        for user in users:
+            os.kill(user.pid or 0, signal.SIGKILL)
+            user.join()
+    cache = DiskCache(folder=tmp_path, limit=60_000)
+    for key in range(100):
+        assert cache.get(str(key), lambda key=key: bytes([key]) * 1500) == bytes([key]) * 1500  # type: ignore[misc]
+
+
+def test_a_full_disk_costs_the_cache_only(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_bytes(b"a file where the folder should be")
+    assert DiskCache(folder=tmp_path / "cache", limit=1000).get("x", lambda: b"abc") == b"abc"
+
+
+# Mirrors
+
+
+def test_a_set_is_mirrored_between_any_places(s3_root: str, scene_shards: Path, tmp_path: Path) -> None:
+    there, elsewhere, back = s3_root, f"{s3_root}-too", tmp_path / "back"
+    files = sum(1 for _ in files_of(load_manifest(scene_shards)))
+    for source, destination in ((scene_shards, there), (there, elsewhere), (elsewhere, back)):
+        assert copy_set(source, destination) == files
+        assert copy_set(source, destination) == 0
+        assert verify(destination) == []
+    for path in scene_shards.iterdir():
+        if path.is_file():
+            assert (back / path.name).read_bytes() == path.read_bytes()
+    done = python("-m", "shards", "copy", str(scene_shards), str(tmp_path / "cli"))
+    assert done.returncode == 0 and f"{files} files copied, all verified" in done.stdout
+
+
+def test_a_mirror_copies_what_is_missing_or_wrong_and_refuses_another_set(
+    s3_root: str, scene_shards: Path, tmp_path: Path
+) -> None:
+    storage = open_storage(s3_root)
+    copy_set(scene_shards, s3_root)
+    storage.delete(MANIFEST_NAME)
+    storage.delete("train-000000.tar")
+    storage.write("train-000001.tar", bytes(255 - byte for byte in storage.read("train-000001.tar")))
+    assert copy_set(scene_shards, s3_root) == 2
+    assert verify(s3_root) == []
+    broken = Path(shutil.copytree(scene_shards, tmp_path / "broken"))
+    (broken / "train-000000.tar").write_bytes(bytes((broken / "train-000000.tar").stat().st_size))
+    with pytest.raises(CorruptShardError, match=r"train-000000\.tar has another sha256.*the source is damaged"):
+        copy_set(broken, f"{s3_root}-new")
+    with pytest.raises(ShardError, match="does not exist"):
+        load_manifest(f"{s3_root}-new")
+    other = manifest_bytes(load_manifest(scene_shards)).replace(b'"seed": 0', b'"seed": 1')
+    storage.write(MANIFEST_NAME, other)
+    with pytest.raises(ConfigError, match="holds another complete shard set"):
+        copy_set(scene_shards, s3_root)
+
+
+def test_a_killed_upload_is_never_taken_for_a_set_and_goes_on(
+    s3: FaultyProxy, s3_root: str, scene_shards: Path
+) -> None:
+    s3.delay = 0.15
+    upload = subprocess.Popen([sys.executable, "-m", "shards", "copy", str(scene_shards), s3_root], cwd=REPOSITORY)
+    deadline = time.monotonic() + 60
+    storage = ObjectStorage(s3_root, HASTY)
+    while len(storage.sizes() or {}) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    upload.send_signal(signal.SIGKILL)
+    upload.wait()
+    s3.delay = 0.0
+    there = len(storage.sizes() or {})
+    files = sum(1 for _ in files_of(load_manifest(scene_shards)))
+    assert 2 <= there < files
+    with pytest.raises(ShardError, match="writing it did not finish"):
+        load_manifest(s3_root)
+    assert copy_set(scene_shards, s3_root) == files - there
+    assert verify(s3_root) == []
+
+
+def test_two_uploads_at_once_end_with_one_set(s3_root: str, scene_shards: Path) -> None:
+    def upload(_: int) -> str:
+        try:
+            copy_set(scene_shards, s3_root)
+        except StorageError as error:  # the other one has published in the meantime
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(message == "" or "is there already" in message for message in pool.map(upload, range(2)))
+    assert verify(s3_root) == []
+
+
+def test_preprocessing_publishes_to_object_storage(s3_root: str, scenes: Path, scene_shards: Path, tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["preprocess/make_shards.py", "--dataset", "folder", "--root", str(scenes), "--output", s3_root,
+               "--workers", "1", "crops.size=64", "crops.per_image=2", "images_per_shard=6",
+               f"staging={tmp_path / 'staging'}"]
+    done = python(*command)
+    assert done.returncode == 0, done.stderr
+    assert verify(s3_root) == []
+    assert load_manifest(s3_root) == load_manifest(scene_shards)
+    assert not list((tmp_path / "staging").iterdir()), "nothing stays behind"
+    again = python(*command)
+    assert "already complete, nothing to do" in again.stdout
+    other = python(*command, "crops.per_image=3")
+    assert other.returncode == 2 and "already holds a complete shard set made with other settings" in other.stderr
+
+
+def test_audit_counts_every_sample_once(scene_shards: Path, s3_shards: str) -> None:
+    for root in (str(scene_shards), s3_shards):
+        done = python("-m", "shards", "audit", root, "--ranks", "3", "--workers", "2", "--batch", "1", "--lanes", "6",
+                      "--span-samples", "2")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "each of 24 samples seen once" in done.stdout
+        assert "3 ranks x 2 workers, 8 micro-batches of 1 per rank" in done.stdout
+        assert "12 spans of neighbours, 0 of them read by more than one worker" in done.stdout
+
+
+def test_local_reads_stay_in_the_folder(scene_shards: Path) -> None:
+    storage = open_storage(scene_shards)
+    assert isinstance(storage, LocalStorage)
+    assert storage.read(MANIFEST_NAME, 0, 5) == (scene_shards / MANIFEST_NAME).read_bytes()[:5]
+    storage.close()

@@ -1,0 +1,238 @@
+"""Training from object storage: the same batches as from a folder, bit for bit, whatever happens on the way."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import shutil
+import signal
+import threading
+import time
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shards.errors import CorruptShardError, StorageError
+from shards.plan import MicroBatchNumbers, TrainPlan, validation_samples
+from shards.read_ahead import ReadAhead
+from shards.reader import ShardReader
+from tests.object_storage import (
+    FaultyProxy,
+    cut,
+    flip,
+    internal_error,
+    short,
+    stall,
+    trickle,
+    unavailable,
+)
+from tests.object_storage import (
+    s3_server as start_s3_server,
+)
+from tests.test_trainer_data import equal
+from trainer.config import DataConfig
+from trainer.data import Batch, TrainCrops, WholeImages, open_reader, train_loader, validation_loader
+
+CPU = torch.device("cpu")
+
+
+def crops(root: str | Path, batch: int = 2, **changed: Any) -> TrainCrops:
+    settings = {"workers": 0, "lanes": 8, "span_samples": 3, "tries": 8, "timeout": 1.0} | changed
+    config = DataConfig(root=str(root), **settings)
+    reader = open_reader(config, "train")
+    plan = TrainPlan([shard.samples for shard in reader.info.shards], batch, 5, config.lanes, config.span_samples)
+    return TrainCrops(reader, plan, config)
+
+
+def batches(root: str | Path, numbers: range = range(18), **changed: Any) -> list[Batch]:
+    return list(train_loader(crops(root, **changed), numbers, CPU))
+
+
+@pytest.fixture(scope="session")
+def expected(scene_shards: Path) -> list[Batch]:
+    """36 samples of 24: one epoch and a half, from the folder."""
+    return batches(scene_shards)
+
+
+def assert_same(found: list[Batch], expected: list[Batch]) -> None:
+    assert len(found) == len(expected)
+    assert all(map(equal, found, expected))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_batches_equal_those_from_the_folder(s3_shards: str, expected: list[Batch], workers: int) -> None:
+    assert_same(batches(s3_shards, workers=workers), expected)
+    assert_same(batches(s3_shards, range(7, 18), workers=workers), expected[7:])
+
+
+def test_batches_are_equal_under_a_storm(
+    s3: FaultyProxy, s3_shards: str, expected: list[Batch], caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = crops(s3_shards)
+    s3.faults = [cut, flip, short, unavailable, stall, internal_error, cut, trickle, flip, unavailable]
+    with caplog.at_level(logging.WARNING):
+        assert_same(list(train_loader(dataset, range(18), CPU)), expected)
+    assert not s3.faults
+    assert len(caplog.records) >= 10
+
+
+@pytest.mark.slow
+def test_a_killed_server_that_comes_back_costs_time_only(
+    scene_shards: Path, expected: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shards.mirror import copy_set
+    from tests.object_storage import KEY, SECRET
+
+    with start_s3_server() as server:
+        for name, value in (("ACCESS_KEY_ID", KEY), ("SECRET_ACCESS_KEY", SECRET), ("REGION", "us-east-1"),
+                            ("ENDPOINT", server.endpoint)):
+            monkeypatch.setenv(f"AWS_{name}", value)
+        copy_set(scene_shards, "s3://maskstream/killed")
+        stream = train_loader(crops("s3://maskstream/killed", read_ahead_mb=1, tries=12), range(18), CPU)
+        found = [next(stream)]
+        server.stop(signal.SIGKILL)
+        restart = threading.Timer(2.0, server.start)
+        restart.start()
+        found += stream
+        restart.join()
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_server_that_stays_away_ends_the_run_in_bounded_time(
+    s3: FaultyProxy, s3_shards: str, workers: int
+) -> None:
+    import multiprocessing
+
+    dataset = crops(s3_shards, workers=workers, tries=3, timeout=0.5)
+    s3.faults = [unavailable] * 1000
+    started = time.monotonic()
+    with pytest.raises(StorageError, match=rf"^{s3_shards}/train-00000\d\.tar \(offset \d+\): failed after 3 tries"):
+        list(train_loader(dataset, range(18), CPU))
+    assert time.monotonic() - started < 60
+    gc.collect()  # the error's traceback held the loader
+    deadline = time.monotonic() + 20
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not multiprocessing.active_children(), "no worker outlives the error"
+
+
+@pytest.mark.parametrize(("ranks", "workers", "accumulation"), [(1, 2, 4), (2, 2, 2), (4, 1, 1)])
+def test_each_byte_is_fetched_once_an_epoch_and_ranks_make_up_the_same_batches(
+    s3: FaultyProxy, s3_shards: str, ranks: int, workers: int, accumulation: int
+) -> None:
+    """Two epochs of 24 samples in 6 steps of 8, as each worker of each rank reads them."""
+    reader = ShardReader(s3_shards, "train")
+    size = sum(shard.bytes for shard in reader.info.shards)
+    datasets = [[crops(s3_shards) for _ in range(workers)] for _ in range(ranks)]
+    s3.bytes = 0
+    found: dict[int, Batch] = {}
+    for rank, of_rank in enumerate(datasets):
+        numbers = list(MicroBatchNumbers(first_step=0, last_step=6, rank=rank, world_size=ranks,
+                                         accumulation=accumulation))
+        for worker, dataset in enumerate(of_rank):
+            dataset.numbers = numbers[worker::workers]
+            found |= {batch.number: batch for batch in dataset}
+    fetched = s3.bytes
+    assert sorted(found) == list(range(24))
+    assert_same([found[number] for number in range(18)], batches(s3_shards))
+    headers = 700 * (2 * 24)
+    assert 0.9 * size < fetched / 2 <= 1.02 * size + headers
+
+
+def test_memory_is_bounded_and_too_little_of_it_costs_requests_only(
+    s3_shards: str, expected: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = 0
+    begin = ReadAhead._begin
+
+    def watched(self: ReadAhead, *arguments: Any) -> None:
+        nonlocal most
+        begin(self, *arguments)
+        most = max(most, self._total)
+
+    monkeypatch.setattr(ReadAhead, "_begin", watched)
+    dataset = crops(s3_shards)
+    largest = max(dataset.reader.bytes_of(range(first, first + 3)) for first in range(0, 24, 3))
+    for budget in (1, 2 * largest, 1 << 30):
+        monkeypatch.setattr("trainer.data.ReadAhead", lambda reader, _, budget=budget: ReadAhead(reader, budget))
+        most = 0
+        assert_same(list(train_loader(dataset, range(18), CPU)), expected)
+        assert most <= max(budget, 1.3 * largest)
+
+
+def test_the_cache_gives_the_same_batches(
+    s3: FaultyProxy, s3_shards: str, expected: list[Batch], tmp_path: Path
+) -> None:
+    for turn in range(2):
+        dataset = crops(s3_shards, cache_dir=str(tmp_path / "cache"))
+        s3.bytes = 0
+        assert_same(list(train_loader(dataset, range(18), CPU)), expected)
+        assert (s3.bytes > 0) == (turn == 0)
+
+
+def damaged(shards: Path, folder: Path, samples: list[int]) -> Path:
+    """A copy of a set in which some training samples are not what was written."""
+    copied = Path(shutil.copytree(shards, folder))
+    reader = ShardReader(shards, "train")
+    for number in samples:
+        shard, offset, _ = reader._place(number)
+        path = copied / reader.info.shards[shard].name
+        data = bytearray(path.read_bytes())
+        data[offset + 600] ^= 1
+        path.write_bytes(data)
+    return copied
+
+
+def test_skipped_samples_are_named_counted_and_replaced(
+    scene_shards: Path, tmp_path: Path, expected: list[Batch], caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = [3, 11]
+    root = damaged(scene_shards, tmp_path / "set", bad)
+    with pytest.raises(CorruptShardError, match="CRC-32 differs"):
+        batches(root)
+    with caplog.at_level(logging.WARNING):
+        found = batches(root, on_corrupt="skip")
+    plan = crops(root).plan
+    for number, (ours, whole) in enumerate(zip(found, expected, strict=True)):
+        hit = [draw for draw in plan.micro_batch(number) if draw.sample in bad]
+        assert len(ours.keys) == len(whole.keys) and len(ours.skipped) == len(hit)
+        assert set(ours.keys) <= set(whole.keys) and (ours.keys == whole.keys) == (not hit)
+    skipped = sum(len(batch.skipped) for batch in found)
+    assert 2 <= skipped <= 4 and caplog.text.count("skipped a training sample") == skipped
+    assert_same(batches(root, on_corrupt="skip", workers=2), found)
+    with pytest.raises(CorruptShardError, match=r"2 training samples were skipped, data\.corrupt_budget is 1"):
+        batches(root, on_corrupt="skip", corrupt_budget=1)
+
+
+def test_a_micro_batch_without_any_good_sample_is_an_error(scene_shards: Path, tmp_path: Path) -> None:
+    root = damaged(scene_shards, tmp_path / "set", list(range(24)))
+    with pytest.raises(CorruptShardError, match=r"no sample of micro-batch 0 can be used: .*CRC-32"):
+        batches(root, on_corrupt="skip")
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_validation_sees_each_image_once_over_all_ranks(s3_shards: str, ranks: int) -> None:
+    config = DataConfig(root=s3_shards, workers=2)
+    reader = open_reader(config, "val")
+    keys = [[item.key for item in validation_loader(WholeImages(reader, config),
+                                                    validation_samples(5, rank, ranks), CPU)] for rank in range(ranks)]
+    assert sorted(chain(*keys)) == sorted(reader.read(number).key for number in range(5))
+    assert {len(of_rank) for of_rank in keys} <= {5 // ranks, 5 // ranks + 1}
+
+
+def test_a_run_trains_and_evaluates_from_object_storage(s3_shards: str, tmp_path: Path, scene_shards: Path) -> None:
+    from tests.test_end_to_end import losses, tiny
+    from trainer.distributed import distributed
+    from trainer.loop import train
+
+    metrics = []
+    for name, root in (("remote", s3_shards), ("local", scene_shards)):
+        with distributed("cpu") as context:
+            metrics.append(train(tiny(Path(root), tmp_path / name, f"data.root={root}"), context))
+    without_times = [[{key: value for key, value in line.items() if "loss" in key or key == "grad_norm"}
+                      for line in losses(tmp_path / name)] for name in ("remote", "local")]
+    assert without_times[0] == without_times[1] and metrics[0]["mIoU"] == metrics[1]["mIoU"]
