@@ -192,6 +192,7 @@ def parse_span(span: bytes, where: str, ignore_index: int = 255) -> CropSample:
         image_bytes=members[f"{stem}.{image_suffix}"],
         image_suffix=image_suffix,
         record=record,
+        payload=members[f"{stem}.mp"],
         ignore_index=ignore_index,
     )
 

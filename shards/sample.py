@@ -42,6 +42,7 @@ class CropSample:
     image_bytes: bytes
     image_suffix: str
     record: dict[str, Any]
+    payload: bytes  # what the record was decoded from
     ignore_index: int = 255
 
     @functools.cached_property

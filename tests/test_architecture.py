@@ -28,7 +28,7 @@ TRAINER_LAYERS = (
     {"matcher"},
     {"mask_classification_loss", "optimizer", "models", "data"},
     {"criterion", "checkpoint", "run_logger"},
-    {"build", "plots"},
+    {"build", "plots", "interop"},
     {"evaluation"},
     {"loop", "pretrained"},
     {"checkpoint_options", "exporting"},

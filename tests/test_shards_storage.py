@@ -388,3 +388,11 @@ def test_local_reads_stay_in_the_folder(scene_shards: Path) -> None:
     assert isinstance(storage, LocalStorage)
     assert storage.read(MANIFEST_NAME, 0, 5) == (scene_shards / MANIFEST_NAME).read_bytes()[:5]
     storage.close()
+
+
+def test_no_changed_byte_breaks_a_decoder(scene_shards: Path) -> None:
+    from tests.fuzz import fuzz
+
+    outcomes = fuzz(scene_shards, 300)
+    assert sum(outcomes.values()) == 900
+    assert all(outcomes[f"{name}: refused"] > 30 for name in ("manifest", "sample", "payload")), outcomes

@@ -35,10 +35,10 @@ from shards.workers import exit_with_parent
 from trainer.config import DataConfig
 from trainer.seeding import sample_rng
 from trainer.targets import Target, dense_masks
-from trainer.transforms import draw_photometric
+from trainer.transforms import draw_photometric, photometric_distort
 
 _log = logging.getLogger(__name__)
-_BATCHES_AHEAD, _IMAGES_AHEAD = 4, 8  # whose bytes a loader process asks object storage for before it needs them
+_BATCHES_AHEAD, _SAMPLES_AHEAD = 4, 8  # whose bytes a loader process asks object storage for before it needs them
 _WORKER_TIMEOUT = 600  # seconds without a batch after which a stuck worker is an error, not a hang
 
 
@@ -90,6 +90,11 @@ class Batch:
             labels=move(self.labels),
             photometric=None if self.photometric is None else move(self.photometric),
         )
+
+
+def augmented_images(batch: Batch) -> Tensor:
+    """uint8 `[B,3,H,W]` with the batch's colour augmentation, if it carries any."""
+    return batch.images if batch.photometric is None else photometric_distort(batch.images, batch.photometric)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,28 +205,32 @@ class WholeImages(IterableDataset[LabelledImage]):
         self.reader, self.config, self.numbers = reader, config, numbers
 
     def __getitem__(self, number: int) -> LabelledImage:
-        return self._image(number, None)
+        return self._image(self.reader.read(number))
 
     def __iter__(self) -> Iterator[LabelledImage]:
-        if self.reader.is_local:
-            yield from map(self.__getitem__, share_of_worker(self.numbers))
-            return
-        ahead = ReadAhead(self.reader, self.config.read_ahead_mb << 20)
-        try:
-            for number in look_ahead(share_of_worker(self.numbers), _IMAGES_AHEAD,
-                                     lambda number: ahead.ask(number, partial(list, [number]))):
-                yield self._image(number, ahead.take(number, partial(list, [number]), number))
-        finally:
-            ahead.close()
+        samples = read_samples(self.reader, share_of_worker(self.numbers), self.config.read_ahead_mb << 20)
+        yield from map(self._image, samples)
 
-    def _image(self, number: int, data: bytes | None) -> LabelledImage:
-        sample = self.reader.read(number, data)
+    def _image(self, sample: CropSample) -> LabelledImage:
         check_labels(sample, self.reader.manifest.num_classes)
         return LabelledImage(
             key=sample.key,
             image=torch.from_numpy(sample.image.transpose(2, 0, 1).copy()),
             label_map=torch.from_numpy(sample.label_map().astype(np.int64)),
         )
+
+
+def read_samples(reader: ShardReader, numbers: Iterable[int], budget: int) -> Iterator[CropSample]:
+    """Samples in the given order; from object storage with some read ahead, `budget` bytes of them at most."""
+    if reader.is_local:
+        yield from map(reader.read, numbers)
+        return
+    ahead = ReadAhead(reader, budget)
+    try:
+        for number in look_ahead(numbers, _SAMPLES_AHEAD, lambda number: ahead.ask(number, partial(list, [number]))):
+            yield reader.read(number, ahead.take(number, partial(list, [number]), number))
+    finally:
+        ahead.close()
 
 
 def share_of_worker(numbers: Iterable[int]) -> Iterable[int]:

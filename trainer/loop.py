@@ -31,7 +31,7 @@ from trainer.checkpoint import (
 )
 from trainer.config import RunConfig
 from trainer.criterion import Criterion
-from trainer.data import Batch, TrainCrops, open_reader, train_loader
+from trainer.data import Batch, TrainCrops, augmented_images, open_reader, train_loader
 from trainer.distributed import DistContext
 from trainer.evaluation import autocast, evaluate, format_metrics
 from trainer.matcher import NonFiniteLossError
@@ -41,7 +41,7 @@ from trainer.optimizer import build_optimizer, clip_gradients, load_optimizer, s
 from trainer.plots import batch_panel, draw_curves
 from trainer.run_logger import RunLogger
 from trainer.seeding import seed_micro_batch
-from trainer.transforms import normalize, photometric_distort
+from trainer.transforms import normalize
 
 
 class TrainingDiverged(MaskStreamError):
@@ -152,11 +152,6 @@ def train_step(run: Run, micro_batches: list[Batch]) -> dict[str, float]:
 def prepare_images(batch: Batch, config: RunConfig) -> Tensor:
     """Float32 normalised `[B,3,H,W]` on the batch's device, colour-augmented if the batch carries parameters."""
     return normalize(augmented_images(batch), config.backbone.image_mean, config.backbone.image_std)
-
-
-def augmented_images(batch: Batch) -> Tensor:
-    """uint8 `[B,3,H,W]` with the batch's colour augmentation, if it carries any."""
-    return batch.images if batch.photometric is None else photometric_distort(batch.images, batch.photometric)
 
 
 def required_folders(config: RunConfig) -> tuple[str, Path]:
