@@ -28,10 +28,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Mask2FormerConfig
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
+from trainer import mask_classification_loss, matcher
 from trainer.mask_classification_loss import MaskClassificationLoss
-from trainer.targets import dense_masks
+from trainer.point_sampling import point_sample
+from trainer.targets import PackedTargets, dense_masks
 
 RUNS = ("transformers, to masks", "ours, to masks", "transformers, to features", "ours, to features")
+FLOOR = "drawing and sampling the points alone"
 LAYERS, QUERIES, CLASSES, SEGMENTS, WIDTH, POINTS = 10, 100, 150, 10, 256, 12_544
 COEFFICIENTS = {"loss_mask": 5.0, "loss_dice": 5.0, "loss_cross_entropy": 2.0}
 
@@ -39,8 +42,8 @@ COEFFICIENTS = {"loss_mask": 5.0, "loss_dice": 5.0, "loss_cross_entropy": 2.0}
 class TheirLoss(Mask2FormerLoss):
     """As EoMT subclasses it (its all-reduce of the number of masks is nothing in one process)."""
 
-    def __init__(self) -> None:
-        super().__init__(Mask2FormerConfig(num_labels=CLASSES, train_num_points=POINTS), {})
+    def __init__(self, config: Mask2FormerConfig) -> None:
+        super().__init__(config, {})
 
     def total(self, masks: Tensor, targets: Sequence[dict[str, Tensor]], classes: Tensor) -> Tensor:
         losses = self(masks_queries_logits=masks, class_queries_logits=classes,
@@ -70,7 +73,7 @@ class Case:
                            for _ in range(LAYERS)]
         self.classes = [torch.randn(batch, QUERIES, CLASSES + 1, generator=generator).requires_grad_()
                         for _ in range(LAYERS)]
-        self.theirs = TheirLoss()
+        self.theirs = TheirLoss(Mask2FormerConfig(num_labels=CLASSES, train_num_points=POINTS))
         self.ours = MaskClassificationLoss(POINTS, 3.0, 0.75, *COEFFICIENTS.values(), CLASSES, 0.1)
 
     def masks(self, *, in_graph: bool) -> list[Tensor]:
@@ -88,6 +91,15 @@ class Case:
             for item, embeddings in zip(items, self.embeddings, strict=True):
                 item |= {"mask_embeddings": embeddings, "mask_features": self.features}
         return self.ours.step({**items[0], "aux_outputs": items[1:]}, self.targets).total
+
+    def floor(self, masks: list[Tensor]) -> None:
+        """What any implementation on these points has to do: draw them all, and sample the predictions there."""
+        generator = torch.Generator().manual_seed(0)
+        drawn = int(self.ours.num_points * self.ours.oversample_ratio)
+        matched = [one[:, :SEGMENTS].flatten(0, 1)[:, None] for one in masks]
+        for one, few in zip(masks, matched, strict=True):
+            point_sample(one.detach(), torch.rand(len(one), POINTS, 2, generator=generator))
+            point_sample(few.detach(), torch.rand(len(few), drawn, 2, generator=generator))
 
     def prepare(self, name: str) -> list[Tensor]:
         """The masks that a run is given."""
@@ -107,11 +119,16 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="images per step")
     parser.add_argument("--side", type=int, default=128, help="side of mask logits (default: 128; 224 for 896 pixels)")
     parser.add_argument("--repetitions", type=int, default=20, help="interleaved repetitions (default: 20)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the loss's pure tensor functions")
     parser.add_argument("--memory", metavar="RUN", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:
         print(memory_of(arguments.memory, arguments.batches[0], arguments.side))
         return
+    if arguments.compile:
+        for module, function in ((matcher, "sum_over_points"), (mask_classification_loss, "losses_and_gradients"),
+                                 (PackedTargets, "_sample")):
+            setattr(module, function, torch.compile(getattr(module, function), dynamic=False))
     print("| images | | seconds, median (quartiles) | speed-up | memory, MB | of theirs | operations | kept, MB |\n"
           "|---|---|---|---|---|---|---|---|")
     for batch in arguments.batches:
@@ -121,7 +138,7 @@ def main() -> None:
 def report(batch: int, side: int, repetitions: int) -> None:
     """Four rows of the table."""
     case = Case(batch, side)
-    seconds: dict[str, list[float]] = {name: [] for name in RUNS}
+    seconds: dict[str, list[float]] = {name: [] for name in (*RUNS, FLOOR)}
     for repetition in range(repetitions + 1):
         for name in RUNS:
             masks = case.prepare(name)
@@ -129,6 +146,10 @@ def report(batch: int, side: int, repetitions: int) -> None:
             case.total(name, masks).backward()
             if repetition:  # the first is not counted
                 seconds[name].append(perf_counter() - started)
+        started = perf_counter()
+        case.floor(masks)
+        if repetition:
+            seconds[FLOOR].append(perf_counter() - started)
     memory = {name: in_own_process(name, batch, side) for name in RUNS}
     for name in RUNS:
         low, median, high = np.percentile(seconds[name], [25, 50, 75])
@@ -139,6 +160,8 @@ def report(batch: int, side: int, repetitions: int) -> None:
         cells = (batch, name, f"{median:.3f} ({low:.3f}, {high:.3f}){unsteady}", f"{speed:.2f}", f"{memory[name]:.0f}",
                  f"{memory[name] / memory[reference]:.2f}", operations, f"{kept / 1e6:.0f}")
         print(f"| {' | '.join(map(str, cells))} |", flush=True)
+    low, median, high = np.percentile(seconds[FLOOR], [25, 50, 75])
+    print(f"| {batch} | {FLOOR} | {median:.3f} ({low:.3f}, {high:.3f}) | | | | | |", flush=True)
 
 
 def counts(case: Case, name: str) -> tuple[int, int]:

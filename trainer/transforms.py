@@ -18,7 +18,8 @@ LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(images / 255 - mean) / std, float32 [B, 3, H, W] from uint8 [B, 3, H, W]; mean and std on a 0..1 scale."""
-    return (images.float() / 255.0 - _channel_map(mean, images.device)) / _channel_map(std, images.device)
+    planes = images.to(torch.float32, memory_format=torch.contiguous_format)  # batches come with channels last
+    return (planes / 255.0 - _channel_map(mean, images.device)) / _channel_map(std, images.device)
 
 
 def _channel_map(values: Sequence[float], device: torch.device) -> Tensor:
