@@ -19,7 +19,7 @@ import numpy as np
 
 from shards.errors import CorruptShardError, FormatVersionError, ShardError
 from shards.rle import ignore_value
-from shards.storage import ObjectStorage, Storage, open_storage
+from shards.storage import ObjectStorage, Storage, open_storage, read_checked
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -123,7 +123,7 @@ def load_manifest(root: str | Path | Storage) -> Manifest:
     storage = open_storage(root)
     path = storage.where(MANIFEST_NAME)
     try:
-        data = storage.read(MANIFEST_NAME)
+        return read_checked(storage, MANIFEST_NAME, lambda data: parse_manifest(data, path))
     except (FileNotFoundError, NotADirectoryError) as error:
         missing = isinstance(storage, ObjectStorage) and f" ({error})"
         raise ShardError(
@@ -132,7 +132,6 @@ def load_manifest(root: str | Path | Storage) -> Manifest:
         ) from None
     except OSError as error:
         raise ShardError(f"{path} cannot be read: {error}") from error
-    return parse_manifest(data, path)
 
 
 def parse_manifest(data: bytes, name: str) -> Manifest:

@@ -17,10 +17,9 @@ from shards.cache import DiskCache
 from shards.errors import CorruptShardError, ShardError, StorageError
 from shards.manifest import INDEX_DTYPE, Manifest, ShardInfo, load_manifest
 from shards.sample import IMAGE_SUFFIXES, CropSample, decode_sample
-from shards.storage import LocalStorage, Storage, open_storage
+from shards.storage import READS_OF_DAMAGED, LocalStorage, Storage, open_storage, read_checked
 
 _BLOCK = 512
-_FETCHES_OF_DAMAGED = 4  # from object storage: a bit may have flipped on the way
 _log = logging.getLogger(__name__)
 
 
@@ -53,7 +52,7 @@ class ShardReader:
         if not 0 <= number < len(self):
             raise IndexError(f"sample {number} of split {self.split!r}, legal: 0..{len(self) - 1}")
         where = self._where(number)
-        tries = 1 if self.is_local else _FETCHES_OF_DAMAGED
+        tries = 1 if self.is_local else READS_OF_DAMAGED
         for left in reversed(range(tries)):
             if data is None:
                 data = self.fetch([number])[0]
@@ -161,13 +160,16 @@ def load_index(storage: Storage, manifest: Manifest, split: str) -> npt.NDArray[
     """The `INDEX_DTYPE` records of a split, checked against size and hash in the manifest."""
     info = manifest.split(split).index
     path = storage.where(info.name)
+
+    def check(data: bytes) -> npt.NDArray[np.void]:
+        if len(data) != info.bytes or hashlib.sha256(data).hexdigest() != info.sha256:
+            raise CorruptShardError(f"{path}: the index differs from the size or sha256 in the manifest")
+        return np.frombuffer(data, INDEX_DTYPE)
+
     try:
-        data = storage.read(info.name)
+        return read_checked(storage, info.name, check)
     except OSError as error:
         raise ShardError(f"{path}: the index of split {split!r} cannot be read: {error}") from error
-    if len(data) != info.bytes or hashlib.sha256(data).hexdigest() != info.sha256:
-        raise CorruptShardError(f"{path}: the index differs from the size or sha256 in the manifest")
-    return np.frombuffer(data, INDEX_DTYPE)
 
 
 def parse_span(span: bytes, where: str, ignore_index: int = 255) -> CropSample:

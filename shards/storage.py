@@ -30,9 +30,10 @@ from obstore.store import from_url
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 
 from shards.atomic import copy_atomically, write_atomically
-from shards.errors import ConfigError, StorageError
+from shards.errors import ConfigError, CorruptShardError, StorageError
 
 REMOTE_SCHEMES = ("s3", "gs", "az", "https", "http")
+READS_OF_DAMAGED = 4
 _OPEN_FILES = 64  # kept open per process; far below the usual limit of 1024 descriptors
 _PIECE = 8 << 20  # bytes asked for in one request, and held twice at most
 _LARGEST_WHOLE = 4 << 30  # bytes; of manifests and indexes, whose size is not known beforehand
@@ -95,6 +96,20 @@ def open_storage(root: str | Path | Storage, patience: Patience | None = None) -
     if found[2] is None or found[1].lower() not in REMOTE_SCHEMES:
         raise ConfigError(f"{root!r} is not a place for shards, legal: a path, s3://, gs://, az:// and https:// URLs")
     return ObjectStorage(str(root), patience or Patience())
+
+
+def read_checked(storage: Storage, name: str, check: Callable[[bytes], _Value]) -> _Value:
+    """What `check` makes of a whole blob. From object storage it is read again when `check` raises CorruptShardError:
+    a bit may have flipped on the way."""
+    tries = 1 if isinstance(storage, LocalStorage) else READS_OF_DAMAGED
+    for left in reversed(range(tries)):
+        try:
+            return check(storage.read(name))
+        except CorruptShardError as error:
+            if not left:
+                raise
+            _log.warning("%s; fetching it again", error)
+    raise AssertionError("unreachable")
 
 
 def is_remote(root: str | Path) -> bool:
@@ -179,7 +194,7 @@ class ObjectStorage:
         return bytes(received)
 
     def sizes(self) -> dict[str, int] | None:
-        if self.root.startswith("http"):
+        if self._is_web:
             return None
         found: dict[str, int] = {}
 
@@ -191,6 +206,7 @@ class ObjectStorage:
         return found
 
     def write(self, name: str, data: bytes, *, create: bool = False) -> None:
+        self._check_writable()
         try:
             self._patiently(name, 0, lambda: obstore.put(self._client(), name, data, use_multipart=False,
                                                          mode="create" if create else "overwrite"))
@@ -198,6 +214,8 @@ class ObjectStorage:
             raise StorageError(f"{self.where(name)} is there already") from error
 
     def upload(self, name: str, path: Path) -> None:
+        self._check_writable()
+
         def put() -> None:
             with path.open("rb") as file:
                 obstore.put(self._client(), name, file)  # in parts when it is large; visible when all are there
@@ -213,6 +231,14 @@ class ObjectStorage:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_store": None}
+
+    @property
+    def _is_web(self) -> bool:
+        return self.root.startswith("http")
+
+    def _check_writable(self) -> None:
+        if self._is_web:
+            raise ConfigError(f"{self.root} can only be read; write to a path, or to s3://, gs:// or az://")
 
     def _size(self, name: str) -> int:
         size = int(self._patiently(name, 0, lambda: obstore.head(self._client(), name))["size"])

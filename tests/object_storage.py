@@ -44,6 +44,11 @@ class S3Server:
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def web(self) -> str:
+        """Its plain HTTP side: objects under /buckets/<bucket>/<key>."""
+        return f"http://127.0.0.1:{self.ports[5]}"
+
     def start(self) -> None:
         s3, *others = self.ports
         names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc",

@@ -26,6 +26,7 @@ from tests.conftest import REPOSITORY
 from tests.object_storage import (
     Fault,
     FaultyProxy,
+    S3Server,
     cut,
     flip,
     internal_error,
@@ -166,6 +167,20 @@ def test_samples_equal_those_of_the_folder(s3_shards: str, scene_shards: Path) -
     assert "5 images" in python("-m", "shards", "info", s3_shards).stdout
 
 
+def test_a_web_server_is_read_and_never_written(
+    s3_server: S3Server, s3_shards: str, scene_shards: Path, tmp_path: Path
+) -> None:
+    url = f"{s3_server.web}/buckets/{s3_shards.removeprefix('s3://')}"
+    assert [sample.image_bytes for sample in iter_samples(url, "train")] == [
+        sample.image_bytes for sample in iter_samples(scene_shards, "train")]
+    assert verify(url) == []
+    assert copy_set(url, tmp_path / "mirror") > 0
+    with pytest.raises(ConfigError, match="can only be read"):
+        copy_set(scene_shards, f"{url}-new")
+    with pytest.raises(ShardError, match=r"nowhere/manifest\.json does not exist"):
+        load_manifest(f"{s3_server.web}/nowhere")
+
+
 def test_stored_bits_that_flip_on_the_way_are_fetched_again(
     s3: FaultyProxy, s3_shards: str, scene_shards: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -174,6 +189,8 @@ def test_stored_bits_that_flip_on_the_way_are_fetched_again(
     with caplog.at_level(logging.WARNING):
         assert reader.read(3).image_bytes == local.read(3).image_bytes
     assert caplog.text.count("CRC-32 differs from the index") == caplog.text.count("fetching it again") == 2
+    s3.faults = [flip, cut, flip]  # of the manifest, and of the index
+    assert ShardReader(s3_shards, "train").info == local.info
     s3.faults = [flip] * 4
     with pytest.raises(CorruptShardError, match=r"train-000000\.tar, sample 3 \(offset \d+\): CRC-32 differs"):
         reader.read(3)
