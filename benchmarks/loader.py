@@ -1,84 +1,193 @@
-"""How fast are batches made, as a share of decoding the same JPEGs alone on one core?
+"""How fast are batches made? Beside decoding the same JPEGs alone, beside other loaders, and from object storage.
 
-Rounds are interleaved in one run and medians compared, because these machines stall. "one core" rows use the
-process's CPU time; the worker rows use wall time of the DataLoader, after its workers have started.
+Makes 512-pixel crops of an ADE20K folder and measures on them, in one run and interleaved, as machines stall:
+1. samples per second of CPU time, on one core, of our batches and of other people's loaders (those installed:
+   webdataset, litdata, mosaicml-streaming);
+2. samples per second of wall time from a folder and from an S3 server (SeaweedFS, on this machine) behind a proxy that
+   adds a delay to each request: a loader process, an epoch, the first tenth not counted;
+3. bytes that a loader process hands over.
 
-example: python benchmarks/loader.py --root shards-ade20k
+example: python -m benchmarks.loader --data ../shared/data/ade20k-sample
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import perf_counter, process_time
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
+from benchmarks.peers import available, encoded, online_batches
+from shards.mirror import copy_set
 from shards.plan import TrainPlan
 from shards.reader import ShardReader
-from shards.sample import decode_image
+from shards.sample import decode_by_pillow, decode_image
+from tests.object_storage import KEY, SECRET, FaultyProxy, s3_server
 from trainer.config import DataConfig
-from trainer.data import TrainCrops, train_loader
+from trainer.data import Batch, TrainCrops, augmented_images, open_reader, train_loader
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+ONLINE_SHARE = 10  # a sample of it takes as long as dozens of the others
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", required=True, help="shard set")
-    parser.add_argument("--split", default="train", help="split of crops (default: train)")
+    parser.add_argument("--data", required=True, type=Path, help="ADE20K folder")
+    parser.add_argument("--crops", type=int, default=60, help="crops per image (default: 60)")
     parser.add_argument("--batch", type=int, default=4, help="micro-batch size (default: 4)")
-    parser.add_argument("--batches", type=int, default=40, help="micro-batches per round (default: 40)")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: 5)")
+    parser.add_argument("--samples", type=int, default=320, help="samples a round (default: 320)")
+    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: 7)")
+    parser.add_argument("--delay", type=float, default=0.03, help="seconds added to each request (default: 0.03)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    reader = ShardReader(arguments.root, arguments.split)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        make_crops(arguments.data, folder / "set", arguments.crops)
+        one_core(folder, arguments)
+        over_the_network(folder, arguments)
+
+
+def make_crops(data: Path, output: Path, per_image: int) -> None:
+    """Crops of the validation images, which the samples that are handed around have more of."""
+    subprocess.run([sys.executable, REPOSITORY / "preprocess/make_shards.py", "--dataset", "ade20k", "--root", data,
+                    "--output", output, f"crops.per_image={per_image}", "dataset.splits={train: validation}",
+                    "images_per_shard=8"], check=True)
+
+
+def one_core(folder: Path, arguments: argparse.Namespace) -> None:
+    """Tables 1 and 3."""
+    reader = ShardReader(folder / "set", "train")
     plan = TrainPlan([shard.samples for shard in reader.info.shards], arguments.batch, 0)
-    numbers = range(arguments.batches)
-    jpegs = [reader.read(draw.sample).image_bytes for number in numbers for draw in plan.micro_batch(number)]
-    samples = len(jpegs)
-
-    def decode_only() -> None:
-        for data in jpegs:
-            decode_image(data, "benchmark")
-
-    def one_core(targets: str) -> Callable[[], None]:
-        crops = TrainCrops(reader, plan, DataConfig(workers=0, targets=targets))
-
-        def run() -> None:
-            for number in numbers:
-                crops[number]
-
-        return run
-
-    rows = {"JPEG decoding alone, one core": decode_only, "batches, one core, segment maps": one_core("segment_map"),
-            "batches, one core, dense masks": one_core("dense")}
-    rates: dict[str, list[float]] = {name: [] for name in rows}
-    for workers in (1, 2):
-        rates[f"DataLoader, {workers} worker(s), wall"] = []
-    for _ in range(arguments.rounds):
-        for name, run in rows.items():
-            started = time.process_time()
-            run()
-            rates[name].append(samples / (time.process_time() - started))
-        for workers in (1, 2):
-            rate = loader_rate(reader, plan, workers, arguments.batches)
-            rates[f"DataLoader, {workers} worker(s), wall"].append(rate)
-    floor = float(np.median(rates["JPEG decoding alone, one core"]))
-    print(f"{samples} samples a round, {arguments.rounds} rounds, medians\n")
-    print("| | samples/s | of JPEG decoding |\n|---|---|---|")
+    numbers = range(arguments.samples // arguments.batch)
+    samples = [reader.read(draw.sample) for number in numbers for draw in plan.micro_batch(number)]
+    jpegs = [sample.image_bytes for sample in samples]
+    packed, dense = (TrainCrops(reader, plan, DataConfig(workers=0, targets=targets), numbers)
+                     for targets in ("segment_map", "dense"))
+    online = arguments.samples // ONLINE_SHARE
+    rows: dict[str, tuple[int, Callable[[], object]]] = {
+        "decoding the JPEGs alone, by Pillow": (len(jpegs), lambda: [decode_by_pillow(one, "") for one in jpegs]),
+        "decoding the JPEGs alone, as we do": (len(jpegs), lambda: [decode_image(one, "") for one in jpegs]),
+        "ours": (len(jpegs), lambda: list(map(forget, packed))),
+        "ours, colour in the loader too": (len(jpegs), lambda: list(map(augmented_images_of, packed))),
+        "ours, dense float masks": (len(jpegs), lambda: list(map(float_masks, dense))),
+        "on-line transform from whole images": (online, consume(online_batches(arguments.data, online,
+                                                                               arguments.batch))),
+    }
+    for name, batches in available(encoded(samples), folder, arguments.batch):
+        rows[name] = (len(jpegs), consume(batches))
+    rates = measured(rows, arguments.rounds)
+    floor, own = (np.median(rates[f"decoding the JPEGs alone, {how}"]) for how in ("by Pillow", "as we do"))
+    print(f"\none core, {len(jpegs)} crops a round, {arguments.rounds} interleaved rounds, medians\n\n"
+          "| | samples/s | of Pillow's decoding | of our decoding | ours is faster by |\n|---|---|---|---|---|")
     for name, values in rates.items():
-        print(f"| {name} | {np.median(values):.0f} | {np.median(values) / floor:.2f} |")
+        rate, ours = np.median(values), np.median(rates["ours"])
+        print(f"| {name} | {rate:.0f} | {rate / floor:.2f} | {rate / own:.2f} | {ours / rate:.1f} |")
+    print_sizes(list(packed))
 
 
-def loader_rate(reader: ShardReader, plan: TrainPlan, workers: int, batches: int) -> float:
-    """Samples per wall second once every worker has delivered its first batch."""
-    loader = train_loader(TrainCrops(reader, plan, DataConfig(workers=workers, prefetch_batches=1)),
-                               range(batches + 2 * workers), torch.device("cpu"))
-    for _ in range(2 * workers):
-        next(loader)
-    started = time.perf_counter()
-    count = sum(batch.images.shape[0] for batch in loader)
-    return count / (time.perf_counter() - started)
+def print_sizes(batches: list[Batch]) -> None:
+    """What goes from a loader process to the trainer, beside what dense masks would be."""
+    count = sum(len(batch.keys) for batch in batches)
+    ours = sum(batch.images.nbytes + batch.labels.nbytes + batch.photometric.nbytes + batch.segment_maps.nbytes
+               for batch in batches if batch.segment_maps is not None and batch.photometric is not None) / count
+    images = sum(batch.images.nbytes for batch in batches) / count
+    pixels = batches[0].segment_maps[0].numel()  # type: ignore[index]
+    masks = sum(sum(batch.counts) for batch in batches) / count * pixels
+    print(f"\nbytes handed over per sample: ours {ours / 1e6:.2f} MB, with bool masks {(images + masks) / 1e6:.2f} MB, "
+          f"with float masks {(images + 4 * masks) / 1e6:.2f} MB")
+
+
+def over_the_network(folder: Path, arguments: argparse.Namespace) -> None:
+    """Table 2."""
+    with s3_server() as server:
+        proxy = FaultyProxy(server.port, arguments.delay)
+        os.environ |= {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_REGION": "us-east-1",
+                       "AWS_ENDPOINT": server.endpoint}
+        copy_set(folder / "set", "s3://benchmark/set")
+        os.environ["AWS_ENDPOINT"] = proxy.endpoint
+        roots = {"a folder": str(folder / "set"), "S3, not delayed": "s3://benchmark/set", "S3": "s3://benchmark/set"}
+        found: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in roots}
+        for _ in tqdm(range(arguments.rounds), unit="round", disable=None):
+            for name, root in roots.items():
+                proxy.delay = 0.0 if name.endswith("not delayed") else arguments.delay
+                before = proxy.bytes
+                rate, first, memory = epoch(root, arguments.batch)
+                found[name].append((rate, first, memory, proxy.bytes - before))
+        size = sum(path.stat().st_size for path in (folder / "set").rglob("*") if path.is_file())
+        print(f"\none loader process, an epoch, {arguments.rounds} interleaved rounds, medians; S3 with "
+              f"{1000 * arguments.delay:.0f} ms added to each request\n\n| from | samples/s | of a folder | first "
+              "batch after, s | its memory, MB | bytes read / bytes of the set |\n|---|---|---|---|---|---|")
+        for name, rows in found.items():
+            rate, first, memory, read = np.median(np.array(rows), axis=0)
+            share = rate / np.median([row[0] for row in found["a folder"]])
+            print(f"| {name} | {rate:.0f} | {share:.2f} | {first:.2f} | {memory:.0f} | "
+                  f"{f'{read / size:.3f}' if read else ''} |")
+        proxy.close()
+
+
+def epoch(root: str, size: int) -> tuple[float, float, float]:
+    """(samples per second once warm, seconds to the first batch, megabytes that the loader process holds itself)."""
+    started = perf_counter()
+    config = DataConfig(root=root, workers=1)
+    reader = open_reader(config, "train")
+    plan = TrainPlan([shard.samples for shard in reader.info.shards], size, 0)
+    total = len(reader) // size
+    times, memory = [], 0.0
+    for batch in train_loader(TrainCrops(reader, plan, config), range(total), torch.device("cpu")):
+        times.append(perf_counter())
+        if batch.number == total * 3 // 4:
+            memory = max(map(anonymous_megabytes, multiprocessing.active_children()))
+    warm = total // 10
+    return (total - 1 - warm) * size / (times[-1] - times[warm]), times[0] - started, memory
+
+
+def anonymous_megabytes(process: multiprocessing.process.BaseProcess) -> float:
+    """Memory of a process that is not of files, from the kernel's account."""
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
+    return 0.0 if found is None else int(found[1]) / 1e3
+
+
+def measured(rows: dict[str, tuple[int, Callable[[], object]]], rounds: int) -> dict[str, list[float]]:
+    """Samples per second of CPU time of each row in each round, one round to warm up."""
+    rates: dict[str, list[float]] = {name: [] for name in rows}
+    for number in tqdm(range(rounds + 1), unit="round", disable=None):
+        for name, (count, run) in rows.items():
+            started = process_time()
+            run()
+            if number:
+                rates[name].append(count / (process_time() - started))
+    return rates
+
+
+def consume(batches: Callable[[], Iterator[object]]) -> Callable[[], None]:
+    def run() -> None:
+        for _ in batches():
+            pass
+
+    return run
+
+
+def forget(batch: Batch) -> None:
+    """Not kept: a batch that is held makes the next one need new memory."""
+
+
+def augmented_images_of(batch: Batch) -> None:
+    augmented_images(batch)
+
+
+def float_masks(batch: Batch) -> None:
+    for masks in batch.masks or []:
+        masks.float()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from shards.sample import IMAGE_SUFFIXES, CropSample, decode_sample
 from shards.storage import READS_OF_DAMAGED, LocalStorage, Storage, open_storage, read_checked
 
 _BLOCK = 512
+_NAME, _SIZE, _KIND = 100, slice(124, 136), slice(156, 157)  # where a tar header keeps what we read
 _log = logging.getLogger(__name__)
 
 
@@ -200,15 +201,22 @@ def parse_span(span: bytes, where: str, ignore_index: int = 255) -> CropSample:
 
 
 def _read_member(stream: io.BytesIO, where: str) -> tuple[str, bytes]:
-    try:
-        header = tarfile.TarInfo.frombuf(stream.read(_BLOCK), "ascii", "strict")
-    except (tarfile.HeaderError, UnicodeDecodeError) as error:
-        raise CorruptShardError(f"{where}: bad tar header: {error}") from error
-    data = stream.read(header.size) if 0 <= header.size <= len(stream.getbuffer()) else b""
-    if not header.isreg() or len(data) != header.size:
-        raise CorruptShardError(f"{where}: tar member {header.name!r} is not a whole regular file")
-    stream.seek(-header.size % _BLOCK, io.SEEK_CUR)
-    return header.name, data
+    """Name and data of the member at the stream's position.
+
+    Only what our writer makes is taken, regular files with plain ustar names. The header's own checksum is not looked
+    at, as the span's CRC-32 was; parsing all fields, as tarfile does, takes a tenth of the time of decoding the image.
+    """
+    header = stream.read(_BLOCK)
+    name, digits, kind = header[:_NAME].rstrip(b"\0"), header[_SIZE].strip(b" \0"), header[_KIND]
+    if len(header) != _BLOCK or kind != tarfile.REGTYPE or not digits.isdigit() or not name.isascii():
+        raise CorruptShardError(f"{where}: bad tar header of member {name.decode(errors='replace')!r}, or not that of "
+                                "a regular file")
+    size = int(digits, 8) if not digits.translate(None, b"01234567") else -1
+    data = stream.read(size) if 0 <= size <= len(stream.getbuffer()) else b""
+    if len(data) != size:
+        raise CorruptShardError(f"{where}: tar member {name.decode()!r} is not whole")
+    stream.seek(-size % _BLOCK, io.SEEK_CUR)
+    return name.decode(), data
 
 
 def _check_sizes(storage: Storage, shards: Sequence[ShardInfo]) -> None:

@@ -107,14 +107,16 @@ def decode_header(record: Mapping[str, Any]) -> MaskHeader:
     return MaskHeader(height, width, labels, run_counts)
 
 
-def decode_segment_map(record: Mapping[str, Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+def decode_segment_map(record: Mapping[str, Any], header: MaskHeader | None = None) -> tuple[npt.NDArray[Any],
+                                                                                            npt.NDArray[np.int64]]:
     """Decode to `(segment_map [H,W], labels [N] int64)`.
 
     A segment map holds, per pixel, the index into `labels`; ignored pixels hold 255. It is uint8 for up
     to 255 labels, else uint16 with 65535 for ignored. Raises CorruptShardError on any malformed record;
-    never allocates more than the declared (bounded) size.
+    never allocates more than the declared (bounded) size. `header` is `decode_header(record)`, if it is known.
     """
-    header = decode_header(record)
+    if header is None:
+        header = decode_header(record)
     start, length, index = decode_runs(record, header)
     pixels = header.height * header.width
     end = start + length

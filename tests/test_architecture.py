@@ -29,7 +29,7 @@ TRAINER_LAYERS = (
     {"mask_classification_loss", "optimizer", "models", "data"},
     {"criterion", "checkpoint", "run_logger"},
     {"build", "plots", "interop"},
-    {"evaluation"},
+    {"evaluation", "run"},
     {"loop", "pretrained"},
     {"checkpoint_options", "exporting"},
     {"train", "eval", "predict", "export"},

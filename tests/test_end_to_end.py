@@ -23,7 +23,8 @@ from trainer.build import build_model, restore_model
 from trainer.checkpoint import load_checkpoint, load_latest
 from trainer.config import RunConfig, load_run_config
 from trainer.distributed import DistContext
-from trainer.loop import TrainingDiverged, build_run, open_crops, train, train_step
+from trainer.loop import TrainingDiverged, train, train_step
+from trainer.run import build_run, open_crops
 from trainer.run_logger import read_metrics
 
 TINY = REPOSITORY / "tests" / "tiny.yaml"

@@ -16,7 +16,8 @@ from shards.manifest import load_manifest
 from tests.test_end_to_end import ALONE, TINY, one_line_error, run_program, tiny
 from trainer.build import build_model
 from trainer.checkpoint import load_latest
-from trainer.loop import Run, build_run, resume, train
+from trainer.loop import train
+from trainer.run import Run, build_run, resume
 
 
 def started(root: Path, folder: Path, *overrides: str) -> Run:

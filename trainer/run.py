@@ -1,0 +1,143 @@
+"""A run and its parts: what it is made of, and how it is begun or continued."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from shards.errors import ConfigError
+from shards.manifest import Manifest
+from shards.plan import TrainPlan
+from trainer.build import build_criterion, build_model, size_divisor
+from trainer.checkpoint import load_latest
+from trainer.config import RunConfig
+from trainer.criterion import Criterion
+from trainer.data import TrainCrops, open_reader
+from trainer.distributed import DistContext
+from trainer.models import Segmenter
+from trainer.models.weights import read_weights
+from trainer.optimizer import build_optimizer, load_optimizer
+
+
+@dataclass(kw_only=True)
+class Run:
+    """The objects one run is made of. `step` counts finished optimiser updates."""
+
+    config: RunConfig
+    context: DistContext
+    manifest: Manifest
+    model: Segmenter
+    wrapped: nn.Module  # the model, in DDP when there is a process group
+    criterion: Criterion
+    optimizer: torch.optim.AdamW
+    folder: Path
+    backbone_sha256: str
+    step: int = 0
+    best_miou: float | None = None
+
+
+def required_folders(config: RunConfig) -> tuple[str, Path]:
+    """(data.root, output_dir). Raises ConfigError saying what to type when one is missing."""
+    missing = [name for name, value in (("data.root", config.data.root), ("output_dir", config.output_dir))
+               if value is None]
+    if missing:
+        raise ConfigError(
+            f"{' and '.join(missing)} not set. Type for example: torchrun --standalone --nproc-per-node 2 "
+            "trainer/train.py data.root=<folder of shards> output_dir=<folder for the run>"
+        )
+    assert config.data.root is not None and config.output_dir is not None
+    return config.data.root, Path(config.output_dir)
+
+
+def open_crops(config: RunConfig, manifest: Manifest) -> TrainCrops:
+    """The training samples in their order. Raises ConfigError when their size does not suit the head."""
+    reader = open_reader(config.data, config.data.train_split, manifest)
+    plan = TrainPlan([shard.samples for shard in reader.info.shards], config.train.micro_batch_size, config.seed,
+                     config.data.lanes, config.data.span_samples)
+    crops = TrainCrops(reader, plan, config.data)
+    height, width = crops[0].images.shape[2:]
+    divisor = size_divisor(config)
+    if height % divisor or width % divisor:
+        raise ConfigError(f"training crops are {height}x{width} pixels, legal for decoder_head.type "
+                          f"{config.decoder_head.type}: multiples of {divisor}. Set data.crop_size, or shard again "
+                          "with another crops.size")
+    return crops
+
+
+def build_run(config: RunConfig, context: DistContext, manifest: Manifest, folder: Path) -> Run:
+    """Model, criterion and optimiser on the device. All ranks draw the same initial weights from the seed."""
+    torch.manual_seed(config.seed)
+    model = build_model(config, manifest.num_classes)
+    backbone_sha256 = model.backbone.weights_sha256()
+    if context.device.type == "cuda" and context.world_size > 1:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.to(context.device).train()
+    if config.train.compile:
+        model.head.compile()  # in place: parameter names stay
+    wrapped: nn.Module = model
+    if torch.distributed.is_initialized():
+        device_ids = [context.device.index] if context.device.type == "cuda" else None
+        wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    criterion = build_criterion(config, manifest.num_classes, manifest.ignore_index).to(context.device)
+    return Run(
+        config=config, context=context, manifest=manifest, model=model, wrapped=wrapped, criterion=criterion,
+        optimizer=build_optimizer(model, config.optimizer), folder=folder, backbone_sha256=backbone_sha256,
+    )  # fmt: skip
+
+
+def resume(run: Run) -> None:
+    """Continue from the newest checkpoint of the run's folder; a run that has none starts from `load.weights`.
+
+    Raises ConfigError when `resume` forbids it, or when the checkpoint belongs to other data, another
+    backbone or another sequence of global batches.
+    """
+    if run.config.resume == "never" and (run.folder / "config.yaml").exists():
+        raise ConfigError(f"{run.folder} holds a run and resume is 'never'; "
+                          "choose another output_dir, or set resume=auto to continue it")
+    checkpoint = load_latest(run.folder / "checkpoints")
+    if checkpoint is None:
+        start_from_weights(run)
+        return
+    old, new = checkpoint.run_config, run.config
+    for name, before, now in (
+        ("the data (manifest config_hash)", checkpoint.data_hash, run.manifest.config_hash),
+        ("the backbone's weights (sha256)", checkpoint.backbone_sha256, run.backbone_sha256),
+        ("seed", old.seed, new.seed),
+        ("train.global_batch_size", old.train.global_batch_size, new.train.global_batch_size),
+        ("data.train_split", old.data.train_split, new.data.train_split),
+        *((f"data.{name}", getattr(old.data, name), getattr(new.data, name))
+          for name in ("crop_size", "lanes", "span_samples")),
+        ("backbone.layers", old.backbone.layers, new.backbone.layers),
+        ("backbone.trainable", old.backbone.trainable, new.backbone.trainable),
+        ("optimizer.decay_all", old.optimizer.decay_all, new.optimizer.decay_all),
+    ):
+        if before != now:
+            raise ConfigError(f"cannot continue {run.folder}: {name} was {before} and is {now}; "
+                              "restore it, or choose another output_dir")
+    run.model.load_trainable_state_dict(checkpoint.model)
+    load_optimizer(run.optimizer, checkpoint.optimizer)
+    run.step, run.best_miou = checkpoint.step, checkpoint.best_miou
+
+
+def start_from_weights(run: Run) -> None:
+    """Fine-tuning: fill adapter and head from `load.weights`, if it is set. Raises ConfigError when it does not fit."""
+    settings = run.config.load
+    if settings.weights is None:
+        return
+    left = run.model.load_weights(read_weights(settings.weights), settings.ignore)
+    if run.context.is_main:
+        loaded = len(run.model.trainable_state_dict()) - len(left)
+        random = f"; left random, as load.ignore says: {', '.join(left)}" if left else ""
+        print(f"{settings.weights}: loaded {loaded} tensors of adapter and head{random}", flush=True)
+
+
+def check_ranks_agree(run: Run) -> None:
+    """All ranks must have found the same checkpoint, or none: a node without the run's folder would train alone."""
+    steps = run.context.all_reduce_sum(torch.tensor([run.step, run.step**2], device=run.context.device)).tolist()
+    if steps[1] * run.context.world_size != steps[0] ** 2:  # Cauchy-Schwarz: equal only if all are equal
+        raise ConfigError(f"rank {run.context.rank} found a checkpoint of step {run.step} in {run.folder}, other ranks "
+                          "found others; output_dir must be one folder that all nodes see")
