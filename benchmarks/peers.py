@@ -162,8 +162,14 @@ def stand_in_for_torchvision() -> None:
                      "torchvision.datasets"):
             module = types.ModuleType(name)
             module.__spec__ = ModuleSpec(name, None)
-            module.__getattr__ = lambda name: type(name, (), {})  # type: ignore[method-assign]
+            module.__getattr__ = _any_class  # type: ignore[method-assign]
             sys.modules[name] = module
+
+
+def _any_class(name: str) -> type:
+    if name.startswith("__"):  # what the import system asks a module about
+        raise AttributeError(name)
+    return type(name, (), {})
 
 
 def available(items: list[tuple[str, bytes, bytes]], folder: Path, size: int) -> Iterator[tuple[str, Batches]]:

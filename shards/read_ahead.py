@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from shards.reader import ShardReader
 
-_REQUESTS_AT_ONCE = 8
+_REQUESTS_AT_ONCE = 16
 _Item = TypeVar("_Item")
 
 

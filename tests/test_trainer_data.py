@@ -15,16 +15,8 @@ from shards.rle import encode_rle
 from shards.sample import CropSample
 from tests.conftest import make_shards
 from trainer.config import DataConfig
-from trainer.data import (
-    Batch,
-    TrainCrops,
-    WholeImages,
-    check_labels,
-    drop_absent_labels,
-    stack_segment_maps,
-    train_loader,
-    validation_loader,
-)
+from trainer.data import Batch, TrainCrops, WholeImages, check_labels, drop_absent_labels, stack_segment_maps
+from trainer.loader import train_loader, validation_loader
 from trainer.targets import to_dense
 
 CPU = torch.device("cpu")

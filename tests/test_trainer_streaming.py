@@ -34,7 +34,8 @@ from tests.object_storage import (
 )
 from tests.test_trainer_data import equal
 from trainer.config import DataConfig
-from trainer.data import Batch, TrainCrops, WholeImages, open_reader, train_loader, validation_loader
+from trainer.data import Batch, TrainCrops, WholeImages, open_reader
+from trainer.loader import train_loader, validation_loader
 
 CPU = torch.device("cpu")
 

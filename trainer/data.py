@@ -6,9 +6,6 @@ the bytes, and the hand-off, not the decoding, would then set the pace.
 
 from __future__ import annotations
 
-import copy
-import logging
-import multiprocessing
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from shards.cache import DiskCache
-from shards.errors import ConfigError, CorruptShardError, MaskStreamError
+from shards.errors import ConfigError, CorruptShardError
 from shards.manifest import Manifest
 from shards.plan import TrainPlan
 from shards.read_ahead import ReadAhead, look_ahead
@@ -31,23 +28,18 @@ from shards.reader import ShardReader
 from shards.rle import ignore_value
 from shards.sample import CropSample
 from shards.storage import Patience, open_storage
-from shards.workers import exit_with_parent
 from trainer.config import DataConfig
 from trainer.seeding import sample_rng
 from trainer.targets import Target, dense_masks
 from trainer.transforms import draw_photometric, photometric_distort
 
-_log = logging.getLogger(__name__)
-_BATCHES_AHEAD, _SAMPLES_AHEAD = 4, 8  # whose bytes a loader process asks object storage for before it needs them
-_WORKER_TIMEOUT = 600  # seconds without a batch after which a stuck worker is an error, not a hang
+# Whose bytes a loader process asks object storage for before it needs them. Lanes come to the ends of their spans
+# together, so what is needed next then is a span of every lane: as many crops ahead as there are lanes by default.
+_CROPS_AHEAD, _IMAGES_AHEAD = 128, 8
 
 
-# key, image [H, W, 3], segment map [H, W], labels [N], whether to mirror, photometric parameters
-_Sample = tuple[str, npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], bool, npt.NDArray[Any]]
-
-
-class LoaderError(MaskStreamError):
-    """A loader process died or stopped answering."""
+# key, segment map [H, W], labels [N], whether to mirror, photometric parameters
+_Sample = tuple[str, npt.NDArray[Any], npt.NDArray[Any], bool, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +122,9 @@ class TrainCrops(IterableDataset[Batch]):
             yield from map(self.__getitem__, share_of_worker(self.numbers))
             return
         ahead = ReadAhead(self.reader, self.config.read_ahead_mb << 20)
+        batches_ahead = -(-_CROPS_AHEAD // self.plan.micro_batch_size)
         try:
-            for number in look_ahead(share_of_worker(self.numbers), _BATCHES_AHEAD,
+            for number in look_ahead(share_of_worker(self.numbers), batches_ahead,
                                      lambda number: self._ask(number, ahead)):
                 yield self._batch(number, ahead)
         finally:
@@ -142,16 +135,16 @@ class TrainCrops(IterableDataset[Batch]):
             ahead.ask(span, partial(self.plan.samples, span))
 
     def _batch(self, number: int, ahead: ReadAhead | None) -> Batch:
-        samples, skipped = self._readable(number, ahead)
-        keys, images, segment_maps, labels, mirrored, photometric = zip(*samples, strict=True)
-        _check_same_size(keys, images)
+        images = _Images(self.plan.micro_batch_size)
+        samples, skipped = self._readable(number, ahead, images)
+        keys, segment_maps, labels, mirrored, photometric = zip(*samples, strict=True)
         maps = mirror(stack_segment_maps(segment_maps), mirrored)
         counts = [own.size for own in labels]
         dense = self.config.targets == "dense"
         return Batch(
             number=number,
             keys=list(keys),
-            images=mirror(torch.from_numpy(np.stack(images)), mirrored).permute(0, 3, 1, 2),
+            images=mirror(torch.from_numpy(images.pixels), mirrored).permute(0, 3, 1, 2),
             segment_maps=None if dense else maps,
             masks=[dense_masks(segments, count) for segments, count in zip(maps, counts, strict=True)] if dense
             else None,
@@ -161,7 +154,7 @@ class TrainCrops(IterableDataset[Batch]):
             skipped=skipped,
         )
 
-    def _readable(self, number: int, ahead: ReadAhead | None) -> tuple[list[_Sample], list[str]]:
+    def _readable(self, number: int, ahead: ReadAhead | None, images: _Images) -> tuple[list[_Sample], list[str]]:
         """The samples of a micro-batch, and why some could not be used (data.on_corrupt "skip").
 
         Those are replaced by others of the same micro-batch, so that it keeps its size and ranks stay in step.
@@ -170,16 +163,17 @@ class TrainCrops(IterableDataset[Batch]):
         skipped: list[str] = []
         for position in self.plan.positions(number):
             try:
-                found.append(self._sample(position, ahead))
+                found.append(self._sample(position, ahead, images))
             except CorruptShardError as error:
                 if self.config.on_corrupt == "fail":
                     raise
                 skipped.append(str(error))
         if not found:
             raise CorruptShardError(f"no sample of micro-batch {number} can be used: {skipped[0]}")
-        return [*found, *(found[place % len(found)] for place in range(len(skipped)))], skipped
+        images.repeat()
+        return [found[place % len(found)] for place in range(self.plan.micro_batch_size)], skipped
 
-    def _sample(self, position: int, ahead: ReadAhead | None) -> _Sample:
+    def _sample(self, position: int, ahead: ReadAhead | None, images: _Images) -> _Sample:
         draw = self.plan.draw(position)
         data = None
         if ahead is not None:
@@ -188,13 +182,39 @@ class TrainCrops(IterableDataset[Batch]):
         sample = self.reader.read(draw.sample, data)
         check_labels(sample, self.reader.manifest.num_classes)
         rng = sample_rng(self.plan.seed, draw.epoch, draw.sample)
-        image, segment_map, labels = sample.image, sample.segment_map, sample.labels
+        segment_map, labels, window = sample.segment_map, sample.labels, None
         if self.config.crop_size is not None:
             window = random_window(rng, segment_map.shape, self.config.crop_size, sample.key)
-            image, segment_map = image[window], segment_map[window]
-            segment_map, labels = drop_absent_labels(segment_map, labels)
+            segment_map, labels = drop_absent_labels(segment_map[window], labels)
+        images.add(sample, segment_map.shape, window)
         mirrored = bool(rng.random() < self.config.hflip)
-        return sample.key, image, segment_map, labels, mirrored, draw_photometric(rng)
+        return sample.key, segment_map, labels, mirrored, draw_photometric(rng)
+
+
+class _Images:
+    """The images of a micro-batch, `pixels` uint8 [B, H, W, 3]: each is decoded where it stays."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch, self.count, self.first = batch, 0, ""
+
+    def add(self, sample: CropSample, size: tuple[int, ...], window: tuple[slice, slice] | None) -> None:
+        """The next image, or a window of it. Raises CorruptShardError, ConfigError for another size than the first."""
+        if not self.count:
+            self.pixels, self.first = np.empty((self.batch, *size, 3), np.uint8), sample.key
+        height, width = self.pixels.shape[1:3]
+        if size != (height, width):
+            raise ConfigError(f"samples of one batch differ in size: {self.first} {height}x{width}, {sample.key} "
+                              f"{size[0]}x{size[1]}. Train on a split of crops, or set data.crop_size")
+        if window is None:
+            sample.decode_into(self.pixels[self.count])
+        else:
+            self.pixels[self.count] = sample.image[window]
+        self.count += 1
+
+    def repeat(self) -> None:
+        """Fill places that are left with the first images again."""
+        for place in range(self.count, self.batch):
+            self.pixels[place] = self.pixels[place % self.count]
 
 
 class WholeImages(IterableDataset[LabelledImage]):
@@ -226,7 +246,7 @@ def read_samples(reader: ShardReader, numbers: Iterable[int], budget: int) -> It
         return
     ahead = ReadAhead(reader, budget)
     try:
-        for number in look_ahead(numbers, _SAMPLES_AHEAD, lambda number: ahead.ask(number, partial(list, [number]))):
+        for number in look_ahead(numbers, _IMAGES_AHEAD, lambda number: ahead.ask(number, partial(list, [number]))):
             yield reader.read(number, ahead.take(number, partial(list, [number]), number))
     finally:
         ahead.close()
@@ -281,74 +301,3 @@ def stack_segment_maps(segment_maps: Sequence[npt.NDArray[Any]]) -> Tensor:
     wide = [np.where(segments == np.iinfo(segments.dtype).max, 65535, segments.astype(np.int32))
             for segments in segment_maps]
     return torch.from_numpy(np.stack(wide).astype(np.int32))
-
-
-def train_loader(crops: TrainCrops, micro_batches: Iterable[int], device: torch.device) -> Iterator[Batch]:
-    """The micro-batches of the given numbers (an iterable that can be sent to processes, and begun again in each), in
-    that order whatever the number of workers.
-
-    Raises what a worker raised (ShardError, ConfigError), and LoaderError when a worker died or hangs.
-    """
-    skipped: list[str] = []
-    for batch in _items(_loader(crops, micro_batches, device)):
-        for problem in batch.skipped:
-            skipped.append(problem)
-            _log.warning("skipped a training sample (%d of at most %d): %s", len(skipped), crops.config.corrupt_budget,
-                         problem)
-        if len(skipped) > crops.config.corrupt_budget:
-            raise CorruptShardError(f"{len(skipped)} training samples were skipped, data.corrupt_budget is "
-                                    f"{crops.config.corrupt_budget}; the last one: {skipped[-1]}")
-        yield batch
-
-
-def validation_loader(images: WholeImages, numbers: Iterable[int], device: torch.device) -> Iterator[LabelledImage]:
-    """The validation images of the given numbers, in that order; as `train_loader`."""
-    return _items(_loader(images, numbers, device))
-
-
-def _items(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The loader's items; errors of workers without the workers' tracebacks, which they carry as text."""
-    try:
-        yield from loader
-    except MaskStreamError as error:
-        message = str(error).strip().rpartition("\n")[2]
-        raise type(error)(message.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")) from error
-    except RuntimeError as error:
-        if "DataLoader" not in str(error):
-            raise
-        raise LoaderError(
-            f"a loader process died or hangs ({str(error).splitlines()[0]}). Often memory is short: lower "
-            f"data.workers (now {loader.num_workers}) or data.prefetch_batches (now {loader.prefetch_factor})"
-        ) from error
-
-
-def _start_worker(number: int) -> None:
-    exit_with_parent()
-
-
-def _loader(dataset: TrainCrops | WholeImages, numbers: Iterable[int], device: torch.device) -> DataLoader[Any]:
-    workers = dataset.config.workers
-    dataset = copy.copy(dataset)
-    dataset.numbers = numbers
-    # A forked copy of a process with threads (autograd, NCCL, gloo) can deadlock. The fork server is a clean
-    # process instead; it imports torch once, its children start in milliseconds.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trainer.data"])
-    return DataLoader(
-        dataset,
-        batch_size=None,  # an item is already a batch
-        num_workers=workers,
-        prefetch_factor=dataset.config.prefetch_batches if workers else None,
-        multiprocessing_context=context if workers else None,
-        timeout=_WORKER_TIMEOUT if workers else 0,
-        worker_init_fn=_start_worker,
-        pin_memory=device.type == "cuda",
-    )
-
-
-def _check_same_size(keys: tuple[str, ...], images: tuple[npt.NDArray[Any], ...]) -> None:
-    sizes = {image.shape[:2] for image in images}
-    if len(sizes) > 1:
-        named = ", ".join(f"{key} {image.shape[0]}x{image.shape[1]}" for key, image in zip(keys, images, strict=True))
-        raise ConfigError(f"samples of one batch differ in size: {named}. Train on a split of crops, or set "
-                          "data.crop_size")

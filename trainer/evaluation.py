@@ -15,8 +15,9 @@ from shards.picture import contact_sheet, overlay
 from shards.plan import validation_samples
 from shards.reader import ShardReader
 from trainer.config import RunConfig
-from trainer.data import LabelledImage, WholeImages, validation_loader
+from trainer.data import LabelledImage, WholeImages
 from trainer.distributed import DistContext
+from trainer.loader import validation_loader
 from trainer.metrics import ConfusionMatrix
 from trainer.models import Segmenter
 from trainer.sliding_window import predict_with_tta

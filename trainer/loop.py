@@ -26,9 +26,10 @@ from trainer.checkpoint import (
     save_checkpoint,
 )
 from trainer.config import RunConfig
-from trainer.data import Batch, augmented_images, open_reader, train_loader
+from trainer.data import Batch, augmented_images, open_reader
 from trainer.distributed import DistContext
 from trainer.evaluation import autocast, evaluate, format_metrics
+from trainer.loader import train_loader
 from trainer.matcher import NonFiniteLossError
 from trainer.optimizer import clip_gradients, set_learning_rates
 from trainer.plots import batch_panel, draw_curves

@@ -14,6 +14,8 @@ from torch import Tensor
 
 PHOTOMETRIC_PARAMETERS = ("brightness", "contrast", "saturation", "hue", "contrast_last")
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
+_LOWEST, _RANGE = np.array([-32.0, 0.5, 0.5, -0.5]), np.array([64.0, 1.0, 1.0, 1.0])
+_NEUTRAL = np.array([0.0, 1.0, 1.0, 0.0])
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -34,10 +36,11 @@ def draw_photometric(rng: np.random.Generator) -> np.ndarray:
     circle, U(-0.5, 0.5). Each is drawn with probability one half and neutral otherwise. `contrast_last` is a coin
     (SSD, arXiv:1512.02325; ranges of DINOv3's linear recipe). Every call takes the same number of draws from `rng`.
     """
-    values = rng.uniform((-32.0, 0.5, 0.5, -0.5), (32.0, 1.5, 1.5, 0.5))
-    coins = rng.random(5) < 0.5
-    drawn = np.where(coins[:4], values, (0.0, 1.0, 1.0, 0.0))
-    return np.append(drawn, coins[4]).astype(np.float32)
+    drawn = rng.random(9)
+    values, coins = _LOWEST + _RANGE * drawn[:4], drawn[4:] < 0.5
+    parameters = np.empty(5, np.float32)
+    parameters[:4], parameters[4] = np.where(coins[:4], values, _NEUTRAL), coins[4]
+    return parameters
 
 
 def photometric_distort(images: Tensor, params: Tensor) -> Tensor:
