@@ -33,7 +33,7 @@ def main() -> None:
         "a full permutation": np.random.default_rng(0).permutation(total),
         "in order": np.arange(total),
     }
-    print(f"{total} samples\n\n| order | places between neighbours: 1st, 10th, 50th percentile | classes per batch, mean "
+    print(f"{total} samples\n\n| order | places between neighbours: 1st, 10th, 50th percentile | classes a batch, mean "
           "(least) | standard deviation of sample numbers in a batch |\n|---|---|---|---|")
     for name, order in orders.items():
         apart = np.percentile(np.abs(np.diff(np.argsort(order))), [1, 10, 50])
