@@ -150,7 +150,7 @@ def test_processes_started_after_use_answer_or_say_why_not(s3_shards: str, metho
     child = context.Process(target=_read_in_child, args=(s3_shards, answers))
     child.start()
     answer = answers.get(timeout=60)
-    child.join(10)
+    child.join(60)
     assert not child.is_alive()
     assert answer == dataset if method != "fork" else "multiprocessing_context='forkserver'" in answer
 

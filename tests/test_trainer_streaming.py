@@ -77,7 +77,7 @@ def test_batches_are_equal_under_a_storm(
     with caplog.at_level(logging.WARNING):
         assert_same(list(train_loader(dataset, range(18), CPU)), expected)
     assert not s3.faults
-    assert len(caplog.records) >= 10
+    assert len(caplog.records) >= 8  # a bit may flip in what was read ahead and is used by nobody
 
 
 @pytest.mark.slow
