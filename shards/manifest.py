@@ -91,6 +91,11 @@ class Manifest:
     def num_classes(self) -> int:
         return len(self.classes)
 
+    @property
+    def sha256(self) -> str:
+        """Of everything in it, and so of every shard: the identity of the data."""
+        return hash_of(dataclasses.asdict(self))
+
     def split(self, name: str) -> SplitInfo:
         """Raises ShardError naming the splits there are."""
         if name not in self.splits:

@@ -27,7 +27,7 @@ TRAINER_LAYERS = (
      "pixel_loss"},
     {"matcher"},
     {"mask_classification_loss", "optimizer", "models", "data"},
-    {"criterion", "checkpoint", "run_logger", "loader"},
+    {"criterion", "checkpoint", "checkpoint_writer", "run_logger", "loader"},
     {"build", "plots", "interop"},
     {"evaluation", "run"},
     {"loop", "pretrained"},

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shards.errors import ConfigError
-from trainer.checkpoint import load_checkpoint, load_latest, remove_old_checkpoints
+from trainer.checkpoint import load_checkpoint, load_latest
 from trainer.distributed import distributed
 from trainer.plots import draw_curves
 from trainer.run_logger import METRICS_NAME, RunLogger, read_metrics
@@ -58,14 +58,6 @@ def test_the_record_drops_what_a_killed_run_logged_beyond_its_checkpoint(tmp_pat
 
 def test_a_run_without_a_record_has_no_curves(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == [] and draw_curves(tmp_path) is None
-
-
-def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
-    for name in ("step-00000001.pt", "step-00000003.pt", "step-00000002.pt", "best.pt", "step-x.pt"):
-        (tmp_path / name).write_bytes(b"")
-    remove_old_checkpoints(tmp_path, 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "step-00000002.pt", "step-00000003.pt",
-                                                                "step-x.pt"]
 
 
 class _Payload:

@@ -1,28 +1,37 @@
-"""Save and load training state: everything that decides the next step, except the frozen backbone."""
+"""Training state: everything that decides the next step, except the frozen backbone, and how it is read back.
+
+There is no state of random generators in it: all randomness follows from seed and step (`trainer.seeding`).
+"""
 
 from __future__ import annotations
 
-import io
+import hashlib
 import re
+import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shards.atomic import write_atomically
-from shards.errors import ConfigError
+from shards.errors import ConfigError, StorageError
 from shards.manifest import ClassInfo, Manifest
+from shards.storage import LocalStorage, Storage, open_storage
 from trainer.config import RunConfig, run_config_from_dict
 from trainer.models.weights import WeightsFile, names_directory, read_file, read_weights, weights_in
 
 CHECKPOINT_FORMAT = 1
+HASH_SUFFIX = ".sha256"  # as `sha256sum -c` reads it
 _NAME = re.compile(r"step-(\d{8})\.pt")
+_PIECE = 64 << 20  # bytes of a download held at a time
 _FIELD_TYPES: dict[str, Any] = {
     "step": int, "model": dict, "optimizer": dict, "config": dict, "classes": list, "ignore_index": int,
-    "data_hash": str, "backbone_sha256": str, "best_miou": float | None, "format": int,
+    "data_hash": str, "backbone_sha256": str, "best_miou": float | None, "versions": dict, "format": int,
 }  # fmt: skip
 
 
@@ -36,9 +45,10 @@ class Checkpoint:
     config: dict[str, Any]
     classes: list[dict[str, Any]]
     ignore_index: int
-    data_hash: str
+    data_hash: str  # sha256 of the manifest
     backbone_sha256: str
     best_miou: float | None
+    versions: dict[str, str]  # of maskstream and torch that wrote it
     format: int = CHECKPOINT_FORMAT
 
     @property
@@ -55,25 +65,14 @@ def class_table(manifest: Manifest) -> list[dict[str, Any]]:
     return [asdict(item) | {"color": list(item.color)} for item in manifest.classes]
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write `<folder>/step-NNNNNNNN.pt` atomically: a kill at any moment leaves the old files or the new one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    torch.save(vars(checkpoint), buffer)
-    path = folder / f"step-{checkpoint.step:08d}.pt"
-    write_atomically(path, buffer.getvalue())
-    return path
+def versions() -> dict[str, str]:
+    """What wrote a checkpoint."""
+    return {"maskstream": metadata.version("maskstream"), "torch": str(torch.__version__)}
 
 
-def save_best(folder: Path, newest: Path) -> None:
-    """Keep a copy of a checkpoint as `best.pt`."""
-    write_atomically(folder / "best.pt", newest.read_bytes())
-
-
-def remove_old_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all but the `keep` newest numbered checkpoints."""
-    for path in _numbered(folder)[:-keep]:
-        path.unlink()
+def checkpoint_name(step: int) -> str:
+    """File name of a numbered checkpoint."""
+    return f"step-{step:08d}.pt"
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -103,23 +102,57 @@ def _is_ours(content: Any) -> bool:
     return isinstance(content, dict) and content.get("format") == CHECKPOINT_FORMAT
 
 
-def load_latest(folder: Path) -> Checkpoint | None:
-    """The newest readable checkpoint of a run; a damaged one is passed over with a warning; None: there is none.
+def load_latest(place: str | Path) -> Checkpoint | None:
+    """The newest sound checkpoint in a folder or at a URL; damaged ones are passed over with a warning; None: no file.
 
-    Raises ConfigError when there are checkpoints but none is readable: starting anew would overwrite the run.
+    Raises ConfigError when there are checkpoints but none is sound: starting anew would overwrite the run.
     """
-    paths = _numbered(folder)
-    for path in reversed(paths):
+    storage = open_storage(place)
+    names = numbered(storage)
+    for name in reversed(names.values()):
         try:
-            return load_checkpoint(path)
-        except ConfigError as error:
+            return _load_verified(storage, name)
+        except (ConfigError, StorageError) as error:
             warnings.warn(f"{error}. Falling back to the checkpoint before it", stacklevel=2)
-    if paths:
-        raise ConfigError(f"none of the {len(paths)} checkpoints in {folder} can be read; remove them to start anew "
+    if names:
+        raise ConfigError(f"none of the {len(names)} checkpoints in {place} can be read; remove them to start anew "
                           "there, or choose another output_dir")
     return None
 
 
-def _numbered(folder: Path) -> list[Path]:
-    """Numbered checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name))
+def numbered(storage: Storage) -> dict[int, str]:
+    """step -> name of the numbered checkpoints, oldest first."""
+    try:
+        found = storage.sizes() or {}
+    except FileNotFoundError:
+        return {}
+    return {int(match[1]): match[0] for match in filter(None, map(_NAME.fullmatch, sorted(found)))}
+
+
+def _load_verified(storage: Storage, name: str) -> Checkpoint:
+    """A checkpoint whose sha256 is the one beside it; of one without, torch's own checks have to do."""
+    try:
+        expected = storage.read(name + HASH_SUFFIX).decode("ascii", "replace").split()[:1]
+    except FileNotFoundError:
+        expected = []
+    with _local_file(storage, name) as path:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if expected and expected != [found]:
+            raise ConfigError(f"checkpoint {storage.where(name)} cannot be read, it is damaged: its sha256 is not the "
+                              f"one in {name}{HASH_SUFFIX}")
+        return load_checkpoint(path)
+
+
+@contextmanager
+def _local_file(storage: Storage, name: str) -> Iterator[Path]:
+    if isinstance(storage, LocalStorage):
+        yield storage.folder / name
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        size = (storage.sizes() or {})[name]
+        with path.open("wb") as file:
+            for start in range(0, size, _PIECE):
+                file.write(storage.read(name, start, min(_PIECE, size - start)))
+        yield path

@@ -202,7 +202,11 @@ class TrainSection:
                          "at the start; needs a C++ compiler")
     log_every: int = knob(50, "steps between log lines", minimum=1)
     checkpoint_every: int = knob(1000, "steps between checkpoints", minimum=1)
+    checkpoint_dir: str | None = knob(None, "folder or s3://, gs://, az:// URL of this run's checkpoints; null: "
+                                      "output_dir/checkpoints")
     keep_checkpoints: int = knob(2, "newest checkpoints kept (the best one is kept besides)", minimum=1)
+    keep_every: int | None = knob(None, "checkpoints of steps that are multiples of it are kept for good; null: none",
+                                  minimum=1)
     eval_every: int = knob(5000, "steps between evaluations; the end is always evaluated, once", minimum=1)
 
 

@@ -18,13 +18,8 @@ from shards.errors import MaskStreamError
 from shards.manifest import load_manifest
 from shards.plan import MicroBatchNumbers, accumulation_for
 from shards.reader import ShardReader
-from trainer.checkpoint import (
-    Checkpoint,
-    class_table,
-    remove_old_checkpoints,
-    save_best,
-    save_checkpoint,
-)
+from trainer.checkpoint import Checkpoint, class_table, versions
+from trainer.checkpoint_writer import CheckpointWriter
 from trainer.config import RunConfig
 from trainer.data import Batch, augmented_images, open_reader
 from trainer.distributed import DistContext
@@ -33,7 +28,7 @@ from trainer.loader import train_loader
 from trainer.matcher import NonFiniteLossError
 from trainer.optimizer import clip_gradients, set_learning_rates
 from trainer.plots import batch_panel, draw_curves
-from trainer.run import Run, build_run, check_ranks_agree, open_crops, required_folders, resume
+from trainer.run import Run, build_run, check_ranks_agree, checkpoint_place, open_crops, required_folders, resume
 from trainer.run_logger import RunLogger
 from trainer.seeding import seed_micro_batch
 from trainer.transforms import normalize
@@ -60,6 +55,7 @@ def train(config: RunConfig, context: DistContext) -> dict[str, Any]:
     numbers = MicroBatchNumbers(first_step=run.step, last_step=config.train.total_steps, rank=context.rank,
                                 world_size=context.world_size, accumulation=accumulation)
     batches = train_loader(crops, numbers, context.device)
+    writer = CheckpointWriter(checkpoint_place(config), folder, config.train.keep_checkpoints, config.train.keep_every)
     metrics: dict[str, Any] = {}
     meter = _Meter()
     with tqdm(total=config.train.total_steps, initial=run.step, desc="training", unit="step",
@@ -81,7 +77,8 @@ def train(config: RunConfig, context: DistContext) -> dict[str, Any]:
             if is_last or run.step % config.train.eval_every == 0:
                 metrics = _evaluate(run, val_reader, logger)
             if is_last or run.step % config.train.checkpoint_every == 0 or run.step % config.train.eval_every == 0:
-                _save(run, metrics)
+                _save(run, metrics, writer)
+    writer.close()
     if not metrics:  # the run was complete already
         metrics = _evaluate(run, val_reader, logger)
     if logger is not None:
@@ -202,21 +199,16 @@ def _evaluate(run: Run, reader: ShardReader, logger: RunLogger | None) -> dict[s
     return result.metrics
 
 
-def _save(run: Run, metrics: dict[str, Any]) -> None:
-    """Rank 0 writes; the others go on (the next collective waits for it)."""
+def _save(run: Run, metrics: dict[str, Any], writer: CheckpointWriter) -> None:
+    """Rank 0 writes, in the background; all ranks know the best mIoU."""
     miou = metrics.get("mIoU")
     is_best = miou is not None and (run.best_miou is None or miou > run.best_miou)
     if is_best:
         run.best_miou = miou
-    if not run.context.is_main:
-        return
-    folder = run.folder / "checkpoints"
-    path = save_checkpoint(folder, Checkpoint(
-        step=run.step, model=run.model.trainable_state_dict(), optimizer=run.optimizer.state_dict(),
-        config=config_to_dict(run.config), classes=class_table(run.manifest), ignore_index=run.manifest.ignore_index,
-        data_hash=run.manifest.config_hash, backbone_sha256=run.backbone_sha256, best_miou=run.best_miou,
-    ))  # fmt: skip
-    if is_best:
-        save_best(folder, path)
-    remove_old_checkpoints(folder, run.config.train.keep_checkpoints)
-
+    if run.context.is_main:
+        writer.save(Checkpoint(
+            step=run.step, model=run.model.trainable_state_dict(), optimizer=run.optimizer.state_dict(),
+            config=config_to_dict(run.config), classes=class_table(run.manifest),
+            ignore_index=run.manifest.ignore_index, data_hash=run.manifest.sha256,
+            backbone_sha256=run.backbone_sha256, best_miou=run.best_miou, versions=versions(),
+        ), is_best=is_best)  # fmt: skip

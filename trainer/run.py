@@ -53,6 +53,11 @@ def required_folders(config: RunConfig) -> tuple[str, Path]:
     return config.data.root, Path(config.output_dir)
 
 
+def checkpoint_place(config: RunConfig) -> str:
+    """Folder or URL of a run's checkpoints."""
+    return config.train.checkpoint_dir or str(Path(str(config.output_dir)) / "checkpoints")
+
+
 def open_crops(config: RunConfig, manifest: Manifest) -> TrainCrops:
     """The training samples in their order. Raises ConfigError when their size does not suit the head."""
     reader = open_reader(config.data, config.data.train_split, manifest)
@@ -98,13 +103,13 @@ def resume(run: Run) -> None:
     if run.config.resume == "never" and (run.folder / "config.yaml").exists():
         raise ConfigError(f"{run.folder} holds a run and resume is 'never'; "
                           "choose another output_dir, or set resume=auto to continue it")
-    checkpoint = load_latest(run.folder / "checkpoints")
+    checkpoint = load_latest(checkpoint_place(run.config))
     if checkpoint is None:
         start_from_weights(run)
         return
     old, new = checkpoint.run_config, run.config
     for name, before, now in (
-        ("the data (manifest config_hash)", checkpoint.data_hash, run.manifest.config_hash),
+        ("the data (manifest_sha256)", checkpoint.data_hash, run.manifest.sha256),
         ("the backbone's weights (sha256)", checkpoint.backbone_sha256, run.backbone_sha256),
         ("seed", old.seed, new.seed),
         ("train.global_batch_size", old.train.global_batch_size, new.train.global_batch_size),
