@@ -47,12 +47,12 @@ def quoted(value: Any) -> str:
 
 
 def run_entry_point(main: Callable[[], int | None]) -> None:
-    """Run `main` and exit: 0, its return value, 2 with one line on bad input, 130 on Ctrl-C."""
+    """Run `main` and exit: 0, its return value, one line and the error's code (2: bad input), 130 on Ctrl-C."""
     try:
         code = main()
         sys.stdout.flush()
     except MaskStreamError as error:
-        code = _complain(str(error))
+        code = _complain(str(error), error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED
@@ -64,6 +64,6 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
     sys.exit(code)
 
 
-def _complain(message: str) -> int:
+def _complain(message: str, code: int = EXIT_BAD_INPUT) -> int:
     print("error: " + " ".join(message.split()), file=sys.stderr)
-    return EXIT_BAD_INPUT
+    return code

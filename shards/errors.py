@@ -1,6 +1,7 @@
 """The errors users can meet in the data path.
 
-MaskStreamError            everything below; entry points print it as one line and exit with 2
+MaskStreamError            everything below; entry points print it as one line and exit with its exit_code: 2
+├── RunError               a run cannot go on, though its input is sound: 1
 ├── ConfigError            a setting is unknown, of the wrong type or out of range (also a ValueError)
 ├── DatasetError           a source image or label map cannot be used (preprocess)
 └── ShardError             a shard set cannot be used
@@ -13,7 +14,15 @@ from __future__ import annotations
 
 
 class MaskStreamError(Exception):
-    """Root of all errors that are the input's fault, not the program's."""
+    """Root of all errors that are the input's or the surroundings' fault, not the program's."""
+
+    exit_code = 2
+
+
+class RunError(MaskStreamError):
+    """A process died or hangs, memory or disk is short, numbers are not finite; the message says what to do."""
+
+    exit_code = 1
 
 
 class ConfigError(MaskStreamError, ValueError):

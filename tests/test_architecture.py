@@ -22,14 +22,14 @@ CODE_ROOTS = [*SOURCES, *sorted((REPOSITORY / "benchmarks").glob("*.py"))]
 
 # Lower layers never import higher ones (a module may import its own layer and those below).
 TRAINER_LAYERS = (
-    {"config", "distributed", "seeding", "pytest_plugin"},
+    {"config", "distributed", "seeding", "pytest_plugin", "stopping", "watchdog", "loader_processes"},
     {"targets", "point_sampling", "point_losses", "mask_gradients", "transforms", "metrics", "sliding_window",
      "pixel_loss"},
     {"matcher"},
     {"mask_classification_loss", "optimizer", "models", "data"},
     {"criterion", "checkpoint", "checkpoint_writer", "run_logger", "loader"},
     {"build", "plots", "interop"},
-    {"evaluation", "run"},
+    {"evaluation", "run", "non_finite", "failures"},
     {"loop", "pretrained"},
     {"checkpoint_options", "exporting"},
     {"train", "eval", "predict", "export"},

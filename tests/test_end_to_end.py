@@ -23,7 +23,8 @@ from trainer.build import build_model, restore_model
 from trainer.checkpoint import load_checkpoint, load_latest
 from trainer.config import RunConfig, load_run_config
 from trainer.distributed import DistContext
-from trainer.loop import TrainingDiverged, train, train_step
+from trainer.loop import train, train_step
+from trainer.non_finite import NonFiniteGuard, NonFiniteStepError, TrainingDiverged
 from trainer.run import build_run, open_crops
 from trainer.run_logger import read_metrics
 
@@ -288,8 +289,10 @@ def test_non_finite_numbers_stop_the_run_before_the_weights_change(scene_shards:
     with torch.no_grad():
         weight[0, 0] = float("nan")
     before = run.model.trainable_state_dict()["segmentation_model.1.predictor.mask_embed.layers.0.weight"].clone()
-    with pytest.raises(TrainingDiverged, match=r"step 1, rank 0: .*samples: scene_train_\d+-00\d, scene_train"):
+    with pytest.raises(NonFiniteStepError, match="the final prediction holds NaN") as caught:
         train_step(run, batches)
+    with pytest.raises(TrainingDiverged, match=r"step 1, rank 0: .*samples: scene_train_\d+-00\d, scene_train"):
+        NonFiniteGuard(run).after(caught.value, batches)
     after = run.model.trainable_state_dict()["segmentation_model.1.predictor.mask_embed.layers.0.weight"]
     assert torch.equal(before, after)
 
@@ -297,7 +300,7 @@ def test_non_finite_numbers_stop_the_run_before_the_weights_change(scene_shards:
 def test_an_infinite_gradient_stops_the_run(scene_shards: Path, tmp_path: Path) -> None:
     run, batches = step_setup(scene_shards, tmp_path)
     run.model.head.predictor.query_feat.weight.register_hook(lambda gradient: gradient * float("inf"))
-    with pytest.raises(TrainingDiverged, match="grad_norm is"):
+    with pytest.raises(NonFiniteStepError, match="grad_norm is"):
         train_step(run, batches)
 
 

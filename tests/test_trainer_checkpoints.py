@@ -29,7 +29,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def state(step: int, size: int = 1000) -> Checkpoint:
     return Checkpoint(step=step, model={"weight": torch.full((size,), float(step))}, optimizer={"state": [step]},
                       config={}, classes=[], ignore_index=255, data_hash="d", backbone_sha256="b", best_miou=None,
-                      versions={})
+                      evaluated=False, skipped_steps=[], versions={})
 
 
 def written(folder: Path | str, scratch: Path, *steps: int, keep: int = 2, keep_every: int | None = None,

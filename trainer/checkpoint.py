@@ -25,13 +25,14 @@ from shards.storage import LocalStorage, Storage, open_storage
 from trainer.config import RunConfig, run_config_from_dict
 from trainer.models.weights import WeightsFile, names_directory, read_file, read_weights, weights_in
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 HASH_SUFFIX = ".sha256"  # as `sha256sum -c` reads it
 _NAME = re.compile(r"step-(\d{8})\.pt")
 _PIECE = 64 << 20  # bytes of a download held at a time
 _FIELD_TYPES: dict[str, Any] = {
     "step": int, "model": dict, "optimizer": dict, "config": dict, "classes": list, "ignore_index": int,
-    "data_hash": str, "backbone_sha256": str, "best_miou": float | None, "versions": dict, "format": int,
+    "data_hash": str, "backbone_sha256": str, "best_miou": float | None, "evaluated": bool, "skipped_steps": list,
+    "versions": dict, "format": int,
 }  # fmt: skip
 
 
@@ -48,6 +49,8 @@ class Checkpoint:
     data_hash: str  # sha256 of the manifest
     backbone_sha256: str
     best_miou: float | None
+    evaluated: bool  # whether an evaluation that is due at this step was done
+    skipped_steps: list[int]  # left out for numbers that were not finite
     versions: dict[str, str]  # of maskstream and torch that wrote it
     format: int = CHECKPOINT_FORMAT
 
@@ -79,7 +82,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint on the CPU, without unpickling code. Raises ConfigError naming the file."""
     content = read_file(path, mmap=False)  # a run goes on from these tensors while its old files are deleted
     if not _is_ours(content):
-        raise ConfigError(f"checkpoint {path} is not a MaskStream checkpoint of format {CHECKPOINT_FORMAT}")
+        found = content.get("format") if isinstance(content, dict) else None
+        raise ConfigError(f"checkpoint {path} is not a MaskStream checkpoint of format {CHECKPOINT_FORMAT}"
+                          + (f" but of {found}; use the MaskStream that wrote it" if isinstance(found, int) else ""))
     return _from_content(content, path)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from shards.atomic import copy_atomically, sync_folder
-from shards.errors import MaskStreamError
+from shards.errors import MaskStreamError, RunError
 from shards.storage import LocalStorage, open_storage
 from trainer.checkpoint import HASH_SUFFIX, Checkpoint, checkpoint_name, numbered
 
@@ -25,7 +25,7 @@ BEST_NAME = "best.pt"
 _SCRATCH = ".checkpoint.tmp"
 
 
-class CheckpointError(MaskStreamError):
+class CheckpointError(RunError):
     """A checkpoint could not be written; the message names place and cause."""
 
 
@@ -50,6 +50,11 @@ class CheckpointWriter:
         self.wait()
         copied = Checkpoint(**_on_host(vars(checkpoint)))
         self._pending = self._thread.submit(self._write, copied, is_best)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a checkpoint is still being written."""
+        return self._pending is not None and not self._pending.done()
 
     def wait(self) -> None:
         """Until nothing is being written; warns when that failed."""

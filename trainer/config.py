@@ -207,6 +207,13 @@ class TrainSection:
     keep_checkpoints: int = knob(2, "newest checkpoints kept (the best one is kept besides)", minimum=1)
     keep_every: int | None = knob(None, "checkpoints of steps that are multiples of it are kept for good; null: none",
                                   minimum=1)
+    on_non_finite: str = knob("stop", "what a step whose loss or gradient is NaN or infinite does, besides leaving a "
+                              "record in output_dir/non-finite: stop; skip that step; rollback to the last checkpoint "
+                              "and go on without that step", choices=("stop", "skip", "rollback"))
+    non_finite_budget: int = knob(3, "on_non_finite skip and rollback: steps that may be left out before the run stops",
+                                  minimum=1)
+    hang_timeout: float = knob(600.0, "seconds without progress of any rank after which a run is taken to hang, and "
+                               "ends", minimum=1)
     eval_every: int = knob(5000, "steps between evaluations; the end is always evaluated, once", minimum=1)
 
 

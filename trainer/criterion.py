@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from trainer.config import LossConfig
 from trainer.mask_classification_loss import MaskClassificationLoss, StepLoss
+from trainer.matcher import NonFiniteLossError
 from trainer.pixel_loss import pixel_cross_entropy
 from trainer.targets import Target, label_map_from_segments, segment_map_from_masks
 
@@ -43,7 +44,20 @@ class MaskCriterion(nn.Module):
     def forward(
         self, outputs: Mapping[str, Any], targets: Sequence[Target], num_masks: Tensor, generator: torch.Generator
     ) -> StepLoss:
-        return self.loss.step(outputs, targets, num_masks, generator)
+        try:
+            return self.loss.step(outputs, targets, num_masks, generator)
+        except NonFiniteLossError as error:
+            return self._poisoned(outputs, str(error))
+
+    def _poisoned(self, outputs: Mapping[str, Any], problem: str) -> StepLoss:
+        """NaN for everything: this rank can match nothing, but the others wait for its gradients all the same, and so
+        learn of it. `NonFiniteGuard` then decides for all ranks alike."""
+        items = [outputs, *outputs.get("aux_outputs", ())]
+        reached = [tensor for item in items for tensor in item.values()
+                   if isinstance(tensor, Tensor) and tensor.requires_grad]
+        total = torch.stack([tensor.float().sum() for tensor in reached]).sum() * torch.nan
+        losses = dict.fromkeys(self.loss.loss_names(len(items)), total.detach())
+        return StepLoss(total, losses, problem)
 
 
 class PixelCriterion(nn.Module):

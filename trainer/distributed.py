@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,9 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shards.errors import ConfigError
+from shards.errors import ConfigError, RunError
 
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)  # a rank that is this late is taken for dead
+# Ranks wait for each other as long as one of them makes progress; trainer.watchdog notices when none does.
+COLLECTIVE_TIMEOUT = datetime.timedelta(days=1)
+JOIN_TIMEOUT = datetime.timedelta(minutes=10)
+_POLL = 0.02  # seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +28,7 @@ class DistContext:
     rank: int
     world_size: int
     device: torch.device
+    store_prefix: str | None = None  # of this start's keys in the launcher's store; None without a launcher
 
     @property
     def is_main(self) -> bool:
@@ -47,6 +52,13 @@ class DistContext:
         if dist.is_available() and dist.is_initialized():
             dist.barrier()
 
+    def connect_store(self) -> dist.Store | None:
+        """A connection of its own (for a thread) to the store that this start's ranks share; None without one."""
+        if self.store_prefix is None:
+            return None
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return dist.PrefixStore(self.store_prefix, dist.TCPStore(address, port, timeout=JOIN_TIMEOUT))
+
 
 @contextmanager
 def distributed(device: str) -> Iterator[DistContext]:
@@ -63,15 +75,47 @@ def distributed(device: str) -> Iterator[DistContext]:
         return
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
+    prefix = agree_on_start(store, rank, world_size)
     dist.init_process_group(
         "nccl" if chosen.type == "cuda" else "gloo",
+        store=dist.PrefixStore(prefix, store), rank=rank, world_size=world_size,
         timeout=COLLECTIVE_TIMEOUT,
         device_id=chosen if chosen.type == "cuda" else None,
     )
     try:
-        yield DistContext(rank=dist.get_rank(), world_size=dist.get_world_size(), device=chosen)
+        yield DistContext(rank=rank, world_size=world_size, device=chosen, store_prefix=prefix)
     finally:
         dist.destroy_process_group()
+
+
+def agree_on_start(store: dist.Store, rank: int, world_size: int) -> str:
+    """A prefix for the keys of this start of the ranks, the same on all of them, that no earlier start had.
+
+    torchrun keeps its store when it starts ranks again (after a death, or with other nodes), and with it the addresses
+    of dead ranks, which gloo would call: "connection refused", if a rank looks before the other has written anew. So
+    rank 0 numbers the starts, and answers each rank's own greeting, of which dead ranks have left some too, until
+    all living ones have heard the number.
+    """
+    if rank:
+        greeting = store.add(f"greetings/{rank}", 1)
+        answer = f"answers/{rank}/{greeting}"
+        store.wait([answer], JOIN_TIMEOUT)
+        prefix = store.get(answer).decode()
+        store.set(f"{prefix}/heard/{rank}", "")
+        return prefix
+    prefix = f"start-{store.add('starts', 1)}"
+    deadline = time.monotonic() + JOIN_TIMEOUT.total_seconds()
+    missing = set(range(1, world_size))
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"greetings/{other}"]):
+                store.set(f"answers/{other}/{store.add(f'greetings/{other}', 0)}", prefix)
+        missing = {other for other in missing if not store.check([f"{prefix}/heard/{other}"])}
+        if missing and time.monotonic() > deadline:
+            raise RunError(f"ranks {sorted(missing)} did not start within {JOIN_TIMEOUT.total_seconds():.0f} s")
+        time.sleep(_POLL)
+    return prefix
 
 
 def pick_device(device: str, local_rank: int = 0) -> torch.device:

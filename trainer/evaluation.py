@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -68,12 +68,18 @@ def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted == "bf16" or (wanted == "auto" and automatic))
 
 
+class EvaluationStopped(Exception):
+    """Some rank was told not to go on. Raised on every rank alike."""
+
+
 def evaluate(
-    model: Segmenter, reader: ShardReader, config: RunConfig, context: DistContext, images: int | None = None
+    model: Segmenter, reader: ShardReader, config: RunConfig, context: DistContext, images: int | None = None,
+    go_on: Callable[[], bool] = lambda: True,
 ) -> Evaluation:
     """Every image exactly once over all ranks; counts are summed once, after the loop.
 
-    `images` limits the number of images. The model's training mode is restored afterwards.
+    `images` limits the number of images. The model's training mode is restored afterwards. `go_on` is asked before
+    each image; raises EvaluationStopped on all ranks when it said no on one.
     """
     manifest, was_training = reader.manifest, model.training
     model.eval()
@@ -84,14 +90,20 @@ def evaluate(
     rows: list[list[Any]] = []
     captions: list[str] = []
     loader = validation_loader(WholeImages(reader, config.data), numbers, context.device)
+    stopped = False
     for item in tqdm(loader, total=len(numbers), desc="evaluating", unit="img", leave=False,
                      disable=None if context.is_main else True):
+        stopped = not go_on()
+        if stopped:
+            break
         prediction = predict(item.image)
         confusion.update(prediction, item.label_map)
         if len(rows) < config.eval.panels:
             rows.append(panel_row(item, prediction.cpu(), manifest.classes))
             captions.append(f"{item.key}: image, truth, prediction")
     model.train(was_training)
+    if context.all_reduce_sum(torch.tensor(float(stopped), device=context.device)) > 0:
+        raise EvaluationStopped
     confusion.all_reduce()
     metrics = {**confusion.summary(), "baseline_mIoU": confusion.most_frequent_class_miou()}
     return Evaluation(metrics, contact_sheet(rows, captions) if rows else None)

@@ -5,21 +5,25 @@ from __future__ import annotations
 import copy
 import logging
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from shards.errors import CorruptShardError, MaskStreamError
+from shards.errors import CorruptShardError, MaskStreamError, RunError
 from shards.workers import exit_with_parent
 from trainer.data import Batch, LabelledImage, TrainCrops, WholeImages
 
 _log = logging.getLogger(__name__)
+_GRACE = 60  # seconds that a worker lives after SIGTERM, longer than torchrun waits for a rank's last step
 _WORKER_TIMEOUT = 600  # seconds without a batch after which a stuck worker is an error, not a hang
 
 
-class LoaderError(MaskStreamError):
+class LoaderError(RunError):
     """A loader process died or stopped answering."""
 
 
@@ -64,6 +68,8 @@ def _items(loader: DataLoader[Any]) -> Iterator[Any]:
 
 def _start_worker(number: int) -> None:
     exit_with_parent()
+    # Stop signals are ignored (see trainer.loader_processes), but a worker that is stuck must end with its DataLoader.
+    signal.signal(signal.SIGTERM, lambda *_: threading.Timer(_GRACE, os._exit, [0]).start())
 
 
 def _loader(dataset: TrainCrops | WholeImages, numbers: Iterable[int], device: torch.device) -> DataLoader[Any]:
@@ -73,7 +79,7 @@ def _loader(dataset: TrainCrops | WholeImages, numbers: Iterable[int], device: t
     # A forked copy of a process with threads (autograd, NCCL, gloo) can deadlock. The fork server is a clean
     # process instead; it imports torch once, its children start in milliseconds.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trainer.data"])
+    context.set_forkserver_preload(["trainer.loader_processes", "trainer.data"])
     return DataLoader(
         dataset,
         batch_size=None,  # an item is already a batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from itertools import islice
 from typing import Any
@@ -13,78 +14,201 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from shards.atomic import write_atomically
-from shards.config_file import config_to_dict, config_to_yaml
-from shards.errors import MaskStreamError
+from shards.config_file import config_to_yaml
 from shards.manifest import load_manifest
 from shards.plan import MicroBatchNumbers, accumulation_for
 from shards.reader import ShardReader
-from trainer.checkpoint import Checkpoint, class_table, versions
+from trainer.checkpoint import load_latest
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.config import RunConfig
-from trainer.data import Batch, augmented_images, open_reader
+from trainer.data import Batch, TrainCrops, augmented_images, open_reader
 from trainer.distributed import DistContext
-from trainer.evaluation import autocast, evaluate, format_metrics
+from trainer.evaluation import Evaluation, EvaluationStopped, autocast, evaluate, format_metrics
+from trainer.failures import named_failures
 from trainer.loader import train_loader
-from trainer.matcher import NonFiniteLossError
+from trainer.non_finite import NonFiniteGuard, NonFiniteStepError, RollBack, TrainingDiverged
 from trainer.optimizer import clip_gradients, set_learning_rates
 from trainer.plots import batch_panel, draw_curves
-from trainer.run import Run, build_run, check_ranks_agree, checkpoint_place, open_crops, required_folders, resume
+from trainer.run import (
+    Run,
+    build_run,
+    check_ranks_agree,
+    checkpoint_place,
+    open_crops,
+    required_folders,
+    resume,
+    snapshot,
+    take_over,
+)
 from trainer.run_logger import RunLogger
 from trainer.seeding import seed_micro_batch
+from trainer.stopping import RunStopped, stop_on_signals
 from trainer.transforms import normalize
-
-
-class TrainingDiverged(MaskStreamError):
-    """A loss or gradient is not finite; the message names step, loss and samples."""
+from trainer.watchdog import Watchdog
 
 
 def train(config: RunConfig, context: DistContext) -> dict[str, Any]:
-    """Train to `train.total_steps` (continuing a run that is there), evaluate, and return the last metrics."""
+    """Train to `train.total_steps` (continuing a run that is there), evaluate, and return the last metrics.
+
+    Raises RunStopped after a signal that asks for it (see `trainer.stopping`), and other RunErrors and ConfigErrors.
+    """
     # -- data ---------------------------------------------------------------------------------------------
     root, folder = required_folders(config)
     manifest = load_manifest(root)
     crops = open_crops(config, manifest)
     val_reader = open_reader(config.data, config.data.val_split, manifest)
-    accumulation = accumulation_for(config.train.global_batch_size, config.train.micro_batch_size, context.world_size)
+    accumulation_for(config.train.global_batch_size, config.train.micro_batch_size, context.world_size)  # or an error
     # -- model --------------------------------------------------------------------------------------------
     run = build_run(config, context, manifest, folder)
     resume(run)
     check_ranks_agree(run)
-    logger = _start_logging(run) if context.is_main else None
     # -- loop ---------------------------------------------------------------------------------------------
-    numbers = MicroBatchNumbers(first_step=run.step, last_step=config.train.total_steps, rank=context.rank,
-                                world_size=context.world_size, accumulation=accumulation)
-    batches = train_loader(crops, numbers, context.device)
+    logger = _start_logging(run) if context.is_main else None
     writer = CheckpointWriter(checkpoint_place(config), folder, config.train.keep_checkpoints, config.train.keep_every)
-    metrics: dict[str, Any] = {}
-    meter = _Meter()
-    with tqdm(total=config.train.total_steps, initial=run.step, desc="training", unit="step",
-              disable=None if context.is_main else True) as bar:
-        while run.step < config.train.total_steps:
-            waited = time.perf_counter()
-            micro_batches = list(islice(batches, accumulation))
-            meter.data_seconds += time.perf_counter() - waited
-            if run.step == 0 and logger is not None:
-                first = micro_batches[0]
-                logger.picture(0, "first-batch", batch_panel(augmented_images(first), first, manifest))
-            losses = train_step(run, micro_batches)
-            run.step += 1
-            meter.steps += 1
-            bar.update()
-            is_last = run.step == config.train.total_steps
-            if logger is not None and (is_last or run.step % config.train.log_every == 0):
-                _log_step(run, losses, meter, logger)
-            if is_last or run.step % config.train.eval_every == 0:
-                metrics = _evaluate(run, val_reader, logger)
-            if is_last or run.step % config.train.checkpoint_every == 0 or run.step % config.train.eval_every == 0:
-                _save(run, metrics, writer)
+    loop = _Loop(run, crops, val_reader, logger, writer)
+    with stop_on_signals(run.stop), Watchdog(context, config.train.hang_timeout) as run.watchdog, named_failures(run):
+        while not loop.is_done():
+            try:
+                loop.go_on()
+            except RollBack as reason:
+                loop.roll_back(str(reason))
+        metrics = loop.metrics or loop.evaluate_finished_run()
     writer.close()
-    if not metrics:  # the run was complete already
-        metrics = _evaluate(run, val_reader, logger)
     if logger is not None:
         logger.close()
         draw_curves(folder)
     return metrics
+
+
+class _Loop:
+    """What `train` does over and over, with what it needs for that."""
+
+    def __init__(self, run: Run, crops: TrainCrops, val_reader: ShardReader, logger: RunLogger | None,
+                 writer: CheckpointWriter) -> None:
+        self.run, self.crops, self.val_reader, self.logger, self.writer = run, crops, val_reader, logger, writer
+        self.settings = run.config.train
+        self.guard = NonFiniteGuard(run)
+        self.metrics: dict[str, Any] = {}
+        self.meter = _Meter()
+
+    def is_done(self) -> bool:
+        return self.run.step == self.settings.total_steps and self.run.evaluated
+
+    def go_on(self) -> None:
+        """From the run's step to the end. Raises RollBack to be called again at another step."""
+        run = self.run
+        if not run.evaluated:  # a signal came in between
+            self.finish_step()
+        accumulation = accumulation_for(self.settings.global_batch_size, self.settings.micro_batch_size,
+                                        run.context.world_size)
+        numbers = MicroBatchNumbers(first_step=run.step, last_step=self.settings.total_steps, rank=run.context.rank,
+                                    world_size=run.context.world_size, accumulation=accumulation)
+        batches = train_loader(self.crops, numbers, run.context.device)
+        with tqdm(total=self.settings.total_steps, initial=run.step, desc="training", unit="step",
+                  disable=None if run.context.is_main else True) as bar:
+            while run.step < self.settings.total_steps:
+                run.beat("waiting for data")
+                waited = time.perf_counter()
+                micro_batches = list(islice(batches, accumulation))
+                self.meter.data_seconds += time.perf_counter() - waited
+                losses = self.step(micro_batches)
+                run.step += 1
+                bar.update()
+                self.finish_step(losses)
+
+    def step(self, micro_batches: list[Batch]) -> dict[str, float] | None:
+        """One step; None when it is left out for numbers that are not finite."""
+        run = self.run
+        if run.step == 0 and self.logger is not None:
+            first = micro_batches[0]
+            self.logger.picture(0, "first-batch", batch_panel(augmented_images(first), first, run.manifest))
+        if run.step + 1 in run.skipped_steps:
+            return None
+        self.guard.before_step()
+        try:
+            return train_step(run, micro_batches)
+        except NonFiniteStepError as error:
+            self.guard.after(error, micro_batches)
+            self.say(f"step {run.step + 1} left out: {error}")
+            return None
+
+    def finish_step(self, losses: dict[str, float] | None = None) -> None:
+        """Log, evaluate and save what is due at the run's step, and stop if a rank was asked to."""
+        run, settings = self.run, self.settings
+        is_last = run.step == settings.total_steps
+        due = is_last or run.step % settings.eval_every == 0
+        if losses is not None:
+            self.meter.steps += 1
+            if self.logger is not None and (is_last or run.step % settings.log_every == 0):
+                _log_step(run, losses, self.meter, self.logger)
+        run.evaluated = not due
+        if due and not run.stop.agreed:
+            with contextlib.suppress(EvaluationStopped):
+                self.metrics = self.evaluate()
+                run.evaluated = True
+        stops = run.stop.agreed or not run.evaluated
+        if due or stops or run.step % settings.checkpoint_every == 0:
+            self.save()
+        if stops:
+            self.writer.close()
+            raise RunStopped(f"{run.stop.signal_name or 'a signal to another rank'}: stopped after step {run.step} of "
+                             f"{settings.total_steps}; its checkpoint is written, and the same command goes on from it")
+
+    def evaluate(self) -> dict[str, Any]:
+        """Metrics of the model as it is. Raises EvaluationStopped."""
+        run = self.run
+
+        def go_on() -> bool:
+            run.beat("evaluation")
+            return not run.stop.requested
+
+        # Without synchronised batch norm (CPU) each rank has statistics of its own batches; rank 0's are those saved.
+        run.context.broadcast(run.model.buffers())
+        result = evaluate(run.model, self.val_reader, run.config, run.context, run.config.eval.max_images, go_on)
+        if self.logger is not None:
+            _log_evaluation(run, result, self.logger)
+        return result.metrics
+
+    def evaluate_finished_run(self) -> dict[str, Any]:
+        """For a command given again after the end."""
+        try:
+            return self.evaluate()
+        except EvaluationStopped:
+            raise RunStopped("stopped while evaluating a run that is complete") from None
+
+    def save(self) -> None:
+        """Rank 0 writes, in the background; all ranks know the best mIoU."""
+        run = self.run
+        miou = self.metrics.get("mIoU") if run.evaluated else None
+        is_best = miou is not None and (run.best_miou is None or miou > run.best_miou)
+        if is_best:
+            run.best_miou = miou
+        if run.context.is_main:
+            while self.writer.is_busy:  # with the one before; slow storage is no hang
+                run.beat("checkpoint")
+                time.sleep(0.05)
+            self.writer.save(snapshot(run), is_best=is_best)
+
+    def roll_back(self, reason: str) -> None:
+        """Become what the last checkpoint says, but for the steps that are left out."""
+        run, left_out = self.run, self.run.skipped_steps
+        if run.context.is_main:
+            self.writer.wait()
+        run.context.barrier()
+        checkpoint = load_latest(checkpoint_place(run.config))
+        if checkpoint is None:
+            raise TrainingDiverged(f"{reason}. There is no checkpoint yet to roll back to; lower "
+                                   f"train.checkpoint_every (now {self.settings.checkpoint_every})")
+        take_over(run, checkpoint)
+        check_ranks_agree(run)
+        run.skipped_steps = sorted({*run.skipped_steps, *left_out})
+        self.meter.reset()
+        self.say(f"rolled back to step {run.step}: {reason}")
+
+    def say(self, what: str) -> None:
+        """Tell people of something that does not happen every day."""
+        if self.logger is not None:
+            tqdm.write(what)
 
 
 def train_step(run: Run, micro_batches: list[Batch]) -> dict[str, float]:
@@ -92,34 +216,34 @@ def train_step(run: Run, micro_batches: list[Batch]) -> dict[str, float]:
 
     Returns the losses averaged over the whole global batch, their weighted total as "loss". Mask losses are
     divided by the number of masks in the whole global batch, so the update does not depend on how ranks and
-    accumulation share it. Raises TrainingDiverged before the weights would be touched.
+    accumulation share it. Raises NonFiniteStepError on all ranks alike before the weights would be touched. Sets
+    `run.stop.agreed` when any rank was asked to stop.
     """
     config, context = run.config, run.context
+    run.beat("counting masks")
     num_masks = _count_masks(micro_batches, context)
     run.model.head.set_progress(run.step / config.train.total_steps)
     set_learning_rates(run.optimizer, run.step, config.optimizer, config.train.total_steps)
     run.optimizer.zero_grad(set_to_none=True)
-    logged: dict[str, Tensor] = {}
+    local: list[dict[str, Tensor]] = []  # of each micro-batch of this rank
+    problems: list[str | None] = []
     for position, host_batch in enumerate(micro_batches):
         batch = host_batch.to(context.device)
         generator = seed_micro_batch(config.seed, batch.number, context.device)
         with _gradient_sync(run.wrapped, position == len(micro_batches) - 1):
+            run.beat("forward pass")
             with autocast(config, context.device):
                 outputs = run.wrapped(prepare_images(batch, config))
-            try:
-                total, losses = run.criterion(outputs, batch.targets(), num_masks, generator)
-            except NonFiniteLossError as error:
-                raise _diverged(run, batch, str(error)) from error
+            total, losses, problem = run.criterion(outputs, batch.targets(), num_masks, generator)
+            run.beat("backward pass")
             (total / len(micro_batches)).backward()
-        for name, value in {**losses, "loss": total}.items():
-            logged[name] = logged.get(name, 0) + value.detach() / len(micro_batches)
+        local.append({**losses, "loss": total.detach()})
+        problems.append(problem)
     parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
-    logged["grad_norm"] = clip_gradients(parameters, config.optimizer.clip_grad_norm)
-    summed = context.all_reduce_sum(torch.stack(list(logged.values())))  # so that all ranks see, and stop, alike
-    values = dict(zip(logged, (summed / context.world_size).tolist(), strict=True))  # the step's one wait
-    for name, value in values.items():
-        if value != value or abs(value) == float("inf"):
-            raise _diverged(run, micro_batches[-1], f"{name} is {value}", micro_batches)
+    grad_norm = clip_gradients(parameters, config.optimizer.clip_grad_norm)
+    values = _over_ranks(run, local, grad_norm)
+    if not all(map(math.isfinite, values.values())):
+        raise NonFiniteStepError(values, local, problems)
     run.optimizer.step()
     return values
 
@@ -153,12 +277,15 @@ def _gradient_sync(wrapped: nn.Module, is_last: bool) -> contextlib.AbstractCont
     return contextlib.nullcontext()
 
 
-def _diverged(run: Run, batch: Batch, what: str, batches: list[Batch] | None = None) -> TrainingDiverged:
-    keys = [key for item in batches or [batch] for key in item.keys]
-    return TrainingDiverged(
-        f"step {run.step + 1}, rank {run.context.rank}: {what}; samples: {', '.join(keys)}. The weights were not "
-        "updated. Lower optimizer.lr, set optimizer.clip_grad_norm, or look at these samples"
-    )
+def _over_ranks(run: Run, local: list[dict[str, Tensor]], grad_norm: Tensor) -> dict[str, float]:
+    """Means over the global batch, the same on all ranks; whether a rank was asked to stop comes along."""
+    logged = {name: torch.stack([losses[name] for losses in local]).mean() for name in local[0]}
+    logged["grad_norm"] = grad_norm
+    logged["stop"] = torch.tensor(float(run.stop.requested)).to(run.context.device, non_blocking=True)
+    summed = run.context.all_reduce_sum(torch.stack(list(logged.values())))
+    values = dict(zip(logged, (summed / run.context.world_size).tolist(), strict=True))  # the step's one wait
+    run.stop.agreed = values.pop("stop") > 0
+    return values
 
 
 def _start_logging(run: Run) -> RunLogger:
@@ -186,29 +313,9 @@ def _log_step(run: Run, losses: dict[str, float], meter: _Meter, logger: RunLogg
                f"waiting for data {speed['data_wait_share']:.0%}")
 
 
-def _evaluate(run: Run, reader: ShardReader, logger: RunLogger | None) -> dict[str, Any]:
-    # Without synchronised batch norm (CPU) each rank has statistics of its own batches; rank 0's are the ones saved.
-    run.context.broadcast(run.model.buffers())
-    result = evaluate(run.model, reader, run.config, run.context, run.config.eval.max_images)
-    if logger is not None:
-        means = {name: value for name, value in result.metrics.items() if isinstance(value, float)}
-        logger.scalars(run.step, "val", means)
-        if result.panels is not None:
-            logger.picture(run.step, "val-panels", result.panels)
-        tqdm.write(f"step {run.step}: val {format_metrics(result.metrics, run.manifest.classes).splitlines()[0]}")
-    return result.metrics
-
-
-def _save(run: Run, metrics: dict[str, Any], writer: CheckpointWriter) -> None:
-    """Rank 0 writes, in the background; all ranks know the best mIoU."""
-    miou = metrics.get("mIoU")
-    is_best = miou is not None and (run.best_miou is None or miou > run.best_miou)
-    if is_best:
-        run.best_miou = miou
-    if run.context.is_main:
-        writer.save(Checkpoint(
-            step=run.step, model=run.model.trainable_state_dict(), optimizer=run.optimizer.state_dict(),
-            config=config_to_dict(run.config), classes=class_table(run.manifest),
-            ignore_index=run.manifest.ignore_index, data_hash=run.manifest.sha256,
-            backbone_sha256=run.backbone_sha256, best_miou=run.best_miou, versions=versions(),
-        ), is_best=is_best)  # fmt: skip
+def _log_evaluation(run: Run, result: Evaluation, logger: RunLogger) -> None:
+    means = {name: value for name, value in result.metrics.items() if isinstance(value, float)}
+    logger.scalars(run.step, "val", means)
+    if result.panels is not None:
+        logger.picture(run.step, "val-panels", result.panels)
+    tqdm.write(f"step {run.step}: val {format_metrics(result.metrics, run.manifest.classes).splitlines()[0]}")

@@ -25,6 +25,7 @@ class StepLoss(NamedTuple):
 
     total: Tensor
     losses: dict[str, Tensor]
+    problem: str | None = None  # why they are NaN, where something is known about it
 
 
 class MaskClassificationLoss(nn.Module):
@@ -109,9 +110,12 @@ class MaskClassificationLoss(nn.Module):
             total = with_gradients(value, items, matches, gradients, packed.labels.shape[1])
             total = total + self.coefficients["loss_cross_entropy"] * class_losses.sum()
         named = torch.cat([mask_losses, class_losses.detach()[:, None]], dim=1)  # [L, 3]
-        suffixes = ["", *(f"_{layer}" for layer in range(len(items) - 1))]
-        names = [f"{name}{suffix}" for suffix in suffixes for name in self.coefficients]
-        return StepLoss(total, dict(zip(names, named.flatten().unbind(), strict=True)))
+        return StepLoss(total, dict(zip(self.loss_names(len(items)), named.flatten().unbind(), strict=True)))
+
+    def loss_names(self, predictions: int) -> list[str]:
+        """Names of what `step` returns for so many predictions, the final one's first."""
+        suffixes = ["", *(f"_{layer}" for layer in range(predictions - 1))]
+        return [f"{name}{suffix}" for suffix in suffixes for name in self.coefficients]
 
     def loss_total(self, losses_all_layers: Mapping[str, Tensor], log_fn: Callable[[str, Tensor], Any]) -> Tensor:
         """Sum of all losses, each times the coefficient its name calls for; `log_fn(name, loss)` sees the unweighted

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from shards.config_file import config_to_dict
 from shards.errors import ConfigError
 from shards.manifest import Manifest
 from shards.plan import TrainPlan
 from trainer.build import build_criterion, build_model, size_divisor
-from trainer.checkpoint import load_latest
+from trainer.checkpoint import Checkpoint, class_table, load_latest, versions
 from trainer.config import RunConfig
 from trainer.criterion import Criterion
 from trainer.data import TrainCrops, open_reader
@@ -21,6 +22,8 @@ from trainer.distributed import DistContext
 from trainer.models import Segmenter
 from trainer.models.weights import read_weights
 from trainer.optimizer import build_optimizer, load_optimizer
+from trainer.stopping import StopRequest
+from trainer.watchdog import Watchdog
 
 
 @dataclass(kw_only=True)
@@ -38,6 +41,15 @@ class Run:
     backbone_sha256: str
     step: int = 0
     best_miou: float | None = None
+    evaluated: bool = True  # whether an evaluation that is due at `step` was done
+    skipped_steps: list[int] = field(default_factory=list)  # left out for numbers that were not finite
+    stop: StopRequest = field(default_factory=StopRequest)
+    watchdog: Watchdog | None = None
+
+    def beat(self, phase: str) -> None:
+        """Tell the watchdog, if there is one, that a phase begins."""
+        if self.watchdog is not None:
+            self.watchdog.beat(self.step, phase)
 
 
 def required_folders(config: RunConfig) -> tuple[str, Path]:
@@ -123,9 +135,25 @@ def resume(run: Run) -> None:
         if before != now:
             raise ConfigError(f"cannot continue {run.folder}: {name} was {before} and is {now}; "
                               "restore it, or choose another output_dir")
+    take_over(run, checkpoint)
+
+
+def take_over(run: Run, checkpoint: Checkpoint) -> None:
+    """Make the run what it was when the checkpoint was written."""
     run.model.load_trainable_state_dict(checkpoint.model)
     load_optimizer(run.optimizer, checkpoint.optimizer)
-    run.step, run.best_miou = checkpoint.step, checkpoint.best_miou
+    run.step, run.best_miou, run.evaluated = checkpoint.step, checkpoint.best_miou, checkpoint.evaluated
+    run.skipped_steps = list(checkpoint.skipped_steps)
+
+
+def snapshot(run: Run) -> Checkpoint:
+    """The opposite of `take_over`. Tensors are the run's own, which its next step changes."""
+    return Checkpoint(
+        step=run.step, model=run.model.trainable_state_dict(), optimizer=run.optimizer.state_dict(),
+        config=config_to_dict(run.config), classes=class_table(run.manifest), ignore_index=run.manifest.ignore_index,
+        data_hash=run.manifest.sha256, backbone_sha256=run.backbone_sha256, best_miou=run.best_miou,
+        evaluated=run.evaluated, skipped_steps=list(run.skipped_steps), versions=versions(),
+    )  # fmt: skip
 
 
 def start_from_weights(run: Run) -> None:

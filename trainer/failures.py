@@ -1,0 +1,65 @@
+"""Errors of the machine, in the words of someone who has to mend them: what, where, at which step, which knob."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from shards.errors import RunError
+from trainer.loader import LoaderError
+from trainer.run import Run
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+# What gloo and NCCL say when a peer is gone.
+_LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe",
+              "NCCL communicator was aborted", "remote process exited", "Socket Timeout", "Timed out waiting",
+              "no longer reachable")
+
+
+class OutOfMemory(RunError):
+    """The message says which settings take memory, and what they are now."""
+
+
+class RankLost(RunError):
+    """Another rank died or was cut off."""
+
+
+@contextmanager
+def named_failures(run: Run) -> Iterator[None]:
+    """Turn errors of memory, network and loader processes into one line that names rank, host and step."""
+    try:
+        yield
+    except LoaderError as error:
+        raise LoaderError(f"{_where(run)}: {error}") from error
+    except (RuntimeError, MemoryError) as error:
+        text = str(error)
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in text for sign in _OUT_OF_MEMORY):
+            raise OutOfMemory(f"{_where(run)}: out of memory ({_first_line(text)}). {_knobs(run)}") from error
+        if any(sign in text for sign in _LOST_RANK):
+            raise RankLost(f"{_where(run)}: another rank died or was cut off ({_first_line(text)}); its own output "
+                           "says why. The same command goes on from the newest checkpoint") from error
+        raise
+
+
+def _where(run: Run) -> str:
+    return f"rank {run.context.rank} on {socket.gethostname()}, step {run.step + 1}"
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0][:300] if text.strip() else "no details"
+
+
+def _knobs(run: Run) -> str:
+    config = run.config
+    crop = config.data.crop_size or "as stored"
+    return (
+        f"Lower train.micro_batch_size (now {config.train.micro_batch_size}; the global batch stays "
+        f"{config.train.global_batch_size}, accumulation makes up for it); set train.gradient_checkpointing=true (now "
+        f"{str(config.train.gradient_checkpointing).lower()}); lower data.crop_size (now {crop}), loss.num_points (now "
+        f"{config.loss.num_points}) or, if it happened while evaluating, eval.crop_size (now {config.eval.crop_size}). "
+        f"Host memory: data.workers (now {config.data.workers}), data.prefetch_batches (now "
+        f"{config.data.prefetch_batches}), data.read_ahead_mb (now {config.data.read_ahead_mb})"
+    )

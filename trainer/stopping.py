@@ -1,0 +1,68 @@
+"""Asking a run to stop: SIGTERM and SIGUSR1 (Slurm, Kubernetes, spot instances) and Ctrl-C.
+
+The step under way is finished, a checkpoint is written, and the program exits with EXIT_TO_BE_CONTINUED: the same
+command goes on from there. A second Ctrl-C ends it at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+from shards.errors import RunError
+
+EXIT_TO_BE_CONTINUED = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_SAME_KEYPRESS = 1.0  # seconds; a terminal and torchrun may both pass on one Ctrl-C
+
+
+class RunStopped(RunError):
+    """A signal stopped the run after a whole step; the message says which, and where it goes on."""
+
+    exit_code = EXIT_TO_BE_CONTINUED
+
+
+@dataclass
+class StopRequest:
+    """Whether this process was asked to stop, and whether the ranks agreed that one of them was."""
+
+    signal_name: str | None = None
+    agreed: bool = False
+
+    @property
+    def requested(self) -> bool:
+        return self.signal_name is not None
+
+
+@contextmanager
+def stop_on_signals(request: StopRequest) -> Iterator[None]:
+    """Note the signals above in `request` instead of dying of them. Only in the main thread, as Python has it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    last_interrupt = 0.0
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        nonlocal last_interrupt
+        before, now = last_interrupt, time.monotonic()
+        if number == signal.SIGINT:
+            last_interrupt = now
+            if before and now - before > _SAME_KEYPRESS:
+                raise KeyboardInterrupt
+        if not request.requested:
+            request.signal_name = signal.Signals(number).name
+            again = "; Ctrl-C again: at once, without a checkpoint" if number == signal.SIGINT else ""
+            print(f"{request.signal_name}: stopping after this step{again}", file=sys.stderr, flush=True)
+
+    before = {number: signal.signal(number, note) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

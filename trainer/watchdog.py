@@ -1,0 +1,118 @@
+"""Notice in bounded time that a run hangs, and say whose fault it is; notice that the launcher is gone.
+
+Each rank notes its progress (`beat`); a thread publishes it in the group's store. A rank that waits for another makes
+no progress either, so the run hangs when nobody has made any for `timeout` seconds. The threads then find, each on its
+own, who is to blame: ranks whose threads are silent too (stopped, or their host is gone), else those that are behind
+the others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from trainer.distributed import DistContext
+
+EXIT_HUNG = 70  # EX_SOFTWARE
+PHASES = ("starting", "evaluation", "checkpoint", "waiting for data", "counting masks", "forward pass", "backward pass")
+_LONGEST_PERIOD = 5.0  # seconds between two looks
+
+
+class Progress(NamedTuple):
+    """What a rank last published."""
+
+    rank: int
+    host: str
+    step: int  # finished ones
+    phase: int  # index into PHASES, which are in the order in which they come after a step
+    age: float  # seconds since it made progress
+    published: int  # how often: one that stands still is a process that does
+
+
+class Watchdog:
+    """Context manager around a run's loop. On a hang it prints what every rank was doing and ends the process."""
+
+    def __init__(self, context: DistContext, timeout: float) -> None:
+        self.context, self.timeout = context, timeout
+        self.period = min(_LONGEST_PERIOD, timeout / 4)
+        self._at, self._since = (0, 0), time.monotonic()
+        self._published = 0
+        self._launcher = os.getppid() if context.store_prefix is not None else None
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def beat(self, step: int, phase: str) -> None:
+        """Progress was made; one of PHASES begins after so many steps. Costs nothing: call it as often as you like."""
+        self._at, self._since = (step, PHASES.index(phase)), time.monotonic()
+
+    def __enter__(self) -> Watchdog:
+        self._since = time.monotonic()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self._done.set()
+        self._thread.join(self.period)
+
+    def _watch(self) -> None:
+        store = self.context.connect_store()
+        known: dict[int, Progress] = {}
+        while not self._done.wait(self.period):
+            if self._launcher is not None and os.getppid() != self._launcher:
+                _end("the launcher (torchrun) is gone")
+            if store is not None:
+                try:
+                    self._publish(store)
+                except RuntimeError as error:  # the node that holds the store is gone; torch's errors are of that kind
+                    if not self._done.is_set():
+                        _end(f"the launcher's store does not answer ({str(error).splitlines()[0]})")
+            if time.monotonic() - self._since > self.timeout:
+                before, known = known, self._progress_of_all(store)
+                if before and min(progress.age for progress in known.values()) > self.timeout:
+                    _end(describe_hang(list(before.values()), list(known.values()), self.timeout))
+            else:
+                known = {}
+
+    def _own(self) -> Progress:
+        return Progress(self.context.rank, socket.gethostname(), *self._at, time.monotonic() - self._since, self._published)
+
+    def _publish(self, store: dist.Store) -> None:
+        self._published += 1
+        store.set(f"progress/{self.context.rank}", json.dumps(self._own()))
+
+    def _progress_of_all(self, store: dist.Store | None) -> dict[int, Progress]:
+        if store is None:
+            return {0: self._own()}
+        keys = [f"progress/{rank}" for rank in range(self.context.world_size)]
+        found = (Progress(*json.loads(store.get(key))) for key in keys if store.check([key]))
+        return {progress.rank: progress for progress in found}
+
+
+def describe_hang(before: Sequence[Progress], now: Sequence[Progress], timeout: float) -> str:
+    """One line from what all ranks published at two moments that are further apart than a rank needs to publish."""
+    counts = {progress.rank: progress.published for progress in before}
+    silent = [progress for progress in now if len(now) > 1 and progress.published == counts.get(progress.rank)]
+    behind = min((progress.step, progress.phase) for progress in now)
+    blamed = silent or [progress for progress in now if (progress.step, progress.phase) == behind]
+    verb = "does not answer, last seen" if silent else "is"
+    names = "; ".join(f"rank {progress.rank} on {progress.host} {verb} at step {progress.step + 1}, "
+                      f"{PHASES[progress.phase]}, for {progress.age:.0f} s" for progress in blamed)
+    others = len(now) - len(blamed)
+    waiting = f"; {others} other rank(s) wait for it" if others else ""
+    return (f"no progress for {timeout:.0f} s (train.hang_timeout): {names}{waiting}. The run ends here; the same "
+            "command goes on from the newest checkpoint")
+
+
+def _end(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(EXIT_HUNG)  # the main thread is stuck where no exception reaches it
