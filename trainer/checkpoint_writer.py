@@ -68,6 +68,13 @@ class CheckpointWriter:
             self._failure = f"a checkpoint could not be written to {self.storage.root}: {error}"
             warnings.warn(f"{self._failure}. Training goes on; the checkpoint before is still there", stacklevel=2)
 
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """After an error what is being written is still finished."""
+        self._thread.shutdown()
+
     def close(self) -> None:
         """Wait for the last one. Raises CheckpointError when it could not be written."""
         self.wait()

@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
+from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
@@ -72,6 +73,15 @@ def _start_worker(number: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: threading.Timer(_GRACE, os._exit, [0]).start())
 
 
+def _start_resource_tracker() -> None:
+    """Python's own helper process, which ignores all signals that stop a run but one: let it inherit that blocked."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _loader(dataset: TrainCrops | WholeImages, numbers: Iterable[int], device: torch.device) -> DataLoader[Any]:
     workers = dataset.config.workers
     dataset = copy.copy(dataset)
@@ -79,6 +89,8 @@ def _loader(dataset: TrainCrops | WholeImages, numbers: Iterable[int], device: t
     # A forked copy of a process with threads (autograd, NCCL, gloo) can deadlock. The fork server is a clean
     # process instead; it imports torch once, its children start in milliseconds.
     context = multiprocessing.get_context("forkserver")
+    if workers:
+        _start_resource_tracker()
     context.set_forkserver_preload(["trainer.loader_processes", "trainer.data"])
     return DataLoader(
         dataset,

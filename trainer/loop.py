@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from itertools import islice
 from typing import Any
 
@@ -65,17 +65,18 @@ def train(config: RunConfig, context: DistContext) -> dict[str, Any]:
     # -- loop ---------------------------------------------------------------------------------------------
     logger = _start_logging(run) if context.is_main else None
     writer = CheckpointWriter(checkpoint_place(config), folder, config.train.keep_checkpoints, config.train.keep_every)
-    loop = _Loop(run, crops, val_reader, logger, writer)
-    with stop_on_signals(run.stop), Watchdog(context, config.train.hang_timeout) as run.watchdog, named_failures(run):
-        while not loop.is_done():
-            try:
-                loop.go_on()
-            except RollBack as reason:
-                loop.roll_back(str(reason))
-        metrics = loop.metrics or loop.evaluate_finished_run()
-    writer.close()
-    if logger is not None:
-        logger.close()
+    with closing(logger) if logger is not None else nullcontext(), writer:
+        loop = _Loop(run, crops, val_reader, logger, writer)
+        with (stop_on_signals(run.stop), Watchdog(context, config.train.hang_timeout) as run.watchdog,
+              named_failures(run)):
+            while not loop.is_done():
+                try:
+                    loop.go_on()
+                except RollBack as reason:
+                    loop.roll_back(str(reason))
+            metrics = loop.metrics or loop.evaluate_finished_run()
+        writer.close()
+    if context.is_main:
         draw_curves(folder)
     return metrics
 
@@ -143,7 +144,7 @@ class _Loop:
                 _log_step(run, losses, self.meter, self.logger)
         run.evaluated = not due
         if due and not run.stop.agreed:
-            with contextlib.suppress(EvaluationStopped):
+            with suppress(EvaluationStopped):
                 self.metrics = self.evaluate()
                 run.evaluated = True
         stops = run.stop.agreed or not run.evaluated
@@ -270,11 +271,11 @@ def _count_masks(micro_batches: list[Batch], context: DistContext) -> Tensor:
     return (total[0] / total[1]).clamp(min=1.0)
 
 
-def _gradient_sync(wrapped: nn.Module, is_last: bool) -> contextlib.AbstractContextManager[None]:
+def _gradient_sync(wrapped: nn.Module, is_last: bool) -> AbstractContextManager[None]:
     """All-reduce gradients only in the last backward pass of a step."""
     if isinstance(wrapped, DistributedDataParallel) and not is_last:
         return wrapped.no_sync()
-    return contextlib.nullcontext()
+    return nullcontext()
 
 
 def _over_ranks(run: Run, local: list[dict[str, Tensor]], grad_norm: Tensor) -> dict[str, float]:

@@ -90,11 +90,11 @@ class NonFiniteGuard:
 
 
 def _gradient_norms(run: Run) -> dict[str, float]:
-    """L2 norm of the gradient of each part, two levels of modules deep, over all ranks."""
+    """L2 norm of the gradient of each part, three levels of modules deep, over all ranks."""
     squares: dict[str, Tensor] = {}
     for name, parameter in run.model.named_parameters():
         if parameter.grad is not None:
-            part = ".".join(name.split(".")[:2])
+            part = ".".join(name.split(".")[:3])
             squares[part] = squares.get(part, torch.zeros(())) + parameter.grad.float().square().sum().cpu()
     return {part: float(square.sqrt()) for part, square in squares.items()}
 

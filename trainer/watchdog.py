@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from types import TracebackType
 from typing import NamedTuple
 
@@ -24,7 +24,8 @@ from trainer.distributed import DistContext
 
 EXIT_HUNG = 70  # EX_SOFTWARE
 PHASES = ("starting", "evaluation", "checkpoint", "waiting for data", "counting masks", "forward pass", "backward pass")
-_LONGEST_PERIOD = 5.0  # seconds between two looks
+_LONGEST_PERIOD = 5.0  # seconds between two reports of a rank
+_LOOKS_APART = 3  # periods in which a living rank reports at least once
 
 
 class Progress(NamedTuple):
@@ -66,50 +67,60 @@ class Watchdog:
 
     def _watch(self) -> None:
         store = self.context.connect_store()
-        known: dict[int, Progress] = {}
-        while not self._done.wait(self.period):
+        suspected: tuple[float, dict[int, Progress]] | None = None  # since when, and what all had published then
+        while not self._done.wait(self.period if self._published else 0):
             if self._launcher is not None and os.getppid() != self._launcher:
                 _end("the launcher (torchrun) is gone")
+            self._published += 1
             if store is not None:
                 try:
-                    self._publish(store)
+                    store.set(f"progress/{self.context.rank}", json.dumps(self._own()))
                 except RuntimeError as error:  # the node that holds the store is gone; torch's errors are of that kind
                     if not self._done.is_set():
                         _end(f"the launcher's store does not answer ({str(error).splitlines()[0]})")
-            if time.monotonic() - self._since > self.timeout:
-                before, known = known, self._progress_of_all(store)
-                if before and min(progress.age for progress in known.values()) > self.timeout:
-                    _end(describe_hang(list(before.values()), list(known.values()), self.timeout))
-            else:
-                known = {}
+            now = time.monotonic()
+            if now - self._since < self.timeout:
+                suspected = None
+            elif suspected is None:
+                suspected = now, self._progress_of_all(store)
+            elif now - suspected[0] > _LOOKS_APART * self.period:
+                message = describe_hang(suspected[1], self._progress_of_all(store), self.timeout)
+                if message is not None and not self._done.is_set():
+                    _end(message)
+                suspected = None
 
     def _own(self) -> Progress:
-        return Progress(self.context.rank, socket.gethostname(), *self._at, time.monotonic() - self._since, self._published)
-
-    def _publish(self, store: dist.Store) -> None:
-        self._published += 1
-        store.set(f"progress/{self.context.rank}", json.dumps(self._own()))
+        age = time.monotonic() - self._since
+        return Progress(self.context.rank, socket.gethostname(), *self._at, age, self._published)
 
     def _progress_of_all(self, store: dist.Store | None) -> dict[int, Progress]:
         if store is None:
             return {0: self._own()}
-        keys = [f"progress/{rank}" for rank in range(self.context.world_size)]
-        found = (Progress(*json.loads(store.get(key))) for key in keys if store.check([key]))
-        return {progress.rank: progress for progress in found}
+        found = {}
+        for rank in range(self.context.world_size):
+            found[rank] = Progress(rank, "an unknown host", 0, 0, self.timeout, 0)
+            if store.check([f"progress/{rank}"]):
+                found[rank] = Progress(*json.loads(store.get(f"progress/{rank}")))
+        return found
 
 
-def describe_hang(before: Sequence[Progress], now: Sequence[Progress], timeout: float) -> str:
-    """One line from what all ranks published at two moments that are further apart than a rank needs to publish."""
-    counts = {progress.rank: progress.published for progress in before}
-    silent = [progress for progress in now if len(now) > 1 and progress.published == counts.get(progress.rank)]
-    behind = min((progress.step, progress.phase) for progress in now)
-    blamed = silent or [progress for progress in now if (progress.step, progress.phase) == behind]
+def describe_hang(before: Mapping[int, Progress], now: Mapping[int, Progress], timeout: float) -> str | None:
+    """Whose fault it is, from what all ranks had published at two moments, further apart than a rank needs to publish.
+
+    None when there is no hang: some rank made progress.
+    """
+    silent = [progress for rank, progress in now.items() if progress.published == before[rank].published]
+    answering = [progress for progress in now.values() if progress not in silent]
+    if any(progress.age < timeout for progress in answering):
+        return None
+    behind = min((progress.step, progress.phase) for progress in now.values())
+    blamed = silent or [progress for progress in answering if (progress.step, progress.phase) == behind]
     verb = "does not answer, last seen" if silent else "is"
     names = "; ".join(f"rank {progress.rank} on {progress.host} {verb} at step {progress.step + 1}, "
                       f"{PHASES[progress.phase]}, for {progress.age:.0f} s" for progress in blamed)
     others = len(now) - len(blamed)
     waiting = f"; {others} other rank(s) wait for it" if others else ""
-    return (f"no progress for {timeout:.0f} s (train.hang_timeout): {names}{waiting}. The run ends here; the same "
+    return (f"no progress for {timeout:g} s (train.hang_timeout): {names}{waiting}. The run ends here; the same "
             "command goes on from the newest checkpoint")
 
 
