@@ -27,7 +27,7 @@ from trainer.transforms import normalize
 class Evaluation(NamedTuple):
     """Metrics over all ranks' images, and pictures of the first images of this rank."""
 
-    metrics: dict[str, Any]  # ConfusionMatrix.summary() and "baseline_mIoU"
+    metrics: dict[str, Any]  # ConfusionMatrix.summary(), "baseline_mIoU" and "confused_pairs"
     panels: Image.Image | None
 
 
@@ -93,7 +93,8 @@ def evaluate(
             captions.append(f"{item.key}: image, truth, prediction")
     model.train(was_training)
     confusion.all_reduce()
-    metrics = {**confusion.summary(), "baseline_mIoU": confusion.most_frequent_class_miou()}
+    metrics = {**confusion.summary(), "baseline_mIoU": confusion.most_frequent_class_miou(),
+               "confused_pairs": [pair._asdict() for pair in confusion.confused_pairs()]}
     return Evaluation(metrics, contact_sheet(rows, captions) if rows else None)
 
 
