@@ -208,6 +208,8 @@ class TrainSection:
     keep_every: int | None = knob(None, "checkpoints of steps that are multiples of it are kept for good; null: none",
                                   minimum=1)
     eval_every: int = knob(5000, "steps between evaluations; the end is always evaluated, once", minimum=1)
+    wandb_project: str | None = knob(None, "Weights & Biases project that scalars and pictures go to besides (needs "
+                                     "the extra wandb; WANDB_MODE=offline is honoured); null: none")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from itertools import islice
 from typing import Any
 
@@ -28,10 +27,12 @@ from trainer.loader import train_loader
 from trainer.matcher import NonFiniteLossError
 from trainer.optimizer import clip_gradients, set_learning_rates
 from trainer.plots import batch_panel, draw_curves
+from trainer.progress import Progress
 from trainer.run import Run, build_run, check_ranks_agree, checkpoint_place, open_crops, required_folders, resume
 from trainer.run_logger import RunLogger
 from trainer.seeding import seed_micro_batch
 from trainer.transforms import normalize
+from trainer.wandb_run import WandbRun
 
 
 class TrainingDiverged(MaskStreamError):
@@ -57,25 +58,23 @@ def train(config: RunConfig, context: DistContext) -> dict[str, Any]:
     batches = train_loader(crops, numbers, context.device)
     writer = CheckpointWriter(checkpoint_place(config), folder, config.train.keep_checkpoints, config.train.keep_every)
     metrics: dict[str, Any] = {}
-    meter = _Meter()
+    progress = Progress(run, logger, writer)
     with tqdm(total=config.train.total_steps, initial=run.step, desc="training", unit="step",
               disable=None if context.is_main else True) as bar:
         while run.step < config.train.total_steps:
-            waited = time.perf_counter()
-            micro_batches = list(islice(batches, accumulation))
-            meter.data_seconds += time.perf_counter() - waited
+            with progress.waiting():
+                micro_batches = list(islice(batches, accumulation))
             if run.step == 0 and logger is not None:
                 first = micro_batches[0]
                 logger.picture(0, "first-batch", batch_panel(augmented_images(first), first, manifest))
             losses = train_step(run, micro_batches)
             run.step += 1
-            meter.steps += 1
             bar.update()
+            progress.step_done(losses)
             is_last = run.step == config.train.total_steps
-            if logger is not None and (is_last or run.step % config.train.log_every == 0):
-                _log_step(run, losses, meter, logger)
             if is_last or run.step % config.train.eval_every == 0:
-                metrics = _evaluate(run, val_reader, logger)
+                with progress.paused():
+                    metrics = _evaluate(run, val_reader, logger)
             if is_last or run.step % config.train.checkpoint_every == 0 or run.step % config.train.eval_every == 0:
                 _save(run, metrics, writer)
     writer.close()
@@ -84,6 +83,7 @@ def train(config: RunConfig, context: DistContext) -> dict[str, Any]:
     if logger is not None:
         logger.close()
         draw_curves(folder)
+    progress.write_state("finished")
     return metrics
 
 
@@ -129,16 +129,6 @@ def prepare_images(batch: Batch, config: RunConfig) -> Tensor:
     return normalize(augmented_images(batch), config.backbone.image_mean, config.backbone.image_std)
 
 
-class _Meter:
-    """Time since the last log line."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self.started, self.data_seconds, self.steps = time.perf_counter(), 0.0, 0
-
-
 def _count_masks(micro_batches: list[Batch], context: DistContext) -> Tensor:
     """Masks per micro-batch, averaged over the global batch, at least 1; one all-reduce per step."""
     mine = torch.tensor([sum(sum(batch.counts) for batch in micro_batches), len(micro_batches)], dtype=torch.float32)
@@ -169,21 +159,12 @@ def _start_logging(run: Run) -> RunLogger:
     start = f"continuing at step {run.step}" if run.step else "new run"
     print(f"{run.folder}: {start}; {trainable / 1e6:.2f} M trainable and {frozen / 1e6:.2f} M frozen parameters; "
           f"{run.context.world_size} rank(s) on {run.context.device.type}", flush=True)
-    return RunLogger(run.folder, run.step)
-
-
-def _log_step(run: Run, losses: dict[str, float], meter: _Meter, logger: RunLogger) -> None:
-    seconds = time.perf_counter() - meter.started
-    speed = {
-        "lr": run.optimizer.param_groups[0]["lr"],
-        "images_per_second": meter.steps * run.config.train.global_batch_size / seconds,
-        "data_wait_share": meter.data_seconds / seconds,
-    }
-    meter.reset()
-    logger.scalars(run.step, "train", {**losses, **speed})
-    tqdm.write(f"step {run.step}/{run.config.train.total_steps}  loss {losses['loss']:.4f}  lr {speed['lr']:.2e}  "
-               f"grad {losses['grad_norm']:.2f}  {speed['images_per_second']:.1f} images/s  "
-               f"waiting for data {speed['data_wait_share']:.0%}")
+    project = run.config.train.wandb_project
+    wandb = None if project is None else WandbRun(run.folder, project, config_to_dict(run.config))
+    logger = RunLogger(run.folder, run.step, wandb)
+    if run.step:
+        logger.event(run.step, f"continued with {run.context.world_size} rank(s)")
+    return logger
 
 
 def _evaluate(run: Run, reader: ShardReader, logger: RunLogger | None) -> dict[str, Any]:

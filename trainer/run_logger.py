@@ -1,4 +1,4 @@
-"""What a run leaves behind for people: metrics.jsonl (the record), TensorBoard, pictures. Rank 0 only."""
+"""What a run leaves behind for people: metrics.jsonl (the record), TensorBoard, W&B, pictures. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
 
 from shards.atomic import write_atomically
+from trainer.wandb_run import WandbRun
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -32,29 +32,48 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 class RunLogger:
-    """Appends to the run's record from `step` on; what a killed run had logged beyond it is dropped."""
+    """Appends to the run's record from `step` on; what a killed run had logged beyond it is dropped, but events stay.
 
-    def __init__(self, run: Path, step: int) -> None:
-        self.run = run
-        kept = [record for record in read_metrics(run) if record["step"] <= step]
+    `wandb`: the run in Weights & Biases that gets the same scalars and pictures.
+    """
+
+    def __init__(self, run: Path, step: int, wandb: WandbRun | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # torch takes seconds to import; reading a record needs none
+
+        self.run, self.wandb = run, wandb
+        kept = [record for record in read_metrics(run) if record["step"] <= step or record["kind"] == "event"]
         write_atomically(run / METRICS_NAME, "".join(json.dumps(record) + "\n" for record in kept).encode())
         self._file = (run / METRICS_NAME).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def scalars(self, step: int, kind: str, values: dict[str, float]) -> None:
         """One record, e.g. kind "train" or "val"."""
-        self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
-        self._file.flush()
+        self._record({"step": step, "kind": kind, **values})
         for name, value in values.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
+        if self.wandb is not None:
+            self.wandb.log(step, {f"{kind}/{name}": value for name, value in values.items()})
+
+    def event(self, step: int, what: str) -> None:
+        """Something out of the ordinary that a reader of the curves should know, e.g. a restart or a skipped batch."""
+        self._record({"step": step, "kind": "event", "what": what})
+        self._board.add_text("events", what, step)
 
     def picture(self, step: int, name: str, picture: Image.Image) -> None:
-        """A picture: `<run>/pictures/<name>-<step>.png` and in TensorBoard."""
+        """A picture: `<run>/pictures/<name>-<step>.png`, in TensorBoard and in W&B."""
         folder = self.run / "pictures"
         folder.mkdir(exist_ok=True)
         picture.save(folder / f"{name}-{step:08d}.png")
         self._board.add_image(name, np.asarray(picture), step, dataformats="HWC")
+        if self.wandb is not None:
+            self.wandb.picture(step, name, picture)
 
     def close(self) -> None:
         self._file.close()
         self._board.close()
+        if self.wandb is not None:
+            self.wandb.close()
+
+    def _record(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
