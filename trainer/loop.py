@@ -28,6 +28,7 @@ from trainer.matcher import NonFiniteLossError
 from trainer.optimizer import clip_gradients, set_learning_rates
 from trainer.plots import batch_panel, draw_curves
 from trainer.progress import Progress
+from trainer.report import write_report
 from trainer.run import Run, build_run, check_ranks_agree, checkpoint_place, open_crops, required_folders, resume
 from trainer.run_logger import RunLogger
 from trainer.seeding import seed_micro_batch
@@ -80,10 +81,11 @@ def train(config: RunConfig, context: DistContext) -> dict[str, Any]:
     writer.close()
     if not metrics:  # the run was complete already
         metrics = _evaluate(run, val_reader, logger)
+    progress.write_state("finished")
     if logger is not None:
         logger.close()
         draw_curves(folder)
-    progress.write_state("finished")
+        write_report(folder, config, manifest, context)
     return metrics
 
 
@@ -172,11 +174,11 @@ def _evaluate(run: Run, reader: ShardReader, logger: RunLogger | None) -> dict[s
     run.context.broadcast(run.model.buffers())
     result = evaluate(run.model, reader, run.config, run.context, run.config.eval.max_images)
     if logger is not None:
-        means = {name: value for name, value in result.metrics.items() if isinstance(value, float)}
-        logger.scalars(run.step, "val", means)
+        logger.evaluation(run.step, result.metrics)
         if result.panels is not None:
             logger.picture(run.step, "val-panels", result.panels)
         tqdm.write(f"step {run.step}: val {format_metrics(result.metrics, run.manifest.classes).splitlines()[0]}")
+        write_report(run.folder, run.config, run.manifest, run.context)
     return result.metrics
 
 

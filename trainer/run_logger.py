@@ -10,9 +10,12 @@ import numpy as np
 from PIL import Image
 
 from shards.atomic import write_atomically
+from shards.errors import ConfigError
 from trainer.wandb_run import WandbRun
 
 METRICS_NAME = "metrics.jsonl"
+EVALUATION_NAME = "evaluation.json"
+PICTURES_NAME = "pictures"
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -29,6 +32,20 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         if isinstance(record, dict) and {"step", "kind"} <= record.keys():
             records.append(record)
     return records
+
+
+def read_evaluation(run: Path) -> dict[str, Any] | None:
+    """The last validation in full, with its step; None when there was none. Raises ConfigError when it is malformed."""
+    path = run / EVALUATION_NAME
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold an object")
+    return content
 
 
 class RunLogger:
@@ -54,6 +71,11 @@ class RunLogger:
         if self.wandb is not None:
             self.wandb.log(step, {f"{kind}/{name}": value for name, value in values.items()})
 
+    def evaluation(self, step: int, metrics: dict[str, Any]) -> None:
+        """One record of the means, kind "val"; and all of it, classes and pairs too, in `<run>/evaluation.json`."""
+        self.scalars(step, "val", {name: value for name, value in metrics.items() if isinstance(value, float)})
+        write_atomically(self.run / EVALUATION_NAME, json.dumps({"step": step, **metrics}, indent=1).encode())
+
     def event(self, step: int, what: str) -> None:
         """Something out of the ordinary that a reader of the curves should know, e.g. a restart or a skipped batch."""
         self._record({"step": step, "kind": "event", "what": what})
@@ -61,7 +83,7 @@ class RunLogger:
 
     def picture(self, step: int, name: str, picture: Image.Image) -> None:
         """A picture: `<run>/pictures/<name>-<step>.png`, in TensorBoard and in W&B."""
-        folder = self.run / "pictures"
+        folder = self.run / PICTURES_NAME
         folder.mkdir(exist_ok=True)
         picture.save(folder / f"{name}-{step:08d}.png")
         self._board.add_image(name, np.asarray(picture), step, dataformats="HWC")
