@@ -29,7 +29,7 @@ class WandbRun:
             self._run = wandb.init(project=project, name=run.name, id=_run_id(run), resume="allow", dir=str(run),
                                    config=config)
         except wandb.Error as error:
-            raise ConfigError(f"train.wandb_project is {project!r} and wandb did not start: {error}. Run `wandb "
+            raise ConfigError(f"train.wandb_project is {project!r} and wandb did not start: {error} Run `wandb "
                               "login`, or set WANDB_MODE=offline") from error
         # W&B's own step may only grow, and a continued run logs again what came after its checkpoint.
         self._run.define_metric("*", step_metric="step")
