@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import resource
 import shutil
 import socket
 import subprocess
@@ -216,6 +217,24 @@ def test_events_stay_when_a_run_is_continued(tmp_path: Path) -> None:
     RunLogger(tmp_path, 1).close()
     assert [(record["step"], record["kind"]) for record in read_metrics(tmp_path)] == [
         (1, "train"), (1, "event"), (2, "event"), (3, "event")]
+
+
+def test_a_full_disk_costs_records_not_the_run(tmp_path: Path) -> None:
+    logger = RunLogger(tmp_path, 0)
+    logger.event(1, "before")
+    allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.warns(UserWarning, match="the record in .* could not be written: .*File too large. Training goes on"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size, allowed[1]))
+        try:
+            logger.scalars(2, "train", {"loss": 1.0})
+            logger.evaluation(2, {"mIoU": 0.5, "per_class_iou": [0.5] * 1000})
+            logger.picture(2, "noise", Image.effect_noise((64, 64), 50).convert("RGB"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
+    logger.event(3, "after")
+    logger.close()
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 2, 3], "what was held back came after"
+    assert read_evaluation(tmp_path) is None
 
 
 def test_a_continued_run_records_that_it_was(finished: Path, scene_shards: Path, tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,36 +68,49 @@ class RunLogger:
 
     def scalars(self, step: int, kind: str, values: dict[str, float]) -> None:
         """One record, e.g. kind "train" or "val"."""
-        self._record({"step": step, "kind": kind, **values})
-        for name, value in values.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+        with self._or_warn():
+            self._record({"step": step, "kind": kind, **values})
+            for name, value in values.items():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
         if self.wandb is not None:
             self.wandb.log(step, {f"{kind}/{name}": value for name, value in values.items()})
 
     def evaluation(self, step: int, metrics: dict[str, Any]) -> None:
         """One record of the means, kind "val"; and all of it, classes and pairs too, in `<run>/evaluation.json`."""
         self.scalars(step, "val", {name: value for name, value in metrics.items() if isinstance(value, float)})
-        write_atomically(self.run / EVALUATION_NAME, json.dumps({"step": step, **metrics}, indent=1).encode())
+        with self._or_warn():
+            write_atomically(self.run / EVALUATION_NAME, json.dumps({"step": step, **metrics}, indent=1).encode())
 
     def event(self, step: int, what: str) -> None:
         """Something out of the ordinary that a reader of the curves should know, e.g. a restart or a skipped batch."""
-        self._record({"step": step, "kind": "event", "what": what})
-        self._board.add_text("events", what, step)
+        with self._or_warn():
+            self._record({"step": step, "kind": "event", "what": what})
+            self._board.add_text("events", what, step)
 
     def picture(self, step: int, name: str, picture: Image.Image) -> None:
         """A picture: `<run>/pictures/<name>-<step>.png`, in TensorBoard and in W&B."""
         folder = self.run / PICTURES_NAME
-        folder.mkdir(exist_ok=True)
-        picture.save(folder / f"{name}-{step:08d}.png")
-        self._board.add_image(name, np.asarray(picture), step, dataformats="HWC")
+        with self._or_warn():
+            folder.mkdir(exist_ok=True)
+            picture.save(folder / f"{name}-{step:08d}.png")
+            self._board.add_image(name, np.asarray(picture), step, dataformats="HWC")
         if self.wandb is not None:
             self.wandb.picture(step, name, picture)
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        with self._or_warn():
+            self._file.close()
+            self._board.close()
         if self.wandb is not None:
             self.wandb.close()
+
+    @contextmanager
+    def _or_warn(self) -> Iterator[None]:
+        """A full disk costs records, not the run."""
+        try:
+            yield
+        except OSError as error:
+            warnings.warn(f"the record in {self.run} could not be written: {error}. Training goes on", stacklevel=4)
 
     def _record(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")
