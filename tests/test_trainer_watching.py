@@ -16,6 +16,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -219,7 +220,9 @@ def test_events_stay_when_a_run_is_continued(tmp_path: Path) -> None:
         (1, "train"), (1, "event"), (2, "event"), (3, "event")]
 
 
-def test_a_full_disk_costs_records_not_the_run(tmp_path: Path) -> None:
+def test_a_full_disk_costs_records_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # TensorBoard writes in a thread, which would notice at a moment of its own.
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", MagicMock())
     logger = RunLogger(tmp_path, 0)
     logger.event(1, "before")
     allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
