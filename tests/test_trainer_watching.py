@@ -33,6 +33,7 @@ from trainer.data import WholeImages, open_reader
 from trainer.distributed import DistContext
 from trainer.evaluation import Predictor
 from trainer.loop import train
+from trainer.plots import draw_curves
 from trainer.progress import Progress, interval_line
 from trainer.report import write_report
 from trainer.run_logger import RunLogger, read_evaluation, read_metrics
@@ -133,6 +134,10 @@ def test_what_cannot_be_written_is_a_warning(finished: Path, scene_shards: Path,
     (tmp_path / STATE_NAME).rmdir()
     with pytest.warns(UserWarning, match=r"report\.html could not be written"):
         write_report(tmp_path, tiny(scene_shards, tmp_path), load_manifest(scene_shards), ALONE)
+    shutil.copy(finished / "metrics.jsonl", tmp_path)
+    (tmp_path / "curves.png").mkdir()
+    with pytest.warns(UserWarning, match=r"curves\.png could not be written"):
+        assert draw_curves(tmp_path) is None
 
 
 def test_a_finished_run_says_so(finished: Path) -> None:
