@@ -24,17 +24,18 @@ CODE_ROOTS = [*SOURCES, *sorted((REPOSITORY / "benchmarks").glob("*.py"))]
 TRAINER_LAYERS = (
     {"config", "distributed", "seeding", "pytest_plugin", "stopping", "watchdog", "loader_processes"},
     {"targets", "point_sampling", "point_losses", "mask_gradients", "transforms", "metrics", "sliding_window",
-     "pixel_loss"},
+     "pixel_loss", "svg_chart"},
     {"matcher"},
     {"mask_classification_loss", "optimizer", "models", "data"},
-    {"criterion", "checkpoint", "checkpoint_writer", "run_logger", "loader"},
-    {"build", "plots", "interop"},
-    {"evaluation", "run", "non_finite", "failures"},
+    {"criterion", "checkpoint", "checkpoint_writer", "run_logger", "run_state", "wandb_run", "loader"},
+    {"build", "plots", "report", "interop"},
+    {"evaluation", "run", "progress", "non_finite", "failures"},
     {"loop", "pretrained"},
     {"checkpoint_options", "exporting"},
-    {"train", "eval", "predict", "export"},
+    {"train", "eval", "predict", "export", "status"},
 )
-ENTRY_POINTS = {"trainer.train", "trainer.eval", "trainer.predict", "trainer.export", "preprocess.make_shards"}
+ENTRY_POINTS = {"trainer.train", "trainer.eval", "trainer.predict", "trainer.export", "trainer.status",
+                "preprocess.make_shards"}
 
 
 def imports(path: Path) -> Iterator[str]:

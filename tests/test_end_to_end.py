@@ -40,7 +40,7 @@ def tiny(root: Path, run: Path, *overrides: str) -> RunConfig:
 
 def losses(run: Path) -> list[dict[str, float]]:
     """Per logged step everything but the timings."""
-    timings = ("images_per_second", "data_wait_share")
+    timings = ("images_per_second", "data_wait_share", "seconds_per_step", "memory_gb")
     records = [record for record in read_metrics(run) if record["kind"] == "train"]
     return [{name: value for name, value in record.items() if name not in timings} for record in records]
 

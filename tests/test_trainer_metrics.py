@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import pytest
 import torch
 
+from trainer import metrics
 from trainer.metrics import ConfusionMatrix
 
 
@@ -78,3 +80,37 @@ def test_values_out_of_range_are_named(value: int) -> None:
 def test_shapes_must_agree() -> None:
     with pytest.raises(ValueError, match="differ in shape"):
         ConfusionMatrix(2).update(torch.zeros(4), torch.zeros(2, 2))
+
+
+def some_maps(num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    pred = torch.randint(0, num_classes, (40, 50), generator=generator)
+    label = torch.where(torch.rand(40, 50, generator=generator) < 0.7, pred, pred.roll(7))
+    label[:, :5] = 255
+    return pred, label
+
+
+def test_confused_pairs_equal_a_count_pixel_by_pixel() -> None:
+    pred, label = some_maps(6)
+    matrix = ConfusionMatrix(6)
+    matrix.update(pred, label)
+    pairs = list(zip(label.flatten().tolist(), pred.flatten().tolist(), strict=True))
+    labelled = Counter(truth for truth, _ in pairs)
+    wrong = Counter((truth, prediction) for truth, prediction in pairs if truth not in (255, prediction))
+    found = matrix.confused_pairs(limit=1000)
+    assert {(pair.truth, pair.prediction): pair.pixels for pair in found} == wrong
+    assert all(pair.share == pair.pixels / labelled[pair.truth] for pair in found)
+    assert [pair.pixels for pair in found] == sorted(wrong.values(), reverse=True)
+    assert [pair.pixels for pair in matrix.confused_pairs(limit=3)] == sorted(wrong.values(), reverse=True)[:3]
+
+
+def test_many_classes_cost_no_square_and_have_the_same_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    square = ConfusionMatrix(6)
+    monkeypatch.setattr(metrics, "PAIRS_UP_TO", 5)
+    rows = ConfusionMatrix(6)
+    for matrix in (square, rows):
+        matrix.update(*some_maps(6))
+        matrix.merge(matrix)
+    assert rows.counts.shape == (3, 6) and rows.summary() == square.summary() and rows.confused_pairs() == []
+    assert rows.most_frequent_class_miou() == square.most_frequent_class_miou()
+    assert ConfusionMatrix(65535, ignore_index=65535).counts.numel() == 3 * 65535

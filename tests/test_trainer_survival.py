@@ -25,7 +25,7 @@ from trainer.loop import train
 from trainer.non_finite import TrainingDiverged
 from trainer.run_logger import read_metrics
 from trainer.stopping import EXIT_TO_BE_CONTINUED, RunStopped, StopRequest, stop_on_signals
-from trainer.watchdog import EXIT_HUNG, PHASES, Progress, Watchdog, describe_hang
+from trainer.watchdog import EXIT_HUNG, PHASES, LastHeard, Watchdog, describe_hang
 
 ALONE = DistContext(rank=0, world_size=1, device=torch.device("cpu"))
 
@@ -204,8 +204,8 @@ def test_a_rank_that_hangs_is_named_in_bounded_time(scene_shards: Path, tmp_path
 
 def test_the_rank_that_is_behind_is_blamed() -> None:
     data, backward = PHASES.index("waiting for data"), PHASES.index("backward pass")
-    ranks = {0: Progress(0, "a", 11, backward, 70.0, 5), 1: Progress(1, "b", 11, data, 75.0, 5),
-             2: Progress(2, "b", 11, backward, 1.0, 5)}
+    ranks = {0: LastHeard(0, "a", 11, backward, 70.0, 5), 1: LastHeard(1, "b", 11, data, 75.0, 5),
+             2: LastHeard(2, "b", 11, backward, 1.0, 5)}
     later = {rank: progress._replace(published=6, age=75.0) for rank, progress in ranks.items()}
     text = str(describe_hang(ranks, later, 60))
     assert "rank 1 on b is at step 12, waiting for data, for 75 s; 2 other rank(s) wait for it" in text

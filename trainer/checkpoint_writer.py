@@ -44,6 +44,7 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._failure: str | None = None
+        self.newest: str | None = None  # name of the last one that was published
 
     def save(self, checkpoint: Checkpoint, *, is_best: bool) -> None:
         """Copy the state to the host, then write it in the background."""
@@ -102,6 +103,7 @@ class CheckpointWriter:
                 self.storage.upload(name, temporary)
         finally:
             temporary.unlink(missing_ok=True)
+        self.newest = name
         self._remove_old()
 
     def _publish_copy(self, temporary: Path, name: str) -> None:

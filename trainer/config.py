@@ -215,6 +215,8 @@ class TrainSection:
     hang_timeout: float = knob(600.0, "seconds without progress of any rank after which a run is taken to hang, and "
                                "ends", minimum=1)
     eval_every: int = knob(5000, "steps between evaluations; the end is always evaluated, once", minimum=1)
+    wandb_project: str | None = knob(None, "Weights & Biases project that scalars and pictures go to besides (needs "
+                                     "the extra wandb; WANDB_MODE=offline is honoured); null: none")
 
 
 @dataclass(frozen=True, kw_only=True)

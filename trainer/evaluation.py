@@ -27,7 +27,7 @@ from trainer.transforms import normalize
 class Evaluation(NamedTuple):
     """Metrics over all ranks' images, and pictures of the first images of this rank."""
 
-    metrics: dict[str, Any]  # ConfusionMatrix.summary() and "baseline_mIoU"
+    metrics: dict[str, Any]  # ConfusionMatrix.summary(), "baseline_mIoU" and "confused_pairs"
     panels: Image.Image | None
 
 
@@ -105,7 +105,8 @@ def evaluate(
     if context.all_reduce_sum(torch.tensor(float(stopped), device=context.device)) > 0:
         raise EvaluationStopped
     confusion.all_reduce()
-    metrics = {**confusion.summary(), "baseline_mIoU": confusion.most_frequent_class_miou()}
+    metrics = {**confusion.summary(), "baseline_mIoU": confusion.most_frequent_class_miou(),
+               "confused_pairs": [pair._asdict() for pair in confusion.confused_pairs()]}
     return Evaluation(metrics, contact_sheet(rows, captions) if rows else None)
 
 

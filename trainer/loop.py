@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from shards.atomic import write_atomically
-from shards.config_file import config_to_yaml
+from shards.config_file import config_to_dict, config_to_yaml
 from shards.manifest import load_manifest
 from shards.plan import MicroBatchNumbers, accumulation_for
 from shards.reader import ShardReader
@@ -29,6 +29,8 @@ from trainer.loader import train_loader
 from trainer.non_finite import NonFiniteGuard, NonFiniteStepError, RollBack, TrainingDiverged
 from trainer.optimizer import clip_gradients, set_learning_rates
 from trainer.plots import batch_panel, draw_curves
+from trainer.progress import Progress
+from trainer.report import write_report
 from trainer.run import (
     Run,
     build_run,
@@ -44,6 +46,7 @@ from trainer.run_logger import RunLogger
 from trainer.seeding import seed_micro_batch
 from trainer.stopping import RunStopped, stop_on_signals
 from trainer.transforms import normalize
+from trainer.wandb_run import WandbRun
 from trainer.watchdog import Watchdog
 
 
@@ -65,19 +68,23 @@ def train(config: RunConfig, context: DistContext) -> dict[str, Any]:
     # -- loop ---------------------------------------------------------------------------------------------
     logger = _start_logging(run) if context.is_main else None
     writer = CheckpointWriter(checkpoint_place(config), folder, config.train.keep_checkpoints, config.train.keep_every)
-    with closing(logger) if logger is not None else nullcontext(), writer:
-        loop = _Loop(run, crops, val_reader, logger, writer)
-        with (stop_on_signals(run.stop), Watchdog(context, config.train.hang_timeout) as run.watchdog,
-              named_failures(run)):
-            while not loop.is_done():
-                try:
-                    loop.go_on()
-                except RollBack as reason:
-                    loop.roll_back(str(reason))
-            metrics = loop.metrics or loop.evaluate_finished_run()
-        writer.close()
-    if context.is_main:
-        draw_curves(folder)
+    try:
+        with (closing(logger) if logger is not None else nullcontext(), Progress(run, logger, writer) as progress,
+              writer):
+            loop = _Loop(run, crops, val_reader, logger, writer, progress)
+            with (stop_on_signals(run.stop), Watchdog(context, config.train.hang_timeout) as run.watchdog,
+                  named_failures(run)):
+                while not loop.is_done():
+                    try:
+                        loop.go_on()
+                    except RollBack as reason:
+                        loop.roll_back(str(reason))
+                metrics = loop.metrics or loop.evaluate_finished_run()
+            writer.close()
+    finally:
+        if context.is_main:
+            draw_curves(folder)
+            write_report(folder, config, manifest, context)
     return metrics
 
 
@@ -85,12 +92,12 @@ class _Loop:
     """What `train` does over and over, with what it needs for that."""
 
     def __init__(self, run: Run, crops: TrainCrops, val_reader: ShardReader, logger: RunLogger | None,
-                 writer: CheckpointWriter) -> None:
+                 writer: CheckpointWriter, progress: Progress) -> None:
         self.run, self.crops, self.val_reader, self.logger, self.writer = run, crops, val_reader, logger, writer
+        self.progress = progress
         self.settings = run.config.train
         self.guard = NonFiniteGuard(run)
         self.metrics: dict[str, Any] = {}
-        self.meter = _Meter()
 
     def is_done(self) -> bool:
         return self.run.step == self.settings.total_steps and self.run.evaluated
@@ -109,9 +116,8 @@ class _Loop:
                   disable=None if run.context.is_main else True) as bar:
             while run.step < self.settings.total_steps:
                 run.beat("waiting for data")
-                waited = time.perf_counter()
-                micro_batches = list(islice(batches, accumulation))
-                self.meter.data_seconds += time.perf_counter() - waited
+                with self.progress.waiting():
+                    micro_batches = list(islice(batches, accumulation))
                 losses = self.step(micro_batches)
                 run.step += 1
                 bar.update()
@@ -139,12 +145,10 @@ class _Loop:
         is_last = run.step == settings.total_steps
         due = is_last or run.step % settings.eval_every == 0
         if losses is not None:
-            self.meter.steps += 1
-            if self.logger is not None and (is_last or run.step % settings.log_every == 0):
-                _log_step(run, losses, self.meter, self.logger)
+            self.progress.step_done(losses)
         run.evaluated = not due
         if due and not run.stop.agreed:
-            with suppress(EvaluationStopped):
+            with suppress(EvaluationStopped), self.progress.paused():
                 self.metrics = self.evaluate()
                 run.evaluated = True
         stops = run.stop.agreed or not run.evaluated
@@ -203,13 +207,13 @@ class _Loop:
         take_over(run, checkpoint)
         check_ranks_agree(run)
         run.skipped_steps = sorted({*run.skipped_steps, *left_out})
-        self.meter.reset()
         self.say(f"rolled back to step {run.step}: {reason}")
 
     def say(self, what: str) -> None:
         """Tell people of something that does not happen every day."""
         if self.logger is not None:
             tqdm.write(what)
+            self.logger.event(self.run.step, what)
 
 
 def train_step(run: Run, micro_batches: list[Batch]) -> dict[str, float]:
@@ -254,16 +258,6 @@ def prepare_images(batch: Batch, config: RunConfig) -> Tensor:
     return normalize(augmented_images(batch), config.backbone.image_mean, config.backbone.image_std)
 
 
-class _Meter:
-    """Time since the last log line."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self.started, self.data_seconds, self.steps = time.perf_counter(), 0.0, 0
-
-
 def _count_masks(micro_batches: list[Batch], context: DistContext) -> Tensor:
     """Masks per micro-batch, averaged over the global batch, at least 1; one all-reduce per step."""
     mine = torch.tensor([sum(sum(batch.counts) for batch in micro_batches), len(micro_batches)], dtype=torch.float32)
@@ -297,26 +291,17 @@ def _start_logging(run: Run) -> RunLogger:
     start = f"continuing at step {run.step}" if run.step else "new run"
     print(f"{run.folder}: {start}; {trainable / 1e6:.2f} M trainable and {frozen / 1e6:.2f} M frozen parameters; "
           f"{run.context.world_size} rank(s) on {run.context.device.type}", flush=True)
-    return RunLogger(run.folder, run.step)
-
-
-def _log_step(run: Run, losses: dict[str, float], meter: _Meter, logger: RunLogger) -> None:
-    seconds = time.perf_counter() - meter.started
-    speed = {
-        "lr": run.optimizer.param_groups[0]["lr"],
-        "images_per_second": meter.steps * run.config.train.global_batch_size / seconds,
-        "data_wait_share": meter.data_seconds / seconds,
-    }
-    meter.reset()
-    logger.scalars(run.step, "train", {**losses, **speed})
-    tqdm.write(f"step {run.step}/{run.config.train.total_steps}  loss {losses['loss']:.4f}  lr {speed['lr']:.2e}  "
-               f"grad {losses['grad_norm']:.2f}  {speed['images_per_second']:.1f} images/s  "
-               f"waiting for data {speed['data_wait_share']:.0%}")
+    project = run.config.train.wandb_project
+    wandb = None if project is None else WandbRun(run.folder, project, config_to_dict(run.config))
+    logger = RunLogger(run.folder, run.step, wandb)
+    if run.step:
+        logger.event(run.step, f"continued with {run.context.world_size} rank(s)")
+    return logger
 
 
 def _log_evaluation(run: Run, result: Evaluation, logger: RunLogger) -> None:
-    means = {name: value for name, value in result.metrics.items() if isinstance(value, float)}
-    logger.scalars(run.step, "val", means)
+    logger.evaluation(run.step, result.metrics)
     if result.panels is not None:
         logger.picture(run.step, "val-panels", result.panels)
     tqdm.write(f"step {run.step}: val {format_metrics(result.metrics, run.manifest.classes).splitlines()[0]}")
+    write_report(run.folder, run.config, run.manifest, run.context)

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+PAIRS_UP_TO = 2000  # classes; pairs of more would take gigabytes (65,535 classes: 34 GB)
+
 
 class Areas(NamedTuple):
     """Pixels of every class, int64 [C] each."""
@@ -18,13 +20,28 @@ class Areas(NamedTuple):
     label: Tensor
 
 
+class ConfusedPair(NamedTuple):
+    """Pixels of class id `truth` that were predicted as `prediction`, and their share of all pixels of `truth`."""
+
+    truth: int
+    prediction: int
+    pixels: int
+    share: float
+
+
 class ConfusionMatrix:
-    """Pixel counts int64 [C, C] on `device`, row = label, column = prediction; ignored pixels count nowhere."""
+    """Pixel counts int64 [C, C] on `device`, row = label, column = prediction; ignored pixels count nowhere.
+
+    Above PAIRS_UP_TO classes it counts [3, C] instead: intersection, prediction and label. Metrics are the same, but
+    which class was taken for which is then unknown.
+    """
 
     def __init__(self, num_classes: int, ignore_index: int = 255, device: torch.device | str = "cpu") -> None:
         self.num_classes = num_classes
         self.ignore_index = ignore_index
-        self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)  # [C, C]
+        self.has_pairs = num_classes <= PAIRS_UP_TO
+        rows = num_classes if self.has_pairs else 3
+        self.counts = torch.zeros(rows, num_classes, dtype=torch.int64, device=device)  # [C, C] or [3, C]
 
     def update(self, pred: Tensor, label: Tensor) -> None:
         """Add one image, or several: integer maps of equal shape, e.g. [H, W], values 0 to C - 1 or ignored label.
@@ -39,8 +56,12 @@ class ConfusionMatrix:
         pred = pred.to(self.counts.device).long()[counted]
         for name, values in (("predictions", pred), ("labels", label)):
             self._check_range(name, values)
-        cells = torch.bincount(label * self.num_classes + pred, minlength=self.num_classes**2)  # [C * C]
-        self.counts += cells.view_as(self.counts)
+        if self.has_pairs:
+            cells = torch.bincount(label * self.num_classes + pred, minlength=self.num_classes**2)  # [C * C]
+            self.counts += cells.view_as(self.counts)
+        else:
+            for row, values in zip(self.counts, (label[label == pred], pred, label), strict=True):
+                row += torch.bincount(values, minlength=self.num_classes)
 
     def merge(self, other: ConfusionMatrix) -> None:
         """Add what another matrix of the same classes has counted."""
@@ -55,7 +76,10 @@ class ConfusionMatrix:
 
     def areas(self) -> Areas:
         """The four pixel counts per class that every metric below is made of."""
-        intersect, pred, label = self.counts.diagonal(), self.counts.sum(0), self.counts.sum(1)
+        if self.has_pairs:
+            intersect, pred, label = self.counts.diagonal(), self.counts.sum(0), self.counts.sum(1)
+        else:
+            intersect, pred, label = self.counts
         return Areas(intersect, pred + label - intersect, pred, label)
 
     def summary(self) -> dict[str, Any]:
@@ -78,6 +102,20 @@ class ConfusionMatrix:
         summary["aAcc"] = float(intersect.sum() / label.sum())
         summary["per_class_iou"] = iou.tolist()
         return summary
+
+    def confused_pairs(self, limit: int = 30) -> list[ConfusedPair]:
+        """The pairs of different classes with the most pixels, most first; none above PAIRS_UP_TO classes."""
+        if not self.has_pairs:
+            return []
+        wrong = self.counts - self.counts.diagonal().diag()  # [C, C]
+        pixels, cells = wrong.flatten().topk(min(limit, wrong.numel()))
+        labelled = self.areas().label.tolist()
+        pairs = []
+        for count, cell in zip(pixels.tolist(), cells.tolist(), strict=True):
+            truth, prediction = divmod(cell, self.num_classes)
+            if count:
+                pairs.append(ConfusedPair(truth, prediction, count, count / labelled[truth]))
+        return pairs
 
     def most_frequent_class_miou(self) -> float:
         """The mIoU of predicting the most frequent label everywhere: what a model that learnt nothing can reach."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,10 @@ def batch_panel(images: Tensor, batch: Batch, manifest: Manifest, limit: int = 8
 
 
 def draw_curves(run: Path) -> Path | None:
-    """`<run>/curves.png`: loss, learning rate and validation mIoU over steps; None when nothing was logged."""
+    """`<run>/curves.png`: loss, learning rate and validation mIoU over steps.
+
+    None when nothing was logged, or, with a warning, when the file cannot be written.
+    """
     records = read_metrics(run)
     train = [record for record in records if record["kind"] == "train"]
     val = [record for record in records if record["kind"] == "val"]
@@ -56,7 +60,11 @@ def draw_curves(run: Path) -> Path | None:
         panel.set_xlabel("step")
         panel.grid(alpha=0.3)
     path = run / "curves.png"
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:  # a full disk, at the end of a run that has all it needs
+        warnings.warn(f"{path} could not be written: {error}", stacklevel=2)
+        return None
     return path
 
 

@@ -1,18 +1,24 @@
-"""What a run leaves behind for people: metrics.jsonl (the record), TensorBoard, pictures. Rank 0 only."""
+"""What a run leaves behind for people: metrics.jsonl (the record), TensorBoard, W&B, pictures. Rank 0 only."""
 
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
 
 from shards.atomic import write_atomically
+from shards.errors import ConfigError
+from trainer.wandb_run import WandbRun
 
 METRICS_NAME = "metrics.jsonl"
+EVALUATION_NAME = "evaluation.json"
+PICTURES_NAME = "pictures"
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -31,30 +37,81 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return records
 
 
-class RunLogger:
-    """Appends to the run's record from `step` on; what a killed run had logged beyond it is dropped."""
+def read_evaluation(run: Path) -> dict[str, Any] | None:
+    """The last validation in full, with its step; None when there was none. Raises ConfigError when it is malformed."""
+    path = run / EVALUATION_NAME
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold an object")
+    return content
 
-    def __init__(self, run: Path, step: int) -> None:
-        self.run = run
-        kept = [record for record in read_metrics(run) if record["step"] <= step]
+
+class RunLogger:
+    """Appends to the run's record from `step` on; what a killed run had logged beyond it is dropped, but events stay.
+
+    `wandb`: the run in Weights & Biases that gets the same scalars and pictures.
+    """
+
+    def __init__(self, run: Path, step: int, wandb: WandbRun | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # torch takes seconds to import; reading a record needs none
+
+        self.run, self.wandb = run, wandb
+        kept = [record for record in read_metrics(run) if record["step"] <= step or record["kind"] == "event"]
         write_atomically(run / METRICS_NAME, "".join(json.dumps(record) + "\n" for record in kept).encode())
         self._file = (run / METRICS_NAME).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def scalars(self, step: int, kind: str, values: dict[str, float]) -> None:
         """One record, e.g. kind "train" or "val"."""
-        self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+        with self._or_warn():
+            self._record({"step": step, "kind": kind, **values})
+            for name, value in values.items():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+        if self.wandb is not None:
+            self.wandb.log(step, {f"{kind}/{name}": value for name, value in values.items()})
+
+    def evaluation(self, step: int, metrics: dict[str, Any]) -> None:
+        """One record of the means, kind "val"; and all of it, classes and pairs too, in `<run>/evaluation.json`."""
+        self.scalars(step, "val", {name: value for name, value in metrics.items() if isinstance(value, float)})
+        with self._or_warn():
+            write_atomically(self.run / EVALUATION_NAME, json.dumps({"step": step, **metrics}, indent=1).encode())
+
+    def event(self, step: int, what: str) -> None:
+        """Something out of the ordinary that a reader of the curves should know, e.g. a restart or a skipped batch."""
+        with self._or_warn():
+            self._record({"step": step, "kind": "event", "what": what})
+            self._board.add_text("events", what, step)
 
     def picture(self, step: int, name: str, picture: Image.Image) -> None:
-        """A picture: `<run>/pictures/<name>-<step>.png` and in TensorBoard."""
-        folder = self.run / "pictures"
-        folder.mkdir(exist_ok=True)
-        picture.save(folder / f"{name}-{step:08d}.png")
-        self._board.add_image(name, np.asarray(picture), step, dataformats="HWC")
+        """A picture: `<run>/pictures/<name>-<step>.png`, in TensorBoard and in W&B."""
+        folder = self.run / PICTURES_NAME
+        with self._or_warn():
+            folder.mkdir(exist_ok=True)
+            picture.save(folder / f"{name}-{step:08d}.png")
+            self._board.add_image(name, np.asarray(picture), step, dataformats="HWC")
+        if self.wandb is not None:
+            self.wandb.picture(step, name, picture)
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        with self._or_warn():
+            self._file.close()
+            self._board.close()
+        if self.wandb is not None:
+            self.wandb.close()
+
+    @contextmanager
+    def _or_warn(self) -> Iterator[None]:
+        """A full disk costs records, not the run."""
+        try:
+            yield
+        except OSError as error:
+            warnings.warn(f"the record in {self.run} could not be written: {error}. Training goes on", stacklevel=4)
+
+    def _record(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()

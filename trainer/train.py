@@ -38,7 +38,7 @@ def _train(config: RunConfig) -> int:
             from shards.manifest import load_manifest
 
             print(format_metrics(metrics, load_manifest(root).classes))
-            print(f"checkpoints, metrics.jsonl, pictures and curves.png are in {folder}")
+            print(f"checkpoints, report.html, metrics.jsonl, pictures and curves.png are in {folder}")
     return 0
 
 

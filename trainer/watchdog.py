@@ -28,7 +28,7 @@ _LONGEST_PERIOD = 5.0  # seconds between two reports of a rank
 _LOOKS_APART = 3  # periods in which a living rank reports at least once
 
 
-class Progress(NamedTuple):
+class LastHeard(NamedTuple):
     """What a rank last published."""
 
     rank: int
@@ -67,7 +67,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         store = self.context.connect_store()
-        suspected: tuple[float, dict[int, Progress]] | None = None  # since when, and what all had published then
+        suspected: tuple[float, dict[int, LastHeard]] | None = None  # since when, and what all had published then
         while not self._done.wait(self.period if self._published else 0):
             if self._launcher is not None and os.getppid() != self._launcher:
                 _end("the launcher (torchrun) is gone")
@@ -89,22 +89,22 @@ class Watchdog:
                     _end(message)
                 suspected = None
 
-    def _own(self) -> Progress:
+    def _own(self) -> LastHeard:
         age = time.monotonic() - self._since
-        return Progress(self.context.rank, socket.gethostname(), *self._at, age, self._published)
+        return LastHeard(self.context.rank, socket.gethostname(), *self._at, age, self._published)
 
-    def _progress_of_all(self, store: dist.Store | None) -> dict[int, Progress]:
+    def _progress_of_all(self, store: dist.Store | None) -> dict[int, LastHeard]:
         if store is None:
             return {0: self._own()}
         found = {}
         for rank in range(self.context.world_size):
-            found[rank] = Progress(rank, "an unknown host", 0, 0, self.timeout, 0)
+            found[rank] = LastHeard(rank, "an unknown host", 0, 0, self.timeout, 0)
             if store.check([f"progress/{rank}"]):
-                found[rank] = Progress(*json.loads(store.get(f"progress/{rank}")))
+                found[rank] = LastHeard(*json.loads(store.get(f"progress/{rank}")))
         return found
 
 
-def describe_hang(before: Mapping[int, Progress], now: Mapping[int, Progress], timeout: float) -> str | None:
+def describe_hang(before: Mapping[int, LastHeard], now: Mapping[int, LastHeard], timeout: float) -> str | None:
     """Whose fault it is, from what all ranks had published at two moments, further apart than a rank needs to publish.
 
     None when there is no hang: some rank made progress.

@@ -1,0 +1,109 @@
+"""`<run>/state.json`: where a run is, for people and for scripts that start jobs. Rank 0 writes it; needs no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+import types
+import typing
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shards.atomic import write_atomically
+from shards.errors import ConfigError
+
+STATE_NAME = "state.json"
+STATUSES = ("running", "stopped", "failed", "finished")
+_QUIET_SECONDS = 1800  # an evaluation or a compilation may take so long, and says nothing meanwhile
+_QUIET_INTERVALS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """What the run said of itself last."""
+
+    status: str  # one of STATUSES; "stopped": by a signal, the same command continues it
+    step: int  # optimiser updates done
+    total_steps: int
+    world_size: int
+    host: str  # of rank 0, as its pid
+    pid: int
+    started: float  # unix seconds; of this process, not of the run
+    updated: float
+    seconds_per_step: float | None  # mean since `started`, evaluations and checkpoints included
+    best_miou: float | None
+    checkpoint: str | None  # name of the newest one
+    message: str = ""  # why it stopped or failed
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until the last step, at the pace so far."""
+        return None if self.seconds_per_step is None else (self.total_steps - self.step) * self.seconds_per_step
+
+    def is_lost(self, steps_between_updates: int, now: float) -> bool:
+        """True when it says "running" and nobody runs it: its process is gone, or was not heard of for too long."""
+        if self.status != "running":
+            return False
+        if self.host == socket.gethostname() and not _process_exists(self.pid):
+            return True
+        interval = steps_between_updates * (self.seconds_per_step or 0)
+        return now - self.updated > max(_QUIET_SECONDS, _QUIET_INTERVALS * interval)
+
+
+def write_state(run: Path, state: RunState) -> None:
+    """Publish the state whole; that it could not be written (a full disk) is a warning, never the end of a run."""
+    try:
+        write_atomically(run / STATE_NAME, (json.dumps(dataclasses.asdict(state), indent=1) + "\n").encode())
+    except OSError as error:
+        warnings.warn(f"{run / STATE_NAME} could not be written: {error}. Training goes on", stacklevel=2)
+
+
+def read_state(run: Path) -> RunState | None:
+    """The state of a run; None when the folder has none. Raises ConfigError when the file is malformed."""
+    path = run / STATE_NAME
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold an object, it holds: {content!r}"[:200])
+    known = typing.get_type_hints(RunState)
+    for name, kind in known.items():
+        if name not in content or not _is_a(content[name], kind):
+            legal = getattr(kind, "__name__", kind)  # of `float | None` it is the whole
+            raise ConfigError(f"{path}: field {name!r} is {content.get(name)!r}, legal: {legal}")
+    if content["status"] not in STATUSES:
+        raise ConfigError(f"{path}: field 'status' is {content['status']!r}, legal: {', '.join(STATUSES)}")
+    return RunState(**{name: content[name] for name in known})  # fields of a newer version are left out
+
+
+def format_duration(seconds: float) -> str:
+    """Two units, as 42s, 3m05s, 1h02m or 2d07h."""
+    whole = max(0, round(seconds))
+    for size, smaller, units in ((86400, 3600, "dh"), (3600, 60, "hm"), (60, 1, "ms")):
+        if whole >= size:
+            return f"{whole // size}{units[0]}{whole % size // smaller:02d}{units[1]}"
+    return f"{whole}s"
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if float in kinds:
+        kinds = (*kinds, int)
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _process_exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # signal 0 only asks
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True

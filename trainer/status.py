@@ -1,0 +1,86 @@
+"""Say how a run is: whether it goes on, how far it is, how fast, and what it reached.
+
+example: python trainer/status.py runs/ade20k-m2f
+Exit code: 0 running or finished; 75 stopped or lost, so that the same training command should be given again (for
+scripts that queue jobs); 1 failed; 2 no run there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from shards.command_line import run_entry_point
+from shards.errors import ConfigError
+from trainer.run_logger import read_metrics
+from trainer.run_state import STATE_NAME, RunState, format_duration, read_state
+
+EXIT_CODES = {"running": 0, "finished": 0, "failed": 1, "stopped": 75, "lost": 75}  # 75: EX_TEMPFAIL of sysexits.h
+_EVENTS_SHOWN = 3
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="the run's folder (output_dir)")
+    parser.add_argument("--json", action="store_true", help="print the state as JSON; its status may be \"lost\" too")
+    arguments = parser.parse_args()
+    state = read_state(arguments.run)
+    if state is None:
+        raise ConfigError(f"{arguments.run / STATE_NAME} does not exist: no run was started in {arguments.run}")
+    records, now = read_metrics(arguments.run), time.time()
+    status = "lost" if state.is_lost(_steps_between_updates(records), now) else state.status
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(state) | {"status": status}, indent=1))
+    else:
+        print("\n".join(_lines(arguments.run, status, state, records, now)))
+    return EXIT_CODES[status]
+
+
+def _steps_between_updates(records: list[dict[str, Any]]) -> int:
+    steps = [record["step"] for record in records if record["kind"] == "train"]
+    return steps[-1] - steps[-2] if len(steps) > 1 else 1
+
+
+def _lines(run: Path, status: str, state: RunState, records: list[dict[str, Any]], now: float) -> list[str]:
+    lines = [f"{run}: {_verdict(status, state, now)}", f"  step        {state.step}/{state.total_steps} "
+             f"({state.step / state.total_steps:.1%})"]
+    if status == "running" and state.seconds_left is not None:
+        lines[-1] += f", {state.seconds_per_step:.3g} s/step, ETA {format_duration(state.seconds_left)}"
+    train = [record for record in records if record["kind"] == "train"]
+    val = [record for record in records if record["kind"] == "val"]
+    if train:
+        lines.append(f"  loss        {train[-1]['loss']:.4f}, gradient norm {train[-1]['grad_norm']:.2f}, "
+                     f"lr {train[-1]['lr']:.2e}, {train[-1]['images_per_second']:.1f} images/s")
+    if val:
+        best = f", best {state.best_miou:.4f}" if state.best_miou is not None else ""
+        lines.append(f"  mIoU        {val[-1]['mIoU']:.4f} at step {val[-1]['step']}{best}")
+    lines.append(f"  checkpoint  {state.checkpoint or 'none yet'}")
+    lines += [f"  event       step {record['step']}: {record.get('what')}"
+              for record in records if record["kind"] == "event"][-_EVENTS_SHOWN:]
+    return lines
+
+
+def _verdict(status: str, state: RunState, now: float) -> str:
+    place = f"{state.world_size} rank(s), process {state.pid} on {state.host}"
+    silent = format_duration(now - state.updated)
+    if status == "lost":
+        return f"lost: {place} is gone or has been silent for {silent}; continue with the same command"
+    if status == "running":
+        return f"running for {format_duration(now - state.started)}, last heard of {silent} ago; {place}"
+    if status == "stopped":
+        return f"stopped {silent} ago{_because(state)}; continue with the same command"
+    if status == "failed":
+        return f"failed {silent} ago{_because(state)}"
+    return f"finished {silent} ago"
+
+
+def _because(state: RunState) -> str:
+    return f": {state.message}" if state.message else ""
+
+
+if __name__ == "__main__":
+    run_entry_point(main)
