@@ -31,7 +31,7 @@ class TrainingRun:
         if ranks:
             command = [str(Path(sys.executable).parent / "torchrun"), *launcher, "--nproc-per-node", str(ranks)]
         folder.mkdir(parents=True, exist_ok=True)
-        self.log = folder / f"log-{self.mark[:8]}.txt"
+        self.log = folder.parent / f"{folder.name}-{self.mark[:8]}.log"  # the run's own disk may be full
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*command, str(program), "--config", str(TINY), f"data.root={root}", f"output_dir={folder}",

@@ -73,11 +73,12 @@ class _Payload:
 def test_checkpoints_that_are_not_ours_are_refused_and_never_executed(tmp_path: Path) -> None:
     torch.save(_Payload(tmp_path / "executed"), tmp_path / "evil.pt")
     torch.save({"weight": torch.zeros(1)}, tmp_path / "foreign.pt")
-    torch.save({"format": 1, "step": "x"}, tmp_path / "fields.pt")
+    torch.save({"format": 2, "step": "x"}, tmp_path / "fields.pt")
+    torch.save({"format": 1}, tmp_path / "older.pt")
     (tmp_path / "empty.pt").write_bytes(b"")
     for name, message in (("evil.pt", "cannot be read"), ("foreign.pt", "not a MaskStream checkpoint"),
                           ("empty.pt", "cannot be read"), ("fields.pt", "field 'step' is missing"),
-                          ("missing.pt", "does not exist"), ("", "is a folder")):
+                          ("older.pt", "but of 1; use the"), ("missing.pt", "does not exist"), ("", "is a folder")):
         with pytest.raises(ConfigError, match=message):
             load_checkpoint(tmp_path / name)
     assert not (tmp_path / "executed").exists()

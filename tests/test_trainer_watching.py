@@ -68,6 +68,19 @@ def test_durations_have_two_units(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
 
 
+def test_a_board_that_cannot_be_closed_does_not_hold_up_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard's own thread dies on a full disk, and closing waits for it for ever."""
+    import threading
+
+    monkeypatch.setattr("trainer.run_logger._BOARD_SECONDS", 0.1)
+    logger, for_ever = RunLogger(tmp_path, 0), threading.Event()
+    close, logger._board.close = logger._board.close, for_ever.wait  # type: ignore[assignment]
+    logger.close()
+    for_ever.set()
+    close()
+
+
+
 def test_the_line_says_it_all_once() -> None:
     values = {"loss": 12.34567, "lr": 1e-4, "grad_norm": 3.456, "images_per_second": 98.76, "data_wait_share": 0.034,
               "seconds_per_step": 0.1625, "memory_gb": 41.26}

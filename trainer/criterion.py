@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from trainer.config import LossConfig
-from trainer.mask_classification_loss import MaskClassificationLoss, StepLoss
+from trainer.mask_classification_loss import MaskClassificationLoss
 from trainer.matcher import NonFiniteLossError
 from trainer.pixel_loss import pixel_cross_entropy
 from trainer.targets import Target, label_map_from_segments, segment_map_from_masks
+
+
+class CriterionLoss(NamedTuple):
+    """As `StepLoss`."""
+
+    total: Tensor
+    losses: dict[str, Tensor]
+    problem: str | None = None  # why they are NaN, where something is known about it
 
 
 class Criterion(Protocol):
@@ -20,7 +28,7 @@ class Criterion(Protocol):
 
     def __call__(
         self, outputs: Mapping[str, Any], targets: Sequence[Target], num_masks: Tensor, generator: torch.Generator
-    ) -> StepLoss:
+    ) -> CriterionLoss:
         """What is differentiated, and named losses; `num_masks` is the number that mask losses are divided by."""
 
 
@@ -43,13 +51,13 @@ class MaskCriterion(nn.Module):
 
     def forward(
         self, outputs: Mapping[str, Any], targets: Sequence[Target], num_masks: Tensor, generator: torch.Generator
-    ) -> StepLoss:
+    ) -> CriterionLoss:
         try:
-            return self.loss.step(outputs, targets, num_masks, generator)
+            return CriterionLoss(*self.loss.step(outputs, targets, num_masks, generator))
         except NonFiniteLossError as error:
             return self._poisoned(outputs, str(error))
 
-    def _poisoned(self, outputs: Mapping[str, Any], problem: str) -> StepLoss:
+    def _poisoned(self, outputs: Mapping[str, Any], problem: str) -> CriterionLoss:
         """NaN for everything: this rank can match nothing, but the others wait for its gradients all the same, and so
         learn of it. `NonFiniteGuard` then decides for all ranks alike."""
         items = [outputs, *outputs.get("aux_outputs", ())]
@@ -57,7 +65,7 @@ class MaskCriterion(nn.Module):
                    if isinstance(tensor, Tensor) and tensor.requires_grad]
         total = torch.stack([tensor.float().sum() for tensor in reached]).sum() * torch.nan
         losses = dict.fromkeys(self.loss.loss_names(len(items)), total.detach())
-        return StepLoss(total, losses, problem)
+        return CriterionLoss(total, losses, problem)
 
 
 class PixelCriterion(nn.Module):
@@ -69,10 +77,10 @@ class PixelCriterion(nn.Module):
 
     def forward(
         self, outputs: Mapping[str, Any], targets: Sequence[Target], num_masks: Tensor, generator: torch.Generator
-    ) -> StepLoss:
+    ) -> CriterionLoss:
         label_maps = torch.stack([self._label_map(target) for target in targets])  # [B, H, W]
         loss = pixel_cross_entropy(outputs["logits"], label_maps, self.ignore_index)
-        return StepLoss(loss, {"loss_pixel_cross_entropy": loss.detach()})
+        return CriterionLoss(loss, {"loss_pixel_cross_entropy": loss.detach()})
 
     def _label_map(self, target: Target) -> Tensor:
         segments = target["segment_map"] if "segment_map" in target else segment_map_from_masks(target["masks"])

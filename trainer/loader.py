@@ -20,7 +20,7 @@ from shards.workers import exit_with_parent
 from trainer.data import Batch, LabelledImage, TrainCrops, WholeImages
 
 _log = logging.getLogger(__name__)
-_GRACE = 60  # seconds that a worker lives after SIGTERM, longer than torchrun waits for a rank's last step
+_GRACE = 10  # seconds that a worker lives after SIGTERM, for the last step's batches
 _WORKER_TIMEOUT = 600  # seconds without a batch after which a stuck worker is an error, not a hang
 
 

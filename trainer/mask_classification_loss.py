@@ -25,7 +25,6 @@ class StepLoss(NamedTuple):
 
     total: Tensor
     losses: dict[str, Tensor]
-    problem: str | None = None  # why they are NaN, where something is known about it
 
 
 class MaskClassificationLoss(nn.Module):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from trainer.wandb_run import WandbRun
 METRICS_NAME = "metrics.jsonl"
 EVALUATION_NAME = "evaluation.json"
 PICTURES_NAME = "pictures"
+_BOARD_SECONDS = 20.0  # that TensorBoard may take to close
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -100,9 +102,16 @@ class RunLogger:
     def close(self) -> None:
         with self._or_warn():
             self._file.close()
-            self._board.close()
+        # A full disk kills TensorBoard's own thread, and closing then waits for it for ever.
+        board = threading.Thread(target=self._close_board, daemon=True)
+        board.start()
+        board.join(_BOARD_SECONDS)
         if self.wandb is not None:
             self.wandb.close()
+
+    def _close_board(self) -> None:
+        with suppress(OSError):
+            self._board.close()
 
     @contextmanager
     def _or_warn(self) -> Iterator[None]:

@@ -24,7 +24,7 @@ from trainer.distributed import DistContext
 
 EXIT_HUNG = 70  # EX_SOFTWARE
 PHASES = ("starting", "evaluation", "checkpoint", "waiting for data", "counting masks", "forward pass", "backward pass")
-_LONGEST_PERIOD = 5.0  # seconds between two reports of a rank
+_LONGEST_PERIOD = 2.0  # seconds between two reports of a rank
 _LOOKS_APART = 3  # periods in which a living rank reports at least once
 
 

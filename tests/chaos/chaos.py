@@ -1,0 +1,197 @@
+"""Disturb a training run on two ranks at random, again and again; it must end as if nothing had happened.
+
+First a run that nobody disturbs. Then the same one, with one of these at a time: kill -9 a rank, a loader process or
+the launcher; SIGTERM; kill -9 and a flipped bit in the newest checkpoint; a full disk for a while. Whatever torchrun
+does not start again by itself is started again with the same command. In the end weights, optimiser moments and the
+step must be equal to the last bit.
+
+example: python tests/chaos/chaos.py --kills 50
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+from tests.runs import TrainingRun, assert_same_end, newest_step
+
+KINDS = ("rank", "loader process", "launcher", "SIGTERM", "damaged checkpoint", "full disk")
+DISK_MEGABYTES = 24
+_STARTED = re.compile(r": (?:new run|continuing at step (\d+)); ")
+_PATIENCE = 180.0  # seconds
+
+
+@dataclass
+class Account:
+    """What was done to the run, and what it cost."""
+
+    disturbed: Counter[str] = field(default_factory=Counter)
+    resumes: int = 0
+    lost_steps: list[int] = field(default_factory=list)  # per resume: steps that had to be done again
+    seconds_to_first_step: list[float] = field(default_factory=list)  # per resume, from the kill on
+
+    def lines(self) -> list[str]:
+        kills = sum(count for kind, count in self.disturbed.items() if kind != "full disk")
+        half = len(self.seconds_to_first_step) // 2
+        early, late = (statistics.median(part or [0.0]) for part in (self.seconds_to_first_step[:half],
+                                                                     self.seconds_to_first_step[half:]))
+        return [f"{kills} kills ({', '.join(f'{kind}: {count}' for kind, count in sorted(self.disturbed.items()))})",
+                f"{self.resumes} resumes; steps done again: {sum(self.lost_steps)}, at most "
+                f"{max(self.lost_steps, default=0)} at once",
+                f"from a kill to the next step, median: {early:.1f} s in the first half of the run, {late:.1f} s in "
+                "the second"]
+
+
+def chaos(root: Path, folder: Path, kills: int, steps: int, seed: int, kinds: tuple[str, ...] = KINDS) -> Account:
+    """The whole experiment. Raises AssertionError when the two runs do not end alike."""
+    settings = (f"train.total_steps={steps}", "train.checkpoint_every=3", f"train.eval_every={steps}",
+                "data.workers=1", "train.keep_checkpoints=3")
+    calm = TrainingRun(root, folder / "calm", *settings, ranks=2)
+    assert calm.wait(900) == 0, calm.text
+    calm.assert_gone()
+    disturbed = folder / "disturbed"
+    disturbed.mkdir(exist_ok=True)
+    if "full disk" in kinds and not mount_small_disk(disturbed):
+        print("a small disk cannot be mounted here: no full disk")
+        kinds = tuple(kind for kind in kinds if kind != "full disk")
+    try:
+        account = _Disturber(root, disturbed, settings, steps, random.Random(seed)).go_on_until(kills, kinds)
+        assert_same_end(folder / "calm", disturbed)
+    finally:
+        subprocess.run(["umount", disturbed], capture_output=True, check=False)
+    return account
+
+
+def mount_small_disk(folder: Path) -> bool:
+    """A tmpfs of its own for the run, where that is allowed."""
+    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MEGABYTES}m", "tmpfs", str(folder)]
+    try:
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+class _Disturber:
+    def __init__(self, root: Path, folder: Path, settings: tuple[str, ...], steps: int, rng: random.Random) -> None:
+        self.root, self.folder, self.settings, self.steps, self.rng = root, folder, settings, steps, rng
+        self.account = Account()
+        self.logs: list[TrainingRun] = []
+        self.run = self._start()
+
+    def _start(self) -> TrainingRun:
+        run = TrainingRun(self.root, self.folder, *self.settings, ranks=2,
+                          launcher=("--standalone", "--max-restarts", "1000"))
+        self.logs.append(run)
+        return run
+
+    def go_on_until(self, kills: int, kinds: tuple[str, ...]) -> Account:
+        with tqdm(total=kills, unit="kill", disable=None) as bar:
+            while self._ran_on(self.rng.uniform(0.2, 1.5)):
+                if bar.n == kills:
+                    break
+                kind = self.rng.choice(kinds)
+                if self._disturb(kind):
+                    self.account.disturbed[kind] += 1
+                    bar.update(kind != "full disk")
+        code = self.run.wait(900)
+        assert code == 0, self.run.text
+        assert bar.n == kills, f"the run was done after {bar.n} kills; give it more --steps"
+        self.run.assert_gone()
+        return self.account
+
+    def _ran_on(self, seconds: float) -> bool:
+        """Wait for a new step and some seconds; False when the run is done meanwhile."""
+        before, deadline = newest_step(self.folder), time.monotonic() + _PATIENCE
+        while newest_step(self.folder) == before and self.run.process.poll() is None:
+            assert time.monotonic() < deadline, self.run.text
+            time.sleep(0.02)
+        time.sleep(seconds)
+        return self.run.process.poll() is None and newest_step(self.folder) < self.steps - 3
+
+    def _disturb(self, kind: str) -> bool:
+        if kind == "full disk":
+            self._fill_disk()
+            return True
+        victims = {"rank": self.run.ranks(), "loader process": self.run.loader_workers()}
+        pids = victims.get(kind, [self.run.process.pid])
+        if not pids:
+            return False
+        began, step, starts = time.monotonic(), newest_step(self.folder), len(self._starts())
+        os.kill(self.rng.choice(pids), signal.SIGTERM if kind == "SIGTERM" else signal.SIGKILL)
+        if kind not in victims:
+            self.run.wait(_PATIENCE)
+            self.run.assert_gone()
+            if kind == "damaged checkpoint":
+                self._damage_newest()
+            self.run = self._start()
+        deadline = began + _PATIENCE
+        while len(self._starts()) == starts:
+            assert time.monotonic() < deadline, self.run.text
+            if self.run.process.poll() == 0:
+                return True  # it was done already
+            time.sleep(0.02)
+        resumed = self._starts()[-1]
+        while newest_step(self.folder) <= resumed:
+            assert time.monotonic() < deadline, self.run.text
+            time.sleep(0.02)
+        self.account.resumes += 1
+        self.account.lost_steps.append(max(0, step - resumed))
+        self.account.seconds_to_first_step.append(time.monotonic() - began)
+        return True
+
+    def _starts(self) -> list[int]:
+        """The steps that all starts so far began at."""
+        return [int(found or 0) for run in self.logs for found in _STARTED.findall(run.text)]
+
+    def _damage_newest(self) -> None:
+        newest = max((self.folder / "checkpoints").glob("step-*.pt"), default=None)
+        if newest is not None:
+            data = bytearray(newest.read_bytes())
+            data[self.rng.randrange(len(data))] ^= 1 << self.rng.randrange(8)
+            newest.write_bytes(data)
+
+    def _fill_disk(self) -> None:
+        filler = self.folder / "filler"
+        try:
+            with filler.open("wb", buffering=0) as file:
+                while file.write(bytes(64 << 10)):
+                    pass
+        except OSError:
+            pass  # full
+        time.sleep(self.rng.uniform(0.5, 2))
+        filler.unlink()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50, help="(default: 50)")
+    parser.add_argument("--steps", type=int, default=None, help="length of the run (default: 40 for each kill)")
+    parser.add_argument("--seed", type=int, default=0, help="of what is done when (default: 0)")
+    arguments = parser.parse_args()
+    from preprocess.make_scenes import write_scenes
+    from tests.conftest import make_shards
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_scenes(folder / "scenes", {"train": 12, "val": 5}, seed=0)
+        root = make_shards(folder / "shards", folder / "scenes")
+        account = chaos(root, folder, arguments.kills, arguments.steps or 40 * arguments.kills, arguments.seed)
+        print("\n".join([*account.lines(), "weights, moments and step equal to the undisturbed run's, bit for bit"]))
+
+
+if __name__ == "__main__":
+    main()

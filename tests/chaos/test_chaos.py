@@ -1,0 +1,15 @@
+"""The short version of `python tests/chaos/chaos.py --kills 50`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.chaos import KINDS, chaos
+
+
+@pytest.mark.slow
+def test_a_disturbed_run_ends_like_an_undisturbed_one(scene_shards: Path, tmp_path: Path) -> None:
+    account = chaos(scene_shards, tmp_path, kills=4, steps=240, seed=3, kinds=KINDS[:5])
+    assert account.resumes == 4 and max(account.lost_steps) < 240
