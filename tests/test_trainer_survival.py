@@ -24,6 +24,7 @@ from trainer.loader import LoaderError
 from trainer.loop import train
 from trainer.non_finite import TrainingDiverged
 from trainer.run_logger import read_metrics
+from trainer.run_state import read_state
 from trainer.stopping import EXIT_TO_BE_CONTINUED, RunStopped, StopRequest, stop_on_signals
 from trainer.watchdog import EXIT_HUNG, PHASES, LastHeard, Watchdog, describe_hang
 
@@ -110,16 +111,20 @@ def test_one_process_stops_after_a_whole_step_and_leaves_nothing(scene_shards: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["launcher", "rank 1"])
-def test_ranks_stop_together_and_go_on_bit_for_bit(scene_shards: Path, tmp_path: Path, undisturbed: Path,
-                                                   target: str) -> None:
-    run = TrainingRun(scene_shards, tmp_path / "run", *SETTINGS, ranks=2)
+@pytest.mark.parametrize(("target", "number"), [("launcher", signal.SIGTERM), ("launcher", signal.SIGUSR1),
+                                                ("rank 1", signal.SIGTERM)])
+def test_ranks_stop_together_and_go_on_bit_for_bit(scene_shards: Path, tmp_path: Path, undisturbed: Path, target: str,
+                                                   number: signal.Signals) -> None:
+    run = TrainingRun(scene_shards, tmp_path / "run", *SETTINGS, ranks=2,
+                      launcher=("--standalone", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"))
     run.wait_for_step(7)
-    os.kill(run.process.pid if target == "launcher" else run.ranks()[1], signal.SIGTERM)
+    os.kill(run.process.pid if target == "launcher" else run.ranks()[1], number)
     assert run.wait() != 0
     run.assert_gone()
     stopped = final_state(run.folder).step
     assert stopped == newest_step(run.folder) < 150, run.text
+    state = read_state(run.folder)
+    assert state is not None and state.status == "stopped" and state.step == stopped
     again = TrainingRun(scene_shards, run.folder, *SETTINGS, ranks=2)
     assert again.wait() == 0, again.text
     assert f"continuing at step {stopped}" in again.text

@@ -68,7 +68,7 @@ def test_durations_have_two_units(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
 
 
-def test_a_board_that_cannot_be_closed_does_not_hold_up_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_board_that_cannot_be_closed_holds_up_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """TensorBoard's own thread dies on a full disk, and closing waits for it for ever."""
     import threading
 

@@ -1,0 +1,95 @@
+"""What checkpoints cost a step: none, written beside training, or waited for; the demo's model on drawn scenes.
+
+Blocks of steps with one checkpoint each, interleaved, one thread for the steps; medians over the blocks.
+
+example: python benchmarks/checkpoints.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import torch
+
+from preprocess.config import PreprocessConfig
+from preprocess.make_scenes import write_scenes
+from preprocess.pairs import open_dataset
+from preprocess.pipeline import write_shards
+from shards.config_file import load_config
+from shards.manifest import load_manifest
+from trainer.checkpoint_writer import CheckpointWriter
+from trainer.config import load_run_config
+from trainer.distributed import DistContext
+from trainer.loop import train_step
+from trainer.run import Run, build_run, open_crops, snapshot
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20, help="steps for each checkpoint (default: 20)")
+    parser.add_argument("--blocks", type=int, default=7, help="interleaved blocks of each kind (default: 7)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        measure(folder, make_run(folder), arguments.steps, arguments.blocks)
+
+
+def make_run(folder: Path) -> Run:
+    write_scenes(folder / "scenes", {"train": 16, "val": 2}, seed=0)
+    config = load_config(PreprocessConfig, CONFIGS / "scenes-shards.yaml", [
+        f"dataset.root={folder / 'scenes'}", f"output={folder / 'set'}", "workers=1"])
+    write_shards(config, open_dataset(config.dataset, config.on_error))
+    settings = load_run_config(CONFIGS / "demo.yaml", [f"data.root={folder / 'set'}", f"output_dir={folder / 'run'}",
+                                                       "data.workers=0"])
+    alone = DistContext(rank=0, world_size=1, device=torch.device("cpu"))
+    return build_run(settings, alone, load_manifest(folder / "set"), folder / "run")
+
+
+def measure(folder: Path, run: Run, steps: int, blocks: int) -> None:
+    crops = open_crops(run.config, run.manifest)
+    batches = [[crops[2 * number], crops[2 * number + 1]] for number in range(4)]
+    writer = CheckpointWriter(folder / "checkpoints", folder, 2, None)
+
+    def save() -> None:
+        writer.save(snapshot(run), is_best=False)
+
+    def save_and_wait() -> None:
+        save()
+        writer.wait()
+
+    kinds: dict[str, Callable[[], None]] = {"none": lambda: None, "beside training": save, "waited for": save_and_wait}
+    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    calls: list[float] = []
+    for block in range(blocks + 1):
+        for kind, at_end in kinds.items():
+            started = perf_counter()
+            at_end()
+            called = perf_counter() - started
+            for number in range(steps):
+                train_step(run, batches[number % len(batches)])
+                run.step = (run.step + 1) % run.config.train.total_steps
+            taken = perf_counter() - started
+            writer.wait()
+            if block:  # the first is not counted
+                seconds[kind].append(taken)
+                calls += [called] if kind == "beside training" else []
+    writer.close()
+    size = max(path.stat().st_size for path in (folder / "checkpoints").glob("*.pt"))
+    base = float(np.median(seconds["none"]))
+    print(f"checkpoints of {size / 1e6:.1f} MB, one in {steps} steps, {blocks} interleaved blocks, medians\n\n"
+          "| checkpoints | s/step | ratio |\n|---|---|---|")
+    for kind, found in seconds.items():
+        print(f"| {kind} | {np.median(found) / steps:.4f} | {np.median(found) / base:.3f} |")
+    print(f"\nthe call that begins one takes {1000 * np.median(calls):.1f} ms (the copy)")
+
+
+if __name__ == "__main__":
+    main()
