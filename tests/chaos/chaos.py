@@ -44,12 +44,15 @@ class Account:
     lost_steps: list[int] = field(default_factory=list)  # per resume: steps that had to be done again
     seconds_to_first_step: list[float] = field(default_factory=list)  # per resume, from the kill on
 
+    @property
+    def kills(self) -> int:
+        return sum(count for kind, count in self.disturbed.items() if kind != "full disk")
+
     def lines(self) -> list[str]:
-        kills = sum(count for kind, count in self.disturbed.items() if kind != "full disk")
         half = len(self.seconds_to_first_step) // 2
         early, late = (statistics.median(part or [0.0]) for part in (self.seconds_to_first_step[:half],
                                                                      self.seconds_to_first_step[half:]))
-        return [f"{kills} kills ({', '.join(f'{kind}: {count}' for kind, count in sorted(self.disturbed.items()))})",
+        return [f"{self.kills} kills ({', '.join(f'{kind}: {count}' for kind, count in sorted(self.disturbed.items()))})",
                 f"{self.resumes} resumes; steps done again: {sum(self.lost_steps)}, at most "
                 f"{max(self.lost_steps, default=0)} at once",
                 f"from a kill to the next step, median: {early:.1f} s in the first half of the run, {late:.1f} s in "
@@ -100,16 +103,14 @@ class _Disturber:
 
     def go_on_until(self, kills: int, kinds: tuple[str, ...]) -> Account:
         with tqdm(total=kills, unit="kill", disable=None) as bar:
-            while self._ran_on(self.rng.uniform(0.2, 1.5)):
-                if bar.n == kills:
-                    break
+            while self.account.kills < kills and self._ran_on(self.rng.uniform(0.2, 1.5)):
                 kind = self.rng.choice(kinds)
                 if self._disturb(kind):
                     self.account.disturbed[kind] += 1
                     bar.update(kind != "full disk")
         code = self.run.wait(900)
         assert code == 0, self.run.text
-        assert bar.n == kills, f"the run was done after {bar.n} kills; give it more --steps"
+        assert self.account.kills == kills, f"the run was done after {self.account.kills} kills; give it more --steps"
         self.run.assert_gone()
         return self.account
 
