@@ -52,7 +52,8 @@ class Account:
         half = len(self.seconds_to_first_step) // 2
         early, late = (statistics.median(part or [0.0]) for part in (self.seconds_to_first_step[:half],
                                                                      self.seconds_to_first_step[half:]))
-        return [f"{self.kills} kills ({', '.join(f'{kind}: {count}' for kind, count in sorted(self.disturbed.items()))})",
+        kinds = ", ".join(f"{kind}: {count}" for kind, count in sorted(self.disturbed.items()))
+        return [f"{self.kills} kills ({kinds})",
                 f"{self.resumes} resumes; steps done again: {sum(self.lost_steps)}, at most "
                 f"{max(self.lost_steps, default=0)} at once",
                 f"from a kill to the next step, median: {early:.1f} s in the first half of the run, {late:.1f} s in "
