@@ -207,6 +207,7 @@ class _Loop:
         take_over(run, checkpoint)
         check_ranks_agree(run)
         run.skipped_steps = sorted({*run.skipped_steps, *left_out})
+        self.metrics = {}  # of weights that are gone
         self.say(f"rolled back to step {run.step}: {reason}")
 
     def say(self, what: str) -> None:
@@ -276,7 +277,7 @@ def _over_ranks(run: Run, local: list[dict[str, Tensor]], grad_norm: Tensor) -> 
     """Means over the global batch, the same on all ranks; whether a rank was asked to stop comes along."""
     logged = {name: torch.stack([losses[name] for losses in local]).mean() for name in local[0]}
     logged["grad_norm"] = grad_norm
-    logged["stop"] = torch.tensor(float(run.stop.requested)).to(run.context.device, non_blocking=True)
+    logged["stop"] = torch.full((), float(run.stop.requested), device=run.context.device)
     summed = run.context.all_reduce_sum(torch.stack(list(logged.values())))
     values = dict(zip(logged, (summed / run.context.world_size).tolist(), strict=True))  # the step's one wait
     run.stop.agreed = values.pop("stop") > 0
