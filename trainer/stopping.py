@@ -61,8 +61,12 @@ def stop_on_signals(request: StopRequest) -> Iterator[None]:
             print(f"{request.signal_name}: stopping after this step{again}", file=sys.stderr, flush=True)
 
     before = {number: signal.signal(number, note) for number in _SIGNALS}
+    ends = False
     try:
         yield
+    except RunError:
+        ends = True  # torchrun kills the ranks that are left: no signal may keep them from saying why they end
+        raise
     finally:
-        for number, handler in before.items():
+        for number, handler in before.items() if not ends else ():
             signal.signal(number, handler)
