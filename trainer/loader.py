@@ -58,12 +58,12 @@ def _items(loader: DataLoader[Any]) -> Iterator[Any]:
     except MaskStreamError as error:
         message = str(error).strip().rpartition("\n")[2]
         raise type(error)(message.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")) from error
-    except (RuntimeError, ConnectionError, EOFError) as error:  # the latter two: a worker died while it was handing over
+    except (RuntimeError, ConnectionError, EOFError) as error:  # the latter: a worker died while handing over
         if isinstance(error, RuntimeError) and "DataLoader" not in str(error):
             raise
         raise LoaderError(
-            f"a loader process died or hangs ({(str(error) or repr(error)).splitlines()[0]}). Often memory is short: lower "
-            f"data.workers (now {loader.num_workers}) or data.prefetch_batches (now {loader.prefetch_factor})"
+            f"a loader process died or hangs ({(str(error) or repr(error)).splitlines()[0]}). Often memory is short: "
+            f"lower data.workers (now {loader.num_workers}) or data.prefetch_batches (now {loader.prefetch_factor})"
         ) from error
 
 
