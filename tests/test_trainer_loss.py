@@ -26,7 +26,7 @@ from trainer.matcher import (
 from trainer.metrics import ConfusionMatrix
 from trainer.pixel_loss import pixel_cross_entropy
 from trainer.point_losses import SampledPoints, point_losses
-from trainer.point_sampling import point_sample, sample_uncertain_points, uniform_draw
+from trainer.point_sampling import point_sample, sample_uncertain_points, smallest, uniform_draw
 from trainer.targets import (
     dense_masks,
     ignore_value,
@@ -130,6 +130,20 @@ def test_point_sample_is_bilinear_between_pixel_centres_and_zero_outside() -> No
     points = torch.tensor([[[0.25, 0.25], [0.5, 0.5], [0.75, 0.5], [0.0, 0.25]]])  # (x, y)
     assert point_sample(maps, points)[0, 0].tolist() == [1.0, 4.0, 5.0, 0.5]
     assert point_sample(maps.bool(), points).dtype == torch.float32
+
+
+@pytest.mark.parametrize("values", [
+    torch.rand(3, 1000, generator=torch.Generator().manual_seed(0)),
+    torch.rand(2, 17, generator=torch.Generator().manual_seed(0)),
+    torch.zeros(2, 100),  # ties only
+    torch.arange(160.0).remainder(16).expand(2, -1).contiguous(),  # what is looked at first is the smallest of all,
+    15 - torch.arange(160.0).remainder(16).expand(2, -1).contiguous(),  # or the largest
+], ids=["many", "few", "equal", "low bound", "high bound"])
+def test_the_smallest_values_are_found_exactly(values: Tensor) -> None:
+    for count in (1, 2, values.shape[1] // 4, values.shape[1] - 1, values.shape[1]):
+        found = smallest(values, count)
+        assert found.shape == (len(values), count) and all(len(set(row)) == count for row in found.tolist())
+        assert torch.equal(values.gather(1, found).sort(1).values, values.sort(1).values[:, :count])
 
 
 def test_uncertain_points_are_the_least_certain_candidates() -> None:

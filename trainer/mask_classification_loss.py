@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.mask_gradients import with_gradients
-from trainer.matcher import HungarianMatcher, Prediction, in_chunks
+from trainer.matcher import LAYERS_AT_ONCE, HungarianMatcher, Prediction, in_chunks
 from trainer.point_losses import SampledPoints, losses_and_gradients, point_losses, spread_to_pixels
 from trainer.point_sampling import Draw, point_sample, sample_uncertain_points, uniform_draw
 from trainer.targets import PackedTargets, Target, pack_targets
@@ -106,7 +106,7 @@ class MaskClassificationLoss(nn.Module):
             class_losses = self._class_losses(predictions, packed.labels, matches)  # [L]
             masks, dice = mask_losses.sum(0)
             value = self.coefficients["loss_mask"] * masks + self.coefficients["loss_dice"] * dice
-            total = with_gradients(value, items, matches, gradients, packed.labels.shape[1])
+            total = with_gradients(value, items, matches, gradients)
             total = total + self.coefficients["loss_cross_entropy"] * class_losses.sum()
         named = torch.cat([mask_losses, class_losses.detach()[:, None]], dim=1)  # [L, 3]
         return StepLoss(total, dict(zip(self.loss_names(len(items)), named.flatten().unbind(), strict=True)))
@@ -143,21 +143,32 @@ class MaskClassificationLoss(nn.Module):
 
     @torch.no_grad()
     def _mask_losses(self, predictions: Sequence[Prediction], targets: PackedTargets, matches: Tensor,
-                     divisor: Tensor | float, draw: Draw) -> tuple[Tensor, list[Tensor]]:
-        """Mask and dice loss of each prediction [L, 2], and the gradient of their weighted sum [M, h, w] for each."""
+                     divisor: Tensor | float, draw: Draw) -> tuple[Tensor, Tensor]:
+        """Mask and dice loss of each prediction [L, 2], and the gradients of their weighted sum [B, L, N, h, w]."""
         losses: list[Tensor] = []
-        gradients: list[Tensor] = []
-        for some in in_chunks(range(len(predictions))):
-            images, queries, chosen = matches[some.start : some.stop].unbind(1)  # [G, M]
-            maps = torch.stack([predictions[layer].mask_logits[images[number], queries[number]]
-                                for number, layer in enumerate(some)]).float().flatten(0, 1)  # [G * M, h, w]
-            sampled = self._sample_points(maps, targets, images.flatten(), chosen.flatten(), draw)
-            pair, at_points = losses_and_gradients(sampled, self.coefficients["loss_mask"],
-                                                   self.coefficients["loss_dice"])
-            losses.append(torch.stack(pair).unflatten(1, images.shape).sum(2).T / divisor)
-            spread = spread_to_pixels(at_points / divisor, sampled.points, maps.shape[1:])
-            gradients += spread.unflatten(0, images.shape).unbind()
+        batch, _, height, width = predictions[0].mask_logits.shape
+        gradients = torch.zeros(batch, len(predictions), targets.labels.shape[1], height, width, device=matches.device)
+        layers = torch.arange(len(predictions), device=matches.device)[:, None]
+        chunks = zip(in_chunks(range(len(predictions))), layers.split(LAYERS_AT_ONCE), matches.split(LAYERS_AT_ONCE),
+                     strict=True)
+        for some, own, match in chunks:
+            images, queries, chosen = match.unbind(1)  # [G, M]
+            pair, spread = self._chunk_of_mask_losses([predictions[layer].mask_logits for layer in some], targets,
+                                                      images, queries, chosen, divisor, draw)
+            losses.append(pair)
+            gradients[images, own, chosen] = spread
         return torch.cat(losses), gradients
+
+    def _chunk_of_mask_losses(self, masks: Sequence[Tensor], targets: PackedTargets, images: Tensor, queries: Tensor,
+                              chosen: Tensor, divisor: Tensor | float, draw: Draw) -> tuple[Tensor, Tensor]:
+        """`_mask_losses` of G predictions' masks [B, Q, h, w]: [G, 2] and [G, M, h, w]. Its points die with it."""
+        maps = torch.stack([every[images[number], queries[number]]
+                            for number, every in enumerate(masks)]).float().flatten(0, 1)  # [G * M, h, w]
+        sampled = self._sample_points(maps, targets, images.flatten(), chosen.flatten(), draw)
+        pair, at_points = losses_and_gradients(sampled, self.coefficients["loss_mask"],
+                                               self.coefficients["loss_dice"])
+        spread = spread_to_pixels(at_points / divisor, sampled.points, maps.shape[1:])
+        return torch.stack(pair).unflatten(1, images.shape).sum(2).T / divisor, spread.unflatten(0, images.shape)
 
     @torch.no_grad()
     def _sample_points(self, maps: Tensor, targets: PackedTargets, images: Tensor, chosen: Tensor,

@@ -10,19 +10,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def with_gradients(value: Tensor, items: Sequence[Mapping[str, Any]], matches: Tensor, gradients: Sequence[Tensor],
-                   num_targets: int) -> Tensor:
-    """`value`, a scalar, with the gradient [M, h, w] that each prediction's matched masks have under it.
+def with_gradients(value: Tensor, items: Sequence[Mapping[str, Any]], matches: Tensor, gradients: Tensor) -> Tensor:
+    """`value`, a scalar, with the gradients that the predictions' matched masks have under it.
 
-    items        the predictions; see `MaskClassificationLoss.step`
-    matches      int64 [L, 3, M]: image, query and target of each of the M masks; targets are below `num_targets`
+    items        the L predictions; see `MaskClassificationLoss.step`
+    matches      int64 [L, 3, M]: image, query and target of each of the M masks
+    gradients    float32 [B, L, N, h, w]: of the mask matched with each of up to N targets; zero where there is none
 
     Only the matched queries' masks have a gradient at all. Masks are linear in what they are made of, so the gradient
     of embeddings and features needs two products over those few masks, where autograd would take all queries'.
     """
     if any("mask_embeddings" not in item for item in items):
-        for item, match, gradient in zip(items, matches.unbind(), gradients, strict=True):
-            value = _MaskGradients.apply(value, match, gradient, item["pred_masks"])  # one by one: each soon forgotten
+        for item, (images, queries, chosen), own in zip(items, matches.unbind(), gradients.unbind(1), strict=True):
+            value = _MaskGradients.apply(value, images, queries, own[images, chosen], item["pred_masks"])  # one by one
         return value
     by_features: dict[int, list[int]] = {}
     for layer, item in enumerate(items):
@@ -30,43 +30,42 @@ def with_gradients(value: Tensor, items: Sequence[Mapping[str, Any]], matches: T
     groups = list(by_features.values())  # layers that share their features: all of Mask2Former's, none of EoMT's
     embeddings = [item["mask_embeddings"] for item in items]
     features = [items[group[0]]["mask_features"] for group in groups]
-    return _FactorGradients.apply(value, matches, gradients, num_targets, groups, *embeddings, *features)
+    return _FactorGradients.apply(value, matches, gradients, groups, *embeddings, *features)
 
 
 class _MaskGradients(torch.autograd.Function):
     """Gradients of one prediction's masks [B, Q, h, w]: zero but for the matched ones."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, match: Tensor, gradient: Tensor, masks: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, images: Tensor, queries: Tensor, gradient: Tensor, masks: Tensor) -> Tensor:
         ctx.shape, ctx.dtype = masks.shape, masks.dtype
-        ctx.save_for_backward(match, gradient)
+        ctx.save_for_backward(images, queries, gradient)
         return value.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        (images, queries, _), gradient = ctx.saved_tensors
+        images, queries, gradient = ctx.saved_tensors
         whole = gradient.new_zeros(ctx.shape, dtype=ctx.dtype)
         whole[images, queries] = (gradient * upstream).to(ctx.dtype)
-        return upstream, None, None, whole
+        return upstream, None, None, None, whole
 
 
 class _FactorGradients(torch.autograd.Function):
     """Gradients of mask embeddings [B, Q, D] and mask features [B, D, h, w]: products over the matched masks alone."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, matches: Tensor, gradients: Sequence[Tensor], num_targets: int,
-                groups: Sequence[Sequence[int]], *factors: Tensor) -> Tensor:
-        ctx.num_targets, ctx.groups = num_targets, groups
-        ctx.save_for_backward(matches, *gradients, *factors)
+    def forward(ctx: Any, value: Tensor, matches: Tensor, gradients: Tensor, groups: Sequence[Sequence[int]],
+                *factors: Tensor) -> Tensor:
+        ctx.groups = groups
+        ctx.save_for_backward(matches, gradients, *factors)
         return value.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        matches, *saved = ctx.saved_tensors
-        gradients, embeddings, features = saved[: len(matches)], saved[len(matches): 2 * len(matches)], saved[
-            2 * len(matches):]
+        matches, gradients, *factors = ctx.saved_tensors
+        embeddings, features = factors[: len(matches)], factors[len(matches):]
         of_embeddings: dict[int, Tensor] = {}
         of_features = []
         for group, feature in zip(ctx.groups, features, strict=True):
@@ -74,14 +73,13 @@ class _FactorGradients(torch.autograd.Function):
             images, queries, chosen = matches[group].unbind(1)  # [g, M]
             layers = torch.arange(len(group), device=maps.device)[:, None]
             # A place for every target of every image in every layer, so that one product does for all of them.
-            masks = maps.new_zeros(len(maps), len(group), ctx.num_targets, maps.shape[2])
-            masks[images, layers, chosen] = torch.stack([gradients[layer] for layer in group]).flatten(2) * upstream
-            matched = maps.new_zeros(len(maps), len(group), ctx.num_targets, maps.shape[1])
+            masks = (gradients if len(group) == len(matches) else gradients[:, group]).flatten(1, 2).flatten(2)
+            matched = maps.new_zeros(*gradients.shape[:1], len(group), gradients.shape[2], maps.shape[1])
             whole = torch.stack([embeddings[layer] for layer in group])  # [g, B, Q, D]
-            matched[images, layers, chosen] = whole[layers, images, queries].float()
-            of_matched = (masks.flatten(1, 2) @ maps.mT).view_as(matched)  # [B, g, N, D]
+            matched[images, layers, chosen] = whole[layers, images, queries].float() * upstream
+            of_matched = (masks @ maps.mT).view_as(matched) * upstream  # [B, g, N, D]
             found = torch.zeros_like(whole)
             found[layers, images, queries] = of_matched[images, layers, chosen].to(whole.dtype)
             of_embeddings |= zip(group, found.unbind(), strict=True)
-            of_features.append((matched.flatten(1, 2).mT @ masks.flatten(1, 2)).view(feature.shape).to(feature.dtype))
-        return None, None, None, None, None, *(of_embeddings[layer] for layer in range(len(matches))), *of_features
+            of_features.append((matched.flatten(1, 2).mT @ masks).view(feature.shape).to(feature.dtype))
+        return None, None, None, None, *(of_embeddings[layer] for layer in range(len(matches))), *of_features

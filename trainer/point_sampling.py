@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Draw = Callable[[tuple[int, ...]], Tensor]
 """The only source of randomness here: shape -> float32 tensor of that shape, uniform in [0, 1)."""
+
+_EVERY = 16  # a value in so many is looked at before all are
 
 
 def uniform_draw(device: torch.device, generator: torch.Generator | None) -> Draw:
@@ -65,13 +68,25 @@ def sample_uncertain_points(mask_logits: Tensor, num_points: int, oversample_rat
 
 
 def smallest(values: Tensor, count: int) -> Tensor:
-    """Indices int64 [N, count] of each row's `count` smallest values [N, S], in no order.
-
-    On the CPU by numpy's partial sort, which is several times as fast as torch's.
-    """
-    if _is_on_host(values) and 0 < count < values.shape[1] and len(values):
-        return torch.from_numpy(np.argpartition(values.numpy(), count - 1, axis=1)[:, :count].copy())
+    """Indices int64 [N, count] of each row's `count` smallest values [N, S], in no order; ties go to any of them."""
+    if _is_on_host(values) and 0 < count < values.shape[1]:
+        return torch.from_numpy(_smallest_on_host(values.numpy(), count))
     return values.topk(count, dim=1, largest=False, sorted=False).indices
+
+
+def _smallest_on_host(values: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.int64]:
+    """Each row is first cut down to what lies below a bound that a part of it suggests: partial sorting of what is left
+    takes less than half the time of sorting all. A bound that is too low, as NaN would make it, cuts nothing."""
+    size, share = values.shape[1], count / values.shape[1]
+    part = -(-size // _EVERY)
+    rank = min(part - 1, int(part * share + 4.0 * (part * share * (1.0 - share)) ** 0.5) + 1)  # mean + 4 deviations
+    found = np.empty((len(values), count), np.int64)
+    for places, row in zip(found, values, strict=True):
+        few = np.flatnonzero(row <= np.partition(row[::_EVERY], rank)[rank])
+        if len(few) < count:
+            few = np.arange(size)
+        places[:] = few[np.argpartition(row[few], count - 1)[:count]]
+    return found
 
 
 def _is_on_host(values: Tensor) -> bool:
