@@ -32,6 +32,7 @@ from shards.mirror import copy_set
 from shards.plan import TrainPlan
 from shards.reader import ShardReader
 from shards.sample import decode_by_pillow, decode_image
+from shards.workers import keep_freed_memory
 from tests.object_storage import KEY, SECRET, FaultyProxy, s3_server
 from trainer.config import DataConfig
 from trainer.data import Batch, TrainCrops, augmented_images, open_reader
@@ -67,6 +68,7 @@ def make_crops(data: Path, output: Path, per_image: int) -> None:
 
 def one_core(folder: Path, arguments: argparse.Namespace) -> None:
     """Tables 1 and 3."""
+    keep_freed_memory()  # as loader processes do
     reader = ShardReader(folder / "set", "train")
     plan = TrainPlan([shard.samples for shard in reader.info.shards], arguments.batch, 0)
     numbers = range(arguments.samples // arguments.batch)

@@ -38,7 +38,8 @@ class ShardReader:
         self.storage, self.split, self.cache = open_storage(root), split, cache
         self.manifest = manifest if manifest is not None else load_manifest(self.storage)
         self.info = self.manifest.split(split)
-        self._index = load_index(self.storage, self.manifest, split)
+        index = load_index(self.storage, self.manifest, split)
+        self._offset, self._length, self._crc32 = (index[column] for column in ("offset", "length", "crc32"))
         self._first_sample = np.cumsum([0] + [shard.samples for shard in self.info.shards])
         _check_sizes(self.storage, self.info.shards)
 
@@ -73,13 +74,13 @@ class ShardReader:
             shard, offset, _ = self._place(run[0])
             end = sum(self._place(run[-1])[1:])
             data = self._range(shard, offset, end - offset)
-            starts = [self._place(number)[1] - offset for number in run]
-            found += [data[start : start + self._place(number)[2]] for start, number in zip(starts, run, strict=True)]
+            places = [(self._place(number)[1] - offset, self._place(number)[2]) for number in run]
+            found += [data[start : start + length] for start, length in places]
         return found
 
     def bytes_of(self, numbers: Sequence[int]) -> int:
         """How many bytes `fetch` would return."""
-        return int(self._index["length"][np.asarray(numbers)].sum())
+        return int(self._length[np.asarray(numbers)].sum())
 
     @property
     def is_local(self) -> bool:
@@ -105,7 +106,7 @@ class ShardReader:
     def _place(self, number: int) -> tuple[int, int, int]:
         """(shard, offset, length)"""
         shard = int(np.searchsorted(self._first_sample, number, side="right")) - 1
-        return shard, int(self._index["offset"][number]), int(self._index["length"][number])
+        return shard, int(self._offset[number]), int(self._length[number])
 
     def _range(self, shard_number: int, offset: int, length: int) -> bytes:
         shard = self.info.shards[shard_number]
@@ -129,11 +130,9 @@ class ShardReader:
             self.cache.remove(_cache_key(self.info.shards[shard], offset, length))
 
     def _problem(self, number: int, data: bytes) -> str | None:
-        _, _, crc32 = (int(value) for value in self._index[number])
-        length = self._place(number)[2]
-        if len(data) != length:
-            return f"got {len(data)} of {length} bytes, the shard is cut short"
-        damaged = zlib.crc32(data) != crc32
+        if len(data) != self._length[number]:
+            return f"got {len(data)} of {self._length[number]} bytes, the shard is cut short"
+        damaged = zlib.crc32(data) != self._crc32[number]
         return "CRC-32 differs from the index, the shard is damaged or was replaced" if damaged else None
 
     def _where(self, number: int) -> str:
@@ -187,7 +186,7 @@ def parse_span(span: bytes, where: str, ignore_index: int = 255) -> CropSample:
         raise CorruptShardError(f"{where}: expected one image and one msgpack, found {sorted(members)}")
     (stem,) = stems
     try:
-        record = decode_sample(members[f"{stem}.mp"])
+        record, header = decode_sample(members[f"{stem}.mp"])
     except ShardError as error:
         raise type(error)(f"{where}: {error}") from error
     return CropSample(
@@ -195,6 +194,7 @@ def parse_span(span: bytes, where: str, ignore_index: int = 255) -> CropSample:
         image_bytes=members[f"{stem}.{image_suffix}"],
         image_suffix=image_suffix,
         record=record,
+        header=header,
         payload=members[f"{stem}.mp"],
         ignore_index=ignore_index,
     )

@@ -151,17 +151,18 @@ def decode_runs(record: Mapping[str, Any], header: MaskHeader) -> Runs:
     gap_is_legal[first_run] = True  # only a class's first run may start right away, the others would merge
     if not gap_is_legal.all() or not (length > 0).all():
         raise CorruptShardError("mask has an empty run or two runs of one class that touch")
-    travelled = np.cumsum(gap + length)  # at most 2^28 runs of less than 2^33 pixels: fits int64
-    before_class = np.repeat(travelled[first_run] - (gap + length)[first_run], header.run_counts)
-    end = travelled - before_class
+    step = gap + length
+    travelled = np.cumsum(step)  # at most 2^28 runs of less than 2^33 pixels: fits int64
+    end = travelled - np.repeat(travelled[first_run] - step[first_run], header.run_counts)
+    start = end - length
     if end.max() > header.height * header.width:
         raise CorruptShardError(f"mask has a run that ends at pixel {end.max()} of {header.height * header.width}")
     index = np.repeat(np.arange(header.labels.size), header.run_counts)
     # Starts are below 2^28 and distinct in a sound record, so one integer sort orders the runs (far
     # faster than argsort) and carries the run number along.
-    order = np.sort(((end - length) << 32) | np.arange(total)) & 0xFFFFFFFF
-    start, length, index = (end - length)[order], length[order], index[order]
-    if (start[1:] < (start + length)[:-1]).any():
+    order = np.sort((start << 32) | np.arange(total)) & 0xFFFFFFFF
+    start, length, index, end = start[order], length[order], index[order], end[order]
+    if (start[1:] < end[:-1]).any():
         raise CorruptShardError("mask has overlapping runs")
     return Runs(start, length, index)
 
@@ -207,9 +208,11 @@ def _to_planes(values: npt.NDArray[np.int64], width: int) -> bytes:
 def _from_planes(planes: bytes, width: int) -> npt.NDArray[np.int64]:
     """Inverse of `_to_planes`: plane p holds byte p of every value."""
     rows = np.frombuffer(planes, np.uint8).reshape(width, -1)
-    wide = np.zeros((rows.shape[1], 4), np.uint8)
-    wide[:, :width] = rows.T
-    return wide.reshape(-1).view("<u4").astype(np.int64)
+    values: npt.NDArray[np.int64] = rows[-1].astype(np.int64)
+    for row in rows[-2::-1]:
+        values <<= 8
+        values |= row
+    return values
 
 
 def _inflate(data: Any, expected: int) -> bytes:

@@ -44,12 +44,9 @@ class CropSample:
     image_bytes: bytes
     image_suffix: str
     record: dict[str, Any]
-    payload: bytes  # what the record was decoded from
+    header: MaskHeader
+    payload: bytes  # what record and header were decoded from
     ignore_index: int = 255
-
-    @functools.cached_property
-    def header(self) -> MaskHeader:
-        return decode_header(self.record)
 
     def decode_into(self, out: npt.NDArray[np.uint8]) -> None:
         """Put the pixels into a contiguous `[H,W,3]` array of their size, without a copy. Raises as `image`."""
@@ -155,15 +152,14 @@ def encode_sample(key: str, mask_record: dict[str, Any], meta: dict[str, Any]) -
     return packed
 
 
-def decode_sample(payload: bytes) -> dict[str, Any]:
-    """Unpack and check all but the runs. Raises CorruptShardError or FormatVersionError."""
+def decode_sample(payload: bytes) -> tuple[dict[str, Any], MaskHeader]:
+    """(record, its mask header), all but the runs checked. Raises CorruptShardError or FormatVersionError."""
     try:
         record = msgpack.unpackb(payload, raw=False, strict_map_key=True)
     except (ValueError, msgpack.exceptions.UnpackException, RecursionError, UnicodeDecodeError) as error:
         raise CorruptShardError(f"sample is not valid msgpack: {error}") from error
     _check_record(record)
-    decode_header(record)
-    return dict(record)
+    return record, decode_header(record)
 
 
 def read_header(payload: bytes) -> tuple[str, MaskHeader]:

@@ -44,8 +44,8 @@ def damaged(scene_shards: Path, tmp_path: Path) -> Path:
 
 
 def test_sample_payload_round_trips_and_its_header_reads_alone() -> None:
-    record = decode_sample(payload("näme.with.dots"))
-    assert record["key"] == "näme.with.dots" and record["meta"] == {"source": "a.jpg"}
+    record, own = decode_sample(payload("näme.with.dots"))
+    assert own.labels.tolist() == [0, 1] and record["key"] == "näme.with.dots" and record["meta"] == {"source": "a.jpg"}
     key, header = read_header(payload("k"))
     assert key == "k" and header.labels.tolist() == [0, 1]
     cut = payload("k")[: payload("k").index(b"data") + 4]  # nothing of the runs is there

@@ -11,7 +11,7 @@ import torch
 from shards.errors import ConfigError, CorruptShardError
 from shards.plan import TrainPlan
 from shards.reader import ShardReader
-from shards.rle import encode_rle
+from shards.rle import decode_header, encode_rle
 from shards.sample import CropSample
 from tests.conftest import make_shards
 from trainer.config import DataConfig
@@ -108,7 +108,8 @@ def test_maps_of_more_than_255_labels_widen_the_whole_batch() -> None:
 
 def test_a_label_outside_the_class_table_is_refused_before_the_device_sees_it() -> None:
     record = encode_rle(np.full((2, 2), 8, np.uint8)) | {"key": "k", "meta": {}}
-    sample = CropSample(key="k", image_bytes=b"", image_suffix="jpg", record=record, payload=b"")
+    sample = CropSample(key="k", image_bytes=b"", image_suffix="jpg", record=record, header=decode_header(record),
+                        payload=b"")
     check_labels(sample, 9)
     with pytest.raises(CorruptShardError, match=r"sample k holds the label 8, legal: 0\.\.7"):
         check_labels(sample, 8)

@@ -6,6 +6,7 @@ the bytes, and the hand-off, not the decoding, would then set the pace.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -144,7 +145,7 @@ class TrainCrops(IterableDataset[Batch]):
         return Batch(
             number=number,
             keys=list(keys),
-            images=mirror(torch.from_numpy(images.pixels), mirrored).permute(0, 3, 1, 2),
+            images=mirror(images.pixels, mirrored).permute(0, 3, 1, 2),
             segment_maps=None if dense else maps,
             masks=[dense_masks(segments, count) for segments, count in zip(maps, counts, strict=True)] if dense
             else None,
@@ -192,7 +193,7 @@ class TrainCrops(IterableDataset[Batch]):
 
 
 class _Images:
-    """The images of a micro-batch, `pixels` uint8 [B, H, W, 3]: each is decoded where it stays."""
+    """The images of a micro-batch, `pixels` a tensor uint8 [B, H, W, 3]: each is decoded where it stays."""
 
     def __init__(self, batch: int) -> None:
         self.batch, self.count, self.first = batch, 0, ""
@@ -200,15 +201,15 @@ class _Images:
     def add(self, sample: CropSample, size: tuple[int, ...], window: tuple[slice, slice] | None) -> None:
         """The next image, or a window of it. Raises CorruptShardError, ConfigError for another size than the first."""
         if not self.count:
-            self.pixels, self.first = np.empty((self.batch, *size, 3), np.uint8), sample.key
+            self.pixels, self.first = new_tensor((self.batch, *size, 3)), sample.key
         height, width = self.pixels.shape[1:3]
         if size != (height, width):
             raise ConfigError(f"samples of one batch differ in size: {self.first} {height}x{width}, {sample.key} "
                               f"{size[0]}x{size[1]}. Train on a split of crops, or set data.crop_size")
         if window is None:
-            sample.decode_into(self.pixels[self.count])
+            sample.decode_into(self.pixels[self.count].numpy())
         else:
-            self.pixels[self.count] = sample.image[window]
+            self.pixels[self.count].numpy()[:] = sample.image[window]
         self.count += 1
 
     def repeat(self) -> None:
@@ -297,7 +298,18 @@ def mirror(stacked: Tensor, mirrored: Sequence[bool]) -> Tensor:
 def stack_segment_maps(segment_maps: Sequence[npt.NDArray[Any]]) -> Tensor:
     """uint8 [B, H, W]; int32 (ignored: 65535) when one of the crops has more labels than uint8 tells apart."""
     if all(segments.dtype == np.uint8 for segments in segment_maps):
-        return torch.from_numpy(np.stack(segment_maps))
+        stacked = new_tensor((len(segment_maps), *segment_maps[0].shape))
+        np.stack(segment_maps, out=stacked.numpy())
+        return stacked
     wide = [np.where(segments == np.iinfo(segments.dtype).max, 65535, segments.astype(np.int32))
             for segments in segment_maps]
     return torch.from_numpy(np.stack(wide).astype(np.int32))
+
+
+def new_tensor(shape: tuple[int, ...]) -> Tensor:
+    """uint8 with any contents. In a loader process its memory is shared with the trainer from the start: else torch
+    would copy it there."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from shards.errors import CorruptShardError, MaskStreamError, RunError
-from shards.workers import exit_with_parent
+from shards.workers import exit_with_parent, keep_freed_memory
 from trainer.data import Batch, LabelledImage, TrainCrops, WholeImages
 
 _log = logging.getLogger(__name__)
@@ -69,6 +69,7 @@ def _items(loader: DataLoader[Any]) -> Iterator[Any]:
 
 def _start_worker(number: int) -> None:
     exit_with_parent()
+    keep_freed_memory()
     # Stop signals are ignored (see trainer.loader_processes), but a worker that is stuck must end with its DataLoader.
     signal.signal(signal.SIGTERM, lambda *_: threading.Timer(_GRACE, os._exit, [0]).start())
 
