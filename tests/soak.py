@@ -1,7 +1,8 @@
 """Train from an S3 server whose network fails at random, killing the training process at random; it must not matter.
 
-An undisturbed run from the folder comes first. The disturbed run is started again after each kill (-9) until it is
-done. Each step's sample keys and loss, as the last process to reach the step saw them, must equal the undisturbed ones.
+An undisturbed run from the folder goes on beside it. The disturbed run is started again after each kill (-9) until it
+is done. Each step's sample keys and loss, as the last process to reach the step saw them, must equal the undisturbed
+ones.
 
 example: python tests/soak.py --minutes 30
 """
@@ -61,7 +62,7 @@ def train_and_note(root: str, folder: Path, steps: int) -> None:
         losses = whole_step(run, micro_batches)
         with (folder / "keys.jsonl").open("a") as lines:
             print(json.dumps({"step": run.step, "keys": [batch.keys for batch in micro_batches],
-                              "loss": losses["loss"]}), file=lines, flush=True)
+                              "loss": losses["loss"], "at": time.time()}), file=lines, flush=True)
         return losses
 
     loop.train_step = noted
@@ -69,8 +70,8 @@ def train_and_note(root: str, folder: Path, steps: int) -> None:
 
 
 def noted_steps(folder: Path) -> dict[int, dict[str, Any]]:
-    """What the last process to reach each step saw; a line that a kill cut short does not count."""
-    found = {}
+    """What the last process to reach each step saw, and when; a line that a kill cut short does not count."""
+    found: dict[int, dict[str, Any]] = {}
     for line in (folder / "keys.jsonl").read_text().splitlines():
         try:
             record = json.loads(line)
@@ -78,6 +79,10 @@ def noted_steps(folder: Path) -> dict[int, dict[str, Any]]:
             continue
         found[record["step"]] = record
     return found
+
+
+def seen(record: dict[str, Any]) -> tuple[Any, Any]:
+    return record["keys"], record["loss"]
 
 
 def child(root: str, folder: Path, steps: int) -> subprocess.Popen[bytes]:
@@ -110,11 +115,10 @@ def soak(minutes: float, seed: int) -> None:
         os.environ |= {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_REGION": "us-east-1",
                        "AWS_ENDPOINT": proxy.endpoint}
         copy_set(local, "s3://maskstream/soak")
-        started = time.monotonic()
-        assert child(str(local), folder / "pilot", 40).wait() == 0
-        seconds_per_step = max(0.02, (time.monotonic() - started - 15) / 40)
-        steps = max(40, int(minutes * 60 / 4 / seconds_per_step))  # kills and faults cost the rest
-        assert child(str(local), folder / "calm", steps).wait() == 0, (folder / "calm" / "log").read_text()[-2000:]
+        assert child(str(local), folder / "pilot", 60).wait() == 0
+        pilot = noted_steps(folder / "pilot")
+        steps = max(60, int(minutes * 60 / 3 / ((pilot[59]["at"] - pilot[9]["at"]) / 50)))  # kills and faults: the rest
+        undisturbed = child(str(local), folder / "calm", steps)
         stop, bursts = threading.Event(), list[int]()
         threading.Thread(target=disturb, args=(proxy, random.Random(rng.random()), stop, bursts), daemon=True).start()
         kills, begun = 0, time.monotonic()
@@ -133,11 +137,12 @@ def soak(minutes: float, seed: int) -> None:
                 break
         stop.set()
         proxy.close()
+        assert undisturbed.wait() == 0, (folder / "calm" / "log").read_text()[-2000:]
         log = (folder / "wild" / "log").read_text()
         assert code == 0, log[-3000:]
         calm, wild = noted_steps(folder / "calm"), noted_steps(folder / "wild")
         assert sorted(wild) == sorted(calm) == list(range(steps))
-        wrong = [step for step in calm if calm[step] != wild[step]]
+        wrong = [step for step in calm if seen(calm[step]) != seen(wild[step])]
         print(f"{steps} steps in {(time.monotonic() - begun) / 60:.1f} minutes, {kills} kills, {sum(bursts)} faults, "
               f"{log.count('try 1 of')} reads that went on, {log.count('fetching it again')} samples fetched again; "
               f"steps whose keys or loss differ from the undisturbed run's: {len(wrong)}")

@@ -410,7 +410,10 @@ def test_a_stopped_run_leaves_no_half_shard_and_a_rerun_finishes_it(tmp_path: Pa
     while len(list((tmp_path / "set").glob(".progress/*.json"))) < 2:
         assert process.poll() is None and time.monotonic() < deadline, "finished before it could be stopped"
         time.sleep(0.02)
+    process.send_signal(signal.SIGSTOP)  # so that a test that was kept waiting does not interrupt a finished run
+    assert not (tmp_path / "set" / "manifest.json").exists(), "finished before it could be stopped"
     process.send_signal(how)
+    process.send_signal(signal.SIGCONT)
     assert process.wait(60) == (130 if how != signal.SIGKILL else -signal.SIGKILL)
     wait_for_orphans(process.pid)
     assert not (tmp_path / "set" / "manifest.json").exists()
