@@ -48,11 +48,13 @@ class Segmenter(nn.Module):
 
     def head_state_dict(self) -> dict[str, Tensor]:
         """Every parameter and buffer except the ViT's: Meta's layout of a released head (with its adapter)."""
-        return {key: value for key, value in self.state_dict().items() if not key.startswith(self._vit_prefix)}
+        prefix = self._vit_prefix
+        return {key: value for key, value in self.state_dict().items() if not key.startswith(prefix)}
 
     def meta_state_dict(self) -> dict[str, Tensor]:
         """The whole model, ViT included, with the keys and shapes of Meta's full model."""
-        vit = {self._vit_prefix + key: tensor for key, tensor in self.backbone.meta_state_dict().items()}
+        prefix = self._vit_prefix
+        vit = {prefix + key: tensor for key, tensor in self.backbone.meta_state_dict().items()}
         return self.head_state_dict() | vit
 
     def trainable_state_dict(self) -> dict[str, Tensor]:
@@ -103,4 +105,5 @@ class Segmenter(nn.Module):
     @property
     def _vit_prefix(self) -> str:
         """What the keys of the ViT start with, in our own layout (`…vit.`) and in Meta's."""
-        return next(name for name, module in self.named_modules() if module is self.backbone) + "."
+        backbone = self.backbone
+        return next(name for name, module in self.named_modules() if module is backbone) + "."
