@@ -6,7 +6,6 @@ the bytes, and the hand-off, not the decoding, would then set the pace.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -201,7 +200,7 @@ class _Images:
     def add(self, sample: CropSample, size: tuple[int, ...], window: tuple[slice, slice] | None) -> None:
         """The next image, or a window of it. Raises CorruptShardError, ConfigError for another size than the first."""
         if not self.count:
-            self.pixels, self.first = new_tensor((self.batch, *size, 3)), sample.key
+            self.pixels, self.first = torch.empty((self.batch, *size, 3), dtype=torch.uint8), sample.key
         height, width = self.pixels.shape[1:3]
         if size != (height, width):
             raise ConfigError(f"samples of one batch differ in size: {self.first} {height}x{width}, {sample.key} "
@@ -298,18 +297,7 @@ def mirror(stacked: Tensor, mirrored: Sequence[bool]) -> Tensor:
 def stack_segment_maps(segment_maps: Sequence[npt.NDArray[Any]]) -> Tensor:
     """uint8 [B, H, W]; int32 (ignored: 65535) when one of the crops has more labels than uint8 tells apart."""
     if all(segments.dtype == np.uint8 for segments in segment_maps):
-        stacked = new_tensor((len(segment_maps), *segment_maps[0].shape))
-        np.stack(segment_maps, out=stacked.numpy())
-        return stacked
+        return torch.from_numpy(np.stack(segment_maps))
     wide = [np.where(segments == np.iinfo(segments.dtype).max, 65535, segments.astype(np.int32))
             for segments in segment_maps]
     return torch.from_numpy(np.stack(wide).astype(np.int32))
-
-
-def new_tensor(shape: tuple[int, ...]) -> Tensor:
-    """uint8 with any contents. In a loader process its memory is shared with the trainer from the start: else torch
-    would copy it there."""
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
