@@ -405,7 +405,8 @@ def test_a_stopped_run_leaves_no_half_shard_and_a_rerun_finishes_it(tmp_path: Pa
     write_scenes(tmp_path / "scenes", {"train": 60, "val": 4}, seed=1)
     arguments = ["--root", str(tmp_path / "scenes"), "--output", str(tmp_path / "set"), "--workers", "2",
                  "images_per_shard=3", "crops.per_image=40"]
-    process = subprocess.Popen(command(*arguments), start_new_session=True, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(*arguments), start_new_session=True, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=listen_to_ctrl_c)
     deadline = time.monotonic() + 120
     while len(list((tmp_path / "set").glob(".progress/*.json"))) < 2:
         assert process.poll() is None and time.monotonic() < deadline, "finished before it could be stopped"
@@ -430,6 +431,11 @@ def test_a_stopped_run_leaves_no_half_shard_and_a_rerun_finishes_it(tmp_path: Pa
     subprocess.run(command(*arguments[:2], "--output", str(tmp_path / "fresh"), *arguments[4:]), check=True,
                    capture_output=True)
     assert contents(tmp_path / "set") == contents(tmp_path / "fresh")
+
+
+def listen_to_ctrl_c() -> None:
+    """A shell that runs the tests in the background (`pytest &`) has all its children ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for_orphans(group: int) -> None:
