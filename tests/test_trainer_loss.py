@@ -26,7 +26,7 @@ from trainer.matcher import (
 from trainer.metrics import ConfusionMatrix
 from trainer.pixel_loss import pixel_cross_entropy
 from trainer.point_losses import SampledPoints, point_losses
-from trainer.point_sampling import point_sample, sample_uncertain_points, smallest, uniform_draw
+from trainer.point_sampling import in_reading_order, point_sample, sample_uncertain_points, smallest, uniform_draw
 from trainer.targets import (
     dense_masks,
     ignore_value,
@@ -183,9 +183,20 @@ def test_pairwise_costs_equal_the_losses_of_every_pair() -> None:
     for counted in (None, (torch.rand(2, 50, generator=generator) > 0.3).float()):
         weights = None if counted is None else torch.stack([counted[b] for b, _, _ in pairs])
         mask, dice = point_losses(SampledPoints(torch.empty(0), x, y, weights))
-        sums = sum_over_points(logits.clone(), rows_of_points(truth, counted))
+        sums = sum_over_points(logits.clone(), rows_of_points(truth, counted), torch.empty_like(logits).mT)
         torch.testing.assert_close(pairwise_mask_cost(sums).flatten(), mask, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(pairwise_dice_cost(sums).flatten(), dice, rtol=1e-5, atol=1e-5)
+
+
+def test_points_are_ordered_and_none_is_lost_or_changed() -> None:
+    points = torch.rand(2, 3, 1000, 2, generator=torch.Generator().manual_seed(0))
+    points[0, 0, :4] = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0], [0.99999994, 0.5]])
+    ordered = in_reading_order(points)
+    assert ordered.shape == points.shape
+    rows = (ordered[..., 1] * 128).int()
+    assert (rows.diff(dim=-1) >= 0)[1:].all() and (rows[0, 0].clamp(max=127).diff() >= 0).all()
+    for before, after in zip(points.flatten(0, 1), ordered.flatten(0, 1), strict=True):
+        assert sorted(map(tuple, before.tolist())) == sorted(map(tuple, after.tolist()))
 
 
 def test_a_batch_is_matched_like_its_images_alone() -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from trainer.point_sampling import Draw, point_sample
+from trainer.point_sampling import Draw, in_reading_order, point_sample
 from trainer.targets import PackedTargets
 
 LAYERS_AT_ONCE = 2
@@ -52,24 +52,27 @@ class HungarianMatcher:
         """
         device, batch = predictions[0].class_logits.device, len(targets.counts)
         with torch.autocast(device.type, enabled=False):
-            points = draw((len(predictions) * batch, self.num_points, 2)).unflatten(0, (-1, batch))  # [L, B, P, 2]
+            points = in_reading_order(draw((len(predictions) * batch, self.num_points, 2)))
+            points = points.unflatten(0, (-1, batch))  # [L, B, P, 2]
             costs = self.costs(predictions, targets, points)
         on_host = costs.cpu().numpy()  # the one wait for the device
         _check_finite(on_host, targets, num_labels=predictions[0].class_logits.shape[-1] - 1)
         matches = np.stack([_assign(prediction, targets.counts) for prediction in on_host])  # [L, 3, M]
         return torch.from_numpy(matches).to(device, non_blocking=True)
 
+    @torch.no_grad()
     def costs(self, predictions: Sequence[Prediction], targets: PackedTargets, points: Tensor) -> Tensor:
         """Cost float32 [L, B, Q, Nmax] of giving each target to each query, from points [L, B, P, 2] shared by an
         image's queries. A column whose label is outside [0, C) is NaN, instead of asserting on the device."""
         sums = []
         images = torch.arange(len(targets.counts), device=points.device)
+        spare = points.new_empty(*predictions[0].mask_logits.shape[:2], self.num_points).mT  # [B, P, Q]
         for some in in_chunks(range(len(predictions))):
             chosen = points[some.start : some.stop]  # [G, B, P, 2]
             truth = targets.at_points(chosen)  # [G, B, Nmax, P]
             counted = targets.counted(images, chosen)  # [G, B, P]
             rows = rows_of_points(truth, counted)  # [G, B, Nmax + 1, P]
-            sums += [sum_over_points(point_sample(predictions[layer].mask_logits, chosen[place]), rows[place])
+            sums += [sum_over_points(point_sample(predictions[layer].mask_logits, chosen[place]), rows[place], spare)
                      for place, layer in enumerate(some)]
         all_sums = PointSums(*map(torch.stack, zip(*sums, strict=True)))
         class_logits = torch.stack([prediction.class_logits for prediction in predictions])
@@ -103,16 +106,16 @@ def rows_of_points(truth: Tensor, counted: Tensor | None) -> Tensor:
     return rows if counted is None else rows * counted[..., None, :]
 
 
-def sum_over_points(logits: Tensor, rows: Tensor) -> PointSums:
-    """Logits [B, Q, P], which are overwritten, and rows [B, N + 1, P].
+def sum_over_points(logits: Tensor, rows: Tensor, spare: Tensor) -> PointSums:
+    """Logits [B, Q, P], which are overwritten as is `spare` [B, P, Q], and rows [B, N + 1, P].
 
     Few, large steps in memory that is there already: new memory costs more time than what is computed in it.
     """
-    by_point, last = logits.mT, rows[:, -1:]
-    softplus = last.bmm(F.softplus(logits).mT)
+    by_point = logits.mT
     of_logits = rows.bmm(by_point)
-    logits.sigmoid_()
-    return PointSums(softplus, of_logits, rows.bmm(by_point), rows.sum(-1, keepdim=True))
+    of_probabilities = rows.bmm(torch.sigmoid(by_point, out=spare))
+    softplus = rows[:, -1:].bmm(torch.ops.aten.softplus.out(by_point, out=by_point))
+    return PointSums(softplus, of_logits, of_probabilities, rows.sum(-1, keepdim=True))
 
 
 def pairwise_mask_cost(sums: PointSums) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 Draw = Callable[[tuple[int, ...]], Tensor]
 """The only source of randomness here: shape -> float32 tensor of that shape, uniform in [0, 1)."""
 
+_CELLS = 128  # of each side, to order points by
 _EVERY = 16  # a value in so many is looked at before all are
 
 
@@ -41,6 +42,16 @@ def point_sample(maps: Tensor, points: Tensor) -> Tensor:
 def sampling_grid(points: Tensor) -> Tensor:
     """Points [N, P, 2] in [0, 1] as the grid [N, P, 1, 2] in [-1, 1] that grid_sample wants, in one pass."""
     return torch.add(points.new_full((), -1.0), points[:, :, None], alpha=2)
+
+
+def in_reading_order(points: Tensor) -> Tensor:
+    """The same points float32 [..., P, 2] of [0, 1], on a host ordered by place, roughly: their order means nothing,
+    and maps are read there two or three times as fast. A device reads many at once and keeps them as they are."""
+    if not _is_on_host(points):
+        return points
+    x, y = (points * _CELLS).to(torch.int16).clamp_(0, _CELLS - 1).unbind(-1)
+    order = np.argsort((y * _CELLS + x).numpy(), axis=-1, kind="stable")  # of 16 bits, and so without comparisons
+    return torch.view_as_real(torch.view_as_complex(points).gather(-1, torch.from_numpy(order)))
 
 
 @torch.no_grad()

@@ -148,9 +148,8 @@ def pack_targets(targets: Sequence[Target], device: torch.device, *, exclude_ign
         raise ValueError(f"targets of one batch need one size [H, W], these have {sorted(sizes)}")
     counts = tuple(len(target["labels"]) for target in moved)
     rows = max(1, *counts)
-    labels = torch.zeros(len(moved), rows, dtype=torch.int64, device=device)
-    for image, (target, count) in enumerate(zip(moved, counts, strict=True)):
-        labels[image, :count] = target["labels"]
+    labels = torch.stack([F.pad(target["labels"], (0, rows - count))
+                          for target, count in zip(moved, counts, strict=True)]).long()
     segmented = all("segment_map" in target for target in moved)
     maps, places, values, ignored = _segment_maps(moved, rows) if segmented else _binary_maps(moved, counts, rows)
     outside = _OUTSIDE[maps.dtype] if segmented else 0
