@@ -125,11 +125,11 @@ class PackedTargets:
         Bilinear as grid_sample (align_corners False); one gather fetches all four pixels of a point.
         """
         _, width = self.size
-        places = points * self.scale - 0.5  # in pixels, from the centre of the first
+        places = (points * self.scale).sub_(0.5)  # in pixels, from the centre of the first
         corners = places.floor()
-        x, y = (places - corners).unbind(-1)  # [..., P]
+        x, y = places.sub_(corners).unbind(-1)  # [..., P]
         left, top = corners.int().unbind(-1)
-        index = top * (width + 1) + left + first[..., None]
+        index = torch.add(left, top, alpha=width + 1) + first[..., None]
         around = self.corners.take(index.clamp_(0, len(self.corners) - 1))
         inside = (around.view(values.dtype).unflatten(-1, (-1, 4)) == values[..., None, None]).float()  # [..., P, 4]
         a, b, c, d = inside.unbind(-1)
