@@ -81,7 +81,7 @@ def one_core(folder: Path, arguments: argparse.Namespace) -> None:
         "decoding the JPEGs alone, by Pillow": (len(jpegs), lambda: decode(decode_by_pillow, jpegs)),
         "decoding the JPEGs alone, as we do": (len(jpegs), lambda: decode(decode_image, jpegs)),
         "ours": (len(jpegs), consume(lambda: iter(packed))),
-        "ours, colour in the loader too": (len(jpegs), lambda: list(map(augmented_images_of, packed))),
+        "ours, mirroring and colour in the loader too": (len(jpegs), lambda: list(map(augmented_images_of, packed))),
         "ours, dense float masks": (len(jpegs), lambda: list(map(float_masks, dense))),
         "on-line transform from whole images": (online, consume(online_batches(arguments.data, online,
                                                                                arguments.batch))),
@@ -186,7 +186,7 @@ def decode(how: Callable[[bytes, str], object], jpegs: list[bytes]) -> None:
 
 
 def augmented_images_of(batch: Batch) -> None:
-    augmented_images(batch)
+    augmented_images(batch.to(torch.device("cpu")))
 
 
 def float_masks(batch: Batch) -> None:

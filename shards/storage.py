@@ -34,7 +34,7 @@ from shards.errors import ConfigError, CorruptShardError, StorageError
 
 REMOTE_SCHEMES = ("s3", "gs", "az", "https", "http")
 READS_OF_DAMAGED = 4
-_OPEN_FILES = 64  # kept open per process; far below the usual limit of 1024 descriptors
+_OPEN_FILES = 256  # more than data.lanes, which read one shard each
 _PIECE = 8 << 20  # bytes asked for in one request, and held twice at most
 _LARGEST_WHOLE = 4 << 30  # bytes; of manifests and indexes, whose size is not known beforehand
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(//)?")

@@ -35,6 +35,7 @@ def equal(first: Batch, second: Batch) -> bool:
         first.keys == second.keys and first.counts == second.counts and first.number == second.number
         and torch.equal(first.images, second.images) and torch.equal(first.segment_maps, second.segment_maps)
         and torch.equal(first.labels, second.labels) and torch.equal(first.photometric, second.photometric)
+        and first.mirrored == second.mirrored
     )  # fmt: skip
 
 
@@ -68,10 +69,11 @@ def test_dense_targets_equal_segment_maps(scene_shards: Path) -> None:
 
 
 def test_augmentation_changes_with_the_epoch_and_mirrors_image_and_masks_together(scene_shards: Path) -> None:
-    always, never = crops(scene_shards, hflip=1.0)[0], crops(scene_shards, hflip=0.0)[0]
+    always, never = crops(scene_shards, hflip=1.0)[0].to(CPU), crops(scene_shards, hflip=0.0)[0].to(CPU)
     assert always.segment_maps is not None and never.segment_maps is not None
     assert torch.equal(always.images, never.images.flip(3))
     assert torch.equal(always.segment_maps, never.segment_maps.flip(2))
+    assert not any(always.mirrored) and torch.equal(always.to(CPU).images, always.images), "once, not twice"
     assert always.photometric is not None
     one_by_one = crops(scene_shards, batch=1)
     first_epoch = {batch.keys[0]: batch.photometric for batch in (one_by_one[m] for m in range(24))}
@@ -79,6 +81,18 @@ def test_augmentation_changes_with_the_epoch_and_mirrors_image_and_masks_togethe
     assert first_epoch.keys() == second_epoch.keys()
     same = [torch.equal(first_epoch[key], second_epoch[key]) for key in first_epoch]  # type: ignore[arg-type]
     assert sum(same) < 6
+
+
+def test_the_device_mirrors_what_the_loader_chose(scene_shards: Path) -> None:
+    for targets in ("segment_map", "dense"):
+        chosen = crops(scene_shards, batch=8, targets=targets)[0]
+        done = chosen.to(CPU)
+        assert 0 < sum(chosen.mirrored) < 8
+        for place, flip in enumerate(chosen.mirrored):
+            image, target, raw = done.images[place], done.targets()[place], chosen.targets()[place]
+            assert torch.equal(image, chosen.images[place].flip(2) if flip else chosen.images[place])
+            for name in target.keys() - {"labels"}:
+                assert torch.equal(target[name], raw[name].flip(-1) if flip else raw[name])
 
 
 def test_cropping_again_keeps_one_label_per_class_present(scene_shards: Path) -> None:

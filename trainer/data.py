@@ -1,4 +1,4 @@
-"""From shards to batches: workers read, decode, crop and flip; the training device does the rest.
+"""From shards to batches: workers read, decode and crop; the training device does the rest.
 
 A worker hands over few, packed tensors (uint8 pixels and segment maps): dense masks would be 10 to 40 times
 the bytes, and the hand-off, not the decoding, would then set the pace.
@@ -54,6 +54,7 @@ class Batch:
     labels: Tensor  # int64 [sum of counts]
     counts: list[int]  # N per image
     photometric: Tensor | None  # float32 [B, K], parameters of `transforms.photometric_distort`
+    mirrored: list[bool]  # per image: still to be mirrored, with its targets, by `to`
     skipped: list[str]  # what was wrong with samples that could not be used
 
     def targets(self) -> list[Target]:
@@ -66,8 +67,22 @@ class Batch:
                                                                                  strict=True)]
 
     def to(self, device: torch.device) -> Batch:
-        """Copy to the device without waiting for it (from pinned memory on CUDA)."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        """Copy to the device without waiting for it (from pinned memory on CUDA), and mirror there what is to be."""
+        moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return moved._mirrored() if any(self.mirrored) else moved
+
+    def _mirrored(self) -> Batch:
+        def mirror(pictures: Iterable[Tensor]) -> list[Tensor]:  # the second dimension of each
+            return [picture.flip(1) if flip else picture for picture, flip in zip(pictures, self.mirrored, strict=True)]
+
+        return replace(
+            self,
+            images=torch.stack(mirror(self.images.permute(0, 2, 3, 1))).permute(0, 3, 1, 2),
+            segment_maps=None if self.segment_maps is None else torch.stack(mirror(self.segment_maps)),
+            masks=None if self.masks is None else [masks.flip(2) if flip else masks for masks, flip
+                                                   in zip(self.masks, self.mirrored, strict=True)],
+            mirrored=[False] * len(self.mirrored),
+        )
 
     def pin_memory(self) -> Batch:
         """Called by the DataLoader's pinning thread."""
@@ -138,19 +153,20 @@ class TrainCrops(IterableDataset[Batch]):
         images = _Images(self.plan.micro_batch_size)
         samples, skipped = self._readable(number, ahead, images)
         keys, segment_maps, labels, mirrored, photometric = zip(*samples, strict=True)
-        maps = mirror(stack_segment_maps(segment_maps), mirrored)
+        maps = stack_segment_maps(segment_maps)
         counts = [own.size for own in labels]
         dense = self.config.targets == "dense"
         return Batch(
             number=number,
             keys=list(keys),
-            images=mirror(images.pixels, mirrored).permute(0, 3, 1, 2),
+            images=images.pixels.permute(0, 3, 1, 2),
             segment_maps=None if dense else maps,
             masks=[dense_masks(segments, count) for segments, count in zip(maps, counts, strict=True)] if dense
             else None,
             labels=torch.from_numpy(np.concatenate(labels)),
             counts=counts,
             photometric=torch.from_numpy(np.stack(photometric)) if self.config.photometric else None,
+            mirrored=list(mirrored),
             skipped=skipped,
         )
 
@@ -284,14 +300,6 @@ def drop_absent_labels(
     table = np.full(np.iinfo(segment_map.dtype).max + 1, ignore_value(kept.size), np.uint16)
     table[np.flatnonzero(present)] = np.arange(kept.size)
     return table[segment_map].astype(np.uint8 if kept.size <= 255 else np.uint16), kept
-
-
-def mirror(stacked: Tensor, mirrored: Sequence[bool]) -> Tensor:
-    """Mirror some of [B, H, W, ...] in place. By torch: numpy takes ten times as long for rows of bytes."""
-    for picture, flip in zip(stacked, mirrored, strict=True):
-        if flip:
-            picture.copy_(picture.flip(1))
-    return stacked
 
 
 def stack_segment_maps(segment_maps: Sequence[npt.NDArray[Any]]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
@@ -55,7 +56,7 @@ class TransformersBatches(IterableDataset[dict[str, Any]]):
         self.crops, self.mean, self.std = TrainCrops(reader, plan, config, numbers), list(mean), list(std)
 
     def __iter__(self) -> Iterator[dict[str, Tensor | list[Tensor]]]:
-        for batch in self.crops:
+        for batch in (crops.to(torch.device("cpu")) for crops in self.crops):
             dense = [to_dense(target) for target in batch.targets()]
             yield {"pixel_values": normalize(augmented_images(batch), self.mean, self.std),
                    "mask_labels": [target["masks"].float() for target in dense],

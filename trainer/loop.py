@@ -127,7 +127,7 @@ class _Loop:
         """One step; None when it is left out for numbers that are not finite."""
         run = self.run
         if run.step == 0 and self.logger is not None:
-            first = micro_batches[0]
+            first = micro_batches[0].to(torch.device("cpu"))
             self.logger.picture(0, "first-batch", batch_panel(augmented_images(first), first, run.manifest))
         if run.step + 1 in run.skipped_steps:
             return None
