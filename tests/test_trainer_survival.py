@@ -191,13 +191,13 @@ def test_a_death_ends_the_run_soon_and_leaves_nothing(scene_shards: Path, tmp_pa
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_is_named_in_bounded_time(scene_shards: Path, tmp_path: Path) -> None:
-    run = TrainingRun(scene_shards, tmp_path / "run", "train.total_steps=100000", "train.hang_timeout=4",
+    run = TrainingRun(scene_shards, tmp_path / "run", "train.total_steps=100000", "train.hang_timeout=10",
                       "train.checkpoint_every=100000", ranks=2)
     run.wait_for_step(3)
     hung = run.ranks()[1]
     os.kill(hung, signal.SIGSTOP)
     deadline = time.monotonic() + 60
-    while "no progress for 4 s" not in run.text:
+    while "no progress for 10 s" not in run.text:
         assert time.monotonic() < deadline, run.text
         time.sleep(0.1)
     os.kill(hung, signal.SIGCONT)  # so that torchrun need not wait half a minute before it kills
@@ -230,11 +230,11 @@ def test_a_single_process_that_hangs_ends(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr("trainer.watchdog.os._exit", end)
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
-    with Watchdog(ALONE, timeout=0.2) as watchdog:
+    with Watchdog(ALONE, timeout=2.0) as watchdog:
         for _ in range(10):  # progress
             watchdog.beat(3, "forward pass")
             assert not stopped.wait(0.05)
-        assert stopped.wait(5)
+        assert stopped.wait(30)
     assert ended[0] == EXIT_HUNG
 
 
