@@ -175,11 +175,11 @@ def gone_process() -> int:
 
 
 @pytest.mark.parametrize(("changes", "code", "text"), [
-    ({}, 0, "running for 1h00m, last heard of 10s ago"),
+    ({}, 0, r"running for 1h00m, last heard of 1\ds ago"),
     ({"host": "elsewhere", "pid": 999999999}, 0, "running"),
-    ({"status": "finished", "step": 120}, 0, "finished 10s ago"),
-    ({"status": "stopped", "message": "SIGTERM"}, 75, "stopped 10s ago: SIGTERM; continue with the same command"),
-    ({"status": "failed", "message": "loss is nan"}, 1, "failed 10s ago: loss is nan"),
+    ({"status": "finished", "step": 120}, 0, r"finished 1\ds ago"),
+    ({"status": "stopped", "message": "SIGTERM"}, 75, r"stopped 1\ds ago: SIGTERM; continue with the same command"),
+    ({"status": "failed", "message": "loss is nan"}, 1, r"failed 1\ds ago: loss is nan"),
     ({"pid": "gone"}, 75, "lost: "),
     ({"host": "elsewhere", "updated": -5000}, 75, "silent for 1h23m; continue with the same command"),
 ])  # fmt: skip
@@ -190,7 +190,7 @@ def test_status_tells_people_and_scripts(tmp_path: Path, changes: dict[str, Any]
     changes |= {"pid": gone_process()} if changes.get("pid") == "gone" else {}
     write_state(tmp_path, dataclasses.replace(STATE, **changes))
     told, as_json = status_of(tmp_path), status_of(tmp_path, "--json")
-    assert told.returncode == as_json.returncode == code and text in told.stdout, told
+    assert told.returncode == as_json.returncode == code and re.search(text, told.stdout), told
     assert json.loads(as_json.stdout)["status"] == text.split(" ")[0].strip(":;") or "silent" in text
 
 
