@@ -21,8 +21,8 @@ def with_gradients(value: Tensor, items: Sequence[Mapping[str, Any]], matches: T
     of embeddings and features needs two products over those few masks, where autograd would take all queries'.
     """
     if any("mask_embeddings" not in item for item in items):
-        for item, (images, queries, chosen), own in zip(items, matches.unbind(), gradients.unbind(1), strict=True):
-            value = _MaskGradients.apply(value, images, queries, own[images, chosen], item["pred_masks"])  # one by one
+        for layer, item in enumerate(items):  # one by one: no two whole gradients need to exist at once
+            value = _MaskGradients.apply(value, matches, gradients, layer, item["pred_masks"])
         return value
     by_features: dict[int, list[int]] = {}
     for layer, item in enumerate(items):
@@ -37,17 +37,18 @@ class _MaskGradients(torch.autograd.Function):
     """Gradients of one prediction's masks [B, Q, h, w]: zero but for the matched ones."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, images: Tensor, queries: Tensor, gradient: Tensor, masks: Tensor) -> Tensor:
-        ctx.shape, ctx.dtype = masks.shape, masks.dtype
-        ctx.save_for_backward(images, queries, gradient)
+    def forward(ctx: Any, value: Tensor, matches: Tensor, gradients: Tensor, layer: int, masks: Tensor) -> Tensor:
+        ctx.layer, ctx.shape, ctx.dtype = layer, masks.shape, masks.dtype
+        ctx.save_for_backward(matches, gradients)
         return value.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        images, queries, gradient = ctx.saved_tensors
-        whole = gradient.new_zeros(ctx.shape, dtype=ctx.dtype)
-        whole[images, queries] = (gradient * upstream).to(ctx.dtype)
+        matches, gradients = ctx.saved_tensors
+        images, queries, chosen = matches[ctx.layer]
+        whole = gradients.new_zeros(ctx.shape, dtype=ctx.dtype)
+        whole[images, queries] = (gradients[images, ctx.layer, chosen] * upstream).to(ctx.dtype)
         return upstream, None, None, None, whole
 
 
