@@ -52,7 +52,7 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
         code = main()
         sys.stdout.flush()
     except MaskStreamError as error:
-        code = _complain(str(error), error.exit_code)
+        code = _complain(str(error), error.exit_code, error.label)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED
@@ -64,6 +64,6 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
     sys.exit(code)
 
 
-def _complain(message: str, code: int = EXIT_BAD_INPUT) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+def _complain(message: str, code: int = EXIT_BAD_INPUT, label: str = "error") -> int:
+    print(f"{label}: {' '.join(message.split())}", file=sys.stderr)
     return code

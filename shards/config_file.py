@@ -108,6 +108,19 @@ def config_to_dict(config: Any) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items()}
 
 
+def config_changes(before: Any, now: Any) -> list[str]:
+    """"name was A and is B" for each setting that differs between two configurations of one schema."""
+    old, new = (_flat(config_to_dict(config)) for config in (before, now))
+    return [f"{name} was {old.get(name)} and is {value}" for name, value in new.items() if old.get(name) != value]
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
 def config_to_yaml(config: Any) -> str:
     """The resolved configuration as YAML; `load_config` reads it back to an equal object."""
     return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)

@@ -17,6 +17,7 @@ class MaskStreamError(Exception):
     """Root of all errors that are the input's or the surroundings' fault, not the program's."""
 
     exit_code = 2
+    label = "error"  # what the line begins with
 
 
 class RunError(MaskStreamError):

@@ -162,6 +162,8 @@ def parse_manifest(data: bytes, name: str) -> Manifest:
 
 
 def _from_content(content: dict[str, Any]) -> Manifest:
+    if not all(type(item["name"]) is str for item in content["classes"]):
+        raise TypeError("the name of a class is not a string")
     classes = [ClassInfo(name=item["name"], color=_color(item["color"])) for item in content["classes"]]
     splits = {name: _split_from_content(item) for name, item in content["splits"].items()}
     return Manifest(**{**content, "classes": classes, "splits": splits})
@@ -191,6 +193,8 @@ def _check_consistency(manifest: Manifest, name: str) -> None:
         for counts in (split.class_pixels, split.class_samples):
             if len(counts) != len(manifest.classes):
                 raise CorruptShardError(f"{where}: counts for {len(counts)} classes, expected {len(manifest.classes)}")
+            if not all(type(count) is int and count >= 0 for count in counts):
+                raise CorruptShardError(f"{where}: the counts of a class are not whole numbers")
         for file in [shard.name for shard in split.shards] + [split.index.name]:
             if not _FILE_NAME.fullmatch(file):
                 raise CorruptShardError(f"{where}: {file!r} is not a plain file name")

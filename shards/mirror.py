@@ -25,6 +25,8 @@ def copy_set(source: str | Path | Storage, destination: str | Path | Storage,
     Raises ConfigError when the destination holds another set, CorruptShardError when a file arrives changed.
     """
     source, destination = open_storage(source), open_storage(destination)
+    if _is_same_place(source, destination):
+        raise ConfigError(f"{destination.root} is the set itself; give another place to copy it to")
     manifest = load_manifest(source)
     content = manifest_bytes(manifest)
     there = _existing_manifest(destination)
@@ -50,6 +52,12 @@ def files_of(manifest: Manifest) -> Iterator[File]:
     for split in manifest.splits.values():
         yield from split.shards
         yield split.index
+
+
+def _is_same_place(one: Storage, other: Storage) -> bool:
+    if isinstance(one, LocalStorage) and isinstance(other, LocalStorage):
+        return one.folder.resolve() == other.folder.resolve()
+    return str(one.root).rstrip("/") == str(other.root).rstrip("/")
 
 
 def _copy(source: Storage, destination: Storage, file: File) -> None:

@@ -396,6 +396,9 @@ def test_command_line_mistakes_are_one_line(scene_shards: Path, finished: Path, 
     line = one_line_error(run_program("trainer/predict.py", "--checkpoint", tmp_path / "no.pt", "--output", tmp_path,
                                       REPOSITORY / "README.md"))
     assert "no.pt does not exist" in line
+    line = one_line_error(run_program("trainer/predict.py", "--output", tmp_path, "--checkpoint",
+                                      finished / "checkpoints/best.pt", "eval.tta_flip=true"))
+    assert "--set eval.tta_flip=true" in line
     line = one_line_error(run_program("trainer/eval.py", "--checkpoint", finished / "checkpoints/best.pt"))
     assert "data.root is not set" in line
     missing_backbone = run_program("trainer/train.py", f"data.root={scene_shards}", f"output_dir={tmp_path / 'r'}",

@@ -415,3 +415,14 @@ def test_no_changed_byte_breaks_a_decoder(scene_shards: Path) -> None:
     outcomes = fuzz(scene_shards, 300)
     assert sum(outcomes.values()) == 900
     assert all(outcomes[f"{name}: refused"] > 30 for name in ("manifest", "sample", "payload")), outcomes
+
+
+def test_a_set_is_never_copied_onto_itself(scene_shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(scene_shards, tmp_path / "set")
+    (tmp_path / "link").symlink_to(tmp_path / "set")
+    shard = next((tmp_path / "set").glob("train-*.tar"))
+    shard.write_bytes(b"XXXX" + shard.read_bytes()[4:])
+    for destination in ("set", "set/../set", "link"):
+        with pytest.raises(ConfigError, match="is the set itself"):
+            copy_set(tmp_path / "set", tmp_path / destination)
+    assert shard.exists(), "damaged, but all there is"

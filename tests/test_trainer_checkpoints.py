@@ -47,7 +47,10 @@ def names(folder: Path) -> list[str]:
 def test_the_newest_are_kept_and_the_best_and_every_so_many(tmp_path: Path) -> None:
     written(tmp_path, tmp_path, 1, 2, 3, 4, 5, 6, 7, keep_every=3, best=2)
     kept = [f"step-0000000{step}.pt{suffix}" for step in (3, 6, 7) for suffix in ("", ".sha256")]
-    assert names(tmp_path) == ["best.pt", *kept]
+    assert names(tmp_path) == ["best.pt", "best.pt.sha256", *kept]
+    for name in ("best.pt", "step-00000007.pt"):
+        found_hash = hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+        assert (tmp_path / f"{name}.sha256").read_text() == f"{found_hash}  {name}\n"
     assert load_checkpoint(tmp_path / "best.pt").step == 2
     found = load_latest(tmp_path)
     assert found is not None and found.step == 7 and torch.equal(found.model["weight"], torch.full((1000,), 7.0))
@@ -171,6 +174,16 @@ def test_a_kill_at_any_moment_leaves_a_sound_checkpoint(tmp_path: Path) -> None:
     assert last > 5
 
 
+def test_damaged_later_checkpoints_push_out_no_sound_one(tmp_path: Path) -> None:
+    written(tmp_path, tmp_path, 1, 2)
+    (tmp_path / "step-00000009.pt").write_bytes((tmp_path / "step-00000002.pt").read_bytes()[:500])
+    (tmp_path / "step-00000009.pt.sha256").write_text("00  step-00000009.pt\n")
+    written(tmp_path, tmp_path, 3, keep=1)
+    with pytest.warns(UserWarning, match="Falling back"):
+        found = load_latest(tmp_path)
+    assert found is not None and found.step == 3
+
+
 def test_checkpoints_live_in_object_storage_too(s3_root: str, tmp_path: Path) -> None:
     place = f"{s3_root}/checkpoints"
     assert load_latest(place) is None
@@ -180,8 +193,8 @@ def test_checkpoints_live_in_object_storage_too(s3_root: str, tmp_path: Path) ->
     assert names(tmp_path) == [], "nothing is left on the local disk"
     writer = CheckpointWriter(place, tmp_path, 2, None)
     assert writer.storage.sizes() is not None
-    assert sorted(writer.storage.sizes() or {}) == ["best.pt", "step-00000002.pt", "step-00000002.pt.sha256",
-                                                    "step-00000003.pt", "step-00000003.pt.sha256"]
+    assert sorted(writer.storage.sizes() or {}) == [
+        name + suffix for name in ("best.pt", "step-00000002.pt", "step-00000003.pt") for suffix in ("", ".sha256")]
     data = bytearray(writer.storage.read("step-00000003.pt"))
     data[len(data) // 2] ^= 1
     writer.storage.write("step-00000003.pt", bytes(data))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shards.config_file import config_to_dict, config_to_yaml, override_config
+from shards.config_file import config_changes, config_to_dict, config_to_yaml, override_config
 from shards.errors import ConfigError
 from tests.conftest import REPOSITORY
 from trainer.config import RunConfig, load_run_config, run_config_from_dict
@@ -71,3 +71,11 @@ def test_configurations_cannot_be_changed() -> None:
     config = RunConfig()
     with pytest.raises(AttributeError):
         config.seed = 1  # type: ignore[misc]
+
+
+def test_changes_between_configurations_are_named() -> None:
+    before = RunConfig()
+    assert config_changes(before, before) == []
+    now = override_config(before, ["optimizer.lr=0.5", "data.root=elsewhere"])
+    assert sorted(config_changes(before, now)) == ["data.root was None and is elsewhere",
+                                                   f"optimizer.lr was {before.optimizer.lr} and is 0.5"]

@@ -23,8 +23,9 @@ from trainer.failures import OutOfMemory, RankLost, named_failures
 from trainer.loader import LoaderError
 from trainer.loop import train
 from trainer.non_finite import TrainingDiverged
+from trainer.run_folder import FolderInUse, only_run_in, start_noted
 from trainer.run_logger import read_metrics
-from trainer.run_state import read_state
+from trainer.run_state import STATE_NAME, read_state
 from trainer.stopping import EXIT_TO_BE_CONTINUED, RunStopped, StopRequest, stop_on_signals
 from trainer.watchdog import EXIT_HUNG, PHASES, LastHeard, Watchdog, describe_hang
 
@@ -105,7 +106,7 @@ def test_one_process_stops_after_a_whole_step_and_leaves_nothing(scene_shards: P
     run.wait_for_step(3)
     os.killpg(run.process.pid, number)  # all its processes, as a terminal and torchrun do
     assert run.wait(60) == code, run.text
-    assert f"error: {number.name}: stopped after step" in run.text and "Traceback" not in run.text
+    assert f"stopped as asked: {number.name}: stopped after step" in run.text and "Traceback" not in run.text
     assert final_state(run.folder).step == newest_step(run.folder)
     run.assert_gone()
 
@@ -416,3 +417,61 @@ def test_ranks_decide_alike_when_one_sees_bad_numbers(scene_shards: Path, tmp_pa
 def test_states_that_differ_are_noticed() -> None:
     with pytest.raises(AssertionError, match=r"a\[0\]"):
         assert_equal_states({"a": [torch.zeros(2)]}, {"a": [torch.tensor([0.0, 1e-30])]})
+
+
+# One run in a folder, from its first moment
+
+
+def test_a_folder_holds_one_run_at_a_time(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    holder = f"process {os.getpid()} on .*choose another output_dir"
+    with only_run_in(folder), pytest.raises(FolderInUse, match=holder), only_run_in(folder, patience=0.7):
+        pytest.fail("two runs in one folder")
+    assert capfd.readouterr().out.count("waiting for its end") == 1
+    with only_run_in(folder, patience=0.0):
+        pass  # let go
+
+
+def test_a_run_waits_for_the_one_before_to_end(tmp_path: Path) -> None:
+    entered = threading.Event()
+
+    def first() -> None:
+        with only_run_in(tmp_path):
+            entered.set()
+            time.sleep(0.3)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    entered.wait(10)
+    with only_run_in(tmp_path, patience=60):
+        assert not thread.is_alive() or thread.join(10) is None
+    thread.join()
+
+
+def test_what_happens_while_a_run_starts_is_in_its_state(tmp_path: Path) -> None:
+    with start_noted(tmp_path, 10, 2):
+        state = read_state(tmp_path)
+        assert state is not None and (state.status, state.step, state.total_steps) == ("running", 0, 10)
+    with pytest.raises(ConfigError), start_noted(tmp_path, 10, 2):
+        raise ConfigError("no such data")
+    state = read_state(tmp_path)
+    assert state is not None and (state.status, state.message) == ("failed", "ConfigError: no such data")
+    with pytest.raises(KeyboardInterrupt), start_noted(tmp_path, 10, 2):
+        raise KeyboardInterrupt
+    state = read_state(tmp_path)
+    assert state is not None and state.status == "stopped"
+    (tmp_path / STATE_NAME).write_text("damaged")
+    with start_noted(tmp_path, 10, 2):
+        assert read_state(tmp_path) is not None
+
+
+def test_a_continued_run_that_cannot_start_has_failed_not_stopped(scene_shards: Path, tmp_path: Path) -> None:
+    settings = [f"data.root={scene_shards}", f"output_dir={tmp_path}", "train.total_steps=2",
+                "train.checkpoint_every=1"]
+    train(load_run_config(TINY, settings), ALONE)
+    with pytest.raises(ConfigError, match="seed was"):
+        train(load_run_config(TINY, [*settings, "seed=5"]), ALONE)
+    state = read_state(tmp_path)
+    assert state is not None and state.status == "failed" and "seed was" in state.message and state.step == 2
+    with pytest.raises(ConfigError, match=r"train\.total_steps is 1, but .* has been trained for 2 steps"):
+        train(load_run_config(TINY, [*settings, "train.total_steps=1"]), ALONE)

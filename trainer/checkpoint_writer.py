@@ -1,7 +1,7 @@
 """Writes checkpoints while training goes on: to a folder or object storage, whole or not at all, and thins them out.
 
-Order of writing, each step published at once: `best.pt` (when it is the best), `step-N.pt.sha256`, `step-N.pt`. A kill
-between them leaves the checkpoint before, and a hash nobody asks for.
+Order of writing, each step published at once: `best.pt` and its hash (when it is the best), `step-N.pt.sha256`,
+`step-N.pt`. A kill between them leaves the checkpoint before, and a hash nobody asks for.
 """
 
 from __future__ import annotations
@@ -94,8 +94,10 @@ class CheckpointWriter:
                 file.flush()
                 os.fsync(file.fileno())
             if is_best:
+                self.storage.delete(BEST_NAME + HASH_SUFFIX)  # at no moment is it that of another file
                 self._publish_copy(temporary, BEST_NAME)
-            self.storage.write(name + HASH_SUFFIX, f"{hashing.sha256.hexdigest()}  {name}\n".encode())
+                self._publish_hash(hashing, BEST_NAME)
+            self._publish_hash(hashing, name)
             if isinstance(self.storage, LocalStorage):
                 temporary.replace(self.scratch / name)
                 sync_folder(self.scratch)
@@ -104,7 +106,10 @@ class CheckpointWriter:
         finally:
             temporary.unlink(missing_ok=True)
         self.newest = name
-        self._remove_old()
+        self._remove_old(checkpoint.step)
+
+    def _publish_hash(self, hashing: _Hashing, name: str) -> None:
+        self.storage.write(name + HASH_SUFFIX, f"{hashing.sha256.hexdigest()}  {name}\n".encode())
 
     def _publish_copy(self, temporary: Path, name: str) -> None:
         if isinstance(self.storage, LocalStorage):
@@ -112,8 +117,10 @@ class CheckpointWriter:
         else:
             self.storage.upload(name, temporary)
 
-    def _remove_old(self) -> None:
-        names = numbered(self.storage)
+    def _remove_old(self, newest: int) -> None:
+        """Later ones than the newest were found damaged, or it would not be: they count for nothing, and may be
+        looked at until the run comes to their steps again."""
+        names = {step: name for step, name in numbered(self.storage).items() if step <= newest}
         for step, name in list(names.items())[: -self.keep]:
             if self.keep_every is None or step % self.keep_every:
                 self.storage.delete(name)

@@ -6,6 +6,7 @@ import math
 import time
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ from trainer.run import (
     snapshot,
     take_over,
 )
+from trainer.run_folder import only_run_in, start_noted
 from trainer.run_logger import RunLogger
 from trainer.seeding import seed_micro_batch
 from trainer.stopping import RunStopped, stop_on_signals
@@ -55,8 +57,15 @@ def train(config: RunConfig, context: DistContext) -> dict[str, Any]:
 
     Raises RunStopped after a signal that asks for it (see `trainer.stopping`), and other RunErrors and ConfigErrors.
     """
-    # -- data ---------------------------------------------------------------------------------------------
     root, folder = required_folders(config)
+    if not context.is_main:
+        return _train(config, context, root, folder)
+    with only_run_in(folder), start_noted(folder, config.train.total_steps, context.world_size):
+        return _train(config, context, root, folder)
+
+
+def _train(config: RunConfig, context: DistContext, root: str, folder: Path) -> dict[str, Any]:
+    # -- data ---------------------------------------------------------------------------------------------
     manifest = load_manifest(root)
     crops = open_crops(config, manifest)
     val_reader = open_reader(config.data, config.data.val_split, manifest)
@@ -295,8 +304,10 @@ def _start_logging(run: Run) -> RunLogger:
     project = run.config.train.wandb_project
     wandb = None if project is None else WandbRun(run.folder, project, config_to_dict(run.config))
     logger = RunLogger(run.folder, run.step, wandb)
+    if run.changes:
+        print(f"settings changed since: {'; '.join(run.changes)}", flush=True)
     if run.step:
-        logger.event(run.step, f"continued with {run.context.world_size} rank(s)")
+        logger.event(run.step, "; ".join([f"continued with {run.context.world_size} rank(s)", *run.changes]))
     return logger
 
 

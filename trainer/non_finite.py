@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import socket
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -84,9 +85,12 @@ class NonFiniteGuard:
             "gradient_norms": _gradient_norms(run),
         }  # fmt: skip
         folder = run.folder / RECORD_FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / f"step-{run.step + 1:08d}-rank-{run.context.rank}.json",
-                         json.dumps(_jsonable(record), indent=1).encode())
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / f"step-{run.step + 1:08d}-rank-{run.context.rank}.json",
+                             json.dumps(_jsonable(record), indent=1).encode())
+        except OSError as problem:  # a full disk is no reason to end a run that is to go on
+            warnings.warn(f"what was not finite could not be written to {folder}: {problem}", stacklevel=2)
 
 
 def _gradient_norms(run: Run) -> dict[str, float]:

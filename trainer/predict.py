@@ -38,7 +38,8 @@ def check_outputs(images: list[Path], output: Path) -> None:
     written: dict[Path, Path] = {}
     for image in images:
         if not image.is_file():
-            raise ConfigError(f"image {image} {'is a folder' if image.is_dir() else 'does not exist'}")
+            hint = f"; settings are given as --set {image}" if "=" in str(image) else ""
+            raise ConfigError(f"image {image} {'is a folder' if image.is_dir() else f'does not exist{hint}'}")
         for name in output_names(image):
             other = written.setdefault(output / name, image)
             if other is not image:

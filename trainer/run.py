@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from shards.config_file import config_to_dict
+from shards.config_file import config_changes, config_to_dict
 from shards.errors import ConfigError
 from shards.manifest import Manifest
 from shards.plan import TrainPlan
@@ -43,6 +43,7 @@ class Run:
     best_miou: float | None = None
     evaluated: bool = True  # whether an evaluation that is due at `step` was done
     skipped_steps: list[int] = field(default_factory=list)  # left out for numbers that were not finite
+    changes: list[str] = field(default_factory=list)  # settings that are not those of the checkpoint it continues
     stop: StopRequest = field(default_factory=StopRequest)
     watchdog: Watchdog | None = None
 
@@ -135,6 +136,10 @@ def resume(run: Run) -> None:
         if before != now:
             raise ConfigError(f"cannot continue {run.folder}: {name} was {before} and is {now}; "
                               "restore it, or choose another output_dir")
+    if checkpoint.step > new.train.total_steps:
+        raise ConfigError(f"train.total_steps is {new.train.total_steps}, but {run.folder} has been trained for "
+                          f"{checkpoint.step} steps; legal: at least that, or another output_dir")
+    run.changes = config_changes(replace(old, output_dir=new.output_dir), new)  # a folder may have been moved
     take_over(run, checkpoint)
 
 

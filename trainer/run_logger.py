@@ -32,9 +32,9 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and {"step", "kind"} <= record.keys():
+        if isinstance(record, dict) and type(record.get("step")) is int and "kind" in record:
             records.append(record)
     return records
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from shards.command_line import run_entry_point
 from shards.errors import ConfigError
-from trainer.run_logger import read_metrics
+from trainer.run_logger import METRICS_NAME, read_metrics
 from trainer.run_state import STATE_NAME, RunState, format_duration, read_state
 
 EXIT_CODES = {"running": 0, "finished": 0, "failed": 1, "stopped": 75, "lost": 75}  # 75: EX_TEMPFAIL of sysexits.h
@@ -33,10 +33,15 @@ def main() -> int:
         raise ConfigError(f"{arguments.run / STATE_NAME} does not exist: no run was started in {arguments.run}")
     records, now = read_metrics(arguments.run), time.time()
     status = "lost" if state.is_lost(_steps_between_updates(records), now) else state.status
+    try:
+        lines = _lines(arguments.run, status, state, records, now)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{arguments.run / METRICS_NAME} holds a record that is not one of a run: "
+                          f"{error!r}") from error
     if arguments.json:
         print(json.dumps(dataclasses.asdict(state) | {"status": status}, indent=1))
     else:
-        print("\n".join(_lines(arguments.run, status, state, records, now)))
+        print("\n".join(lines))
     return EXIT_CODES[status]
 
 

@@ -26,6 +26,7 @@ class RunStopped(RunError):
     """A signal stopped the run after a whole step; the message says which, and where it goes on."""
 
     exit_code = EXIT_TO_BE_CONTINUED
+    label = "stopped as asked"
 
 
 @dataclass

@@ -1,0 +1,87 @@
+"""A run's folder before the run is in it: one run at a time, and a word in state.json from the first moment."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import os
+import socket
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from shards.errors import ConfigError, RunError
+from trainer.run_state import RunState, read_state, write_state
+
+LOCK_NAME = ".lock"
+_PATIENCE = 120.0  # seconds; a run that was stopped or killed may take so long to let go
+_PAUSE = 0.5
+
+
+class FolderInUse(RunError):
+    """Another process trains into the folder; the message says which."""
+
+
+@contextmanager
+def only_run_in(folder: Path, patience: float = _PATIENCE) -> Iterator[None]:
+    """Keep other runs out of `folder`, which is made, until the end or this process's death.
+
+    Waits `patience` seconds for one that is there. Raises FolderInUse.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_NAME).open("a+", encoding="utf-8") as file:
+        _lock(file, folder, time.monotonic() + patience)
+        yield
+
+
+def _lock(file: IO[str], folder: Path, deadline: float) -> None:
+    told = False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            file.seek(0)
+            holder = f"{folder} is in use by a run ({file.read().strip() or 'which has just begun'})"
+            if time.monotonic() > deadline:
+                raise FolderInUse(f"{holder}; wait for its end, or choose another output_dir") from None
+            if not told:
+                print(f"{holder}; waiting for its end", flush=True)
+                told = True
+            time.sleep(_PAUSE)
+        except OSError as error:  # a file system without locks
+            warnings.warn(f"{folder} cannot be locked ({error}): take care that no other run uses it", stacklevel=2)
+            return
+    file.truncate(0)
+    print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+
+
+@contextmanager
+def start_noted(folder: Path, total_steps: int, world_size: int) -> Iterator[None]:
+    """The run's state from before its data and model are there: a death while they load is not "no run was started",
+    and an error then is not "stopped". What the loop says later stays."""
+    before, now = _state_of(folder), time.time()
+    state = RunState(
+        status="running", step=before.step if before else 0, total_steps=total_steps, world_size=world_size,
+        host=socket.gethostname(), pid=os.getpid(), started=now, updated=now, seconds_per_step=None,
+        best_miou=before.best_miou if before else None, checkpoint=before.checkpoint if before else None,
+    )  # fmt: skip
+    write_state(folder, state)
+    try:
+        yield
+    except BaseException as error:
+        if _state_of(folder) == state:
+            status = "failed" if isinstance(error, Exception) else "stopped"
+            write_state(folder, dataclasses.replace(state, status=status, updated=time.time(),
+                                                    message=f"{type(error).__name__}: {error}"))
+        raise
+
+
+def _state_of(folder: Path) -> RunState | None:
+    try:
+        return read_state(folder)
+    except ConfigError:  # damaged; it is only for looking at
+        return None
