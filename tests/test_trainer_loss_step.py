@@ -526,3 +526,11 @@ def test_mask_losses_of_two_ranks_add_up_to_those_of_the_joined_batch(tmp_path: 
     joined = loss.step(outputs, targets).losses
     for name, value in ranks[0].items():
         assert np.isclose(float(value + ranks[1][name]) / 2, float(joined[name]), rtol=1e-5), name
+
+
+def test_factors_in_some_predictions_only_are_refused() -> None:
+    outputs, factors = outputs_of(2, 9, (8, 8), 3), outputs_of(2, 9, (8, 8), 3, factors=4)
+    for item, made_of in zip(items_of(outputs)[1:], items_of(factors)[1:], strict=True):
+        item |= {name: made_of[name] for name in ("mask_embeddings", "mask_features")}
+    with pytest.raises(ValueError, match="1 of 3 predictions lack mask_embeddings"):
+        MaskClassificationLoss(**SETTINGS).step(outputs, targets_of([2, 1], (32, 32)))

@@ -129,6 +129,8 @@ def test_a_state_comes_back_as_it_was_written(tmp_path: Path) -> None:
     (b"{", "not valid JSON"), (b"\xff", "not valid JSON"), (b"[1]", "must hold an object"),
     ({"status": "asleep"}, "'status' is 'asleep', legal: running, stopped, failed, finished"),
     ({"step": "3"}, "field 'step' is '3', legal: int"), ({"step": True}, "field 'step' is True"),
+    ({"total_steps": 0}, "total_steps is 0, legal: at least 1"), ({"updated": float("nan")}, "legal: finite numbers"),
+    ({"seconds_per_step": float("inf")}, "legal: finite numbers"),
     ({"seconds_per_step": "x"}, r"legal: float \| None"), ({"pid": None}, "field 'pid' is None"),
 ])  # fmt: skip
 def test_a_malformed_state_is_one_clear_error(tmp_path: Path, content: Any, message: str) -> None:
@@ -151,6 +153,13 @@ def test_what_cannot_be_written_is_a_warning(finished: Path, scene_shards: Path,
     (tmp_path / "curves.png").mkdir()
     with pytest.warns(UserWarning, match=r"curves\.png could not be written"):
         assert draw_curves(tmp_path) is None
+    (tmp_path / "curves.png").rmdir()
+    (tmp_path / "report.html").rmdir()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "kind": "val"}\n')
+    with pytest.warns(UserWarning, match=r"curves\.png could not be written: KeyError"):
+        assert draw_curves(tmp_path) is None
+    with pytest.warns(UserWarning, match=r"report\.html could not be written: KeyError"):
+        write_report(tmp_path, tiny(scene_shards, tmp_path), load_manifest(scene_shards), ALONE)
 
 
 def test_a_finished_run_says_so(finished: Path) -> None:
@@ -207,6 +216,14 @@ def test_status_shows_how_far_and_how_well(tmp_path: Path) -> None:
     assert "30/120 (25.0%), 41.4 s/step, ETA 1h02m" in told and "step-00000020.pt" in told
     assert "2.5000, gradient norm 1.25" in told and "0.2000 at step 20, best 0.2500" in told
     assert "happening 4" in told and "happening 1" not in told
+
+
+@pytest.mark.parametrize("line", ['{"step": 1, "kind": "train"}', '{"step": 1, "kind": "val"}', '{"step": "1"}'])
+def test_records_that_are_none_of_a_run_are_one_clear_line(tmp_path: Path, line: str) -> None:
+    write_state(tmp_path, dataclasses.replace(STATE, started=time.time(), updated=time.time()))
+    (tmp_path / "metrics.jsonl").write_text(line + "\n")
+    told = status_of(tmp_path)
+    assert "Traceback" not in told.stderr and told.returncode == (0 if "kind" not in line else 2)
 
 
 def test_status_without_a_run_is_one_line_and_costs_no_torch(tmp_path: Path) -> None:

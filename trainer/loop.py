@@ -58,6 +58,7 @@ def train(config: RunConfig, context: DistContext) -> dict[str, Any]:
     Raises RunStopped after a signal that asks for it (see `trainer.stopping`), and other RunErrors and ConfigErrors.
     """
     root, folder = required_folders(config)
+    accumulation_for(config.train.global_batch_size, config.train.micro_batch_size, context.world_size)  # or an error
     if not context.is_main:
         return _train(config, context, root, folder)
     with only_run_in(folder), start_noted(folder, config.train.total_steps, context.world_size):
@@ -69,7 +70,6 @@ def _train(config: RunConfig, context: DistContext, root: str, folder: Path) -> 
     manifest = load_manifest(root)
     crops = open_crops(config, manifest)
     val_reader = open_reader(config.data, config.data.val_split, manifest)
-    accumulation_for(config.train.global_batch_size, config.train.micro_batch_size, context.world_size)  # or an error
     # -- model --------------------------------------------------------------------------------------------
     run = build_run(config, context, manifest, folder)
     resume(run)

@@ -88,7 +88,8 @@ class MaskClassificationLoss(nn.Module):
 
         `outputs` is {"pred_logits" [B, Q, C + 1], "pred_masks" [B, Q, h, w], "aux_outputs": list of the same two}.
         Where a prediction also has "mask_embeddings" [B, Q, D] and "mask_features" [B, D, h, w], whose products its
-        masks are, the gradient goes there, through the matched queries alone, and pred_masks need none.
+        masks are (in all predictions or in none), the gradient goes there, through the matched queries alone, and
+        pred_masks need none.
         `num_masks` divides mask and dice losses; by default it is `count_masks(targets)`. Waits for the device once.
         Draws the matcher's points of all predictions first, then those of the losses, a few predictions at a time.
         Raises as `forward`.

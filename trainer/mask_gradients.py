@@ -17,10 +17,16 @@ def with_gradients(value: Tensor, items: Sequence[Mapping[str, Any]], matches: T
     matches      int64 [L, 3, M]: image, query and target of each of the M masks
     gradients    float32 [B, L, N, h, w]: of the mask matched with each of up to N targets; zero where there is none
 
+    Raises ValueError when some predictions come with their factors and others without.
+
     Only the matched queries' masks have a gradient at all. Masks are linear in what they are made of, so the gradient
     of embeddings and features needs two products over those few masks, where autograd would take all queries'.
     """
-    if any("mask_embeddings" not in item for item in items):
+    without = sum("mask_embeddings" not in item for item in items)
+    if 0 < without < len(items):
+        raise ValueError(f"{without} of {len(items)} predictions lack mask_embeddings and mask_features; legal: in all "
+                         "of them or in none")
+    if without:
         for layer, item in enumerate(items):  # one by one: no two whole gradients need to exist at once
             value = _MaskGradients.apply(value, matches, gradients, layer, item["pred_masks"])
         return value

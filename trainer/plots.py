@@ -34,13 +34,22 @@ def batch_panel(images: Tensor, batch: Batch, manifest: Manifest, limit: int = 8
 def draw_curves(run: Path) -> Path | None:
     """`<run>/curves.png`: loss, learning rate and validation mIoU over steps.
 
-    None when nothing was logged, or, with a warning, when the file cannot be written.
+    None when nothing was logged, or, with a warning, when the file cannot be written or a record is not one of a run:
+    a run that has all it needs does not end over a picture.
     """
-    records = read_metrics(run)
+    path = run / "curves.png"
+    try:
+        return path if _draw(read_metrics(run), path) else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        warnings.warn(f"{path} could not be written: {error!r}", stacklevel=2)
+        return None
+
+
+def _draw(records: list[dict[str, Any]], path: Path) -> bool:
     train = [record for record in records if record["kind"] == "train"]
     val = [record for record in records if record["kind"] == "val"]
     if not train and not val:
-        return None
+        return False
     import matplotlib.figure  # costs a second to import, and only the end of a run draws
 
     figure = matplotlib.figure.Figure(figsize=(12, 3.5), layout="constrained")
@@ -59,13 +68,8 @@ def draw_curves(run: Path) -> Path | None:
         panel.set_title(title)
         panel.set_xlabel("step")
         panel.grid(alpha=0.3)
-    path = run / "curves.png"
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:  # a full disk, at the end of a run that has all it needs
-        warnings.warn(f"{path} could not be written: {error}", stacklevel=2)
-        return None
-    return path
+    figure.savefig(path, dpi=120)
+    return True
 
 
 def _plot_loss(panel: Any, steps: list[int], losses: list[float]) -> None:

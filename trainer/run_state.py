@@ -79,9 +79,11 @@ def read_state(run: Path) -> RunState | None:
         if name not in content or not _is_a(content[name], kind):
             legal = getattr(kind, "__name__", kind)  # of `float | None` it is the whole
             raise ConfigError(f"{path}: field {name!r} is {content.get(name)!r}, legal: {legal}")
-    if content["total_steps"] < 1 or not all(map(math.isfinite, (content["started"], content["updated"]))):
+    if content["total_steps"] < 1 or not all(
+            math.isfinite(content[name] or 0.0) for name in ("started", "updated", "seconds_per_step")):
         raise ConfigError(f"{path}: total_steps is {content['total_steps']}, legal: at least 1; started is "
-                          f"{content['started']}, updated {content['updated']}, legal: finite numbers")
+                          f"{content['started']}, updated {content['updated']}, seconds_per_step "
+                          f"{content['seconds_per_step']}, legal: finite numbers")
     if content["status"] not in STATUSES:
         raise ConfigError(f"{path}: field 'status' is {content['status']!r}, legal: {', '.join(STATUSES)}")
     return RunState(**{name: content[name] for name in known})  # fields of a newer version are left out

@@ -1,6 +1,6 @@
 """Targets: what the loss is told about each image, in two forms that hold the same information.
 
-dense         {"masks": bool, uint8 or float [N, H, W], "labels": int64 [N]}
+dense         {"masks": bool, uint8 or float [N, H, W], "labels": int64 [N]}; what is not zero is in the mask
 segment map   {"segment_map": uint8 [H, W], "labels": int64 [N]}, value = index into this image's labels,
               255 = ignored (int32 maps: 65535). One byte a pixel instead of N, or 4 N as float masks.
 
