@@ -91,7 +91,7 @@ def _merge(base: Any, layers: Sequence[tuple[str, DictConfig]]) -> Any:
     for source, layer in layers:
         try:
             merged = OmegaConf.merge(merged, layer)
-        except OmegaConfBaseException as error:
+        except (OmegaConfBaseException, TypeError) as error:  # TypeError: a dict where a list belongs
             raise ConfigError(f"{source}: {_explain(error, layer)}") from error
     try:
         config = OmegaConf.to_object(merged)
@@ -149,6 +149,8 @@ def _read_yaml(path: str | Path) -> DictConfig:
         loaded = OmegaConf.load(path)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ConfigError(f"configuration file {path} is not valid YAML: {error}") from error
+    except OSError as error:  # of a file that cannot be read, and of one that holds a lone value
+        raise ConfigError(f"configuration file {path} cannot be read: {error}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"configuration file {path} must hold key: value pairs at its top level")
     return loaded
@@ -174,7 +176,7 @@ def _writable(node: Any) -> Any:
     return node
 
 
-def _explain(error: OmegaConfBaseException, layer: DictConfig) -> str:
+def _explain(error: Exception, layer: DictConfig) -> str:
     first_line = str(error).splitlines()[0].rstrip()
     key = getattr(error, "full_key", None)
     if isinstance(error, ConfigKeyError):

@@ -61,7 +61,7 @@ class TrainPlan:
             if value < 1:
                 raise ConfigError(f"{name} is {value}, legal: at least 1")
         self.micro_batch_size, self.seed = micro_batch_size, seed
-        self.lanes, self.span_samples = min(lanes, self.num_samples), span_samples
+        self.lanes, self.span_samples = min(lanes, self.num_samples), min(span_samples, int(self.shard_samples.max()))
         self._first_samples = np.cumsum(self.shard_samples) - self.shard_samples
         self._row = functools.lru_cache(maxsize=_EPOCHS_KEPT)(self._make_row)
         self._lane_starts = functools.lru_cache(maxsize=_EPOCHS_KEPT)(self._make_lane_starts)

@@ -93,8 +93,10 @@ def open_storage(root: str | Path | Storage, patience: Patience | None = None) -
         return LocalStorage(Path(root))
     if found[2] is None and len(found[1]) > 1 and found[1].lower() not in (*REMOTE_SCHEMES, "pipe", "file"):
         return LocalStorage(Path(root))  # a colon in a file name
-    if found[2] is None or found[1].lower() not in REMOTE_SCHEMES:
-        raise ConfigError(f"{root!r} is not a place for shards, legal: a path, s3://, gs://, az:// and https:// URLs")
+    named = str(root)[found.end():].strip("/")  # bucket and folder, or host and path
+    if found[2] is None or not named or found[1].lower() not in REMOTE_SCHEMES:
+        raise ConfigError(f"{root!r} is not a place for shards, legal: a path, or a URL such as "
+                          "s3://bucket/folder, gs://, az:// and https:// likewise")
     return ObjectStorage(str(root), patience or Patience())
 
 

@@ -49,9 +49,9 @@ def python(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess
 
 
 @pytest.mark.parametrize("root", ["pipe:cat /etc/passwd", "file:///tmp/x", "ftp://host/x", "gopher://x", "S4://x",
-                                  "s3:bucket", "pipe:true"])
+                                  "s3:bucket", "pipe:true", "s3://", "https:///"])
 def test_other_schemes_are_refused_and_nothing_runs(root: str) -> None:
-    with pytest.raises(ConfigError, match="legal: a path, s3://"):
+    with pytest.raises(ConfigError, match="legal: a path, or a URL such as s3://bucket"):
         open_storage(root)
     assert python("-m", "shards", "info", root).returncode == 2
 

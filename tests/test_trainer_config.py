@@ -47,6 +47,7 @@ def test_the_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:
         ("backbone.random.hidden_size=64", "both set"),
         ("eval.crop_size=500", "eval.crop_size is 500, legal: a multiple of 32"),
         ("eval.stride=600", "eval.stride is 600, legal: at most"),
+        ("optimizer.betas={}", "command line: optimizer: Cannot merge"),
         ("data=3", "command line: data: .*int is not a subclass of DataConfig"),
         ("nonsense", "not of the form key=value"),
         ("data.root=[", "cannot read"),
@@ -57,8 +58,10 @@ def test_mistakes_are_named(override: str, message: str) -> None:
         load_run_config(M2F, [override])
 
 
-@pytest.mark.parametrize(("text", "message"), [("- 1\n", "key: value"), ("a: [", "not valid YAML"),
-                                               ("optimiser: {lr: 1}", "Did you mean: 'optimizer'")])
+@pytest.mark.parametrize(("text", "message"), [
+    ("- 1\n", "key: value"), ("5", "cannot be read"), ("a: [", "not valid YAML"),
+    ("optimiser: {lr: 1}", "Did you mean: 'optimizer'"),
+])
 def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(ConfigError, match=rf"bad\.yaml.*{message}"):

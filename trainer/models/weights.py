@@ -16,6 +16,7 @@ A Hugging Face DINOv3 directory holds no head; it is read by `trainer.models.vit
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -106,7 +107,10 @@ def read_file(path: str | Path, *, mmap: bool = True) -> Any:
             return mapped if mmap else {key: tensor.clone() for key, tensor in mapped.items()}
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
+        # Torch's own words advise to run what is in the file.
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        reason = (f"it holds a {refused[1]}; save the model's state_dict() instead" if refused
+                  else str(error).strip().partition("\n")[0])
         raise ConfigError(f"checkpoint {path} cannot be read, it is damaged or holds more than plain tensors: "
                           f"{reason}") from error
 
