@@ -59,7 +59,7 @@ def train(config: RunConfig, context: DistContext) -> dict[str, Any]:
     """
     root, folder = required_folders(config)
     accumulation_for(config.train.global_batch_size, config.train.micro_batch_size, context.world_size)  # or an error
-    if not context.is_main:
+    if not context.is_main:  # these meet rank 0 where DDP wraps the model, before they look for a checkpoint
         return _train(config, context, root, folder)
     with only_run_in(folder), start_noted(folder, config.train.total_steps, context.world_size):
         return _train(config, context, root, folder)
