@@ -40,7 +40,7 @@ def draw_curves(run: Path) -> Path | None:
     path = run / "curves.png"
     try:
         return path if _draw(read_metrics(run), path) else None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         warnings.warn(f"{path} could not be written: {error!r}", stacklevel=2)
         return None
 

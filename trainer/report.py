@@ -68,7 +68,7 @@ def write_report(folder: Path, config: RunConfig, manifest: Manifest, context: D
     try:
         page = _page(folder, config, manifest, context)
         write_atomically(folder / REPORT_NAME, page.encode())
-    except (OSError, ValueError, KeyError, TypeError) as error:  # the latter: a record that is not one of a run
+    except (OSError, ValueError, LookupError, TypeError) as error:  # the latter: a record that is not one of a run
         warnings.warn(f"{folder / REPORT_NAME} could not be written: {error!r}", stacklevel=2)
 
 
