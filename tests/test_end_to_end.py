@@ -389,7 +389,8 @@ def one_line_error(result: subprocess.CompletedProcess[str]) -> str:
 def test_command_line_mistakes_are_one_line(scene_shards: Path, finished: Path, tmp_path: Path) -> None:
     line = one_line_error(run_program("trainer/train.py"))
     assert "data.root and output_dir not set" in line and "torchrun --standalone" in line
-    line = one_line_error(run_program("trainer/train.py", "--config", TINY, f"data.root={tmp_path}", "output_dir=x"))
+    line = one_line_error(run_program("trainer/train.py", "--config", TINY, f"data.root={tmp_path}",
+                                      f"output_dir={tmp_path / 'run'}"))
     assert "not a shard set" in line
     line = one_line_error(run_program("trainer/train.py", "--config", TINY, "train.total_step=3"))
     assert "Did you mean: 'total_steps'" in line

@@ -275,7 +275,8 @@ def test_ranks_that_cannot_share_the_global_batch_are_refused_at_once(scene_shar
     config = load_run_config(TINY, [f"data.root={scene_shards}", f"output_dir={tmp_path / 'run'}"])
     with pytest.raises(ConfigError, match=r"train.global_batch_size is 4, legal: a multiple of .* = 2 x 3 = 6"):
         train(config, three)
-    assert not (tmp_path / "run").exists()
+    state = read_state(tmp_path / "run")  # "failed", or scripts that queue stopped runs again would never end
+    assert state is not None and state.status == "failed" and state.step == 0
 
 
 # What errors say

@@ -58,7 +58,6 @@ def train(config: RunConfig, context: DistContext) -> dict[str, Any]:
     Raises RunStopped after a signal that asks for it (see `trainer.stopping`), and other RunErrors and ConfigErrors.
     """
     root, folder = required_folders(config)
-    accumulation_for(config.train.global_batch_size, config.train.micro_batch_size, context.world_size)  # or an error
     if not context.is_main:  # these meet rank 0 where DDP wraps the model, before they look for a checkpoint
         return _train(config, context, root, folder)
     with only_run_in(folder), start_noted(folder, config.train.total_steps, context.world_size):
@@ -66,6 +65,7 @@ def train(config: RunConfig, context: DistContext) -> dict[str, Any]:
 
 
 def _train(config: RunConfig, context: DistContext, root: str, folder: Path) -> dict[str, Any]:
+    accumulation_for(config.train.global_batch_size, config.train.micro_batch_size, context.world_size)  # or an error
     # -- data ---------------------------------------------------------------------------------------------
     manifest = load_manifest(root)
     crops = open_crops(config, manifest)
