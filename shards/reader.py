@@ -157,14 +157,21 @@ def iter_samples(root: str | Path | Storage, split: str) -> Iterator[CropSample]
 
 
 def load_index(storage: Storage, manifest: Manifest, split: str) -> npt.NDArray[np.void]:
-    """The `INDEX_DTYPE` records of a split, checked against size and hash in the manifest."""
-    info = manifest.split(split).index
+    """The `INDEX_DTYPE` records of a split, checked against size and hash in the manifest: each lies in its shard."""
+    shards, info = manifest.split(split).shards, manifest.split(split).index
     path = storage.where(info.name)
 
     def check(data: bytes) -> npt.NDArray[np.void]:
         if len(data) != info.bytes or hashlib.sha256(data).hexdigest() != info.sha256:
             raise CorruptShardError(f"{path}: the index differs from the size or sha256 in the manifest")
-        return np.frombuffer(data, INDEX_DTYPE)
+        index = np.frombuffer(data, INDEX_DTYPE)
+        room = np.repeat([shard.bytes for shard in shards], [shard.samples for shard in shards]).astype(np.uint64)
+        outside = (index["length"] > room) | (index["offset"] > room - index["length"])
+        if outside.any():
+            number = int(outside.argmax())
+            raise CorruptShardError(f"{path}: sample {number} has offset {index['offset'][number]} and length "
+                                    f"{index['length'][number]}, legal: within the {room[number]} bytes of its shard")
+        return index
 
     try:
         return read_checked(storage, info.name, check)

@@ -3,7 +3,7 @@
     path                    reads are `pread`s; writes take a temporary name, are synced, then renamed
     s3://bucket/prefix      \\
     gs://bucket/prefix       } obstore; credentials, region, endpoint and so on from the usual environment variables
-    az://account/container  /  (AWS_*, GOOGLE_*, AZURE_*)
+    az://container/prefix   /  (AWS_*, GOOGLE_*, AZURE_*; the account is AZURE_STORAGE_ACCOUNT_NAME)
     https://host/prefix     obstore, read only
 
 A read that is cut, stalls, trickles or meets a server error goes on from the byte reached, after a pause. One that

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.server
 import json
 import shutil
 import signal
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -232,3 +234,67 @@ def internal_error(answer: bytes, client: socket.socket) -> bytes:
 
 def _body(answer: bytes) -> int:
     return answer.index(b"\r\n\r\n") + 4
+
+
+# Other clouds
+
+
+class CloudStub(http.server.BaseHTTPRequestHandler):
+    """Answers reads of a folder's files as Azure Blob Storage (/account/container/key) and Google Cloud Storage
+    (/bucket/key) do: enough to see which keys a client asks for, not whether it may."""
+
+    protocol_version = "HTTP/1.1"
+    folder: Path
+    asked: list[str]  # paths without the query
+
+    def do_GET(self) -> None:
+        url = urllib.parse.urlsplit(self.path)
+        path, query = urllib.parse.unquote(url.path), urllib.parse.parse_qs(url.query)
+        self.asked.append(path)
+        file, asked = self.folder / Path(path).name, self.headers.get("Range") or self.headers.get("x-ms-range")
+        if "prefix" in query:
+            self._answer(200, self._listing(query["prefix"][0], azure="comp" in query))
+        elif not file.is_file():
+            self._answer(404, b"")
+        elif asked is None:
+            self._answer(200, file.read_bytes())
+        else:
+            data = file.read_bytes()
+            start, end = (int(number) for number in asked.removeprefix("bytes=").split("-"))
+            part = data[start : end + 1]
+            self._answer(206, part, {"Content-Range": f"bytes {start}-{start + len(part) - 1}/{len(data)}"})
+
+    do_HEAD = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def _listing(self, prefix: str, azure: bool) -> bytes:
+        sizes = {prefix + path.name: path.stat().st_size for path in self.folder.iterdir()}
+        if azure:
+            blobs = "".join(f"<Blob><Name>{name}</Name><Properties><Last-Modified>Wed, 25 Nov 2026 00:00:00 GMT"
+                            f"</Last-Modified><Content-Length>{size}</Content-Length><Content-Type>x</Content-Type>"
+                            "<Etag>e</Etag></Properties></Blob>" for name, size in sizes.items())
+            return f"<EnumerationResults><Blobs>{blobs}</Blobs></EnumerationResults>".encode()
+        contents = "".join(f"<Contents><Key>{name}</Key><Size>{size}</Size><ETag>e</ETag><LastModified>"
+                           "2026-11-25T00:00:00.000Z</LastModified></Contents>" for name, size in sizes.items())
+        return f"<ListBucketResult>{contents}</ListBucketResult>".encode()
+
+    def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), "ETag": "e",
+                            "Last-Modified": "Wed, 25 Nov 2026 00:00:00 GMT", **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
+@contextlib.contextmanager
+def cloud_stub(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """(its address, the paths that it was asked for)"""
+    handler = type("Handler", (CloudStub,), {"folder": folder, "asked": []})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", handler.asked
+        server.shutdown()

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 import shards
 from shards.atomic import write_atomically
 from shards.errors import CorruptShardError, FormatVersionError, ShardError
-from shards.manifest import MANIFEST_NAME, hash_of, load_manifest, manifest_bytes
+from shards.manifest import INDEX_DTYPE, MANIFEST_NAME, hash_of, load_manifest, manifest_bytes
 from shards.reader import ShardReader, iter_samples
 from shards.rle import encode_rle
 from shards.sample import decode_sample, encode_sample, member_stem, read_header
@@ -277,6 +277,18 @@ def test_manifests_that_cannot_be_trusted_are_refused(damaged: Path) -> None:
     path.unlink()
     with pytest.raises(ShardError, match="not a shard set, or writing it did not finish"):
         load_manifest(damaged)
+
+
+@pytest.mark.parametrize(("offset", "length"), [(2**63 + 5, 100), (2**64 - 1, 2), (0, 2**32 - 1), (10**9, 1)])
+def test_an_index_that_points_out_of_its_shard_is_refused(damaged: Path, offset: int, length: int) -> None:
+    path, splits = damaged / "val.index", json.loads((damaged / MANIFEST_NAME).read_bytes())["splits"]
+    index = np.frombuffer(path.read_bytes(), INDEX_DTYPE).copy()
+    index[2]["offset"], index[2]["length"] = offset, length
+    path.write_bytes(index.tobytes())
+    splits["val"]["index"]["sha256"] = hashlib.sha256(index.tobytes()).hexdigest()
+    edit_manifest(damaged, splits=splits)
+    with pytest.raises(CorruptShardError, match=rf"val\.index: sample 2 has offset {offset} and length {length}"):
+        ShardReader(damaged, "val")
 
 
 def test_a_wrong_count_of_classes_is_found(damaged: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import multiprocessing
 import os
@@ -28,6 +29,7 @@ from tests.object_storage import (
     Fault,
     FaultyProxy,
     S3Server,
+    cloud_stub,
     cut,
     flip,
     internal_error,
@@ -54,6 +56,26 @@ def test_other_schemes_are_refused_and_nothing_runs(root: str) -> None:
     with pytest.raises(ConfigError, match="legal: a path, or a URL such as s3://bucket"):
         open_storage(root)
     assert python("-m", "shards", "info", root).returncode == 2
+
+
+@pytest.mark.parametrize(("root", "prefix"), [("az://container/sets/one", "/account/container/sets/one/"),
+                                              ("gs://bucket/sets/one", "/bucket/sets/one/")])
+def test_other_clouds_are_asked_for_the_right_keys(root: str, prefix: str, scene_shards: Path, tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    with cloud_stub(scene_shards) as (address, asked):
+        monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+        monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "a2V5")
+        monkeypatch.setenv("AZURE_ENDPOINT", f"{address}/account")
+        account = {"gcs_base_url": address, "disable_oauth": True, "private_key": "", "private_key_id": "",
+                   "client_email": ""}
+        (tmp_path / "account.json").write_text(json.dumps(account))
+        monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(tmp_path / "account.json"))
+        found, here = list(iter_samples(root, "val")), list(iter_samples(scene_shards, "val"))
+        assert [(one.key, one.image_bytes) for one in found] == [(one.key, one.image_bytes) for one in here]
+        files = {path.removeprefix(prefix) for path in asked if path.startswith(prefix)}
+        assert {"manifest.json", "val.index", "val-000000.tar"} <= files
+        with pytest.raises(FileNotFoundError):
+            open_storage(root).read("absent", 0, 1)
 
 
 def test_paths_are_paths(tmp_path: Path) -> None:
@@ -413,8 +435,8 @@ def test_no_changed_byte_breaks_a_decoder(scene_shards: Path) -> None:
     from tests.fuzz import fuzz
 
     outcomes = fuzz(scene_shards, 300)
-    assert sum(outcomes.values()) == 900
-    assert all(outcomes[f"{name}: refused"] > 30 for name in ("manifest", "sample", "payload")), outcomes
+    assert sum(outcomes.values()) == 1200
+    assert all(outcomes[f"{name}: refused"] > 30 for name in ("manifest", "index", "sample", "payload")), outcomes
 
 
 def test_a_set_is_never_copied_onto_itself(scene_shards: Path, tmp_path: Path) -> None:
