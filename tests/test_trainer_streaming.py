@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import shutil
 import signal
@@ -207,6 +208,28 @@ def test_skipped_samples_are_named_counted_and_replaced(
     assert_same(batches(root, on_corrupt="skip", workers=2), found)
     with pytest.raises(CorruptShardError, match=r"2 training samples were skipped, data\.corrupt_budget is 1"):
         batches(root, on_corrupt="skip", corrupt_budget=1)
+
+
+def test_a_run_records_the_samples_it_left_out(scene_shards: Path, tmp_path: Path) -> None:
+    from tests.test_end_to_end import tiny
+    from trainer.distributed import distributed
+    from trainer.loop import SKIPPED_NAME, train
+    from trainer.run import open_crops
+    from trainer.run_logger import read_metrics
+
+    root = damaged(scene_shards, tmp_path / "set", [3, 11])
+    config = tiny(root, tmp_path / "run", f"data.root={root}", "data.on_corrupt=skip", "train.total_steps=6")
+    with distributed("cpu") as context:
+        train(config, context)
+    reader = ShardReader(scene_shards, "train")
+    plan = open_crops(config, reader.manifest).plan
+    expected = [(position // 4 + 1, reader._where(plan.draw(position).sample).partition("/train-")[2])
+                for position in range(24) if plan.draw(position).sample in (3, 11)]
+    lines = [json.loads(line) for line in (tmp_path / "run" / SKIPPED_NAME).read_text().splitlines()]
+    assert len(lines) == 2
+    for (step, where), line in zip(expected, lines, strict=True):
+        assert (line["step"], line["rank"]) == (step, 0) and where in line["sample"] and "CRC-32" in line["sample"]
+    assert sum("damaged sample" in record.get("what", "") for record in read_metrics(tmp_path / "run")) == 2
 
 
 def test_a_micro_batch_without_any_good_sample_is_an_error(scene_shards: Path, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ class DataConfig:
                           minimum=0.1)
     on_corrupt: str = knob("fail", "what a training sample whose bytes are damaged does: fail, or skip: another sample "
                            "of its micro-batch takes its place", choices=("fail", "skip"))
-    corrupt_budget: int = knob(10, "on_corrupt skip: samples per rank that may be skipped before it is an error",
+    corrupt_budget: int = knob(10, "on_corrupt skip: samples that a rank may skip in one start of the run",
                                minimum=1)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
+import warnings
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from itertools import islice
 from pathlib import Path
@@ -50,6 +52,8 @@ from trainer.stopping import RunStopped, stop_on_signals
 from trainer.transforms import normalize
 from trainer.wandb_run import WandbRun
 from trainer.watchdog import Watchdog
+
+SKIPPED_NAME = "skipped-samples.jsonl"
 
 
 def train(config: RunConfig, context: DistContext) -> dict[str, Any]:
@@ -138,6 +142,7 @@ class _Loop:
         if run.step == 0 and self.logger is not None:
             first = micro_batches[0].to(torch.device("cpu"))
             self.logger.picture(0, "first-batch", batch_panel(augmented_images(first), first, run.manifest))
+        self.record_skipped(micro_batches)
         if run.step + 1 in run.skipped_steps:
             return None
         self.guard.before_step()
@@ -202,6 +207,21 @@ class _Loop:
                 run.beat("checkpoint")
                 time.sleep(0.05)
             self.writer.save(snapshot(run), is_best=is_best)
+
+    def record_skipped(self, micro_batches: list[Batch]) -> None:
+        """Damaged samples that data.on_corrupt left out, of every rank in one file. Shard and number name them: a key
+        is inside of what is damaged."""
+        step, rank = self.run.step + 1, self.run.context.rank
+        problems = [problem for batch in micro_batches for problem in batch.skipped]
+        for problem in problems:
+            self.say(f"step {step}: left out a damaged sample, {problem}")
+        if problems:
+            lines = [json.dumps({"step": step, "rank": rank, "sample": problem}) for problem in problems]
+            try:
+                with (self.run.folder / SKIPPED_NAME).open("a", encoding="utf-8") as file:
+                    file.write("\n".join([*lines, ""]))
+            except OSError as error:
+                warnings.warn(f"{SKIPPED_NAME} could not be written: {error}. Training goes on", stacklevel=2)
 
     def roll_back(self, reason: str) -> None:
         """Become what the last checkpoint says, but for the steps that are left out."""
