@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -77,7 +77,8 @@ class ReadAhead:
 
     def _drop(self, span: Hashable) -> None:
         held = self._spans.pop(span)
-        held.data.cancel()
+        if not held.data.cancel():
+            wait([held.data])  # under way: its bytes will come, whoever wants them, and must not come on top
         self._total -= held.size
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import re
 import shutil
 import signal
 import threading
 import time
+import tracemalloc
+from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,8 +22,9 @@ import torch
 
 from shards.errors import CorruptShardError, StorageError
 from shards.plan import MicroBatchNumbers, TrainPlan, validation_samples
-from shards.read_ahead import ReadAhead
+from shards.read_ahead import ReadAhead, look_ahead
 from shards.reader import ShardReader
+from shards.storage import open_storage
 from tests.object_storage import (
     FaultyProxy,
     cut,
@@ -33,10 +38,12 @@ from tests.object_storage import (
 from tests.object_storage import (
     s3_server as start_s3_server,
 )
+from tests.runs import TrainingRun
 from tests.test_trainer_data import equal
 from trainer.config import DataConfig
 from trainer.data import Batch, TrainCrops, WholeImages, open_reader
 from trainer.loader import train_loader, validation_loader
+from trainer.run_state import read_state
 
 CPU = torch.device("cpu")
 
@@ -51,6 +58,10 @@ def crops(root: str | Path, batch: int = 2, **changed: Any) -> TrainCrops:
 
 def batches(root: str | Path, numbers: range = range(18), **changed: Any) -> list[Batch]:
     return list(train_loader(crops(root, **changed), numbers, CPU))
+
+
+def largest_span(dataset: TrainCrops) -> int:
+    return max(dataset.reader.bytes_of(range(first, first + 3)) for first in range(0, 24, 3))
 
 
 @pytest.fixture(scope="session")
@@ -83,7 +94,7 @@ def test_batches_are_equal_under_a_storm(
 
 @pytest.mark.slow
 def test_a_killed_server_that_comes_back_costs_time_only(
-    scene_shards: Path, expected: list[Batch], monkeypatch: pytest.MonkeyPatch
+    scene_shards: Path, expected: list[Batch], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from shards.mirror import copy_set
     from tests.object_storage import KEY, SECRET
@@ -93,14 +104,36 @@ def test_a_killed_server_that_comes_back_costs_time_only(
                             ("ENDPOINT", server.endpoint)):
             monkeypatch.setenv(f"AWS_{name}", value)
         copy_set(scene_shards, "s3://maskstream/killed")
-        stream = train_loader(crops("s3://maskstream/killed", read_ahead_mb=1, tries=12), range(18), CPU)
+        dataset = crops("s3://maskstream/killed", tries=12)
+        # So little is read ahead that most of the epoch still has to come.
+        monkeypatch.setattr("trainer.data.ReadAhead", lambda reader, _: ReadAhead(reader, 2 * largest_span(dataset)))
+        stream = train_loader(dataset, range(18), CPU)
         found = [next(stream)]
         server.stop(signal.SIGKILL)
         restart = threading.Timer(2.0, server.start)
         restart.start()
-        found += stream
+        with caplog.at_level(logging.WARNING):
+            found += stream
         restart.join()
+        assert "going on from there" in caplog.text, "it did not notice"
         assert_same(found, expected)
+
+
+@pytest.mark.slow
+def test_shards_that_vanish_end_all_ranks_with_one_error(s3_shards: str, tmp_path: Path) -> None:
+    run = TrainingRun(s3_shards, tmp_path / "run", "train.total_steps=400", "data.workers=1", ranks=2)
+    run.wait_for_step(3)
+    storage = open_storage(s3_shards)
+    for name in storage.sizes() or ():
+        if name.startswith("train-"):
+            storage.delete(name)
+    assert run.wait(120) == 1
+    run.assert_gone()
+    errors = set(re.findall(r"^error: .*", run.text, re.MULTILINE))
+    told = rf"error: .*{s3_shards}/train-\d+\.tar \(offset \d+\): the manifest lists this shard, but it is not there"
+    assert any(re.match(told, error) for error in errors), run.text
+    state = read_state(tmp_path / "run")
+    assert state is not None and state.status == "failed" and state.step < 400
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -158,12 +191,57 @@ def test_memory_is_bounded_and_too_little_of_it_costs_requests_only(
 
     monkeypatch.setattr(ReadAhead, "_begin", watched)
     dataset = crops(s3_shards)
-    largest = max(dataset.reader.bytes_of(range(first, first + 3)) for first in range(0, 24, 3))
+    largest = largest_span(dataset)
     for budget in (1, 2 * largest, 1 << 30):
         monkeypatch.setattr("trainer.data.ReadAhead", lambda reader, _, budget=budget: ReadAhead(reader, budget))
         most = 0
         assert_same(list(train_loader(dataset, range(18), CPU)), expected)
         assert most <= max(budget, 1.3 * largest)
+
+
+class SlowReader:
+    """Samples of half a megabyte whose bytes are here before their request is over."""
+
+    def fetch(self, numbers: Sequence[int]) -> list[bytes]:
+        data = [bytes(1 << 19) for _ in numbers]
+        time.sleep(0.02 if max(numbers) < 100 else 0.3)
+        return data
+
+    def bytes_of(self, numbers: Sequence[int]) -> int:
+        return len(numbers) << 19
+
+
+@pytest.mark.parametrize(("budget", "least", "most"), [(6, 5, 7.5), (60, 30, 62)])
+def test_what_is_read_ahead_takes_no_more_memory_than_allowed(budget: int, least: float, most: float) -> None:
+    """Megabytes that are really there, of 40 spans of one: each has to go once before it was used up."""
+    ahead = ReadAhead(SlowReader(), budget << 20)  # type: ignore[arg-type]
+    order = [(span, 2 * span + turn) for turn in range(2) for span in range(40)]
+
+    def samples(span: int) -> list[int]:
+        return [2 * span, 2 * span + 1]
+
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    for span, sample in look_ahead(order, 35, lambda item: ahead.ask(item[0], partial(samples, item[0]))):
+        assert len(ahead.take(span, partial(samples, span), sample)) == 1 << 19
+    peak = (tracemalloc.get_traced_memory()[1] - before) / (1 << 20)
+    tracemalloc.stop()
+    ahead.close()
+    assert least < peak < most
+
+
+def test_requests_that_nobody_waits_for_any_more_count_until_they_are_over() -> None:
+    ahead = ReadAhead(SlowReader(), 1 << 20)  # type: ignore[arg-type]
+    tracemalloc.start()
+    for span in range(8):
+        ahead.ask(100 + span, partial(list, [100 + span]))
+        time.sleep(0.02)  # it is under way
+        ahead.take(span, partial(list, [span, 50 + span]), span)  # makes room
+        ahead.take(span, partial(list, [span, 50 + span]), 50 + span)
+    peak = tracemalloc.get_traced_memory()[1] / (1 << 20)
+    tracemalloc.stop()
+    ahead.close()
+    assert peak < 2
 
 
 def test_the_cache_gives_the_same_batches(
