@@ -305,18 +305,23 @@ def on_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(point_sampling, "_is_on_host", lambda values: False)
 
 
-def whole_step(counts: Sequence[int]) -> Callable[[], StepLoss]:
+def whole_step(counts: Sequence[int], *, dense: bool = False, ignore: str = "background") -> Callable[[], StepLoss]:
     """A step on ten predictions, ready to be taken."""
     outputs, targets = outputs_of(len(counts), 9, (8, 8), 10, factors=4), targets_of(counts, (32, 32))
+    if dense:
+        targets = [to_dense(target) for target in targets]
     for item in items_of(outputs):
         item["pred_masks"] = torch.einsum("bqd,bdhw->bqhw", item["mask_embeddings"], item["mask_features"]).detach()
-    return partial(MaskClassificationLoss(**SETTINGS).step, outputs, targets, generator=seeded())
+    return partial(MaskClassificationLoss(**SETTINGS, ignore=ignore).step, outputs, targets, generator=seeded())
 
 
+@pytest.mark.parametrize("ignore", ["background", "exclude"])
+@pytest.mark.parametrize("dense", [False, True], ids=["maps", "dense"])
 @pytest.mark.parametrize("counts", [[3, 2], [0, 0], [4] * 16], ids=str)
-def test_a_step_waits_for_the_device_once(counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_waits_for_the_device_once(counts: list[int], dense: bool, ignore: str,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
     on_accelerator(monkeypatch)
-    step = whole_step(counts)
+    step = whole_step(counts, dense=dense, ignore=ignore)
     with HostCalls() as calls, Operations() as operations:
         step().total.backward()
     assert calls.seen == ["cpu", "numpy"], "the costs of all predictions, in one copy"
@@ -342,16 +347,35 @@ def test_a_stray_wait_is_counted(stray: Any, monkeypatch: pytest.MonkeyPatch) ->
     assert len(calls.seen) > 2
 
 
-def test_the_number_of_operations_is_small_and_does_not_grow_with_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def operations_of(step: Callable[[], Any]) -> int:
+    with Operations() as operations:
+        step()
+    return operations.count
+
+
+@pytest.mark.parametrize(("dense", "ignore", "most"), [
+    (False, "background", 1000), (True, "background", 1000), (False, "exclude", 1200), (True, "exclude", 1250)])
+def test_the_number_of_operations_is_small_and_does_not_grow_with_the_batch(
+    dense: bool, ignore: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     on_accelerator(monkeypatch)
-    counts = []
-    for batch in (4, 16):
-        step = whole_step([3] * batch)
-        with Operations() as operations:
-            step()
-        counts.append(operations.count)
-    assert counts[1] <= 1000
-    assert counts[1] - counts[0] <= 12 * 5, "bringing targets over is per image, nothing else"
+    few, many = (operations_of(whole_step([4] * batch, dense=dense, ignore=ignore)) for batch in (4, 16))
+    assert many <= most
+    assert many - few <= 12 * (5 if ignore == "background" else 9), "bringing targets over is per image, nothing else"
+
+
+def test_a_loop_over_images_or_predictions_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_accelerator(monkeypatch)
+    right = HungarianMatcher.costs
+
+    def one_by_one(self: HungarianMatcher, predictions: Any, targets: Any, points: Tensor) -> Tensor:
+        for prediction in predictions:
+            for masks in prediction.mask_logits:
+                masks.sum()
+        return right(self, predictions, targets, points)
+
+    monkeypatch.setattr(HungarianMatcher, "costs", one_by_one)
+    assert operations_of(whole_step([4] * 16)) > 1000
 
 
 def test_masks_of_full_size_never_exist_as_floats() -> None:

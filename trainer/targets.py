@@ -151,17 +151,19 @@ def pack_targets(targets: Sequence[Target], device: torch.device, *, exclude_ign
     labels = torch.stack([F.pad(target["labels"], (0, rows - count))
                           for target, count in zip(moved, counts, strict=True)]).long()
     segmented = all("segment_map" in target for target in moved)
-    maps, places, values, ignored = _segment_maps(moved, rows) if segmented else _binary_maps(moved, counts, rows)
+    maps, places, values = _segment_maps(moved, rows) if segmented else _binary_maps(moved, counts, rows)
     outside = _OUTSIDE[maps.dtype] if segmented else 0
     (size,) = sizes
     scale = torch.stack([torch.full((), float(side), device=device) for side in reversed(size)])
     height, width = size
     first = places * ((height + 1) * (width + 1)) + (width + 2)
-    return PackedTargets(_packed_corners(maps, outside), size, scale, first, values,
-                         ignored if exclude_ignored else None, labels, counts)
+    ignored = None
+    if exclude_ignored:
+        ignored = maps == outside if segmented else torch.stack([~to_dense(target)["masks"].any(0) for target in moved])
+    return PackedTargets(_packed_corners(maps, outside), size, scale, first, values, ignored, labels, counts)
 
 
-_Maps = tuple[Tensor, Tensor, Tensor, Tensor]  # maps [K, H, W]; each target's map and value [B, N]; ignored [B, H, W]
+_Maps = tuple[Tensor, Tensor, Tensor]  # maps [K, H, W]; each target's map and value [B, N]
 _OUTSIDE = {torch.uint8: 255, torch.int16: -1}  # a value that no target has
 
 
@@ -173,19 +175,16 @@ def _segment_maps(targets: Sequence[Target], rows: int) -> _Maps:
     stacked = torch.stack(maps)
     places = torch.arange(len(maps), device=stacked.device)[:, None]  # [B, 1]
     values = torch.arange(rows, device=stacked.device).to(stacked.dtype).expand(len(maps), -1)
-    return stacked, places, values, stacked == _OUTSIDE[stacked.dtype]
+    return stacked, places, values
 
 
 def _binary_maps(targets: Sequence[Target], counts: Sequence[int], rows: int) -> _Maps:
     """One map of zeros and ones per target, and an empty one for the rows behind."""
     dense = [to_dense(target)["masks"].bool() for target in targets]
     maps = torch.cat([*dense, dense[0].new_zeros(1, *dense[0].shape[1:])]).to(torch.uint8)
-    places = torch.full((len(targets), rows), len(maps) - 1, device=maps.device)
-    for image, count in enumerate(counts):
-        first = sum(counts[:image])
-        places[image, :count] = torch.arange(first, first + count, device=maps.device)
-    values = torch.ones(len(targets), rows, dtype=torch.uint8, device=maps.device)
-    return maps, places, values, torch.stack([~masks.any(0) for masks in dense])
+    of_image = torch.arange(len(maps) - 1, device=maps.device).split(list(counts))
+    places = torch.stack([F.pad(own, (0, rows - len(own)), value=len(maps) - 1) for own in of_image])
+    return maps, places, torch.ones_like(places, dtype=torch.uint8)
 
 
 def _packed_corners(maps: Tensor, outside: int) -> Tensor:
