@@ -95,6 +95,7 @@ def _merge(base: Any, layers: Sequence[tuple[str, DictConfig]]) -> Any:
             raise ConfigError(f"{source}: {_explain(error, layer)}") from error
     try:
         config = OmegaConf.to_object(merged)
+        OmegaConf.structured(config)  # checks what is inside of lists
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {_explain(error, merged)}") from error
     check_knobs(config)

@@ -126,7 +126,9 @@ def test_a_complete_run_is_only_evaluated_again(scene_shards: Path, finished: Pa
         (["backbone.layers=FOUR_LAST", "backbone.random.num_hidden_layers=4"], "backbone.layers was"),
         (["data.train_split=val", "data.crop_size=64"], "data.train_split was"),
         (["optimizer.decay_all=true"], "decay_all was False"),
-        (["decoder_head.num_queries=9"], "query_feat"),
+        (["decoder_head.num_queries=9"], "decoder_head.num_queries was 8 and is 9"),
+        (["backbone.random.num_attention_heads=4"], "num_attention_heads was 2 and is 4"),
+        (["backbone.image_mean=[0.1,0.1,0.1]"], "backbone.image_mean was"),
     ],
 )
 def test_a_run_that_would_not_continue_the_same_run_is_refused(
@@ -150,13 +152,48 @@ def test_settings_that_may_change_on_resume_do_change(scene_shards: Path, finish
 
 def test_a_run_is_never_started_anew_over_its_remains(scene_shards: Path, finished: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "run"))
-    for path in (run / "checkpoints").glob("step-*.pt"):
+    with pytest.raises(ConfigError, match=r"holds a run with checkpoints in .*/run/checkpoints, but there are none"):
+        train(tiny(scene_shards, run, f"train.checkpoint_dir={tmp_path / 'elsewhere'}"), ALONE)
+    for path in (run / "checkpoints").glob("*.pt"):
         path.write_bytes(b"junk")
-    with pytest.warns(UserWarning, match="Falling back"), pytest.raises(ConfigError, match="none of the 2 checkpoints"):
+    with pytest.warns(UserWarning, match="Falling back"), pytest.raises(ConfigError, match="none of the 3 checkpoints"):
         train(tiny(scene_shards, run), ALONE)
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(ConfigError, match="resume is 'never'"):
         train(tiny(scene_shards, run, "resume=never"), ALONE)
+
+
+def test_a_run_of_which_only_the_best_is_left_goes_on_from_it(scene_shards: Path, finished: Path,
+                                                              tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    for path in (run / "checkpoints").glob("step-*"):
+        path.unlink()
+    train(tiny(scene_shards, run, "train.total_steps=5"), ALONE)
+    assert losses(run)[:4] == losses(finished) and len(losses(run)) == 5
+
+
+def test_the_best_so_far_is_known_after_a_resume(scene_shards: Path, finished: Path, tmp_path: Path) -> None:
+    """One that is not reached again stays, and with it its number."""
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    for path in (run / "checkpoints").glob("*.pt"):
+        content = torch.load(path, weights_only=True) | {"best_miou": 0.99}
+        torch.save(content, path)
+    for path in (run / "checkpoints").glob("*.sha256"):
+        path.unlink()
+    before = (run / "checkpoints/best.pt").read_bytes()
+    train(tiny(scene_shards, run, "train.total_steps=5"), ALONE)
+    assert (run / "checkpoints/best.pt").read_bytes() == before
+    checkpoint = load_latest(run / "checkpoints")
+    assert checkpoint is not None and checkpoint.step == 5 and checkpoint.best_miou == 0.99
+
+
+def test_a_run_that_ends_earlier_than_it_was_to_has_a_best_checkpoint_too(scene_shards: Path, finished: Path,
+                                                                          tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    for name in ("best.pt", "step-00000004.pt"):
+        (run / "checkpoints" / name).unlink()
+    train(tiny(scene_shards, run, "train.total_steps=2"), ALONE)
+    assert load_checkpoint(run / "checkpoints/best.pt").step == 2
 
 
 @pytest.mark.parametrize("overrides", [["data.crop_size=48"], ["data.train_split=val", "train.micro_batch_size=1"]])

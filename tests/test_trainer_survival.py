@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -366,12 +367,20 @@ def test_skipping_survives_a_resume_and_has_a_budget(scene_shards: Path, tmp_pat
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     with_bad_image(monkeypatch, 9)
     bad_run(scene_shards, tmp_path / "whole", "train.on_non_finite=skip")
-    bad_run(scene_shards, tmp_path / "resumed", "train.on_non_finite=skip", "train.checkpoint_every=1")
-    for step in (5, 6, 7, 8):  # as if killed after step 4, and again after 5
-        (tmp_path / f"resumed/checkpoints/step-{step:08d}.pt").unlink(missing_ok=True)
-    with pytest.raises(TrainingDiverged, match=r"Steps \[5\] were left out|non_finite_budget is 1|step 1"):
-        monkeypatch.setattr("trainer.loop.prepare_images", lambda batch, config: torch.full((2, 3, 64, 64), torch.nan))
-        bad_run(scene_shards, tmp_path / "budget", "train.on_non_finite=skip", "train.non_finite_budget=1")
+    bad_run(scene_shards, tmp_path / "resumed", "train.on_non_finite=skip", "train.checkpoint_every=1",
+            "train.keep_checkpoints=8")
+    for killed_after in (4, 6):  # before the bad step, and when it was left out already
+        run = Path(shutil.copytree(tmp_path / "resumed", tmp_path / f"after-{killed_after}"))
+        for path in (run / "checkpoints").glob("step-*.pt"):
+            if int(path.stem[5:]) > killed_after:
+                path.unlink()
+        (run / "checkpoints/best.pt").unlink()
+        bad_run(scene_shards, run, "train.on_non_finite=skip")
+        assert_same_end(tmp_path / "whole", run)
+        assert final_state(run).skipped_steps == [5]
+    with_bad_image(monkeypatch, 17)  # of step 9
+    with pytest.raises(TrainingDiverged, match=r"step 9, .* Steps \[5, 9\] were left out, .*non_finite_budget is 1"):
+        bad_run(scene_shards, run, "train.total_steps=10", "train.on_non_finite=skip", "train.non_finite_budget=1")
 
 
 def test_a_rollback_without_a_checkpoint_says_so(scene_shards: Path, tmp_path: Path,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import resource
 import shutil
@@ -36,6 +37,7 @@ from trainer.loop import train
 from trainer.plots import draw_curves
 from trainer.progress import Progress, interval_line
 from trainer.report import write_report
+from trainer.run_folder import only_run_in
 from trainer.run_logger import RunLogger, read_evaluation, read_metrics
 from trainer.run_state import STATE_NAME, RunState, format_duration, read_state, write_state
 from trainer.svg_chart import Series, line_chart, ticks
@@ -129,8 +131,9 @@ def test_a_state_comes_back_as_it_was_written(tmp_path: Path) -> None:
     (b"{", "not valid JSON"), (b"\xff", "not valid JSON"), (b"[1]", "must hold an object"),
     ({"status": "asleep"}, "'status' is 'asleep', legal: running, stopped, failed, finished"),
     ({"step": "3"}, "field 'step' is '3', legal: int"), ({"step": True}, "field 'step' is True"),
-    ({"total_steps": 0}, "total_steps is 0, legal: at least 1"), ({"updated": float("nan")}, "legal: finite numbers"),
-    ({"seconds_per_step": float("inf")}, "legal: finite numbers"),
+    ({"total_steps": 0}, "'total_steps' is 0, legal: from 1 to"), ({"updated": float("nan")}, "legal: from 0 to"),
+    ({"seconds_per_step": float("inf")}, "legal: from 0 to"), ({"step": 10**400}, "legal|'step' is 1000"),
+    ({"updated": -1e308}, "legal: from 0 to"),
     ({"seconds_per_step": "x"}, r"legal: float \| None"), ({"pid": None}, "field 'pid' is None"),
 ])  # fmt: skip
 def test_a_malformed_state_is_one_clear_error(tmp_path: Path, content: Any, message: str) -> None:
@@ -160,6 +163,12 @@ def test_what_cannot_be_written_is_a_warning(finished: Path, scene_shards: Path,
         assert draw_curves(tmp_path) is None
     with pytest.warns(UserWarning, match=r"report\.html could not be written: KeyError"):
         write_report(tmp_path, tiny(scene_shards, tmp_path), load_manifest(scene_shards), ALONE)
+    shutil.copytree(finished / "pictures", tmp_path / "pictures")
+    shutil.copy(finished / "metrics.jsonl", tmp_path)
+    picture = max((tmp_path / "pictures").glob("val-panels-*.png"))
+    picture.write_bytes(picture.read_bytes()[:900] + bytes(2000))  # what a host that crashed may leave
+    write_report(tmp_path, tiny(scene_shards, tmp_path), load_manifest(scene_shards), ALONE)
+    assert f"{picture.name} cannot be read" in (tmp_path / "report.html").read_text()
 
 
 def test_a_finished_run_says_so(finished: Path) -> None:
@@ -201,6 +210,23 @@ def test_status_tells_people_and_scripts(tmp_path: Path, changes: dict[str, Any]
     told, as_json = status_of(tmp_path), status_of(tmp_path, "--json")
     assert told.returncode == as_json.returncode == code and re.search(text, told.stdout), told
     assert json.loads(as_json.stdout)["status"] == text.split(" ")[0].strip(":;") or "silent" in text
+
+
+def test_a_process_that_has_the_number_of_a_dead_run_is_not_the_run(tmp_path: Path) -> None:
+    write_state(tmp_path, dataclasses.replace(STATE, pid=1, started=time.time(), updated=time.time()))
+    assert status_of(tmp_path).returncode == 0
+    with only_run_in(tmp_path):
+        assert status_of(tmp_path).returncode == 0
+    assert status_of(tmp_path).returncode == 75
+
+
+def test_status_of_odd_text_and_numbers_is_no_traceback(tmp_path: Path) -> None:
+    state = dataclasses.asdict(STATE) | {"status": "stopped", "message": "\ud800", "started": 0, "updated": 0}
+    (tmp_path / STATE_NAME).write_text(json.dumps(state))
+    assert status_of(tmp_path).returncode == 75
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "kind": "val", "mIoU": 1' + "0" * 400 + "}\n")
+    told = status_of(tmp_path)
+    assert told.returncode == 2 and "Traceback" not in told.stderr
 
 
 def test_status_shows_how_far_and_how_well(tmp_path: Path) -> None:
@@ -441,6 +467,10 @@ def test_the_confused_pairs_equal_a_count_pixel_by_pixel(finished: Path, scene_s
 def test_axes_have_round_numbers_and_charts_leave_out_what_is_not_finite() -> None:
     assert ticks(0, 1) == [0, 0.25, 0.5, 0.75, 1] and ticks(3, 97)[0] == 0 and ticks(3, 97)[-1] == 100
     assert ticks(5, 5) == [4, 6] and ticks(0, 0) == [0, 0.25]
+    for low, high in ((34.521, math.nextafter(34.521, 99)), (1e16, 1e16 + 4), (5e-324, 5e-324), (-3, -3)):
+        marks = ticks(low, high)
+        assert len(set(marks)) == len(marks) > 1 and marks[0] <= low and marks[-1] >= high
+        assert "<circle" in line_chart("one", [Series(name="a", points=[(1, low), (2, high)], color="red")])
     values = [1.0, float("nan"), float("inf"), 2.0]
     chart = line_chart("<loss>", [Series(name="a", points=list(enumerate(values)), color="red")])
     assert "&lt;loss&gt;" in chart and "nan" not in chart and chart.count("<circle") == 2

@@ -26,6 +26,7 @@ from trainer.config import RunConfig, run_config_from_dict
 from trainer.models.weights import WeightsFile, names_directory, read_file, read_weights, weights_in
 
 CHECKPOINT_FORMAT = 2
+BEST_NAME = "best.pt"
 HASH_SUFFIX = ".sha256"  # as `sha256sum -c` reads it
 _NAME = re.compile(r"step-(\d{8})\.pt")
 _PIECE = 64 << 20  # bytes of a download held at a time
@@ -110,14 +111,15 @@ def _is_ours(content: Any) -> bool:
 def load_latest(place: str | Path) -> Checkpoint | None:
     """The newest sound checkpoint in a folder or at a URL; damaged ones are passed over with a warning; None: no file.
 
-    Raises ConfigError when there are checkpoints but none is sound: starting anew would overwrite the run.
+    The best one comes last: a kill during the first writing, or a tidy person, may leave no other. Raises ConfigError
+    when there are checkpoints but none is sound: starting anew would overwrite the run.
     """
     storage = open_storage(place)
-    names = numbered(storage)
-    for name in reversed(names.values()):
+    names = [*reversed(numbered(storage).values()), *([BEST_NAME] if BEST_NAME in _sizes(storage) else [])]
+    for name in names:
         try:
             return _load_verified(storage, name)
-        except (ConfigError, StorageError) as error:
+        except (ConfigError, StorageError, OSError) as error:
             warnings.warn(f"{error}. Falling back to the checkpoint before it", stacklevel=2)
     if names:
         raise ConfigError(f"none of the {len(names)} checkpoints in {place} can be read; remove them to start anew "
@@ -127,11 +129,14 @@ def load_latest(place: str | Path) -> Checkpoint | None:
 
 def numbered(storage: Storage) -> dict[int, str]:
     """step -> name of the numbered checkpoints, oldest first."""
+    return {int(match[1]): match[0] for match in filter(None, map(_NAME.fullmatch, sorted(_sizes(storage))))}
+
+
+def _sizes(storage: Storage) -> dict[str, int]:
     try:
-        found = storage.sizes() or {}
+        return storage.sizes() or {}
     except FileNotFoundError:
         return {}
-    return {int(match[1]): match[0] for match in filter(None, map(_NAME.fullmatch, sorted(found)))}
 
 
 def _load_verified(storage: Storage, name: str) -> Checkpoint:

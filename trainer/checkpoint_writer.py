@@ -19,9 +19,8 @@ from torch import Tensor
 from shards.atomic import copy_atomically, sync_folder
 from shards.errors import MaskStreamError, RunError
 from shards.storage import LocalStorage, open_storage
-from trainer.checkpoint import HASH_SUFFIX, Checkpoint, checkpoint_name, numbered
+from trainer.checkpoint import BEST_NAME, HASH_SUFFIX, Checkpoint, checkpoint_name, numbered
 
-BEST_NAME = "best.pt"
 _SCRATCH = ".checkpoint.tmp"
 
 

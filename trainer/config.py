@@ -58,7 +58,7 @@ class RandomBackboneConfig:
     intermediate_size: int = knob(256, "hidden width of the block MLP", minimum=1)
     num_register_tokens: int = knob(4, "register tokens", minimum=0)
     use_gated_mlp: bool = knob(False, "SwiGLU MLP, as in S+, H+ and 7B")
-    seed: int = knob(0, "seed of the random weights", minimum=0)
+    seed: int = knob(0, "seed of the random weights", minimum=0, maximum=2**62)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ class DecoderHeadConfig:
                                        "as two fractions of train.total_steps", minimum=0, maximum=1)
 
     def __post_init__(self) -> None:
-        if self.type == "m2f" and (self.hidden_dim % 32 or self.hidden_dim % self.nheads):
+        if self.type == "m2f" and self.nheads > 0 and (self.hidden_dim % 32 or self.hidden_dim % self.nheads):
             raise ConfigError(f"decoder_head.hidden_dim is {self.hidden_dim}, legal: a multiple of 32 and of "
                               f"decoder_head.nheads ({self.nheads})")
         if len(self.mask_annealing) != 2 or self.mask_annealing[0] >= self.mask_annealing[1]:

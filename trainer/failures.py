@@ -49,7 +49,8 @@ def _where(run: Run) -> str:
 
 
 def _first_line(text: str) -> str:
-    return text.strip().splitlines()[0][:300] if text.strip() else "no details"
+    line = text.strip().splitlines()[0] if text.strip() else "no details"
+    return line.partition(". This is")[0][:300]  # what follows are gloo's guesses
 
 
 def _knobs(run: Run) -> str:

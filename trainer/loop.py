@@ -191,9 +191,12 @@ class _Loop:
     def evaluate_finished_run(self) -> dict[str, Any]:
         """For a command given again after the end."""
         try:
-            return self.evaluate()
+            self.metrics = self.evaluate()
         except EvaluationStopped:
             raise RunStopped("stopped while evaluating a run that is complete") from None
+        if self.run.best_miou is None:  # its last checkpoint was an ordinary one, of a run that should have been longer
+            self.save()
+        return self.metrics
 
     def save(self) -> None:
         """Rank 0 writes, in the background; all ranks know the best mIoU."""

@@ -34,13 +34,13 @@ def batch_panel(images: Tensor, batch: Batch, manifest: Manifest, limit: int = 8
 def draw_curves(run: Path) -> Path | None:
     """`<run>/curves.png`: loss, learning rate and validation mIoU over steps.
 
-    None when nothing was logged, or, with a warning, when the file cannot be written or a record is not one of a run:
-    a run that has all it needs does not end over a picture.
+    None when nothing was logged, or, with a warning, when it cannot be drawn or written: a run that has all it needs
+    does not end over a picture.
     """
     path = run / "curves.png"
     try:
         return path if _draw(read_metrics(run), path) else None
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except Exception as error:  # noqa: BLE001
         warnings.warn(f"{path} could not be written: {error!r}", stacklevel=2)
         return None
 

@@ -68,7 +68,7 @@ def write_report(folder: Path, config: RunConfig, manifest: Manifest, context: D
     try:
         page = _page(folder, config, manifest, context)
         write_atomically(folder / REPORT_NAME, page.encode())
-    except (OSError, ValueError, LookupError, TypeError) as error:  # the latter: a record that is not one of a run
+    except Exception as error:  # noqa: BLE001  a page of so many parts, some of which others may have damaged
         warnings.warn(f"{folder / REPORT_NAME} could not be written: {error!r}", stacklevel=2)
 
 
@@ -216,7 +216,11 @@ def _pictures(folder: Path) -> str:
         found = sorted((folder / PICTURES_NAME).glob(f"{prefix}-*.png"))
         if found:
             step = int(found[-1].stem.rpartition("-")[2])
-            parts.append(f'<h3>{what}, step {step}</h3><p><img alt="{what}" src="{_data_uri(found[-1])}"></p>')
+            try:
+                shown = f'<img alt="{what}" src="{_data_uri(found[-1])}">'
+            except (OSError, SyntaxError, ValueError) as error:  # pillow's, of a damaged PNG
+                shown = html.escape(f"{found[-1].name} cannot be read: {error}")
+            parts.append(f"<h3>{what}, step {step}</h3><p>{shown}</p>")
     return "".join(parts) or "<p>There are none yet.</p>"
 
 

@@ -13,9 +13,10 @@ from shards.config_file import config_changes, config_to_dict
 from shards.errors import ConfigError
 from shards.manifest import Manifest
 from shards.plan import TrainPlan
+from shards.storage import open_storage
 from trainer.build import build_criterion, build_model, size_divisor
-from trainer.checkpoint import Checkpoint, class_table, load_latest, versions
-from trainer.config import RunConfig
+from trainer.checkpoint import Checkpoint, class_table, load_latest, numbered, versions
+from trainer.config import RunConfig, load_run_config
 from trainer.criterion import Criterion
 from trainer.data import TrainCrops, open_reader
 from trainer.distributed import DistContext
@@ -118,29 +119,49 @@ def resume(run: Run) -> None:
                           "choose another output_dir, or set resume=auto to continue it")
     checkpoint = load_latest(checkpoint_place(run.config))
     if checkpoint is None:
+        _refuse_to_begin_again(run)
         start_from_weights(run)
         return
     old, new = checkpoint.run_config, run.config
-    for name, before, now in (
+    identities = [f"{name} was {before} and is {now}" for name, before, now in (
         ("the data (manifest_sha256)", checkpoint.data_hash, run.manifest.sha256),
-        ("the backbone's weights (sha256)", checkpoint.backbone_sha256, run.backbone_sha256),
-        ("seed", old.seed, new.seed),
-        ("train.global_batch_size", old.train.global_batch_size, new.train.global_batch_size),
-        ("data.train_split", old.data.train_split, new.data.train_split),
-        *((f"data.{name}", getattr(old.data, name), getattr(new.data, name))
-          for name in ("crop_size", "lanes", "span_samples")),
-        ("backbone.layers", old.backbone.layers, new.backbone.layers),
-        ("backbone.trainable", old.backbone.trainable, new.backbone.trainable),
-        ("optimizer.decay_all", old.optimizer.decay_all, new.optimizer.decay_all),
-    ):
-        if before != now:
-            raise ConfigError(f"cannot continue {run.folder}: {name} was {before} and is {now}; "
-                              "restore it, or choose another output_dir")
+        ("the backbone's weights (sha256)", checkpoint.backbone_sha256, run.backbone_sha256)) if before != now]
+    changes = [*identities, *config_changes(_what_has_to_stay(old), _what_has_to_stay(new))]
+    if changes:
+        raise ConfigError(f"cannot continue {run.folder}: {'; '.join(changes)}; restore that, or choose another "
+                          "output_dir")
     if checkpoint.step > new.train.total_steps:
         raise ConfigError(f"train.total_steps is {new.train.total_steps}, but {run.folder} has been trained for "
                           f"{checkpoint.step} steps; legal: at least that, or another output_dir")
     run.changes = config_changes(replace(old, output_dir=new.output_dir), new)  # a folder may have been moved
     take_over(run, checkpoint)
+
+
+def _what_has_to_stay(config: RunConfig) -> RunConfig:
+    """Settings that the sequence of batches and the network follow from; all others are the defaults."""
+    default = RunConfig()
+    return replace(
+        default, seed=config.seed, backbone=replace(config.backbone, source=None),
+        adapter=replace(config.adapter, drop_path=default.adapter.drop_path),
+        decoder_head=replace(config.decoder_head, dropout=default.decoder_head.dropout,
+                             mask_annealing=default.decoder_head.mask_annealing),
+        data=replace(default.data, **{name: getattr(config.data, name)
+                                      for name in ("train_split", "crop_size", "lanes", "span_samples")}),
+        train=replace(default.train, global_batch_size=config.train.global_batch_size),
+        optimizer=replace(default.optimizer, decay_all=config.optimizer.decay_all),
+    )  # fmt: skip
+
+
+def _refuse_to_begin_again(run: Run) -> None:
+    """A run whose checkpoints lie where train.checkpoint_dir was before would be begun anew over itself."""
+    try:
+        before = load_run_config(run.folder / "config.yaml", [])
+    except ConfigError:  # there is none, or it is another version's
+        return
+    old, new = checkpoint_place(replace(before, output_dir=str(run.folder))), checkpoint_place(run.config)
+    if old != new and numbered(open_storage(old)):
+        raise ConfigError(f"{run.folder} holds a run with checkpoints in {old}, but there are none in {new}; set "
+                          "train.checkpoint_dir as it was, copy them there, or choose another output_dir")
 
 
 def take_over(run: Run, checkpoint: Checkpoint) -> None:

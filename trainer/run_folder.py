@@ -59,6 +59,18 @@ def _lock(file: IO[str], folder: Path, deadline: float) -> None:
     print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
 
 
+def is_used(folder: Path) -> bool | None:
+    """Whether a run is in the folder now; None when that cannot be told (there is no lock, or none can be had)."""
+    try:
+        with (folder / LOCK_NAME).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+
+
 @contextmanager
 def start_noted(folder: Path, total_steps: int, world_size: int) -> Iterator[None]:
     """The run's state from before its data and model are there: a death while they load is not "no run was started",
@@ -75,13 +87,13 @@ def start_noted(folder: Path, total_steps: int, world_size: int) -> Iterator[Non
     except BaseException as error:
         if _state_of(folder) == state:
             status = "failed" if isinstance(error, Exception) else "stopped"
-            write_state(folder, dataclasses.replace(state, status=status, updated=time.time(),
-                                                    message=f"{type(error).__name__}: {error}"))
+            message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            write_state(folder, dataclasses.replace(state, status=status, updated=time.time(), message=message))
         raise
 
 
 def _state_of(folder: Path) -> RunState | None:
     try:
         return read_state(folder)
-    except ConfigError:  # damaged; it is only for looking at
+    except (ConfigError, OSError):  # damaged; it is only for looking at
         return None

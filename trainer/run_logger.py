@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 import warnings
@@ -94,7 +95,9 @@ class RunLogger:
         folder = self.run / PICTURES_NAME
         with self._or_warn():
             folder.mkdir(exist_ok=True)
-            picture.save(folder / f"{name}-{step:08d}.png")
+            png = io.BytesIO()
+            picture.save(png, "PNG")
+            write_atomically(folder / f"{name}-{step:08d}.png", png.getvalue())
             self._board.add_image(name, np.asarray(picture), step, dataformats="HWC")
         if self.wandb is not None:
             self.wandb.picture(step, name, picture)

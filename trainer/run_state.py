@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import socket
 import types
@@ -19,6 +18,7 @@ from shards.errors import ConfigError
 
 STATE_NAME = "state.json"
 STATUSES = ("running", "stopped", "failed", "finished")
+_MOST = 10**12  # of any number in it
 _QUIET_SECONDS = 1800  # an evaluation or a compilation may take so long, and says nothing meanwhile
 _QUIET_INTERVALS = 10
 
@@ -45,11 +45,14 @@ class RunState:
         """Until the last step, at the pace so far."""
         return None if self.seconds_per_step is None else (self.total_steps - self.step) * self.seconds_per_step
 
-    def is_lost(self, steps_between_updates: int, now: float) -> bool:
-        """True when it says "running" and nobody runs it: its process is gone, or was not heard of for too long."""
+    def is_lost(self, steps_between_updates: int, now: float, in_use: bool | None = None) -> bool:
+        """True when it says "running" and nobody runs it: its process is gone, or was not heard of for too long.
+
+        `in_use`: what the lock of its folder says (`run_folder.is_used`); numbers of processes are used again.
+        """
         if self.status != "running":
             return False
-        if self.host == socket.gethostname() and not _process_exists(self.pid):
+        if self.host == socket.gethostname() and not (_process_exists(self.pid) if in_use is None else in_use):
             return True
         interval = steps_between_updates * (self.seconds_per_step or 0)
         return now - self.updated > max(_QUIET_SECONDS, _QUIET_INTERVALS * interval)
@@ -79,11 +82,9 @@ def read_state(run: Path) -> RunState | None:
         if name not in content or not _is_a(content[name], kind):
             legal = getattr(kind, "__name__", kind)  # of `float | None` it is the whole
             raise ConfigError(f"{path}: field {name!r} is {content.get(name)!r}, legal: {legal}")
-    if content["total_steps"] < 1 or not all(
-            math.isfinite(content[name] or 0.0) for name in ("started", "updated", "seconds_per_step")):
-        raise ConfigError(f"{path}: total_steps is {content['total_steps']}, legal: at least 1; started is "
-                          f"{content['started']}, updated {content['updated']}, seconds_per_step "
-                          f"{content['seconds_per_step']}, legal: finite numbers")
+        least = 1 if name == "total_steps" else 0
+        if isinstance(content[name], int | float) and not least <= content[name] <= _MOST:
+            raise ConfigError(f"{path}: field {name!r} is {content[name]!r}, legal: from {least} to {_MOST}"[:300])
     if content["status"] not in STATUSES:
         raise ConfigError(f"{path}: field 'status' is {content['status']!r}, legal: {', '.join(STATUSES)}")
     return RunState(**{name: content[name] for name in known})  # fields of a newer version are left out

@@ -16,6 +16,7 @@ from typing import Any
 
 from shards.command_line import run_entry_point
 from shards.errors import ConfigError
+from trainer.run_folder import is_used
 from trainer.run_logger import METRICS_NAME, read_metrics
 from trainer.run_state import STATE_NAME, RunState, format_duration, read_state
 
@@ -32,16 +33,17 @@ def main() -> int:
     if state is None:
         raise ConfigError(f"{arguments.run / STATE_NAME} does not exist: no run was started in {arguments.run}")
     records, now = read_metrics(arguments.run), time.time()
-    status = "lost" if state.is_lost(_steps_between_updates(records), now) else state.status
     try:
+        is_lost = state.is_lost(_steps_between_updates(records), now, is_used(arguments.run))
+        status = "lost" if is_lost else state.status
         lines = _lines(arguments.run, status, state, records, now)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise ConfigError(f"{arguments.run / METRICS_NAME} holds a record that is not one of a run: "
                           f"{error!r}") from error
     if arguments.json:
         print(json.dumps(dataclasses.asdict(state) | {"status": status}, indent=1))
     else:
-        print("\n".join(lines))
+        print("\n".join(lines).encode(errors="replace").decode())  # JSON may hold what is no text
     return EXIT_CODES[status]
 
 

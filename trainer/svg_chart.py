@@ -13,6 +13,7 @@ _WIDTH, _HEIGHT = 460, 200
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 18, 8, 24  # pixels around the plot
 _MOST_POINTS = 600  # of a line; more than pixels cannot be seen, and the page should stay small
 _MOST_MARKERS = 40
+_SAME, _LEAST = 1e-9, 1e-300  # values that differ by less, relatively, are one; those below are zero
 _HUES = (210, 28, 145, 280)  # blue, orange, green, violet: of middling lightness, for any background
 
 
@@ -55,8 +56,10 @@ def line_chart(title: str, series: Sequence[Series], top: float | None = None) -
 
 
 def ticks(low: float, high: float, about: int = 4) -> list[float]:
-    """Round numbers that enclose low to high, at steps of 1, 2, 2.5 or 5 times a power of ten."""
-    spread = high - low or abs(high) or 1.0
+    """Two or more round numbers that enclose low to high, at steps of 1, 2, 2.5 or 5 times a power of ten."""
+    spread, size = high - low, max(abs(low), abs(high))
+    if spread <= _SAME * size:  # ticks so close would be the same number
+        spread = size if size > _LEAST else 1.0
     rough = spread / about
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
