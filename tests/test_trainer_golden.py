@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.mutations import mutate
 from tests.replay import ReplayedLoss, in_drawing_order, replay
 from trainer.matcher import HungarianMatcher, Prediction
 from trainer.metrics import ConfusionMatrix
@@ -123,6 +124,21 @@ def test_golden_mask_loss_of_all_predictions_at_once(mask_loss: MaskLossCase) ->
     for layer, class_grad, mask_grad in zip(case.layers, gradients[::2], gradients[1::2], strict=True):
         assert_gradients_close(class_grad, case.tensors[f"{layer}grads/pred_logits"])
         assert_gradients_close(mask_grad, case.tensors[f"{layer}grads/pred_masks"])
+
+
+@pytest.mark.parametrize(("test", "mutation"), [
+    *((test_golden_matcher_costs_and_assignments, name) for name in ("mask cost", "dice cost", "class cost",
+                                                                      "assignment")),
+    *((test_golden_assignments_survive_bf16, name) for name in ("assignment", "costs in bf16")),
+    *((test_golden_mask_loss_of_each_prediction, name) for name in ("mask loss", "dice loss", "class loss", "divisor")),
+    *((test_golden_mask_loss_of_all_predictions_at_once, name)
+      for name in ("mask loss", "dice loss", "class loss", "divisor", "gradient at points", "gradient of pixels")),
+], ids=lambda value: value if isinstance(value, str) else value.__name__.removeprefix("test_golden_"))
+def test_golden_comparisons_notice(test: Any, mutation: str, mask_loss: MaskLossCase,
+                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    mutate(monkeypatch, mutation)
+    with pytest.raises(AssertionError):
+        test(mask_loss)
 
 
 @pytest.mark.parametrize(("changed", "moved"), [

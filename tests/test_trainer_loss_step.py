@@ -13,12 +13,14 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Mask2FormerConfig
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerForUniversalSegmentation, Mask2FormerLoss
 
+from tests.mutations import mutate
 from tests.replay import ReplayedLoss, in_drawing_order
 from tests.test_trainer_precision import WAITING, images, model_of
 from trainer import mask_gradients, point_losses, point_sampling
@@ -141,16 +143,19 @@ def test_one_prediction_alone_equals_its_part_of_a_step(counts: list[int], ignor
         torch.testing.assert_close(gradient, reference, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("part", ["losses_and_gradients", "spread_to_pixels"])
-def test_the_comparisons_notice_a_wrong_gradient(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The negative control of the tests above."""
-    right = getattr(point_losses, part)
+@pytest.mark.parametrize("mutation", ["mask loss", "dice loss", "class loss", "divisor", "assignment",
+                                      "gradient at points", "gradient of pixels"])
+def test_the_comparison_with_transformers_notices(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compare = test_a_step_equals_transformers_loss.hypothesis.inner_test  # type: ignore[attr-defined]
+    compare([3, 0, 2], queries=5, height=6, width=8, scale=2, seed=1)
+    mutate(monkeypatch, mutation)
+    with pytest.raises(AssertionError):
+        compare([3, 0, 2], queries=5, height=6, width=8, scale=2, seed=1)
 
-    def wrong(*args: Any) -> Any:
-        found = right(*args)
-        return 1.01 * found if isinstance(found, Tensor) else (found[0], 1.01 * found[1])
 
-    monkeypatch.setattr(f"trainer.mask_classification_loss.{part}", wrong)
+@pytest.mark.parametrize("mutation", ["gradient at points", "gradient of pixels"])
+def test_the_comparison_of_both_forms_notices(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutate(monkeypatch, mutation)
     with pytest.raises(AssertionError, match="not close"):
         test_one_prediction_alone_equals_its_part_of_a_step([3, 0, 5], "background")
 
@@ -196,6 +201,13 @@ def test_only_matched_queries_carry_the_same_gradients(counts: list[int], shared
         torch.testing.assert_close(other, gradient, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("shared", [True, False], ids=["m2f", "eomt"])
+def test_the_comparison_of_factors_notices(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutate(monkeypatch, "gradient of factors")
+    with pytest.raises(AssertionError, match="not close"):
+        test_only_matched_queries_carry_the_same_gradients([3, 0, 5], shared)
+
+
 @pytest.mark.parametrize("head", ["m2f", "eomt"])
 def test_the_switch_changes_no_gradient_of_the_model(head: str) -> None:
     targets, gradients = targets_of([2, 3], (64, 96)), []
@@ -211,7 +223,7 @@ def test_the_switch_changes_no_gradient_of_the_model(head: str) -> None:
     for name, gradient in gradients[0].items():
         assert gradient is not None and gradients[1][name] is not None
         scale = float(gradients[1][name].abs().max())
-        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-5 * scale + 1e-6, msg=name)
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-5, atol=1e-5 * scale + 1e-6, msg=name)
 
 
 # -- targets --------------------------------------------------------------------------------------------------------
@@ -256,6 +268,25 @@ def test_excluded_pixels_do_not_count() -> None:
             totals.append(total.detach())
             assert (gradient[..., 9:].abs().max() == 0) == same
         assert torch.equal(totals[0], totals[1]) == same
+
+def test_excluded_pixels_do_not_decide_who_is_matched() -> None:
+    """Two queries say about the same where it counts, the first a little better; where it does not, the second does
+    as the background would, and the first the opposite."""
+    target = {"segment_map": torch.tensor([0] * 4 + [1] * 4 + [255] * 8, dtype=torch.uint8).repeat(16, 1),
+              "labels": torch.tensor([2, 4])}
+    left = torch.tensor([3.0] * 4 + [-3.0] * 4)
+    border = torch.tensor([-3.0])  # read by points of column 7 too
+    masks = torch.stack([torch.cat([1.1 * left, border, torch.full((7,), 6.0)]),
+                         torch.cat([left, border, torch.full((7,), -6.0)]),
+                         torch.cat([-left, border, torch.full((7,), -6.0)])])[None, :, None].expand(1, 3, 16, 16)
+    prediction, draw = Prediction(torch.zeros(1, 3, CLASSES + 1), masks.contiguous()), point_sampling.uniform_draw
+    for exclude, query in ((True, 0), (False, 1)):
+        packed = pack_targets([target], CPU, exclude_ignored=exclude)
+        (match,) = HungarianMatcher(500, 5.0, 5.0, 2.0)([prediction], packed, draw(CPU, seeded()))
+        assert int(match[1, match[2] == 0]) == query and int(match[1, match[2] == 1]) == 2
+
+
+def test_what_is_ignored_has_two_meanings() -> None:
     with pytest.raises(ValueError, match="ignore is 'drop', legal: background, exclude"):
         MaskClassificationLoss(**SETTINGS, ignore="drop")
 
@@ -386,6 +417,16 @@ def test_masks_of_full_size_never_exist_as_floats() -> None:
     assert operations.largest < 256 * 256, "not even one"
 
 
+def test_a_float_mask_of_full_size_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_floats(targets: Any, *args: Any, **kwargs: Any) -> Any:
+        to_dense(targets[0])["masks"].float()
+        return pack_targets(targets, *args, **kwargs)
+
+    monkeypatch.setattr("trainer.mask_classification_loss.pack_targets", with_floats)
+    with pytest.raises(AssertionError, match="not even one"):
+        test_masks_of_full_size_never_exist_as_floats()
+
+
 def test_little_is_kept_for_the_backward_pass() -> None:
     """At most a quarter of what transformers' loss keeps."""
     outputs = outputs_of(2, 20, (32, 32), layers=4, factors=8)
@@ -498,6 +539,15 @@ def test_a_trained_model_is_matched_alike_in_bf16_and_in_float32() -> None:
     assert torch.equal(*matches)
 
 
+@pytest.mark.parametrize("test", [test_bf16_predictions_are_matched_and_charged_as_their_float32_values,
+                                  test_a_trained_model_is_matched_alike_in_bf16_and_in_float32],
+                         ids=lambda test: test.__name__[5:20])
+def test_other_matches_in_bf16_are_noticed(test: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutate(monkeypatch, "costs in bf16")
+    with pytest.raises(AssertionError):
+        test()
+
+
 RANKS = [[3, 2], [0, 0]]  # the second rank has no mask at all
 
 
@@ -505,12 +555,28 @@ def _joined(counts: Sequence[int]) -> tuple[dict[str, Any], list[dict[str, Tenso
     return outputs_of(len(counts), 7, (6, 8)), targets_of(counts, (24, 32))
 
 
-def _rank_loss(rank: int, store: str, folder: str) -> None:
+class Scaled(nn.Module):
+    """A model whose only parameter is a factor of each query's masks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factors = nn.Parameter(torch.linspace(0.5, 1.5, 7)[:, None, None])
+
+    def forward(self, outputs: dict[str, Any], images: slice) -> dict[str, Any]:
+        items = [{"pred_logits": item["pred_logits"][images], "pred_masks": item["pred_masks"][images] * self.factors}
+                 for item in items_of(outputs)]
+        return {**items[0], "aux_outputs": items[1:]}
+
+
+def _rank_loss(rank: int, store: str, folder: str, divisor: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=len(RANKS))
     outputs, targets = _joined([*RANKS[0], *RANKS[1]])
     mine = slice(2 * rank, 2 * rank + 2)
-    items = [{name: item[name][mine] for name in ("pred_logits", "pred_masks")} for item in items_of(outputs)]
-    loss = ReplayedLoss(**SETTINGS)
+    model = DistributedDataParallel(Scaled())
+    loss = ReplayedLoss(**{**SETTINGS, "class_coefficient": 0.0})  # that loss is a mean of the rank's own queries
+    if divisor == "its own":
+        own = torch.tensor(max(1.0, sum(RANKS[rank])))
+        loss.count_masks = lambda _: own  # type: ignore[assignment, method-assign]
     loss.recorded = _points(rank)
     reductions = 0
     all_reduce = dist.all_reduce
@@ -521,9 +587,11 @@ def _rank_loss(rank: int, store: str, folder: str) -> None:
         return all_reduce(*args, **kwargs)
 
     dist.all_reduce = counting
-    _, losses = loss.step({**items[0], "aux_outputs": items[1:]}, targets[mine])
-    assert reductions == 1
-    torch.save({name: value for name, value in losses.items() if "cross" not in name}, f"{folder}/{rank}.pt")
+    total, losses = loss.step(model(outputs, mine), targets[mine])
+    assert reductions == (divisor == "the mean")
+    total.backward()
+    found = {name: value for name, value in losses.items() if "cross" not in name}
+    torch.save((found, model.module.factors.grad), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -540,16 +608,23 @@ def _points(rank: int | None) -> list[Tensor]:
 
 
 @pytest.mark.slow
-def test_mask_losses_of_two_ranks_add_up_to_those_of_the_joined_batch(tmp_path: Any) -> None:
-    """Each rank divides by the mean number of masks per rank: the ranks' mean is the joined batch's loss."""
-    torch.multiprocessing.spawn(_rank_loss, args=(str(tmp_path / "store"), str(tmp_path)), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+@pytest.mark.parametrize("divisor", ["the mean", "its own"])
+def test_two_ranks_add_up_to_the_joined_batch(divisor: str, tmp_path: Any) -> None:
+    """Each rank divides by the mean number of masks per rank: the ranks' mean is the joined batch's loss, and DDP's
+    gradient the joined batch's. Divided by the rank's own number they are not."""
+    torch.multiprocessing.spawn(_rank_loss, args=(str(tmp_path / "store"), str(tmp_path), divisor), nprocs=2)
+    (first, gradient), (second, other) = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     outputs, targets = _joined([*RANKS[0], *RANKS[1]])
-    loss = ReplayedLoss(**SETTINGS)
+    loss, model = ReplayedLoss(**{**SETTINGS, "class_coefficient": 0.0}), Scaled()
     loss.recorded = _points(None)
-    joined = loss.step(outputs, targets).losses
-    for name, value in ranks[0].items():
-        assert np.isclose(float(value + ranks[1][name]) / 2, float(joined[name]), rtol=1e-5), name
+    total, joined = loss.step(model(outputs, slice(None)), targets)
+    total.backward()
+    right = divisor == "the mean"
+    for name, value in first.items():
+        assert np.isclose(float(value + second[name]) / 2, float(joined[name]), rtol=1e-5) == right, name
+    assert torch.equal(gradient, other)
+    assert model.factors.grad is not None
+    assert torch.allclose(gradient, model.factors.grad, rtol=1e-4, atol=1e-7) == right
 
 
 def test_factors_in_some_predictions_only_are_refused() -> None:
