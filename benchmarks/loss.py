@@ -37,6 +37,7 @@ from trainer.point_sampling import point_sample
 from trainer.targets import PackedTargets, dense_masks
 
 RUNS = ("transformers, to masks", "ours, to masks", "transformers, to features", "ours, to features")
+STEADY = 1.3  # quartiles of the same work may be so many times apart
 FLOOR = "drawing and sampling the points alone"
 LAYERS, QUERIES, CLASSES, SEGMENTS, WIDTH, POINTS = 10, 100, 150, 10, 256, 12_544
 COEFFICIENTS = {"loss_mask": 5.0, "loss_dice": 5.0, "loss_cross_entropy": 2.0}
@@ -134,12 +135,14 @@ def main() -> None:
             setattr(module, function, torch.compile(getattr(module, function), dynamic=False))
     print("| images | | seconds, median (quartiles) | speed-up | memory, MB | of theirs | operations | kept, MB |\n"
           "|---|---|---|---|---|---|---|---|")
-    for batch in arguments.batches:
-        report(batch, arguments.side, arguments.repetitions)
+    steady = [report(batch, arguments.side, arguments.repetitions) for batch in arguments.batches]
+    if not all(steady):
+        raise SystemExit(f"rejected: quartiles of the same work are more than {STEADY} times apart (see \"unsteady\"); "
+                         "run it again on a quieter machine")
 
 
-def report(batch: int, side: int, repetitions: int) -> None:
-    """Four rows of the table."""
+def report(batch: int, side: int, repetitions: int) -> bool:
+    """Print four rows of the table. Whether the same work took about the same time."""
     case = Case(batch, side)
     seconds: dict[str, list[float]] = {name: [] for name in (*RUNS, FLOOR)}
     for repetition in range(repetitions + 1):
@@ -155,18 +158,21 @@ def report(batch: int, side: int, repetitions: int) -> None:
             seconds[FLOOR].append(perf_counter() - started)
     memory = {name: in_own_process(name, batch, side, MALLOC_MMAP_THRESHOLD_="131072") for name in RUNS}
     by_default = {name: in_own_process(name, batch, side, times=5) for name in RUNS}
+    steady = True
     for name in RUNS:
         low, median, high = np.percentile(seconds[name], [25, 50, 75])
         reference = name.replace("ours", "transformers")
         speed = np.median(np.array(seconds[reference]) / np.array(seconds[name]))
         operations, kept = counts(case, name)
-        unsteady = " (unsteady)" if high > 1.3 * low else ""
+        unsteady = " (unsteady)" if high > STEADY * low else ""
+        steady = steady and not unsteady
         cells = (batch, name, f"{median:.3f} ({low:.3f}, {high:.3f}){unsteady}", f"{speed:.2f}",
                  f"{memory[name]:.0f} ({by_default[name]:.0f})", f"{memory[name] / memory[reference]:.2f} "
                  f"({by_default[name] / by_default[reference]:.2f})", operations, f"{kept / 1e6:.0f}")
         print(f"| {' | '.join(map(str, cells))} |", flush=True)
     low, median, high = np.percentile(seconds[FLOOR], [25, 50, 75])
     print(f"| {batch} | {FLOOR} | {median:.3f} ({low:.3f}, {high:.3f}) | | | | | |", flush=True)
+    return steady
 
 
 def counts(case: Case, name: str) -> tuple[int, int]:

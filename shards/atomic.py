@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a whole file under a temporary name, sync it, then rename: readers see all of it or nothing."""
-    _publish(path, lambda file: file.write(data))
+def write_atomically(path: Path, data: bytes, *, create: bool = False) -> None:
+    """Write a whole file under a temporary name, sync it, then rename: readers see all of it or nothing.
+
+    With `create`, raises FileExistsError when the file is there, even if another process has just made it.
+    """
+    _publish(path, lambda file: file.write(data), create)
 
 
 def copy_atomically(source: Path, path: Path) -> None:
@@ -20,14 +23,17 @@ def copy_atomically(source: Path, path: Path) -> None:
         _publish(path, lambda file: shutil.copyfileobj(original, file))
 
 
-def _publish(path: Path, fill: Callable[[BinaryIO], object]) -> None:
+def _publish(path: Path, fill: Callable[[BinaryIO], object], create: bool = False) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             fill(file)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        if create:
+            path.hardlink_to(temporary)  # unlike a rename it refuses a name that is taken
+        else:
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from shards.errors import ConfigError, CorruptShardError, ShardError
+from shards.errors import ConfigError, CorruptShardError, ShardError, StorageError
 from shards.manifest import MANIFEST_NAME, IndexInfo, Manifest, ShardInfo, load_manifest, manifest_bytes
 from shards.storage import LocalStorage, Storage, open_storage
 
@@ -43,8 +43,16 @@ def copy_set(source: str | Path | Storage, destination: str | Path | Storage,
             copied += 1
         progress(file)
     if there is None:
-        destination.write(MANIFEST_NAME, content, create=True)
+        _create_manifest(destination, content)
     return copied
+
+
+def _create_manifest(destination: Storage, content: bytes) -> None:
+    try:
+        destination.write(MANIFEST_NAME, content, create=True)
+    except StorageError:  # another copy has just made it; or ours did, and the answer was lost
+        if _existing_manifest(destination) != content:
+            raise
 
 
 def files_of(manifest: Manifest) -> Iterator[File]:

@@ -137,9 +137,10 @@ class LocalStorage:
 
     def write(self, name: str, data: bytes, *, create: bool = False) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        if create and (self.folder / name).exists():
-            raise StorageError(f"{self.where(name)} is there already")
-        write_atomically(self.folder / name, data)
+        try:
+            write_atomically(self.folder / name, data, create=create)
+        except FileExistsError as error:
+            raise StorageError(f"{self.where(name)} is there already") from error
 
     def upload(self, name: str, path: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

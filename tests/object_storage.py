@@ -110,6 +110,7 @@ class FaultyProxy:
     def __init__(self, target: int, delay: float = 0.0) -> None:
         self.target, self.delay, self.faults = target, delay, list[Fault]()
         self.requests, self.bytes = 0, 0
+        self.writes: list[str] = []  # what was asked for with PUT and POST: paths and queries
         self._lock = threading.Lock()
         proxy = self
 
@@ -145,6 +146,8 @@ class FaultyProxy:
                 while request := _message(client):
                     with self._lock:
                         self.requests += 1
+                        method, path = request.split(b" ", 2)[:2]
+                        self.writes += [path.decode()] if method in (b"PUT", b"POST") else []
                         fault = self.faults.pop(0) if self.faults and request.startswith(b"GET ") and \
                             b"list-type" not in request.split(b"\r\n")[0] else None
                     time.sleep(self.delay)

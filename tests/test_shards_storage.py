@@ -156,6 +156,8 @@ def test_writes_are_whole_and_created_only_once(s3: FaultyProxy, s3_root: str, t
         storage.delete("small")
         storage.delete("small")
         assert storage.sizes() == {"large": 12 << 20}
+    parts = {path.partition("partNumber=")[2].partition("&")[0] for path in s3.writes if "partNumber" in path}
+    assert len(parts) > 1, "in parts"
 
 
 def _read_in_child(root: str, answers: multiprocessing.Queue) -> None:  # type: ignore[type-arg]
@@ -386,20 +388,41 @@ def test_a_killed_upload_is_never_taken_for_a_set_and_goes_on(
 
 
 def test_two_uploads_at_once_end_with_one_set(s3_root: str, scene_shards: Path) -> None:
-    def upload(_: int) -> str:
-        try:
-            copy_set(scene_shards, s3_root)
-        except StorageError as error:  # the other one has published in the meantime
-            return str(error)
-        return ""
-
     with ThreadPoolExecutor(2) as pool:
-        assert all(message == "" or "is there already" in message for message in pool.map(upload, range(2)))
+        list(pool.map(lambda _: copy_set(scene_shards, s3_root), range(2)))
     assert verify(s3_root) == []
 
 
-def test_preprocessing_publishes_to_object_storage(s3_root: str, scenes: Path, scene_shards: Path, tmp_path: Path,
-                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["object storage", "folder"])
+def test_a_set_that_another_process_published_meanwhile_is_not_overwritten(
+    kind: str, s3_root: str, scene_shards: Path, tmp_path: Path
+) -> None:
+    storage = open_storage(s3_root if kind == "object storage" else tmp_path / "set")
+    other = manifest_bytes(load_manifest(scene_shards)).replace(b'"seed": 0', b'"seed": 1')
+    last = list(files_of(load_manifest(scene_shards)))[-1]
+
+    def publish(file: object) -> None:
+        if file == last:  # all files are there, the manifest would be next
+            storage.write(MANIFEST_NAME, other)
+
+    with pytest.raises(StorageError, match=r"manifest\.json is there already"):
+        copy_set(scene_shards, storage, progress=publish)
+    assert storage.read(MANIFEST_NAME) == other
+
+
+def test_a_set_whose_publishing_was_not_answered_is_published(scene_shards: Path, tmp_path: Path) -> None:
+    class Unanswered(LocalStorage):
+        def write(self, name: str, data: bytes, *, create: bool = False) -> None:
+            super().write(name, data, create=create)
+            super().write(name, data, create=create)  # tried again
+
+    copy_set(scene_shards, Unanswered(tmp_path / "set"))
+    assert verify(tmp_path / "set") == []
+
+
+def test_preprocessing_publishes_to_object_storage(
+    s3: FaultyProxy, s3_root: str, scenes: Path, scene_shards: Path, tmp_path: Path
+) -> None:
     command = ["preprocess/make_shards.py", "--dataset", "folder", "--root", str(scenes), "--output", s3_root,
                "--workers", "1", "crops.size=64", "crops.per_image=2", "images_per_shard=6",
                f"staging={tmp_path / 'staging'}"]
@@ -410,6 +433,14 @@ def test_preprocessing_publishes_to_object_storage(s3_root: str, scenes: Path, s
     assert not list((tmp_path / "staging").iterdir()), "nothing stays behind"
     again = python(*command)
     assert "already complete, nothing to do" in again.stdout
+    storage = open_storage(s3_root)  # as if killed before the manifest, and before one shard
+    storage.delete(MANIFEST_NAME)
+    storage.delete("train-000000.tar")
+    with pytest.raises(ShardError, match="writing it did not finish"):
+        load_manifest(s3_root)
+    s3.writes.clear()
+    assert python(*command).returncode == 0 and verify(s3_root) == []
+    assert {path.partition("?")[0].rpartition("/")[2] for path in s3.writes} == {"train-000000.tar", MANIFEST_NAME}
     other = python(*command, "crops.per_image=3")
     assert other.returncode == 2 and "already holds a complete shard set made with other settings" in other.stderr
 
