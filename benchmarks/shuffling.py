@@ -8,6 +8,7 @@ example: python benchmarks/shuffling.py --root shards-ade20k
 from __future__ import annotations
 
 import argparse
+from time import perf_counter
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +41,18 @@ def main() -> None:
         classes, spread = of_batches(order[: total // arguments.batch * arguments.batch], arguments.batch, labels)
         print(f"| {name} | {', '.join(f'{value:.0f}' for value in apart)} | {np.mean(classes):.1f} ({min(classes)}) | "
               f"{spread:.0f} |")
+    for epoch in (0, 1000):
+        print(f"plan of 10^8 samples in 10^5 shards, first batch of every lane in epoch {epoch}: "
+              f"{seconds_to_start(epoch):.2f} s")
+
+
+def seconds_to_start(epoch: int) -> float:
+    """Time of a new plan's first 128 batches of 4, at the beginning of an epoch."""
+    started = perf_counter()
+    plan = TrainPlan([1000] * 100_000, 4, 0)
+    for number in range(128):
+        plan.micro_batch(25 * 10**6 * epoch + number)
+    return perf_counter() - started
 
 
 def of_batches(order: npt.NDArray[np.int64], size: int, labels: list[set[int]]) -> tuple[list[int], float]:

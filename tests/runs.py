@@ -84,6 +84,12 @@ class TrainingRun:
         servers = {pid for pid, command in self.processes().items() if "forkserver" in command}
         return [pid for pid in servers if _parent(pid) in servers]
 
+    def zombies(self) -> list[int]:
+        """pids of dead children that its processes have not buried."""
+        alive = self.processes()
+        stats = [Path(folder, "stat") for folder in Path("/proc").glob("[0-9]*")]
+        return [int(stat.parent.name) for stat in stats if _parent(int(stat.parent.name)) in alive and _is_dead(stat)]
+
     def assert_gone(self, timeout: float = 60) -> None:
         """Nothing of it lives any more."""
         deadline = time.monotonic() + timeout
@@ -129,11 +135,18 @@ def assert_equal_states(one: Any, other: Any, where: str = "") -> None:
 
 
 def assert_same_end(one: Path, other: Path) -> None:
-    """Two finished runs have the same weights, moments and losses."""
+    """Two finished runs have the same weights and moments."""
     ours, theirs = final_state(one), final_state(other)
     assert ours.step == theirs.step
     assert_equal_states(ours.model, theirs.model)
     assert_equal_states(ours.optimizer, theirs.optimizer)
+
+
+def _is_dead(stat: Path) -> bool:
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return False
 
 
 def _parent(pid: int) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
 from shards.reader import iter_samples
+from tests.conftest import REPOSITORY
 from trainer.config import DataConfig
 from trainer.interop import SampleStream, TransformersBatches
 
@@ -39,9 +42,12 @@ def test_epochs_and_seeds_order_the_stream(scene_shards: Path) -> None:
 
 
 def test_a_hugging_face_model_trains_on_our_batches(scene_shards: Path) -> None:
-    """The example of the README."""
+    """The example of the README, as it stands there."""
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (example,) = (block for block in blocks if "TransformersBatches" in block)
+    example = example.replace("s3://bucket/shards-ade20k", str(scene_shards)).replace("num_workers=4", "num_workers=1")
     batches = TransformersBatches(DataConfig(root=str(scene_shards)), batch_size=2, last_step=3)
-    loader = DataLoader(batches, batch_size=None, num_workers=1, multiprocessing_context="forkserver")
     torch.manual_seed(0)
     model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(
         num_labels=batches.crops.reader.manifest.num_classes, feature_size=32, mask_feature_size=32, hidden_dim=32,
@@ -51,16 +57,16 @@ def test_a_hugging_face_model_trains_on_our_batches(scene_shards: Path) -> None:
                          "out_features": ["stage1", "stage2", "stage3", "stage4"], "image_size": 64}))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    losses = []
-    for batch in loader:
-        loss = model(**batch).loss.sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    steps: list[float] = []
+    names: dict[str, Any] = {"model": model, "optimizer": optimizer, "webdataset": pytest.importorskip("webdataset")}
+    optimizer.register_step_post_hook(lambda *_: steps.append(names["loss"].item()))
+    exec(compile(example, "README.md", "exec"), names)  # noqa: S102
+    assert len(steps) == 3 and all(0 < loss < float("inf") for loss in steps)
+    key, image, record = next(iter(names["pipeline"]))
+    assert image.shape == (64, 64, 3) and record["key"] == key
+    for batch in batches:
         assert batch["pixel_values"].shape == (2, 3, 64, 64)
         for masks, labels in zip(batch["mask_labels"], batch["class_labels"], strict=True):
             assert masks.shape == (len(labels), 64, 64) and masks.dtype == torch.float32
             assert masks.sum(0).max() <= 1
-    assert len(losses) == 3 and all(0 < loss < float("inf") for loss in losses)
     assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))

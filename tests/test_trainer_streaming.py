@@ -244,6 +244,21 @@ def test_requests_that_nobody_waits_for_any_more_count_until_they_are_over() -> 
     assert peak < 2
 
 
+def test_the_first_batch_costs_no_more_late_in_a_run(s3: FaultyProxy, s3_shards: str) -> None:
+    """A million epochs on: nothing of what came before is read or counted through."""
+    asked = []
+    for first in (0, 12 * 10**6):
+        dataset = crops(s3_shards)
+        dataset.numbers = range(first, first + 10**9)
+        s3.requests = s3.bytes = 0
+        stream = iter(dataset)
+        next(stream)
+        stream.close()  # type: ignore[attr-defined]
+        asked.append((s3.requests, s3.bytes))
+    (early, few), (late, more) = asked
+    assert late <= early + 3 and more <= 1.2 * few
+
+
 def test_the_cache_gives_the_same_batches(
     s3: FaultyProxy, s3_shards: str, expected: list[Batch], tmp_path: Path
 ) -> None:

@@ -103,13 +103,33 @@ def test_one_process_stops_after_a_whole_step_and_leaves_nothing(scene_shards: P
                                                                  number: signal.Signals, code: int) -> None:
     assert code == EXIT_TO_BE_CONTINUED
     run = TrainingRun(scene_shards, tmp_path / "run", "train.total_steps=100000", "train.checkpoint_every=100000",
-                      "data.workers=2")
-    run.wait_for_step(3)
+                      "data.workers=2", "train.eval_every=2")
+    run.wait_for_step(5)
+    assert not run.zombies(), "evaluations have come and gone, with their loader processes"
     os.killpg(run.process.pid, number)  # all its processes, as a terminal and torchrun do
     assert run.wait(60) == code, run.text
     assert f"stopped as asked: {number.name}: stopped after step" in run.text and "Traceback" not in run.text
     assert final_state(run.folder).step == newest_step(run.folder)
     run.assert_gone()
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_ends_the_program_in_the_middle_of_a_step(scene_shards: Path, tmp_path: Path) -> None:
+    run = TrainingRun(scene_shards, tmp_path / "run", "train.global_batch_size=4000", "data.workers=1")
+    deadline = time.monotonic() + 120
+    while "new run" not in run.text:
+        assert run.process.poll() is None and time.monotonic() < deadline, run.text
+        time.sleep(0.1)
+    time.sleep(1.0)  # its first step takes minutes
+    run.process.send_signal(signal.SIGINT)
+    time.sleep(1.5)
+    assert run.process.poll() is None and "SIGINT: stopping after this step; Ctrl-C again" in run.text, run.text
+    run.process.send_signal(signal.SIGINT)
+    assert run.wait(60) == 130, run.text
+    run.assert_gone()
+    state = read_state(run.folder)
+    assert state is not None and (state.status, state.step) == ("stopped", 0)
+    assert state.message == "interrupted without a checkpoint"
 
 
 @pytest.mark.slow
@@ -206,6 +226,18 @@ def test_a_rank_that_hangs_is_named_in_bounded_time(scene_shards: Path, tmp_path
     assert run.wait(90) != 0
     assert "rank 1 on" in run.text and "does not answer, last seen at step" in run.text
     assert "1 other rank(s) wait for it" in run.text
+    run.assert_gone()
+
+
+@pytest.mark.slow
+def test_loader_processes_that_stand_still_end_the_run_in_bounded_time(scene_shards: Path, tmp_path: Path) -> None:
+    run = TrainingRun(scene_shards, tmp_path / "run", "train.total_steps=100000", "train.hang_timeout=8",
+                      "train.checkpoint_every=100000", "data.workers=1")
+    run.wait_for_step(3)
+    for pid in run.loader_workers():
+        os.kill(pid, signal.SIGSTOP)
+    assert run.wait(60) == EXIT_HUNG, run.text
+    assert "no progress for 8 s" in run.text and "waiting for data, for" in run.text
     run.assert_gone()
 
 

@@ -171,6 +171,22 @@ def test_what_cannot_be_written_is_a_warning(finished: Path, scene_shards: Path,
     assert f"{picture.name} cannot be read" in (tmp_path / "report.html").read_text()
 
 
+def test_the_report_is_there_from_the_first_evaluation_on(scene_shards: Path, tmp_path: Path,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    from trainer import loop
+
+    seen, real = [], loop.evaluate
+
+    def evaluate(*arguments: Any) -> Any:
+        page = tmp_path / "run" / "report.html"
+        seen.append(page.read_text().count("val-panels") + 1 if page.exists() else 0)
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    train(tiny(scene_shards, tmp_path / "run", "train.total_steps=4", "train.eval_every=2"), ALONE)
+    assert [found > 0 for found in seen] == [False, True]
+
+
 def test_a_finished_run_says_so(finished: Path) -> None:
     state = read_state(finished)
     assert state is not None and (state.status, state.step, state.total_steps) == ("finished", 4, 4)

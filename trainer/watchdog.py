@@ -9,6 +9,7 @@ the others.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import socket
 import sys
@@ -126,4 +127,6 @@ def describe_hang(before: Mapping[int, LastHeard], now: Mapping[int, LastHeard],
 
 def _end(message: str) -> None:
     print(f"error: {message}", file=sys.stderr, flush=True)
+    for child in multiprocessing.active_children():  # a loader process that stands still does not notice our end
+        child.kill()
     os._exit(EXIT_HUNG)  # the main thread is stuck where no exception reaches it

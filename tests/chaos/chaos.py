@@ -92,7 +92,7 @@ def mount_small_disk(folder: Path) -> bool:
 class _Disturber:
     def __init__(self, root: Path, folder: Path, settings: tuple[str, ...], steps: int, rng: random.Random) -> None:
         self.root, self.folder, self.settings, self.steps, self.rng = root, folder, settings, steps, rng
-        self.account = Account()
+        self.account, self.deck = Account(), list[str]()
         self.logs: list[TrainingRun] = []
         self.run = self._start()
 
@@ -105,10 +105,14 @@ class _Disturber:
     def go_on_until(self, kills: int, kinds: tuple[str, ...]) -> Account:
         with tqdm(total=kills, unit="kill", disable=None) as bar:
             while self.account.kills < kills and self._ran_on(self.rng.uniform(0.2, 1.5)):
-                kind = self.rng.choice(kinds)
+                if not self.deck:  # each kind comes once before one comes again
+                    self.deck = self.rng.sample(kinds, len(kinds))
+                kind = self.deck.pop()
                 if self._disturb(kind):
                     self.account.disturbed[kind] += 1
                     bar.update(kind != "full disk")
+                else:
+                    self.deck.insert(0, kind)  # later
         code = self.run.wait(900)
         assert code == 0, self.run.text
         assert self.account.kills == kills, f"the run was done after {self.account.kills} kills; give it more --steps"
