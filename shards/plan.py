@@ -48,7 +48,7 @@ class Span(NamedTuple):
 class TrainPlan:
     """The order of training samples, numbered in storage order. Raises ConfigError when there is nothing to train on.
 
-    Memory grows with the number of shards, and with that of spans in the lanes in use; never with the samples.
+    Memory grows with the number of shards, and with that of spans (samples / span_samples), of lanes in use alone.
     """
 
     def __init__(self, shard_samples: Sequence[int], micro_batch_size: int, seed: int, lanes: int = LANES,
@@ -61,7 +61,8 @@ class TrainPlan:
             if value < 1:
                 raise ConfigError(f"{name} is {value}, legal: at least 1")
         self.micro_batch_size, self.seed = micro_batch_size, seed
-        self.lanes, self.span_samples = min(lanes, self.num_samples), min(span_samples, int(self.shard_samples.max()))
+        self.lanes = min(lanes, self.num_samples)
+        self.span_samples = min(span_samples, -(-self.num_samples // self.lanes))  # of the longest lane, at most
         self._first_samples = np.cumsum(self.shard_samples) - self.shard_samples
         self._row = functools.lru_cache(maxsize=_EPOCHS_KEPT)(self._make_row)
         self._lane_starts = functools.lru_cache(maxsize=_EPOCHS_KEPT)(self._make_lane_starts)

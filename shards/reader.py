@@ -9,6 +9,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,14 @@ from shards.storage import READS_OF_DAMAGED, LocalStorage, Storage, open_storage
 _BLOCK = 512
 _NAME, _SIZE, _KIND = 100, slice(124, 136), slice(156, 157)  # where a tar header keeps what we read
 _log = logging.getLogger(__name__)
+
+
+class Place(NamedTuple):
+    """Where a sample's bytes are."""
+
+    shard: int  # of the split
+    offset: int
+    length: int
 
 
 class ShardReader:
@@ -71,12 +80,16 @@ class ShardReader:
         """The unverified bytes of some samples; neighbours in a shard come in one request. May be used by threads."""
         found: list[bytes] = []
         for run in self._runs(numbers):
-            shard, offset, _ = self._place(run[0])
-            end = sum(self._place(run[-1])[1:])
-            data = self._range(shard, offset, end - offset)
-            places = [(self._place(number)[1] - offset, self._place(number)[2]) for number in run]
-            found += [data[start : start + length] for start, length in places]
+            places = [self.place(number) for number in run]
+            shard, first, _ = places[0]
+            data = self._range(shard, first, places[-1].offset + places[-1].length - first)
+            found += [data[place.offset - first : place.offset - first + place.length] for place in places]
         return found
+
+    def place(self, number: int) -> Place:
+        """Where a sample is."""
+        shard = int(np.searchsorted(self._first_sample, number, side="right")) - 1
+        return Place(shard, int(self._offset[number]), int(self._length[number]))
 
     def bytes_of(self, numbers: Sequence[int]) -> int:
         """How many bytes `fetch` would return."""
@@ -96,17 +109,12 @@ class ShardReader:
         """Numbers in pieces that follow each other in one shard."""
         run: list[int] = []
         for number in map(int, numbers):
-            if run and (number != run[-1] + 1 or self._place(number)[0] != self._place(run[0])[0]):
+            if run and (number != run[-1] + 1 or self.place(number).shard != self.place(run[0]).shard):
                 yield run
                 run = []
             run.append(number)
         if run:
             yield run
-
-    def _place(self, number: int) -> tuple[int, int, int]:
-        """(shard, offset, length)"""
-        shard = int(np.searchsorted(self._first_sample, number, side="right")) - 1
-        return shard, int(self._offset[number]), int(self._length[number])
 
     def _range(self, shard_number: int, offset: int, length: int) -> bytes:
         shard = self.info.shards[shard_number]
@@ -126,7 +134,7 @@ class ShardReader:
 
     def _forget(self, number: int) -> None:
         if self.cache is not None:
-            shard, offset, length = self._place(number)
+            shard, offset, length = self.place(number)
             self.cache.remove(_cache_key(self.info.shards[shard], offset, length))
 
     def _problem(self, number: int, data: bytes) -> str | None:
@@ -136,7 +144,7 @@ class ShardReader:
         return "CRC-32 differs from the index, the shard is damaged or was replaced" if damaged else None
 
     def _where(self, number: int) -> str:
-        shard, offset, _ = self._place(number)
+        shard, offset, _ = self.place(number)
         name = self.storage.where(self.info.shards[shard].name)
         return f"{name}, sample {number - int(self._first_sample[shard])} (offset {offset})"
 

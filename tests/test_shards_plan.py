@@ -137,9 +137,11 @@ def test_sizes_that_do_not_divide_are_refused_with_the_legal_ones() -> None:
         TrainPlan([], 1, 0)
 
 
-def test_spans_longer_than_any_shard_are_whole_shards() -> None:
+def test_spans_longer_than_any_lane_are_whole_lanes_and_reach_over_shards() -> None:
     whole, longer = (TrainPlan([4, 6, 1], 4, 0, lanes=2, span_samples=span) for span in (6, 10**30))
     assert draws(whole, 50) == draws(longer, 50)
+    short_shards = TrainPlan([1] * 40, 4, 0, lanes=2, span_samples=16)
+    assert {short_shards.span(position).size for position in range(40)} == {16, 4}
 
 
 def test_the_order_is_a_contract() -> None:

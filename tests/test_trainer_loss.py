@@ -300,9 +300,11 @@ def test_dense_targets_of_any_dtype_equal_segment_maps() -> None:
 
 def test_more_targets_than_queries_drop_the_surplus() -> None:
     outputs, targets = make_case([9, 2], queries=4)
-    matches = HungarianMatcher(30, 5.0, 5.0, 2.0)([Prediction(outputs["pred_logits"], outputs["pred_masks"])],
-                                                  pack_targets(targets, CPU), uniform_draw(CPU, None))
-    assert matches[0, 0].bincount().tolist() == [4, 2]
+    matcher = HungarianMatcher(30, 5.0, 5.0, 2.0)
+    for times in (1, 2):
+        matches = matcher([Prediction(outputs["pred_logits"], outputs["pred_masks"])], pack_targets(targets, CPU),
+                          uniform_draw(CPU, None))
+        assert matches[0, 0].bincount().tolist() == [4, 2] and matcher.unmatched == 5 * times
     losses = make_loss().step(outputs, targets).losses
     assert all(value.isfinite() for value in losses.values())
 

@@ -274,7 +274,7 @@ def damaged(shards: Path, folder: Path, samples: list[int]) -> Path:
     copied = Path(shutil.copytree(shards, folder))
     reader = ShardReader(shards, "train")
     for number in samples:
-        shard, offset, _ = reader._place(number)
+        shard, offset, _ = reader.place(number)
         path = copied / reader.info.shards[shard].name
         data = bytearray(path.read_bytes())
         data[offset + 600] ^= 1

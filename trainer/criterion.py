@@ -26,6 +26,10 @@ class CriterionLoss(NamedTuple):
 class Criterion(Protocol):
     """Losses of one micro-batch."""
 
+    @property
+    def unmatched(self) -> int:
+        """Targets so far that no query was left for."""
+
     def __call__(
         self, outputs: Mapping[str, Any], targets: Sequence[Target], num_masks: Tensor, generator: torch.Generator
     ) -> CriterionLoss:
@@ -57,6 +61,10 @@ class MaskCriterion(nn.Module):
         except NonFiniteLossError as error:
             return self._poisoned(outputs, str(error))
 
+    @property
+    def unmatched(self) -> int:
+        return self.loss.matcher.unmatched
+
     def _poisoned(self, outputs: Mapping[str, Any], problem: str) -> CriterionLoss:
         """NaN for everything: this rank can match nothing, but the others wait for its gradients all the same, and so
         learn of it. `NonFiniteGuard` then decides for all ranks alike."""
@@ -70,6 +78,8 @@ class MaskCriterion(nn.Module):
 
 class PixelCriterion(nn.Module):
     """Per-pixel cross-entropy (linear head)."""
+
+    unmatched = 0
 
     def __init__(self, ignore_index: int) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,13 +33,17 @@ from trainer.seeding import sample_rng
 from trainer.targets import Target, dense_masks
 from trainer.transforms import draw_photometric, photometric_distort
 
-# Whose bytes a loader process asks object storage for before it needs them. Lanes come to the ends of their spans
-# together, so what is needed next then is a span of every lane: as many crops ahead as there are lanes by default.
-_CROPS_AHEAD, _IMAGES_AHEAD = 128, 8
+_IMAGES_AHEAD = 8  # whole ones whose bytes a loader process asks object storage for before it needs them
 
 
-# key, segment map [H, W], labels [N], whether to mirror, photometric parameters
-_Sample = tuple[str, npt.NDArray[Any], npt.NDArray[Any], bool, npt.NDArray[Any]]
+class _Crop(NamedTuple):
+    """One sample of a micro-batch, but for its pixels."""
+
+    key: str
+    segment_map: npt.NDArray[Any]  # [H, W]
+    labels: npt.NDArray[np.int64]  # [N]
+    mirrored: bool
+    photometric: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +141,8 @@ class TrainCrops(IterableDataset[Batch]):
             yield from map(self.__getitem__, share_of_worker(self.numbers))
             return
         ahead = ReadAhead(self.reader, self.config.read_ahead_mb << 20)
-        batches_ahead = -(-_CROPS_AHEAD // self.plan.micro_batch_size)
+        # Lanes come to the ends of their spans together: what is needed next then is a span of every lane.
+        batches_ahead = -(-self.plan.lanes // self.plan.micro_batch_size)
         try:
             for number in look_ahead(share_of_worker(self.numbers), batches_ahead,
                                      lambda number: self._ask(number, ahead)):
@@ -152,7 +157,7 @@ class TrainCrops(IterableDataset[Batch]):
     def _batch(self, number: int, ahead: ReadAhead | None) -> Batch:
         images = _Images(self.plan.micro_batch_size)
         samples, skipped = self._readable(number, ahead, images)
-        keys, segment_maps, labels, mirrored, photometric = zip(*samples, strict=True)
+        keys, segment_maps, labels, mirrored, photometric = zip(*samples, strict=True)  # of each _Crop
         maps = stack_segment_maps(segment_maps)
         counts = [own.size for own in labels]
         dense = self.config.targets == "dense"
@@ -170,12 +175,12 @@ class TrainCrops(IterableDataset[Batch]):
             skipped=skipped,
         )
 
-    def _readable(self, number: int, ahead: ReadAhead | None, images: _Images) -> tuple[list[_Sample], list[str]]:
+    def _readable(self, number: int, ahead: ReadAhead | None, images: _Images) -> tuple[list[_Crop], list[str]]:
         """The samples of a micro-batch, and why some could not be used (data.on_corrupt "skip").
 
         Those are replaced by others of the same micro-batch, so that it keeps its size and ranks stay in step.
         """
-        found: list[_Sample] = []
+        found: list[_Crop] = []
         skipped: list[str] = []
         for position in self.plan.positions(number):
             try:
@@ -189,7 +194,7 @@ class TrainCrops(IterableDataset[Batch]):
         images.repeat()
         return [found[place % len(found)] for place in range(self.plan.micro_batch_size)], skipped
 
-    def _sample(self, position: int, ahead: ReadAhead | None, images: _Images) -> _Sample:
+    def _sample(self, position: int, ahead: ReadAhead | None, images: _Images) -> _Crop:
         draw = self.plan.draw(position)
         data = None
         if ahead is not None:
@@ -204,7 +209,7 @@ class TrainCrops(IterableDataset[Batch]):
             segment_map, labels = drop_absent_labels(segment_map[window], labels)
         images.add(sample, segment_map.shape, window)
         mirrored = bool(rng.random() < self.config.hflip)
-        return sample.key, segment_map, labels, mirrored, draw_photometric(rng)
+        return _Crop(sample.key, segment_map, labels, mirrored, draw_photometric(rng))
 
 
 class _Images:

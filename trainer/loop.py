@@ -146,8 +146,13 @@ class _Loop:
         if run.step + 1 in run.skipped_steps:
             return None
         self.guard.before_step()
+        before = run.criterion.unmatched
         try:
-            return train_step(run, micro_batches)
+            losses = train_step(run, micro_batches)
+            if before == 0 < run.criterion.unmatched:
+                self.say(f"step {run.step + 1}: {run.criterion.unmatched} targets of an image with more classes than "
+                         f"queries stayed unmatched; raise decoder_head.num_queries. Said once")
+            return losses
         except NonFiniteStepError as error:
             self.guard.after(error, micro_batches)
             self.say(f"step {run.step + 1} left out: {error}")

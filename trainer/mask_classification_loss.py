@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.mask_gradients import with_gradients
-from trainer.matcher import LAYERS_AT_ONCE, HungarianMatcher, Prediction, in_chunks
+from trainer.matcher import HungarianMatcher, Prediction, in_chunks
 from trainer.point_losses import SampledPoints, losses_and_gradients, point_losses, spread_to_pixels
 from trainer.point_sampling import Draw, point_sample, sample_uncertain_points, uniform_draw
 from trainer.targets import PackedTargets, Target, pack_targets
@@ -150,14 +150,12 @@ class MaskClassificationLoss(nn.Module):
         batch, _, height, width = predictions[0].mask_logits.shape
         gradients = torch.zeros(batch, len(predictions), targets.labels.shape[1], height, width, device=matches.device)
         layers = torch.arange(len(predictions), device=matches.device)[:, None]
-        chunks = zip(in_chunks(range(len(predictions))), layers.split(LAYERS_AT_ONCE), matches.split(LAYERS_AT_ONCE),
-                     strict=True)
-        for some, own, match in chunks:
-            images, queries, chosen = match.unbind(1)  # [G, M]
+        for some in in_chunks(range(len(predictions))):
+            images, queries, chosen = matches[some.start : some.stop].unbind(1)  # [G, M]
             pair, spread = self._chunk_of_mask_losses([predictions[layer].mask_logits for layer in some], targets,
                                                       images, queries, chosen, divisor, draw)
             losses.append(pair)
-            gradients[images, own, chosen] = spread
+            gradients[images, layers[some.start : some.stop], chosen] = spread
         return torch.cat(losses), gradients
 
     def _chunk_of_mask_losses(self, masks: Sequence[Tensor], targets: PackedTargets, images: Tensor, queries: Tensor,

@@ -41,14 +41,16 @@ class HungarianMatcher:
         self.mask_coefficient = mask_coefficient
         self.dice_coefficient = dice_coefficient
         self.class_coefficient = class_coefficient
+        self.unmatched = 0  # targets so far that were more than there are queries
 
     @torch.no_grad()
     def __call__(self, predictions: Sequence[Prediction], targets: PackedTargets, draw: Draw) -> Tensor:
         """Matches int64 [L, 3, M] on the predictions' device; the three rows are image, query and target index.
 
-        `predictions` holds the final one first, then the auxiliary ones. Per prediction, matches are ordered by
-        image, then by query; image b has min(Q, N_b) of them: with more targets than queries the dearest targets
-        stay unmatched. Draws [L * B, P, 2] once. Raises NonFiniteLossError; ValueError for a label outside [0, C).
+        `predictions` holds the final one first, then the auxiliary ones. Per prediction, matches are ordered by image,
+        then by query; image b has min(Q, N_b) of them: with more targets than queries the dearest targets stay
+        unmatched, and are counted in `unmatched`. Draws [L * B, P, 2] once. Raises NonFiniteLossError; ValueError for
+        a label outside [0, C).
         """
         device, batch = predictions[0].class_logits.device, len(targets.counts)
         with torch.autocast(device.type, enabled=False):
@@ -56,6 +58,7 @@ class HungarianMatcher:
             points = points.unflatten(0, (-1, batch))  # [L, B, P, 2]
             costs = self.costs(predictions, targets, points)
         on_host = costs.cpu().numpy()  # the one wait for the device
+        self.unmatched += sum(max(0, count - on_host.shape[2]) for count in targets.counts)
         _check_finite(on_host, targets, num_labels=predictions[0].class_logits.shape[-1] - 1)
         matches = np.stack([_assign(prediction, targets.counts) for prediction in on_host])  # [L, 3, M]
         return torch.from_numpy(matches).to(device, non_blocking=True)
