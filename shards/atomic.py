@@ -31,12 +31,24 @@ def _publish(path: Path, fill: Callable[[BinaryIO], object], create: bool = Fals
             file.flush()
             os.fsync(file.fileno())
         if create:
-            path.hardlink_to(temporary)  # unlike a rename it refuses a name that is taken
+            _link(temporary, path)
         else:
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def _link(temporary: Path, path: Path) -> None:
+    """Unlike a rename it refuses a name that is taken; where there are no links, looking first has to do."""
+    try:
+        path.hardlink_to(temporary)
+    except FileExistsError:
+        raise
+    except OSError:
+        if path.exists():
+            raise FileExistsError(f"{path} is there already") from None
+        temporary.replace(path)
 
 
 def sync_folder(folder: Path) -> None:

@@ -279,6 +279,21 @@ def test_manifests_that_cannot_be_trusted_are_refused(damaged: Path) -> None:
         load_manifest(damaged)
 
 
+def test_creating_refuses_a_name_that_is_taken_with_links_and_without(tmp_path: Path,
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("linked", "renamed"):
+        write_atomically(tmp_path / name, b"1", create=True)
+        with pytest.raises(FileExistsError):
+            write_atomically(tmp_path / name, b"2", create=True)
+        assert (tmp_path / name).read_bytes() == b"1"
+
+        def refuse(*_: object) -> None:
+            raise PermissionError("no links here")
+
+        monkeypatch.setattr(Path, "hardlink_to", refuse)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["linked", "renamed"]
+
+
 @pytest.mark.parametrize(("offset", "length"), [(2**63 + 5, 100), (2**64 - 1, 2), (0, 2**32 - 1), (10**9, 1)])
 def test_an_index_that_points_out_of_its_shard_is_refused(damaged: Path, offset: int, length: int) -> None:
     path, splits = damaged / "val.index", json.loads((damaged / MANIFEST_NAME).read_bytes())["splits"]

@@ -38,8 +38,9 @@ from tests.object_storage import (
 from tests.object_storage import (
     s3_server as start_s3_server,
 )
-from tests.runs import TrainingRun
+from tests.runs import TrainingRun, assert_equal_states
 from tests.test_trainer_data import equal
+from trainer.checkpoint import load_latest
 from trainer.config import DataConfig
 from trainer.data import Batch, TrainCrops, WholeImages, open_reader
 from trainer.loader import train_loader, validation_loader
@@ -269,6 +270,29 @@ def test_the_cache_gives_the_same_batches(
         assert (s3.bytes > 0) == (turn == 0)
 
 
+def test_a_run_whose_checkpoints_are_in_object_storage_goes_on_bit_for_bit(
+    s3_root: str, tmp_path: Path, scene_shards: Path
+) -> None:
+    from tests.test_end_to_end import losses, tiny
+    from trainer.distributed import distributed
+    from trainer.loop import train
+
+    config = tiny(scene_shards, tmp_path / "run", f"train.checkpoint_dir={s3_root}")
+    ends = []
+    for _ in range(2):
+        with distributed("cpu") as context:
+            train(config, context)
+        checkpoint = load_latest(s3_root)
+        assert checkpoint is not None and checkpoint.step == 4
+        ends.append((losses(tmp_path / "run"), checkpoint))
+        open_storage(s3_root).delete("step-00000004.pt")  # as if killed before it was written: there is that of step 2
+    (whole, first), (again, second) = ends
+    assert again == whole and [record["step"] for record in whole] == [1, 2, 3, 4]
+    assert_equal_states(first.model, second.model)
+    assert_equal_states(first.optimizer, second.optimizer)
+    assert not list((tmp_path / "run").rglob("*.pt"))
+
+
 def damaged(shards: Path, folder: Path, samples: list[int]) -> Path:
     """A copy of a set in which some training samples are not what was written."""
     copied = Path(shutil.copytree(shards, folder))
@@ -322,7 +346,7 @@ def test_a_run_records_the_samples_it_left_out(scene_shards: Path, tmp_path: Pat
     assert len(lines) == 2
     for (step, where), line in zip(expected, lines, strict=True):
         assert (line["step"], line["rank"]) == (step, 0) and where in line["sample"] and "CRC-32" in line["sample"]
-    assert sum("damaged sample" in record.get("what", "") for record in read_metrics(tmp_path / "run")) == 2
+    assert sum("left out a damaged sample" in record.get("what", "") for record in read_metrics(tmp_path / "run")) == 2
 
 
 def test_a_micro_batch_without_any_good_sample_is_an_error(scene_shards: Path, tmp_path: Path) -> None:

@@ -150,8 +150,8 @@ class _Loop:
         try:
             losses = train_step(run, micro_batches)
             if before == 0 < run.criterion.unmatched:
-                self.say(f"step {run.step + 1}: {run.criterion.unmatched} targets of an image with more classes than "
-                         f"queries stayed unmatched; raise decoder_head.num_queries. Said once")
+                self.say(f"step {run.step + 1}: {run.criterion.unmatched} targets stayed unmatched, of images with "
+                         "more classes than decoder_head.num_queries; this is said once")
             return losses
         except NonFiniteStepError as error:
             self.guard.after(error, micro_batches)
@@ -221,8 +221,9 @@ class _Loop:
         is inside of what is damaged."""
         step, rank = self.run.step + 1, self.run.context.rank
         problems = [problem for batch in micro_batches for problem in batch.skipped]
-        for problem in problems:
-            self.say(f"step {step}: left out a damaged sample, {problem}")
+        if self.logger is not None:
+            for problem in problems:
+                self.logger.event(step, f"left out a damaged sample: {problem}")
         if problems:
             lines = [json.dumps({"step": step, "rank": rank, "sample": problem}) for problem in problems]
             try:
