@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from preprocess.blocks import encode_crop, plan_blocks
 from preprocess.config import PreprocessConfig
 from preprocess.pairs import Dataset, open_dataset, read_pair
 from preprocess.pipeline import write_shards
-from shards.command_line import add_overrides, config_files, config_parser, quoted, run_entry_point
+from shards.command_line import add_overrides, config_files, config_parser, run_entry_point
 from shards.config_file import config_to_yaml, load_config
 from shards.manifest import Manifest
 from shards.rle import decode_header, encode_rle
@@ -43,17 +44,17 @@ def _parse() -> tuple[PreprocessConfig, bool]:
     parser.add_argument("--dry-run", action="store_true", help="print settings, counts and one sample, write nothing")
     add_overrides(parser)
     arguments = parser.parse_intermixed_args()
-    overrides = _flags(arguments) + arguments.overrides
-    return load_config(PreprocessConfig, config_files(arguments), overrides), arguments.dry_run
+    config = load_config(PreprocessConfig, config_files(arguments), arguments.overrides, _named(arguments))
+    return config, arguments.dry_run
 
 
-def _flags(arguments: Namespace) -> list[str]:
-    """The named options as overrides; quoted, so that a path with commas or braces stays one string."""
+def _named(arguments: Namespace) -> dict[str, Any]:
+    """The named options that were given, by the setting that each stands for."""
     named = {
         "dataset.kind": arguments.dataset, "dataset.root": arguments.root, "output": arguments.output,
         "workers": arguments.workers, "on_error": arguments.on_error,
     }  # fmt: skip
-    return [f"{key}={quoted(value)}" for key, value in named.items() if value is not None]
+    return {key: value for key, value in named.items() if value is not None}
 
 
 def _print_dry_run(config: PreprocessConfig, dataset: Dataset) -> None:

@@ -41,11 +41,6 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the YAML file")
 
 
-def quoted(value: Any) -> str:
-    """A value of a named option as override text: strings in YAML quotes, so that a path stays one string."""
-    return "'" + value.replace("'", "''") + "'" if isinstance(value, str) else str(value)
-
-
 def run_entry_point(main: Callable[[], int | None]) -> None:
     """Run `main` and exit: 0, its return value, one line and the error's code (2: bad input), 130 on Ctrl-C."""
     try:

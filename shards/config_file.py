@@ -1,8 +1,10 @@
 """Read a configuration: frozen dataclasses + YAML + dotted overrides, one error per mistake.
 
 Both stages (`preprocess`, `trainer`) describe their settings as frozen keyword-only dataclasses whose
-fields are made with `knob`. OmegaConf does the merging and the type checks; this module only maps its
-errors to `ConfigError` and writes the table that `--help` prints.
+fields are made with `knob`. A value is text until the type of its field is known: a string setting is the text that
+was typed (`010`, `1e3`, `yes`, `runs/exp #2`, `${HOME}` stay as they are), and only numbers, switches, lists and
+mappings are read as such. Nothing is interpolated. pydantic checks the types; this module maps its errors to
+`ConfigError` and writes the table that `--help` prints.
 """
 
 from __future__ import annotations
@@ -10,17 +12,37 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import types
+import typing
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
-from yaml import YAMLError
+import yaml
 
 from shards.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT")
+_MAX_SHOWN = 80  # characters of a wrong value that an error repeats
+_EXPECTED = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text",
+             "list": "a list, e.g. [a, b]", "dict": "a mapping, e.g. {a: b}", "dataclass": "a section of settings"}
+
+
+class _TextLoader(yaml.SafeLoader):
+    """YAML whose plain values stay text, but for null: what they mean is for the field's type to say."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        start: [(tag, pattern) for tag, pattern in resolvers if tag == "tag:yaml.org,2002:null"]
+        for start, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """As SafeLoader, which lets the last of two equal keys win without a word."""
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"found duplicate key {name}", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def knob(default: Any, help: str, *, choices: Sequence[str] = (), minimum: float | None = None,
@@ -48,71 +70,145 @@ def check_knobs(config: Any, prefix: str = "") -> None:
         if choices and value not in choices:
             near = difflib.get_close_matches(str(value), choices, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{name} is {value!r}, legal: {', '.join(choices)}{hint}")
+            raise ConfigError(f"{name} is {_shown(value)}, legal: {', '.join(choices)}{hint}")
         low, high = field.metadata.get("minimum"), field.metadata.get("maximum")
         for number in value if isinstance(value, list | tuple) else [value]:
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
             in_range = (low is None or number >= low) and (high is None or number <= high)
-            if not math.isfinite(number) or not in_range:
+            if not in_range or not math.isfinite(number):
                 legal = f"from {low if low is not None else '-inf'} to {high if high is not None else 'inf'}"
-                raise ConfigError(f"{name} is {value!r}, legal: {legal}")
+                raise ConfigError(f"{name} is {_shown(value)}, legal: {legal}")
 
 
 def load_config(schema: type[ConfigT], paths: str | Path | Sequence[str | Path] | None,
-                overrides: Sequence[str] = ()) -> ConfigT:
-    """Defaults of `schema`, then the YAML files, then `key=value` overrides (later wins).
+                overrides: Sequence[str] = (), named: Mapping[str, Any] | None = None) -> ConfigT:
+    """Defaults of `schema`, then the YAML files, then `named` options, then `key=value` overrides (later wins).
 
-    Raises ConfigError naming the unknown key and the nearest legal one, the value that has the wrong
-    type, or the field out of range.
+    `named` maps dotted settings to values that are taken exactly as they are. Raises ConfigError naming the unknown
+    key and the nearest legal one, the value that has the wrong type, or the field out of range.
     """
     files = [paths] if isinstance(paths, str | Path) else paths or []
     layers = [(f"configuration {path}", _read_yaml(path)) for path in files]
-    layers.append(("command line", _read_overrides(overrides)))
-    merged: ConfigT = _merge(schema, layers)
-    return merged
+    layers += [("command line", _nested(name.split("."), value)) for name, value in (named or {}).items()]
+    layers += [("command line", _read_override(schema, override)) for override in overrides]
+    return _build(schema, layers)
 
 
 def override_config(config: ConfigT, overrides: Sequence[str]) -> ConfigT:
     """`config` with `key=value` overrides. Raises ConfigError like `load_config`."""
-    merged: ConfigT = _merge(config, [("command line", _read_overrides(overrides))])
-    return merged
+    schema = type(config)
+    layers = [("command line", _read_override(schema, override)) for override in overrides]
+    return _build(schema, [("the configuration", config_to_dict(config)), *layers])
 
 
 def config_from_dict(schema: type[ConfigT], values: Mapping[str, Any], source: str) -> ConfigT:
     """Inverse of `config_to_dict`; `source` is named in errors. Raises ConfigError like `load_config`."""
-    merged: ConfigT = _merge(schema, [(source, OmegaConf.create(dict(values)))])
-    return merged
-
-
-def _merge(base: Any, layers: Sequence[tuple[str, DictConfig]]) -> Any:
-    merged: Any = _writable(OmegaConf.structured(base))
-    source = "defaults"
-    for source, layer in layers:
-        try:
-            merged = OmegaConf.merge(merged, layer)
-        except (OmegaConfBaseException, TypeError) as error:  # TypeError: a dict where a list belongs
-            raise ConfigError(f"{source}: {_explain(error, layer)}") from error
-    try:
-        config = OmegaConf.to_object(merged)
-        OmegaConf.structured(config)  # checks what is inside of lists
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{source}: {_explain(error, merged)}") from error
-    check_knobs(config)
-    return config
+    return _build(schema, [(source, dict(values))])
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
-    """The resolved configuration as plain containers (for YAML, JSON, checkpoints)."""
-    plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    """The configuration as plain containers (for YAML, JSON, checkpoints)."""
+    return dataclasses.asdict(config)
 
 
 def config_changes(before: Any, now: Any) -> list[str]:
     """"name was A and is B" for each setting that differs between two configurations of one schema."""
     old, new = (_flat(config_to_dict(config)) for config in (before, now))
     return [f"{name} was {old.get(name)} and is {value}" for name, value in new.items() if old.get(name) != value]
+
+
+def config_to_yaml(config: Any) -> str:
+    """The configuration as YAML; `load_config` reads it back to an equal object."""
+    # Unicode stays escaped: YAML takes some of it, such as U+0085, for line breaks.
+    text: str = yaml.safe_dump(config_to_dict(config), sort_keys=False, width=120)
+    return text
+
+
+def describe_config(schema: type[Any], prefix: str = "") -> Iterator[str]:
+    """One line per setting, as `--help` prints them: `key = default   meaning (unit)`."""
+    instance = schema()
+    for field in dataclasses.fields(schema):
+        value, name = getattr(instance, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from describe_config(type(value), f"{name}.")
+            continue
+        choices = field.metadata.get("choices", ())
+        shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        suffix = f" [{' | '.join(choices)}]" if choices else ""
+        yield f"  {name} = {shown}\n      {field.metadata.get('help', '')}{suffix}"
+
+
+def _build(schema: type[ConfigT], layers: Sequence[tuple[str, dict[str, Any]]]) -> ConfigT:
+    """Lay the layers over each other and make the configuration they describe."""
+    from pydantic import TypeAdapter, ValidationError  # a third of a second that --help need not wait for
+
+    merged: dict[str, Any] = {}
+    for source, layer in layers:
+        _check_names(schema, layer, source)
+        merged = _overlay(merged, layer)
+    try:
+        config: ConfigT = TypeAdapter(schema).validate_python(merged)
+    except ValidationError as error:
+        raise _explain(error.errors()[0], layers) from error
+    check_knobs(config)
+    return config
+
+
+def _check_names(schema: Any, layer: Mapping[Any, Any], source: str, prefix: str = "") -> None:
+    """Raise ConfigError for a setting that the schema does not have, or a lone value in the place of a section."""
+    fields = _field_types(schema)
+    for key, value in layer.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f". Did you mean: '{near[0]}'" if near else ""
+            raise ConfigError(f"{source}: unknown key {f'{prefix}{key}'!r}{hint}; legal: {', '.join(fields)}")
+        if dataclasses.is_dataclass(fields[key]):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{source}: {prefix}{key} is {_shown(value)}, legal: {_EXPECTED['dataclass']} "
+                                  f"({', '.join(_field_types(fields[key]))})")
+            _check_names(fields[key], value, source, f"{prefix}{key}.")
+
+
+def _field_types(schema: Any) -> dict[str, Any]:
+    hints = typing.get_type_hints(schema)
+    return {field.name: hints[field.name] for field in dataclasses.fields(schema)}
+
+
+def _overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Mappings are merged key by key; anything else is replaced."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _overlay(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _explain(problem: Any, layers: Sequence[tuple[str, Mapping[str, Any]]]) -> ConfigError:
+    """pydantic's first error as one line that says where the value came from and what is legal."""
+    if isinstance(inner := problem.get("ctx", {}).get("error"), ConfigError):
+        return inner  # of a section's own checks
+    place = [part for part in problem["loc"] if isinstance(part, str | int)]
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
+    source = next((source for source, layer in reversed(layers) if _holds(layer, place)), "the configuration")
+    kind = problem["type"].partition("_")[0]
+    legal = _EXPECTED.get(kind, problem["msg"])
+    return ConfigError(f"{source}: {name} is {_shown(problem['input'])}, legal: {legal}")
+
+
+def _holds(layer: Any, place: Sequence[str | int]) -> bool:
+    for part in place:
+        if isinstance(part, int) or not isinstance(layer, Mapping):
+            return True
+        if part not in layer:
+            return False
+        layer = layer[part]
+    return True
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}… ({len(text)} characters)"
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -122,64 +218,61 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def config_to_yaml(config: Any) -> str:
-    """The resolved configuration as YAML; `load_config` reads it back to an equal object."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
+def _nested(path: Sequence[str], value: Any) -> dict[str, Any]:
+    """`{"a": {"b": value}}` of the path a, b."""
+    for name in reversed(path):
+        value = {name: value}
+    assert isinstance(value, dict)
+    return value
 
 
-def describe_config(schema: type[Any], prefix: str = "") -> Iterator[str]:
-    """One line per setting, as `--help` prints them: `key = default   meaning (unit)`."""
-    instance = schema()
-    for field in dataclasses.fields(schema):
-        value, name = getattr(instance, field.name), f"{prefix}{field.name}"
-        nested = value if dataclasses.is_dataclass(value) else field.metadata.get("nested")
-        help_text = field.metadata.get("help", "")
-        choices = field.metadata.get("choices", ())
-        if dataclasses.is_dataclass(nested):
-            yield from describe_config(type(nested) if not isinstance(nested, type) else nested, f"{name}.")
-            continue
-        shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-        suffix = f" [{' | '.join(choices)}]" if choices else ""
-        yield f"  {name} = {shown}\n      {help_text}{suffix}"
-
-
-def _read_yaml(path: str | Path) -> DictConfig:
+def _read_yaml(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise ConfigError(f"configuration file {path} does not exist")
     try:
-        loaded = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        loaded = _parse(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
         raise ConfigError(f"configuration file {path} is not valid YAML: {error}") from error
-    except OSError as error:  # of a file that cannot be read, and of one that holds a lone value
+    except OSError as error:
         raise ConfigError(f"configuration file {path} cannot be read: {error}") from error
-    if not isinstance(loaded, DictConfig):
+    if not isinstance(loaded, dict):
         raise ConfigError(f"configuration file {path} must hold key: value pairs at its top level")
     return loaded
 
 
-def _read_overrides(overrides: Sequence[str]) -> DictConfig:
-    for item in overrides:
-        if "=" not in item:
-            raise ConfigError(f"override {item!r} is not of the form key=value (for example seed=1)")
+def _read_override(schema: Any, override: str) -> dict[str, Any]:
+    """`key=value` as a nested mapping; the field's type says whether the value is text."""
+    name, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"override {override!r} is not of the form key=value (for example seed=1)")
+    path = name.split(".")
+    if _is_text(schema, path):
+        return _nested(path, None if text in ("", "null") else text)
     try:
-        return OmegaConf.from_dotlist(list(overrides))
-    except (YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(f"command line: cannot read {' '.join(overrides)!r}: {error}") from error
+        return _nested(path, _parse(text))
+    except ValueError as error:
+        raise ConfigError(f"command line: cannot read {_shown(override)}: {error}") from error
 
 
-def _writable(node: Any) -> Any:
-    """OmegaConf marks frozen dataclasses read-only, which also forbids merging; lift that mark."""
-    OmegaConf.set_readonly(node, False)
-    for key in node:
-        child = node._get_node(key)
-        if isinstance(child, DictConfig) and not child._is_none():
-            _writable(child)
-    return node
+def _is_text(schema: Any, path: Sequence[str]) -> bool:
+    """Whether the setting at the path, or an entry of a mapping there, is a string."""
+    kind = schema
+    for part in path:
+        if dataclasses.is_dataclass(kind):
+            kind = _field_types(kind).get(part)
+        elif typing.get_origin(kind) is dict:
+            kind = typing.get_args(kind)[1]
+        else:
+            return False
+    members = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    return str in members
 
 
-def _explain(error: Exception, layer: DictConfig) -> str:
-    first_line = str(error).splitlines()[0].rstrip()
-    key = getattr(error, "full_key", None)
-    if isinstance(error, ConfigKeyError):
-        return f"unknown key {key!r}: {first_line}"
-    return f"{key or ', '.join(map(str, layer))}: {first_line}"
+def _parse(text: str) -> Any:
+    """YAML with plain values left as text. Raises ValueError in one line."""
+    try:
+        return yaml.load(text, _TextLoader)  # a subclass of SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    except RecursionError:
+        raise ValueError("brackets are nested too deep") from None

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from shards.config_file import config_changes, config_to_dict, config_to_yaml, override_config
+from preprocess.config import PreprocessConfig
+from shards.config_file import config_changes, config_to_dict, config_to_yaml, load_config, override_config
 from shards.errors import ConfigError
 from tests.conftest import REPOSITORY
 from trainer.config import RunConfig, load_run_config, run_config_from_dict
@@ -33,11 +37,12 @@ def test_the_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:
     [
         ("optimizer.lrr=1", "unknown key 'optimizer.lrr'.*Did you mean: 'lr'"),
         ("optmizer.lr=1", "unknown key 'optmizer'.*Did you mean: 'optimizer'"),
-        ("optimizer.lr=fast", "optimizer.lr: Value 'fast'"),
+        ("optimizer.lr=fast", "command line: optimizer.lr is 'fast', legal: a number"),
         ("optimizer.lr=-1", "optimizer.lr is -1.0, legal: from 0"),
         ("optimizer.betas=[0.9,2]", r"optimizer.betas is .0.9, 2.0., legal: two numbers from 0 to below 1"),
         ("optimizer.betas=[0.9]", "legal: two numbers"),
-        ("optimizer.lr=.inf", "optimizer.lr is inf"),
+        ("optimizer.lr=inf", "optimizer.lr is inf"),
+        ("optimizer.lr=.inf", "optimizer.lr is '.inf', legal: a number"),
         ("backbone.image_std=[0,1,1]", "image_std is .*legal: three numbers above 0"),
         ("backbone.image_mean=[0.5]", "image_mean is .*legal: three numbers"),
         ("seed=99999999999999999999", "seed is 99999999999999999999, legal: from 0"),
@@ -48,12 +53,18 @@ def test_the_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:
         ("eval.crop_size=500", "eval.crop_size is 500, legal: a multiple of 32"),
         ("eval.stride=600", "eval.stride is 600, legal: at most"),
         ("decoder_head.nheads=0", "decoder_head.nheads is 0, legal: from 1"),
-        ("eval.tta_ratios=[[1]]", r"eval.tta_ratios\[0\]: Value"),
+        ("eval.tta_ratios=[[1]]", r"eval.tta_ratios\[0\] is \['1'\], legal: a number"),
         ("backbone.random.seed=99999999999999999999", "backbone.random.seed is"),
-        ("optimizer.betas={}", "command line: optimizer: Cannot merge"),
-        ("data=3", "command line: data: .*int is not a subclass of DataConfig"),
+        ("optimizer.betas={}", "command line: optimizer.betas is {}, legal: a list"),
+        ("data=3", "command line: data is '3', legal: a section of settings"),
         ("nonsense", "not of the form key=value"),
-        ("data.root=[", "cannot read"),
+        ("eval.tta_ratios=[", "cannot read"),
+        ("eval.tta_ratios=" + "[" * 3000, "nested too deep"),
+        ("seed=" + "9" * 5000, "seed is '99999.*5002 characters.*legal: a whole number"),
+        ("data.hflip=yes", "data.hflip is 'yes', legal: a number"),
+        ("data.photometric=maybe", "data.photometric is 'maybe', legal: true or false"),
+        ("decoder_head.type=", "decoder_head.type is None, legal: text"),
+        ("load.ignore=a", "load.ignore is 'a', legal: a list"),
     ],
 )
 def test_mistakes_are_named(override: str, message: str) -> None:
@@ -62,8 +73,10 @@ def test_mistakes_are_named(override: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("- 1\n", "key: value"), ("5", "cannot be read"), ("a: [", "not valid YAML"),
-    ("optimiser: {lr: 1}", "Did you mean: 'optimizer'"),
+    ("- 1\n", "key: value"), ("5", "key: value"), ("a: [", "not valid YAML"),
+    ("optimiser: {lr: 1}", "Did you mean: 'optimizer'"), ("seed: 1\nseed: 2\n", "duplicate key seed"),
+    ("eval: {tta_ratios: " + "[" * 3000, "nested too deep"), ("seed: !!python/object/apply:os.getpid []", "python"),
+    ("seed:\n", "seed is None, legal: a whole number"),
 ])
 def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "bad.yaml").write_text(text)
@@ -71,6 +84,60 @@ def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:
         load_run_config(tmp_path / "bad.yaml", [])
     with pytest.raises(ConfigError, match=r"nowhere\.yaml does not exist"):
         load_run_config(tmp_path / "nowhere.yaml", [])
+
+
+TEXTS = ["runs/exp #2", "010", "1e3", "yes", "~", "NULL", " a: b ", "[x, {y", "'quoted'", "2026-11-27", "0x10",
+         "12:30:00", "${oc.env:HOME}", "${seed}", "a,b=c", "*star", "&anchor", "é\tü"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_string_setting_is_the_text_that_was_typed(tmp_path: Path, text: str) -> None:
+    config = load_run_config(None, [f"output_dir={text}", f"data.root={text}"])
+    assert config.output_dir == config.data.root == text
+    (tmp_path / "saved.yaml").write_text(config_to_yaml(config), encoding="utf-8")
+    assert load_run_config(tmp_path / "saved.yaml", []) == config
+    assert run_config_from_dict(config_to_dict(config)) == override_config(config, ["seed=0"]) == config
+    assert load_config(RunConfig, None, [], {"output_dir": text}).output_dir == text
+
+
+@pytest.mark.parametrize("text", ["010", "1e3", "yes", "No", "0x10", "2026-11-27", "12:30:00", "${oc.env:HOME}", "off"])
+def test_plain_text_in_yaml_files_and_lists_stays_text(tmp_path: Path, text: str) -> None:
+    quoted = text.replace("${oc.env:HOME}", "'${oc.env:HOME}'")  # a brace is YAML's within { } and [ ]
+    (tmp_path / "a.yaml").write_text(f"output_dir: {text}\ndata: {{val_split: {quoted}}}\n"
+                                     f"load: {{weights: w, ignore: [{quoted}, b]}}\n")
+    config = load_run_config(tmp_path / "a.yaml", [])
+    assert config.output_dir == config.data.val_split == text and config.load.ignore == [text, "b"]
+    assert load_run_config(None, ["load.weights=w", f"load.ignore=[{quoted}]"]).load.ignore == [text]
+    shards = load_config(PreprocessConfig, None, [f"dataset.splits={{train: {quoted}}}", f"dataset.splits.val={text}"])
+    assert shards.dataset.splits == {"train": text, "val": text}
+
+
+def test_null_unsets_and_named_options_are_never_read_as_null(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("output_dir: somewhere\ndata: {root: null, cache_dir: 'null'}\n")
+    config = load_run_config(tmp_path / "a.yaml", ["output_dir=null"])
+    assert config.output_dir is None and config.data.root is None and config.data.cache_dir == "null"
+    assert load_config(RunConfig, None, [], {"output_dir": "null"}).output_dir == "null"
+    assert load_run_config(None, ["output_dir="]).output_dir is None
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\x00")))
+def test_any_text_survives_saving(text: str) -> None:
+    config = load_config(RunConfig, None, [], {"output_dir": text})
+    assert config.output_dir == text
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.yaml")
+        path.write_bytes(config_to_yaml(config).encode())
+        assert load_run_config(path, []) == config
+
+
+def test_numbers_are_read_as_typed(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("seed: 010\noptimizer: {lr: 1e-3, clip_grad_norm: null, betas: [0.5, .25]}\n"
+                                     "data: {photometric: no}\neval: {resize_short_side: ~}\n")
+    config = load_run_config(tmp_path / "a.yaml", ["train.total_steps=1_000"])
+    assert config.seed == 10 and config.optimizer.lr == 1e-3 and config.optimizer.clip_grad_norm is None
+    assert config.optimizer.betas == [0.5, 0.25] and config.data.photometric is False
+    assert config.eval.resize_short_side is None and config.train.total_steps == 1000
 
 
 def test_configurations_cannot_be_changed() -> None:

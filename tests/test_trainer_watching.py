@@ -23,7 +23,6 @@ import pytest
 import torch
 from PIL import Image
 
-from shards.command_line import quoted
 from shards.errors import ConfigError
 from shards.manifest import ClassInfo, load_manifest
 from tests.conftest import REPOSITORY
@@ -458,7 +457,7 @@ def test_hostile_names_stay_text(finished: Path, scene_shards: Path, tmp_path: P
     classes = [ClassInfo(name=f"{hostile}{number}", color=(1, 2, 3)) for number in range(manifest.num_classes)]
     manifest = dataclasses.replace(manifest, classes=classes, dataset=hostile, producer={hostile: hostile},
                                    splits={**manifest.splits, hostile: manifest.split("train")})
-    write_report(run, tiny(scene_shards, run, f"load.weights={quoted(hostile)}"), manifest, ALONE)
+    write_report(run, tiny(scene_shards, run, f"load.weights={hostile}"), manifest, ALONE)
     page, harmless = Page(run / "report.html"), Page(finished / "report.html")
     assert_self_contained(page)
     assert page.tags.keys() == harmless.tags.keys() and page.tags["img"] == 2
