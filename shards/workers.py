@@ -5,9 +5,15 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.util
 import os
+import tempfile
 import threading
 
+from shards.errors import ConfigError
+
+_SOCKET_PATH = 100  # bytes of a Unix socket's address: 107 on Linux, 103 on macOS
+_SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's names for them, malloc.h
 
 
@@ -24,6 +30,27 @@ def exit_with_parent() -> None:
 def _wait_and_exit(sentinel: int) -> None:
     multiprocessing.connection.wait([sentinel])
     os._exit(1)
+
+
+def use_short_temporary_folder() -> None:
+    """Call before processes are started: their sockets get a folder whose path fits into a socket's address.
+
+    Batch systems set TMPDIR to long paths. Raises ConfigError when no other folder can be written.
+    """
+    longest = len(os.fsencode(tempfile.gettempdir())) + len("/pymp-12345678/listener-12345678")
+    if longest <= _SOCKET_PATH:
+        return
+    for folder in _SHORT_FOLDERS:
+        if os.access(folder, os.W_OK | os.X_OK):
+            before, tempfile.tempdir = tempfile.tempdir, folder
+            try:
+                multiprocessing.util.get_temp_dir()  # made once, then used by this process and its children
+            finally:
+                tempfile.tempdir = before
+            return
+    raise ConfigError(f"TMPDIR is {tempfile.gettempdir()}, too long for the address of a socket, and none of "
+                      f"{', '.join(_SHORT_FOLDERS)} can be written; set TMPDIR to a folder of at most "
+                      f"{_SOCKET_PATH - 32} characters")
 
 
 def keep_freed_memory() -> None:

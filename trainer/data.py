@@ -6,7 +6,7 @@ the bytes, and the hand-off, not the decoding, would then set the pace.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -72,7 +72,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Copy to the device without waiting for it (from pinned memory on CUDA), and mirror there what is to be."""
-        moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        moved = self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
         return moved._mirrored() if any(self.mirrored) else moved
 
     def _mirrored(self) -> Batch:
@@ -90,16 +90,17 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Called by the DataLoader's pinning thread."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        return self.map_tensors(Tensor.pin_memory)
 
-    def _map(self, move: Any) -> Batch:
+    def map_tensors(self, change: Callable[[Any], Any]) -> Batch:
+        """A copy with `change` applied to each tensor."""
         return replace(
             self,
-            images=move(self.images),
-            segment_maps=None if self.segment_maps is None else move(self.segment_maps),
-            masks=None if self.masks is None else [move(masks) for masks in self.masks],
-            labels=move(self.labels),
-            photometric=None if self.photometric is None else move(self.photometric),
+            images=change(self.images),
+            segment_maps=None if self.segment_maps is None else change(self.segment_maps),
+            masks=None if self.masks is None else [change(masks) for masks in self.masks],
+            labels=change(self.labels),
+            photometric=None if self.photometric is None else change(self.photometric),
         )
 
 
@@ -112,9 +113,18 @@ def augmented_images(batch: Batch) -> Tensor:
 class LabelledImage:
     """A whole validation image."""
 
+    number: int  # in its split
     key: str
     image: Tensor  # uint8 [3, H, W]
-    label_map: Tensor  # int64 [H, W], class ids and ignore_index
+    label_map: Tensor  # uint8 (uint16 with more than 255 classes) [H, W], class ids and ignore_index
+
+    def pin_memory(self) -> LabelledImage:
+        """Called by the DataLoader's pinning thread."""
+        return self.map_tensors(Tensor.pin_memory)
+
+    def map_tensors(self, change: Callable[[Any], Any]) -> LabelledImage:
+        """A copy with `change` applied to each tensor."""
+        return replace(self, image=change(self.image), label_map=change(self.label_map))
 
 
 def open_reader(config: DataConfig, split: str, manifest: Manifest | None = None) -> ShardReader:
@@ -245,18 +255,20 @@ class WholeImages(IterableDataset[LabelledImage]):
         self.reader, self.config, self.numbers = reader, config, numbers
 
     def __getitem__(self, number: int) -> LabelledImage:
-        return self._image(self.reader.read(number))
+        return self._image(number, self.reader.read(number))
 
     def __iter__(self) -> Iterator[LabelledImage]:
-        samples = read_samples(self.reader, share_of_worker(self.numbers), self.config.read_ahead_mb << 20)
-        yield from map(self._image, samples)
+        numbers = list(share_of_worker(self.numbers))
+        samples = read_samples(self.reader, numbers, self.config.read_ahead_mb << 20)
+        yield from map(self._image, numbers, samples)
 
-    def _image(self, sample: CropSample) -> LabelledImage:
+    def _image(self, number: int, sample: CropSample) -> LabelledImage:
         check_labels(sample, self.reader.manifest.num_classes)
         return LabelledImage(
+            number=number,
             key=sample.key,
             image=torch.from_numpy(sample.image.transpose(2, 0, 1).copy()),
-            label_map=torch.from_numpy(sample.label_map().astype(np.int64)),
+            label_map=torch.from_numpy(sample.label_map()),
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import threading
 import warnings
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from shards.atomic import write_atomically
 from shards.errors import ConfigError
 from trainer.wandb_run import WandbRun
 
+_log = logging.getLogger(__name__)
 METRICS_NAME = "metrics.jsonl"
 EVALUATION_NAME = "evaluation.json"
 PICTURES_NAME = "pictures"
@@ -68,6 +70,7 @@ class RunLogger:
         write_atomically(run / METRICS_NAME, "".join(json.dumps(record) + "\n" for record in kept).encode())
         self._file = (run / METRICS_NAME).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        self._excepthook, threading.excepthook = threading.excepthook, self._thread_failed
 
     def scalars(self, step: int, kind: str, values: dict[str, float]) -> None:
         """One record, e.g. kind "train" or "val"."""
@@ -109,8 +112,17 @@ class RunLogger:
         board = threading.Thread(target=self._close_board, daemon=True)
         board.start()
         board.join(_BOARD_SECONDS)
+        threading.excepthook = self._excepthook
         if self.wandb is not None:
             self.wandb.close()
+
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        """A full disk ends TensorBoard's thread: one line of warning instead of its traceback."""
+        if type(failure.thread).__module__.startswith("tensorboard") and isinstance(failure.exc_value, OSError):
+            _log.warning("warning: TensorBoard files in %s are no longer written: %s. Training goes on", self.run,
+                         failure.exc_value)
+        else:
+            self._excepthook(failure)
 
     def _close_board(self) -> None:
         with suppress(OSError):
