@@ -140,7 +140,7 @@ def test_validation_images_arrive_whole(scene_shards: Path) -> None:
     loader = validation_loader(WholeImages(reader, DataConfig(workers=0)), range(0, 5, 2), CPU)
     for item, number in zip(loader, (0, 2, 4), strict=True):
         sample = reader.read(number)
-        assert item.key == sample.key and item.label_map.dtype == torch.int64
+        assert item.number == number and item.key == sample.key and item.label_map.dtype == torch.uint8
         assert np.array_equal(item.image.permute(1, 2, 0).numpy(), sample.image)
         assert np.array_equal(item.label_map.numpy(), sample.label_map())
 

@@ -204,7 +204,7 @@ def test_a_death_ends_the_run_soon_and_leaves_nothing(scene_shards: Path, tmp_pa
     assert run.wait(90) != 0
     run.assert_gone()
     expected = {"rank 1": r"rank 0 on \S+, step \d+: another rank died or was cut off",
-                "loader worker": r"rank [01] on \S+, step \d+: a loader process died or hangs",
+                "loader worker": r"rank [01] on \S+, step \d+: loader processes ended .*one was ended by SIGKILL",
                 "launcher": r"the launcher \(torchrun\) is gone|launcher's store does not answer"}[victim]
     import re
 
