@@ -67,7 +67,7 @@ def check_knobs(config: Any, prefix: str = "") -> None:
             check_knobs(value, f"{name}.")
             continue
         choices = field.metadata.get("choices", ())
-        if choices and value not in choices:
+        if choices and value not in choices and not (value is None and field.default is None):
             near = difflib.get_close_matches(str(value), choices, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"{name} is {_shown(value)}, legal: {', '.join(choices)}{hint}")

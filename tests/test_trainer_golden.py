@@ -12,11 +12,13 @@ from torch import Tensor
 
 from tests.mutations import mutate
 from tests.replay import ReplayedLoss, in_drawing_order, replay
+from trainer.config import EvalConfig, RunConfig
 from trainer.matcher import HungarianMatcher, Prediction
 from trainer.metrics import ConfusionMatrix
+from trainer.models.heads import LinearHead, MaskClassificationHead
 from trainer.optimizer import one_cycle, one_cycle_beta1
 from trainer.pixel_loss import pixel_cross_entropy
-from trainer.sliding_window import view_scores
+from trainer.predictor import Predictor
 from trainer.targets import pack_targets
 
 FORWARD = {"rtol": 1e-4, "atol": 1e-5}
@@ -206,21 +208,26 @@ def test_golden_metrics(golden: Any) -> None:
         torch.testing.assert_close(per_class, tensors[f"{prefix}per_class_iou"], equal_nan=True, **FORWARD)
 
 
-class ToyPredictor:
-    """The recorded predictor: scores from colours against the crop's mean, plus ramps down and across the crop."""
+class ToyModel:
+    """The recorded predictor as a network of ours: maps from colours against the crop's mean, plus ramps down and
+    across the crop. What turns them into scores is the product's own code."""
 
     def __init__(self, tensors: dict[str, Tensor], kind: str) -> None:
         self.weights = {key.split("/")[1]: value for key, value in tensors.items() if key.startswith("predictor/")}
         self.kind = kind
         self.crops: list[tuple[int, int]] = []
 
-    def __call__(self, crop: Tensor) -> Tensor:
+    def __call__(self, crop: Tensor) -> dict[str, Any]:
         self.crops.append((crop.shape[2], crop.shape[3]))
         if self.kind == "linear":
-            return self._maps(crop, *(self.weights[name] for name in "Wbrs"))
-        mask_logits = self._maps(crop, *(self.weights[f"{name}m"] for name in "Wbrs"))
-        classes = (self.weights["cls"] * (1 + crop.mean())).softmax(-1)[:, :-1]  # [Q, C]
-        return torch.einsum("qc,bqhw->bchw", classes.bfloat16(), mask_logits.sigmoid().bfloat16())
+            return {"logits": self._maps(crop, *(self.weights[name] for name in "Wbrs"))}
+        masks = self._maps(crop, *(self.weights[f"{name}m"] for name in "Wbrs"))
+        return {"pred_logits": (self.weights["cls"] * (1 + crop.mean()))[None], "pred_masks": masks}
+
+    def semantic_logits(self, outputs: dict[str, Any], size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        head: Any = LinearHead if self.kind == "linear" else MaskClassificationHead
+        scores: Tensor = head.semantic_logits(self, outputs, size, dtype)
+        return scores
 
     @staticmethod
     def _maps(crop: Tensor, weight: Tensor, bias: Tensor, down: Tensor, across: Tensor) -> Tensor:
@@ -231,26 +238,28 @@ class ToyPredictor:
         return maps + across[:, None, None] * torch.linspace(0, 1, width)
 
 
+def reference_predictor(model: ToyModel, num_classes: int, crop: int, stride: int) -> Predictor:
+    """What `eval.reference=dinov3` gives users."""
+    settings = EvalConfig(reference="dinov3", crop_size=crop, stride=stride)
+    return Predictor(model, RunConfig(eval=settings), num_classes, CPU)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("kind", ["linear", "m2f"])
 def test_golden_sliding_window(golden: Any, kind: str) -> None:
     info, tensors = golden("slide_inference_small")
     for index, case in enumerate(info["cases"]):
-        predict = ToyPredictor(tensors, kind)
-
-        def scores(size: list[int], mirrored: bool, index: int = index, case: dict[str, Any] = case,
-                   predict: ToyPredictor = predict) -> Tensor:
-            return view_scores(predict, tensors[f"case{index}/inputs/image"], info["num_classes"], tuple(case["crop"]),
-                               tuple(case["stride"]), output_size=(size[0], size[1]), mirrored=mirrored,
-                               size_divisor=None)
-
+        model = ToyModel(tensors, kind)
+        assert case["crop"][0] == case["crop"][1] and case["stride"][0] == case["stride"][1]
+        predictor = reference_predictor(model, info["num_classes"], case["crop"][0], case["stride"][0])
+        image = tensors[f"case{index}/inputs/image"]
         # m2f: a bf16 score may round the other way, one step of 2^-8
         tolerance = {"rtol": 1e-2, "atol": 1e-5} if kind == "m2f" else FORWARD
-        slide = scores(case["image"], mirrored=False)
+        slide = predictor.view_scores(image, tuple(case["image"]), False)
         torch.testing.assert_close(slide, tensors[f"case{index}/{kind}/slide"], **tolerance)
-        assert predict.crops == [(h, w) for h, w, _ in info["crops_seen_h_w_rescale"][f"case{index}/{kind}"]]
-        probabilities = scores(case["rescale_to"], mirrored=False).softmax(1)
+        assert model.crops == [(h, w) for h, w, _ in info["crops_seen_h_w_rescale"][f"case{index}/{kind}"]]
+        probabilities = predictor.view_scores(image, tuple(case["rescale_to"]), False).softmax(1)
         torch.testing.assert_close(probabilities, tensors[f"case{index}/{kind}/make_inference"], **tolerance)
-        mirrored = scores(case["rescale_to"], mirrored=True)
+        mirrored = predictor.view_scores(image, tuple(case["rescale_to"]), True)
         torch.testing.assert_close(mirrored, tensors[f"case{index}/{kind}/make_inference_flipped_noact"], **tolerance)
 
 
@@ -263,15 +272,13 @@ def reduce_zero_label(label: Tensor) -> Tensor:
 def test_golden_test_time_augmentation(golden: Any, kind: str) -> None:
     info, tensors = golden("slide_inference_small")
     tta = info["tta"]
-    predict = ToyPredictor(tensors, kind)
+    predictor = reference_predictor(ToyModel(tensors, kind), info["num_classes"], tta["crop"], tta["stride"])
     matrix = ConfusionMatrix(info["num_classes"], ignore_index=255)
     for image in range(tta["images"]):
         label = tensors[f"tta/gt{image}"]
         views = [tensors[f"tta/image{image}.view{v}"] for v in range(2 * len(tta["resized"][image]))]
         total = sum(
-            view_scores(predict, view, info["num_classes"], tta["crop"], tta["stride"],
-                        output_size=(label.shape[0], label.shape[1]), mirrored=2 * v >= len(views),
-                        size_divisor=None).softmax(1)
+            predictor.view_scores(view, (label.shape[0], label.shape[1]), 2 * v >= len(views)).softmax(1)
             for v, view in enumerate(views))
         assert isinstance(total, Tensor)
         labels = total.argmax(1)[0]

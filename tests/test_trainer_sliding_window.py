@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.sliding_window import predict_with_tta, slide_inference, view_scores, view_size, window_grid, window_size
+from trainer.sliding_window import slide_inference, view_size, window_grid, window_size
 
 
 def shade(crop: Tensor) -> Tensor:
@@ -103,35 +103,12 @@ def test_view_sizes_of_the_published_recipe() -> None:
     assert view_size((40, 57), None, None) == (40, 57)
 
 
-def test_mirrored_views_are_mirrored_back() -> None:
-    image = torch.rand(1, 3, 40, 50)
-    plain = view_scores(shade, image, 2, 32, 16, output_size=(20, 30), mirrored=False)
-    mirrored = view_scores(shade, image.flip(3), 2, 32, 16, output_size=(20, 30), mirrored=True)
-    torch.testing.assert_close(plain, mirrored)
-    unflipped = view_scores(shade, image.flip(3), 2, 32, 16, output_size=(20, 30), mirrored=False)
-    assert (plain - unflipped).abs().max() > 0.1  # control
-
-
-def test_tta_sees_every_view_and_returns_labels() -> None:
-    widths: list[int] = []
-    image = torch.zeros(1, 3, 64, 64)
-    image[:, 0, :, :32] = 4.0
-    image[:, 1, :, 32:] = 4.0
-
-    def predict(crop: Tensor) -> Tensor:
-        widths.append(crop.shape[3])
-        return shade(crop)
-
-    labels = predict_with_tta(predict, image, 2, None, 1, label_size=(100, 128), short_side=64,
-                              ratios=(0.4, 1.0, 1.5), flip=True)
-    assert widths == [64, 64, 96] * 2  # the smallest view is padded
-    assert labels.dtype == torch.int64
-    assert labels.shape == (100, 128)
-    assert labels[:, :64].eq(0).all()
-    assert labels[:, 64:].eq(1).all()
-
-
-def test_one_plain_view_is_plain_sliding_inference() -> None:
-    image = torch.rand(1, 3, 40, 70)
-    labels = predict_with_tta(shade, image, 2, 32, 16, label_size=(40, 70))
-    assert torch.equal(labels, image[:, :2].argmax(1)[0])
+@pytest.mark.parametrize("length", [512, 513, 683, 1023, 1024, 1025, 2000])
+def test_evenly_spread_windows(length: int) -> None:
+    """n = ceil(long / size); start_j = int(j (size - overlap / (n - 1))), overlap = n size - long (EoMT)."""
+    count = -(-length // 512)
+    step = 512 - (count * 512 - length) / (count - 1) if count > 1 else 0
+    expected = [(0, 512, int(j * step), int(j * step) + 512) for j in range(count)]
+    assert window_grid((512, length), (512, 512), None) == expected
+    assert window_grid((length, 512), (512, 512), None) == [(c, d, a, b) for a, b, c, d in expected]
+    assert expected[-1][3] == length

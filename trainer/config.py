@@ -223,7 +223,8 @@ class TrainSection:
 class EvalConfig:
     """Evaluation and prediction: sliding window and test-time augmentation."""
 
-    mode: str = knob("slide", "slide: overlapping windows; whole: one forward pass per image",
+    mode: str = knob("slide", "slide: overlapping windows; whole: one forward pass per image, its aspect ratio "
+                     "kept (the DINOv3 reference squashes it to a square)",
                      choices=("slide", "whole"))
     resize_short_side: int | None = knob(None, "short side in pixels the image is resized to first; null: as it is",
                                          minimum=32)
@@ -232,15 +233,31 @@ class EvalConfig:
     tta_ratios: list[float] = knob([], "scales of resize_short_side to average over, e.g. [0.9, 1.0, 1.1]; empty: one",
                                    minimum=0.1, maximum=10)
     tta_flip: bool = knob(False, "average with the mirrored image too")
+    reference: str | None = knob(None, "evaluate as published: dinov3 (uint8 images resized by Pillow, windows inside "
+                                 "the image, bfloat16 scores), eomt (one view that covers crop_size, windows spread "
+                                 "evenly, absent classes count as 0 in the mIoU); null: floats, windows padded to a "
+                                 "legal size, float32 scores", choices=("dinov3", "eomt"))
     max_images: int | None = knob(None, "evaluate only the first so many images; null: all", minimum=1)
     panels: int = knob(4, "pictures (image, truth, prediction) written per evaluation", minimum=0)
 
     def __post_init__(self) -> None:
         if self.crop_size % 32:
             raise ConfigError(f"eval.crop_size is {self.crop_size}, legal: a multiple of 32")
-        if self.stride > self.crop_size:
+        if self.stride > self.crop_size and self.reference != "eomt":
             raise ConfigError(f"eval.stride is {self.stride}, legal: at most eval.crop_size ({self.crop_size}), "
                               "or pixels between windows would never be seen")
+        self._check_reference()
+
+    def _check_reference(self) -> None:
+        if self.reference is None:
+            return
+        legal: dict[str, tuple[Any, ...]] = {"mode": ("slide",)}
+        if self.reference == "eomt":
+            legal |= {"tta_ratios": ([],), "tta_flip": (False,), "resize_short_side": (None, self.crop_size)}
+        for name, values in legal.items():
+            if getattr(self, name) not in values:
+                raise ConfigError(f"eval.{name} is {getattr(self, name)}, legal with eval.reference={self.reference}: "
+                                  f"{' or '.join(map(str, values))}")
 
 
 @dataclass(frozen=True, kw_only=True)

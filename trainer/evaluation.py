@@ -20,8 +20,7 @@ from trainer.distributed import DistContext
 from trainer.loader import validation_loader
 from trainer.metrics import ConfusionMatrix
 from trainer.models import Segmenter
-from trainer.sliding_window import predict_with_tta
-from trainer.transforms import normalize
+from trainer.predictor import Predictor
 
 
 class Evaluation(NamedTuple):
@@ -29,43 +28,6 @@ class Evaluation(NamedTuple):
 
     metrics: dict[str, Any]  # ConfusionMatrix.summary(), "baseline_mIoU" and "confused_pairs"
     panels: Image.Image | None
-
-
-class Predictor:
-    """Turns one image into class ids, as `eval.*` says: sliding window or whole, with or without views."""
-
-    def __init__(self, model: Segmenter, config: RunConfig, num_classes: int, device: torch.device) -> None:
-        self.model, self.config, self.num_classes, self.device = model, config, num_classes, device
-
-    @torch.inference_mode()
-    def __call__(self, image: Tensor) -> Tensor:
-        """uint8 [3, H, W] on any device -> int64 [H, W] class ids on the model's device."""
-        settings, backbone = self.config.eval, self.config.backbone
-        pixels = normalize(image[None].to(self.device, non_blocking=True), backbone.image_mean, backbone.image_std)
-        whole = settings.mode == "whole"
-        return predict_with_tta(
-            self._scores,
-            pixels,
-            self.num_classes,
-            None if whole else settings.crop_size,
-            settings.stride,
-            label_size=(image.shape[1], image.shape[2]),
-            short_side=settings.resize_short_side,
-            ratios=settings.tta_ratios,
-            flip=settings.tta_flip,
-        )
-
-    def _scores(self, crop: Tensor) -> Tensor:
-        with autocast(self.config, self.device):
-            outputs = self.model(crop)
-        return self.model.semantic_logits(outputs, (crop.shape[2], crop.shape[3]))
-
-
-def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
-    """bf16 where `train.precision` asks for it; "auto" means CUDA devices that have it."""
-    wanted = config.train.precision
-    automatic = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=wanted == "bf16" or (wanted == "auto" and automatic))
 
 
 class EvaluationStopped(Exception):
@@ -105,7 +67,8 @@ def evaluate(
     if context.all_reduce_sum(torch.tensor(float(stopped), device=context.device)) > 0:
         raise EvaluationStopped
     confusion.all_reduce()
-    metrics = {**confusion.summary(), "baseline_mIoU": confusion.most_frequent_class_miou(),
+    metrics = {**confusion.summary(absent_as_zero=config.eval.reference == "eomt"),
+               "baseline_mIoU": confusion.most_frequent_class_miou(),
                "confused_pairs": [pair._asdict() for pair in confusion.confused_pairs()]}
     return Evaluation(metrics, contact_sheet(rows, captions) if rows else None)
 

@@ -26,12 +26,13 @@ from trainer.checkpoint_writer import CheckpointWriter
 from trainer.config import RunConfig
 from trainer.data import Batch, TrainCrops, augmented_images, open_reader
 from trainer.distributed import DistContext
-from trainer.evaluation import Evaluation, EvaluationStopped, autocast, evaluate, format_metrics
+from trainer.evaluation import Evaluation, EvaluationStopped, evaluate, format_metrics
 from trainer.failures import named_failures
 from trainer.loader import train_loader
 from trainer.non_finite import NonFiniteGuard, NonFiniteStepError, RollBack, TrainingDiverged
 from trainer.optimizer import clip_gradients, set_learning_rates
 from trainer.plots import batch_panel, draw_curves
+from trainer.predictor import autocast
 from trainer.progress import Progress
 from trainer.report import write_report
 from trainer.run import (

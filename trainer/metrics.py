@@ -82,16 +82,17 @@ class ConfusionMatrix:
             intersect, pred, label = self.counts
         return Areas(intersect, pred + label - intersect, pred, label)
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self, *, absent_as_zero: bool = False) -> dict[str, Any]:
         """Metrics as fractions 0 to 1: mIoU, aAcc, mAcc, mDice, mF1, mPrecision, mRecall and the list per_class_iou.
 
         m... is the mean over the classes for which the ratio exists: a class that is neither predicted nor
         labelled has IoU NaN and is skipped, one without intersection has no F1. Everything is NaN before any update.
+        With `absent_as_zero` such a class counts as 0 in the mIoU, as in EoMT's evaluation.
         """
         intersect, union, pred, label = (area.double() for area in self.areas())
         iou, recall, precision = intersect / union, intersect / label, intersect / pred  # [C], NaN where 0 / 0
         ratios = {
-            "mIoU": iou,
+            "mIoU": iou.nan_to_num(0.0) if absent_as_zero else iou,
             "mAcc": recall,
             "mDice": 2 * intersect / (pred + label),
             "mF1": 2 * precision * recall / (precision + recall),

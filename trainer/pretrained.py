@@ -23,9 +23,9 @@ from trainer.build import model_from_weights, restore_model
 from trainer.checkpoint import Checkpoint, open_checkpoint
 from trainer.config import BackboneConfig, DataConfig, LoadConfig, RandomBackboneConfig, RunConfig, run_config_from_dict
 from trainer.distributed import pick_device
-from trainer.evaluation import Predictor
 from trainer.models import Segmenter
 from trainer.models.weights import EXPORT_MODEL_TYPE, WeightsFile
+from trainer.predictor import Predictor
 
 EXPORT_FORMAT = 1
 

@@ -1,4 +1,4 @@
-"""Predict images of any size with overlapping windows, and average over scaled and mirrored views.
+"""Where windows lie and how large views are; the mean of scores over overlapping windows.
 
 A model here is a function `predict(crop [1, 3, h, w]) -> scores [1, C, h, w]`: higher means more likely, logits
 or Mask2Former's sums of class probability times mask probability (MaskFormer, arXiv:2107.06278, sec. 3.4).
@@ -7,7 +7,7 @@ or Mask2Former's sums of class probability times mask probability (MaskFormer, a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -22,13 +22,17 @@ ADAPTER_DIVISOR = 32
 """The adapter accepts only heights and widths that are multiples of this."""
 
 
-def window_grid(size: Size, crop: Size, stride: Size) -> list[tuple[int, int, int, int]]:
+def window_grid(size: Size, crop: Size, stride: Size | None) -> list[tuple[int, int, int, int]]:
     """Windows (top, bottom, left, right) of `crop` that cover `size`, row by row, `stride` apart.
 
     The last window of an axis is shifted back inside; an axis shorter than the crop gets one window of its length.
+    Without a stride there are as few windows as cover the axis, spread evenly, as in EoMT's evaluation.
     Raises ValueError when the stride leaves gaps between windows.
     """
-    rows, columns = (_spans(*axis) for axis in zip(size, crop, stride, strict=True))
+    if stride is None:
+        rows, columns = (_even_spans(*axis) for axis in zip(size, crop, strict=True))
+    else:
+        rows, columns = (_spans(*axis) for axis in zip(size, crop, stride, strict=True))
     return [(*row, *column) for row in rows for column in columns]
 
 
@@ -39,6 +43,14 @@ def _spans(length: int, crop: int, stride: int) -> list[Size]:
     if any(end < start for (_, end), (start, _) in pairwise(spans)):
         raise ValueError(f"stride {stride} leaves gaps between windows of {crop} pixels; legal: 1 to {crop}")
     return spans
+
+
+def _even_spans(length: int, crop: int) -> list[Size]:
+    crop = min(crop, length)
+    count = math.ceil(length / crop)
+    overlap = (count * crop - length) / max(1, count - 1)  # of neighbours
+    starts = [*(int(index * (crop - overlap)) for index in range(count - 1)), length - crop]
+    return [(start, start + crop) for start in starts]
 
 
 def window_size(size: Size, crop: Size | None, size_divisor: int | None) -> Size:
@@ -66,7 +78,7 @@ def window_size(size: Size, crop: Size | None, size_divisor: int | None) -> Size
 
 @torch.no_grad()
 def slide_inference(predict: Predict, image: Tensor, num_classes: int, crop_size: Size | int | None,
-                    stride: Size | int, *, size_divisor: int | None = ADAPTER_DIVISOR) -> Tensor:
+                    stride: Size | int | None, *, size_divisor: int | None = ADAPTER_DIVISOR) -> Tensor:
     """Scores float32 [1, C, H, W] of a normalised image [1, 3, H, W]: the mean over all windows that see a pixel.
 
     `crop_size` None takes one window over the whole image. Where a window is larger than the image (see
@@ -81,7 +93,7 @@ def slide_inference(predict: Predict, image: Tensor, num_classes: int, crop_size
     padded = F.pad(image, (0, padded_size[1] - size[1], 0, padded_size[0] - size[0]))
     scores = torch.zeros(1, num_classes, *padded_size, device=image.device)  # [1, C, H, W]
     visits = torch.zeros(1, 1, *padded_size, device=image.device)
-    for top, bottom, left, right in window_grid(padded_size, window, _pair(stride)):
+    for top, bottom, left, right in window_grid(padded_size, window, None if stride is None else _pair(stride)):
         crop_scores = predict(padded[:, :, top:bottom, left:right])
         expected = (1, num_classes, bottom - top, right - left)
         if crop_scores.shape != expected:
@@ -106,43 +118,10 @@ def view_size(size: Size, short_side: int | None, ratio: float | None) -> Size:
     return (short, long) if size[0] <= size[1] else (long, short)
 
 
-@torch.no_grad()
-def view_scores(predict: Predict, view: Tensor, num_classes: int, crop_size: Size | int | None, stride: Size | int, *,
-                output_size: Size, mirrored: bool, size_divisor: int | None = ADAPTER_DIVISOR) -> Tensor:
-    """Scores float32 [1, C, *output_size] of a view [1, 3, h, w], resized bilinearly and, if it is mirrored,
-    mirrored back."""
-    scores = slide_inference(predict, view, num_classes, crop_size, stride, size_divisor=size_divisor)
-    resized = F.interpolate(scores, output_size, mode="bilinear", align_corners=False)
-    return resized.flip(3) if mirrored else resized
-
-
-@torch.no_grad()
-def predict_with_tta(predict: Predict, image: Tensor, num_classes: int, crop_size: Size | int | None,
-                     stride: Size | int, *, label_size: Size, short_side: int | None = None,
-                     ratios: Sequence[float] = (), flip: bool = False,
-                     size_divisor: int | None = ADAPTER_DIVISOR) -> Tensor:
-    """Class of every pixel, int64 [*label_size], from a normalised image [1, 3, H, W].
-
-    Each ratio (none: the image at `short_side`) is a view, with `flip` each view also mirrored. The class
-    probabilities of all views are averaged: a softmax over classes even of Mask2Former's scores, as in the
-    reference, whose published numbers with several views depend on it.
-    """
-    scales: Sequence[float | None] = ratios or [None]
-    sizes = [view_size((image.shape[2], image.shape[3]), short_side, ratio) for ratio in scales]
-    total = torch.zeros(1, num_classes, *label_size, device=image.device)  # [1, C, H, W]
-    for mirrored in (False, True) if flip else (False,):
-        for size in sizes:
-            view = _resize(image, size)
-            scores = view_scores(predict, view.flip(3) if mirrored else view, num_classes, crop_size, stride,
-                                 output_size=label_size, mirrored=mirrored, size_divisor=size_divisor)
-            total += scores.softmax(1)
-    return total.argmax(1)[0]
-
-
-def _resize(image: Tensor, size: Size) -> Tensor:
-    if size == tuple(image.shape[2:]):
-        return image
-    return F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)
+def covering_size(size: Size, side: int) -> Size:
+    """Size of an image resized until it just covers a square of `side`, rounded half to even: EoMT's evaluation."""
+    factor = max(side / size[0], side / size[1])
+    return round(size[0] * factor), round(size[1] * factor)
 
 
 def _pair(sides: Size | int) -> Size:

@@ -21,8 +21,12 @@ class SegmentationHead(nn.Module, ABC):
     """What every head can do."""
 
     @abstractmethod
-    def semantic_logits(self, outputs: dict[str, Any], size: tuple[int, int]) -> Tensor:
-        """Per-class scores float32 [B, C, H, W] at `size`, from what `forward` returned."""
+    def semantic_logits(self, outputs: dict[str, Any], size: tuple[int, int],
+                        dtype: torch.dtype = torch.float32) -> Tensor:
+        """Per-class scores [B, C, H, W] at `size`, from what `forward` returned.
+
+        `dtype` is what classes and masks are multiplied in, for heads that have them; scores are then of it.
+        """
 
     def set_progress(self, progress: float) -> None:
         """Told before every step which part of the run is done (0..1); most heads do not care."""
@@ -35,16 +39,18 @@ class SegmentationHead(nn.Module, ABC):
 class MaskClassificationHead(SegmentationHead):
     """A head whose queries each predict a mask and a class: outputs are pred_logits, pred_masks and aux_outputs."""
 
-    def semantic_logits(self, outputs: dict[str, Any], size: tuple[int, int]) -> Tensor:
-        """Per-class scores float32 [B, C, H, W] at `size`: masks weighted by their class probabilities, summed.
+    def semantic_logits(self, outputs: dict[str, Any], size: tuple[int, int],
+                        dtype: torch.dtype = torch.float32) -> Tensor:
+        """Per-class scores [B, C, H, W] at `size`: masks weighted by their class probabilities, summed.
 
-        Scores, not logits: each is in 0..Q (MaskFormer's semantic inference, arXiv:2107.06278 sec. 3.4).
+        Scores, not logits: each is in 0..Q (MaskFormer's semantic inference, arXiv:2107.06278 sec. 3.4). The DINOv3
+        reference rounds both factors to bfloat16 first, and with them the scores (`dtype`).
         """
         pred_logits, pred_masks = outputs["pred_logits"].float(), outputs["pred_masks"].float()
         with torch.autocast(pred_masks.device.type, enabled=False):
             classes = pred_logits.softmax(dim=-1)[..., :-1]  # [B, Q, C], without "no object"
             masks = F.interpolate(pred_masks, size=size, mode="bilinear", align_corners=False).sigmoid()
-            return torch.einsum("bqc,bqhw->bchw", classes, masks)
+            return torch.einsum("bqc,bqhw->bchw", classes.to(dtype), masks.to(dtype))
 
 
 class Mask2FormerHead(MaskClassificationHead):
@@ -136,6 +142,7 @@ class LinearHead(SegmentationHead):
         stacked = torch.cat(maps, dim=1).contiguous()  # [B, sum D, h, w]
         return {"logits": self.conv(self.batchnorm_layer(self.dropout(stacked)))}
 
-    def semantic_logits(self, outputs: dict[str, Any], size: tuple[int, int]) -> Tensor:
+    def semantic_logits(self, outputs: dict[str, Any], size: tuple[int, int],
+                        dtype: torch.dtype = torch.float32) -> Tensor:
         """Class logits float32 [B, C, H, W], resized bilinearly to `size`."""
         return F.interpolate(outputs["logits"].float(), size=size, mode="bilinear", align_corners=False)

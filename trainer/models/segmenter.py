@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from shards.errors import ConfigError
@@ -42,9 +43,10 @@ class Segmenter(nn.Module):
         features, head = self.segmentation_model
         return head(features(images))
 
-    def semantic_logits(self, outputs: dict[str, Any], size: tuple[int, int]) -> Tensor:
-        """Per-class scores float32 [B, C, H, W] at `size`, from what `forward` returned."""
-        return self.head.semantic_logits(outputs, size)
+    def semantic_logits(self, outputs: dict[str, Any], size: tuple[int, int],
+                        dtype: torch.dtype = torch.float32) -> Tensor:
+        """Per-class scores [B, C, H, W] at `size`, from what `forward` returned; `dtype`: see the head's."""
+        return self.head.semantic_logits(outputs, size, dtype)
 
     def head_state_dict(self) -> dict[str, Tensor]:
         """Every parameter and buffer except the ViT's: Meta's layout of a released head (with its adapter)."""
