@@ -157,6 +157,9 @@ class LossConfig:
     no_object_coefficient: float = knob(0.1, "class weight of 'no object'", minimum=0)
     ignore: str = knob("background", "pixels without a label: background of every mask, as in the reference; or "
                        "exclude: left out of matching and losses", choices=("background", "exclude"))
+    num_masks_counts: str = knob("matched", "what mask and dice losses are divided by where an image has more classes "
+                                 "than decoder_head.num_queries: matched masks, as EoMT's loss; all targets, as "
+                                 "transformers'", choices=("matched", "all"))
     matched_gradients: bool = knob(True, "let only matched queries carry gradients through masks: the same gradients, "
                                    "with less memory and time")
 

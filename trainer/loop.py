@@ -29,6 +29,7 @@ from trainer.distributed import DistContext
 from trainer.evaluation import Evaluation, EvaluationStopped, autocast, evaluate, format_metrics
 from trainer.failures import named_failures
 from trainer.loader import train_loader
+from trainer.matcher import count_masks
 from trainer.non_finite import NonFiniteGuard, NonFiniteStepError, RollBack, TrainingDiverged
 from trainer.optimizer import clip_gradients, set_learning_rates
 from trainer.plots import batch_panel, draw_curves
@@ -265,7 +266,7 @@ def train_step(run: Run, micro_batches: list[Batch]) -> dict[str, float]:
     """
     config, context = run.config, run.context
     run.beat("counting masks")
-    num_masks = _count_masks(micro_batches, context)
+    num_masks = _count_masks(micro_batches, config, context)
     run.model.head.set_progress(run.step / config.train.total_steps)
     set_learning_rates(run.optimizer, run.step, config.optimizer, config.train.total_steps)
     run.optimizer.zero_grad(set_to_none=True)
@@ -297,9 +298,11 @@ def prepare_images(batch: Batch, config: RunConfig) -> Tensor:
     return normalize(augmented_images(batch), config.backbone.image_mean, config.backbone.image_std)
 
 
-def _count_masks(micro_batches: list[Batch], context: DistContext) -> Tensor:
+def _count_masks(micro_batches: list[Batch], config: RunConfig, context: DistContext) -> Tensor:
     """Masks per micro-batch, averaged over the global batch, at least 1; one all-reduce per step."""
-    mine = torch.tensor([sum(sum(batch.counts) for batch in micro_batches), len(micro_batches)], dtype=torch.float32)
+    masks = sum(count_masks(batch.counts, config.decoder_head.num_queries, config.loss.num_masks_counts)
+                for batch in micro_batches)
+    mine = torch.tensor([masks, len(micro_batches)], dtype=torch.float32)
     total = context.all_reduce_sum(mine.to(context.device, non_blocking=True))
     return (total[0] / total[1]).clamp(min=1.0)
 
