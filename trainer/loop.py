@@ -24,7 +24,7 @@ from shards.reader import ShardReader
 from trainer.checkpoint import load_latest
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.config import RunConfig
-from trainer.data import Batch, TrainCrops, augmented_images, open_reader
+from trainer.data import Batch, TrainCrops, augmented_images, normalized_images, open_reader
 from trainer.distributed import DistContext
 from trainer.evaluation import Evaluation, EvaluationStopped, autocast, evaluate, format_metrics
 from trainer.failures import named_failures
@@ -50,7 +50,6 @@ from trainer.run_folder import only_run_in, start_noted
 from trainer.run_logger import RunLogger
 from trainer.seeding import seed_micro_batch
 from trainer.stopping import RunStopped, stop_on_signals
-from trainer.transforms import normalize
 from trainer.wandb_run import WandbRun
 from trainer.watchdog import Watchdog
 
@@ -294,8 +293,8 @@ def train_step(run: Run, micro_batches: list[Batch]) -> dict[str, float]:
 
 
 def prepare_images(batch: Batch, config: RunConfig) -> Tensor:
-    """Float32 normalised `[B,3,H,W]` on the batch's device, colour-augmented if the batch carries parameters."""
-    return normalize(augmented_images(batch), config.backbone.image_mean, config.backbone.image_std)
+    """What the model sees: float32 `[B,3,H,W]` on the batch's device (see `normalized_images`)."""
+    return normalized_images(batch, config.backbone.image_mean, config.backbone.image_std)
 
 
 def _count_masks(micro_batches: list[Batch], config: RunConfig, context: DistContext) -> Tensor:

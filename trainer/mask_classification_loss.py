@@ -48,7 +48,7 @@ class MaskClassificationLoss(Mask2FormerLoss):
 
     empty_weight: Tensor  # type: ignore[assignment]
     matcher: HungarianMatcher
-    num_labels: int  # type: ignore[assignment]
+    num_labels: int
 
     def __init__(self, num_points: int, oversample_ratio: float, importance_sample_ratio: float,
                  mask_coefficient: float, dice_coefficient: float, class_coefficient: float, num_labels: int,

@@ -1,4 +1,4 @@
-"""Colour augmentation and normalisation of whole batches, on the device that trains.
+"""Mirroring, colour augmentation and normalisation of whole batches, on the device that trains.
 
 Random numbers are drawn on the loader's workers, one small vector per sample, and applied here to all samples at
 once: a sample's result depends on its own vector only, and nothing waits for the device.
@@ -6,7 +6,7 @@ once: a sample's result depends on its own vector only, and nothing waits for th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -27,6 +27,29 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 def _channel_map(values: Sequence[float], device: torch.device) -> Tensor:
     """float32 [1, 3, 1, 1]. Filled on the device: a copy of host numbers would wait for it on every batch."""
     return torch.stack([torch.full((), value, device=device) for value in values]).view(1, -1, 1, 1)
+
+
+def mirror_left(picture: Tensor, width: int, dim: int) -> Tensor:
+    """`picture` with its first `width` columns, along `dim`, mirrored; what lies right of them is padding and stays."""
+    if width == 0:
+        return picture
+    if width == picture.shape[dim]:
+        return picture.flip(dim)
+    return torch.cat([picture.narrow(dim, 0, width).flip(dim), picture.narrow(dim, width, picture.shape[dim] - width)],
+                     dim)
+
+
+def paddings(images: Tensor, valid: Sequence[tuple[int, int]]) -> Iterator[tuple[int | slice, ...]]:
+    """Indices of the padding in images [B, 3, H, W] of which `valid` (height, width) are none: below, then right.
+
+    Made of host numbers alone, so that to read or write there waits for no device.
+    """
+    height, width = images.shape[2:]
+    for place, (valid_height, valid_width) in enumerate(valid):
+        if valid_height < height:
+            yield place, slice(None), slice(valid_height, None)
+        if valid_width < width:
+            yield place, slice(None), slice(None, valid_height), slice(valid_width, None)
 
 
 def draw_photometric(rng: np.random.Generator) -> np.ndarray:
