@@ -110,6 +110,16 @@ def test_draws_have_their_ranges_and_odds() -> None:
     assert set(np.unique(drawn[:, 4])) == {0.0, 1.0}
 
 
+def test_the_hue_turns_as_far_as_it_may() -> None:
+    """A limit scales the draw and nothing else; 18 degrees are EoMT's, and the default is any turn."""
+    wide, narrow = (np.stack([draw_photometric(np.random.default_rng(seed), *limit) for seed in range(500)])
+                    for limit in ((), (18.0,)))
+    assert np.array_equal(wide[:, [0, 1, 2, 4]], narrow[:, [0, 1, 2, 4]])
+    np.testing.assert_allclose(narrow[:, 3], wide[:, 3] * 0.1, rtol=1e-6)
+    assert 0.045 < narrow[:, 3].max() <= 0.05 and -0.05 <= narrow[:, 3].min() < -0.045
+    assert np.array_equal(wide, np.stack([draw_photometric(np.random.default_rng(seed), 180.0) for seed in range(500)]))
+
+
 def test_draws_follow_their_generator_and_take_a_fixed_number() -> None:
     first, second = np.random.default_rng(3), np.random.default_rng(3)
     assert np.array_equal(draw_photometric(first), draw_photometric(second))

@@ -226,7 +226,8 @@ class TrainCrops(IterableDataset[Batch]):
             segment_map, labels = drop_absent_labels(segment_map[window], labels)
         images.add(sample, segment_map.shape, window)
         mirrored = bool(rng.random() < self.config.hflip)
-        return _Crop(sample.key, segment_map, labels, valid, mirrored, draw_photometric(rng))
+        return _Crop(sample.key, segment_map, labels, valid, mirrored,
+                     draw_photometric(rng, self.config.hue_degrees))
 
 
 class _Images:

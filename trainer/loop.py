@@ -266,7 +266,7 @@ def train_step(run: Run, micro_batches: list[Batch]) -> dict[str, float]:
     config, context = run.config, run.context
     run.beat("counting masks")
     num_masks = _count_masks(micro_batches, config, context)
-    run.model.head.set_progress(run.step / config.train.total_steps)
+    run.model.head.set_progress(run.step, config.train.total_steps)
     set_learning_rates(run.optimizer, run.step, config.optimizer, config.train.total_steps)
     run.optimizer.zero_grad(set_to_none=True)
     local: list[dict[str, Tensor]] = []  # of each micro-batch of this rank

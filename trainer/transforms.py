@@ -14,7 +14,7 @@ from torch import Tensor
 
 PHOTOMETRIC_PARAMETERS = ("brightness", "contrast", "saturation", "hue", "contrast_last")
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
-_LOWEST, _RANGE = np.array([-32.0, 0.5, 0.5, -0.5]), np.array([64.0, 1.0, 1.0, 1.0])
+_LOWEST, _RANGE = np.array([-32.0, 0.5, 0.5, -1.0]), np.array([64.0, 1.0, 1.0, 2.0])  # hue: of the largest turn
 _NEUTRAL = np.array([0.0, 1.0, 1.0, 0.0])
 
 
@@ -52,15 +52,17 @@ def paddings(images: Tensor, valid: Sequence[tuple[int, int]]) -> Iterator[tuple
             yield place, slice(None), slice(None, valid_height), slice(valid_width, None)
 
 
-def draw_photometric(rng: np.random.Generator) -> np.ndarray:
+def draw_photometric(rng: np.random.Generator, hue_degrees: float = 180.0) -> np.ndarray:
     """Parameters float32 [5] of one sample's colour augmentation, in the order of `PHOTOMETRIC_PARAMETERS`.
 
     Brightness is added, U(-32, 32); contrast and saturation are factors, U(0.5, 1.5); hue is a share of the colour
-    circle, U(-0.5, 0.5). Each is drawn with probability one half and neutral otherwise. `contrast_last` is a coin
-    (SSD, arXiv:1512.02325; ranges of DINOv3's linear recipe). Every call takes the same number of draws from `rng`.
+    circle, up to `hue_degrees` either way. Each is drawn with probability one half and neutral otherwise.
+    `contrast_last` is a coin (SSD, arXiv:1512.02325; ranges of DINOv3's linear recipe). Every call takes the same
+    number of draws from `rng`.
     """
     drawn = rng.random(9)
     values, coins = _LOWEST + _RANGE * drawn[:4], drawn[4:] < 0.5
+    values[3] *= hue_degrees / 360.0
     parameters = np.empty(5, np.float32)
     parameters[:4], parameters[4] = np.where(coins[:4], values, _NEUTRAL), coins[4]
     return parameters

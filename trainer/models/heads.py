@@ -24,8 +24,8 @@ class SegmentationHead(nn.Module, ABC):
     def semantic_logits(self, outputs: dict[str, Any], size: tuple[int, int]) -> Tensor:
         """Per-class scores float32 [B, C, H, W] at `size`, from what `forward` returned."""
 
-    def set_progress(self, progress: float) -> None:
-        """Told before every step which part of the run is done (0..1); most heads do not care."""
+    def set_progress(self, step: float, total_steps: int) -> None:
+        """Told before every step which of the run's steps it is, from 0; ignored by most heads."""
 
 
     def set_matched_gradients(self, enabled: bool) -> None:
