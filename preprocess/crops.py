@@ -81,7 +81,11 @@ def cut_image(image: Image.Image, crop: Crop, side: int) -> npt.NDArray[np.uint8
 
 
 def cut_labels(label_map: npt.NDArray[Any], crop: Crop) -> npt.NDArray[Any]:
-    """Class ids `[height,width]`: nearest by the floor rule of tensor resizing, source = floor(target x ratio)."""
+    """Class ids `[height,width]`: nearest by the floor rule of tensor resizing, source = floor(target x ratio).
+
+    In whole numbers; torch multiplies in float32, and takes the pixel beside it in 57 of 14 million (4 in a million).
+    Following it would change the bytes of every set for that.
+    """
     rows = np.arange(crop.top, crop.top + crop.height) * label_map.shape[0] // crop.scaled_height
     columns = np.arange(crop.left, crop.left + crop.width) * label_map.shape[1] // crop.scaled_width
     cut: npt.NDArray[Any] = label_map[rows[:, None], columns]

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 PHOTOMETRIC_PARAMETERS = ("brightness", "contrast", "saturation", "hue", "contrast_last")
-LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
+LUMINANCE = (0.2989, 0.587, 0.114)  # torchvision's; ITU-R BT.601 but for a ten-thousandth of red
 _LOWEST, _RANGE = np.array([-32.0, 0.5, 0.5, -1.0]), np.array([64.0, 1.0, 1.0, 2.0])  # hue: of the largest turn
 _NEUTRAL = np.array([0.0, 1.0, 1.0, 0.0])
+_FROM_UNIT = 255.999 / 255.0  # torchvision multiplies hues' 0..1 by 255.999 before it truncates, to round less down
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -73,14 +74,15 @@ def photometric_distort(images: Tensor, params: Tensor) -> Tensor:
     as from `draw_photometric` and on the images' device.
 
     Brightness, contrast, saturation, hue; with `contrast_last` contrast comes after hue. Every step ends clipped to
-    0..255 and truncated to whole numbers; a neutral step leaves its sample as it is.
+    0..255 and truncated to whole numbers; a neutral step leaves its sample as it is. Saturation and hue follow the
+    levels of torchvision's adjust_saturation and adjust_hue on uint8, which DINOv3's recipe calls.
     """
     brightness, contrast, saturation, hue, contrast_last = params.float().t()[:, :, None, None, None]  # [B, 1, 1, 1]
     last = contrast_last > 0.5
     pixels = images.float()
     pixels = _to_levels(pixels + brightness)
     pixels = _to_levels(pixels * torch.where(last, 1.0, contrast))
-    pixels = _to_levels(saturation * pixels + (1.0 - saturation) * _luminance(pixels))
+    pixels = _to_levels(saturation * pixels + (1.0 - saturation) * _luminance(pixels).floor())
     pixels = torch.where(hue == 0.0, pixels, _to_levels(_rotate_hue(pixels, hue)))
     pixels = _to_levels(pixels * torch.where(last, contrast, 1.0))
     return pixels.to(torch.uint8)
@@ -96,7 +98,8 @@ def _luminance(pixels: Tensor) -> Tensor:
 
 
 def _rotate_hue(pixels: Tensor, turn: Tensor) -> Tensor:
-    """Turn the HSV hue of pixels [B, 3, H, W] by `turn` [B, 1, 1, 1] of the circle; value and chroma stay."""
+    """Turn the HSV hue of pixels [B, 3, H, W] by `turn` [B, 1, 1, 1] of the circle; value and chroma stay, but for
+    `_FROM_UNIT`."""
     red, green, blue = pixels[:, 0:1], pixels[:, 1:2], pixels[:, 2:3]
     value = pixels.amax(1, keepdim=True)  # [B, 1, H, W]
     chroma = value - pixels.amin(1, keepdim=True)
@@ -110,4 +113,4 @@ def _rotate_hue(pixels: Tensor, turn: Tensor) -> Tensor:
     for primary in (0.0, 2.0, 4.0):
         around = (sixths - primary).remainder(6.0)
         lacks.append(torch.minimum(around, 6.0 - around).sub(1.0).clamp(0.0, 1.0))
-    return value - chroma * torch.cat(lacks, dim=1)  # [B, 3, H, W]
+    return _FROM_UNIT * value - (_FROM_UNIT * chroma) * torch.cat(lacks, dim=1)  # [B, 3, H, W]
