@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import Mask2FormerConfig
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerHungarianMatcher, Mask2FormerLoss
 
+from shards.errors import ConfigError
 from tests.test_trainer_loss_step import CLASSES, CPU, SETTINGS, outputs_of, seeded, targets_of
 from trainer.config import load_run_config
 from trainer.loop import _count_masks
@@ -214,6 +215,14 @@ def test_coefficients_that_change_while_training_take_effect() -> None:
     loss.class_coefficient = 0.0
     after = loss.step({"pred_masks": masks, "pred_logits": classes}, targets, generator=seeded())
     torch.testing.assert_close(before.total - after.total, 2.0 * before.losses["loss_cross_entropy"])
+
+
+def test_a_loss_of_nothing_is_refused() -> None:
+    """The matcher, like the original's, has nothing to go by then; a configuration says so before there is one."""
+    nothing = [f"loss.{name}_coefficient=0" for name in ("mask", "dice", "class")]
+    with pytest.raises(ConfigError, match="class_coefficient are all 0, legal: at least one above 0"):
+        load_run_config(None, nothing)
+    assert load_run_config(None, nothing[:2]).loss.class_coefficient == 2.0
 
 
 # -- loss_total -----------------------------------------------------------------------------------------------------

@@ -176,6 +176,11 @@ class LossConfig:
     matched_gradients: bool = knob(True, "let only matched queries carry gradients through masks: the same gradients, "
                                    "with less memory and time")
 
+    def __post_init__(self) -> None:
+        if not any((self.mask_coefficient, self.dice_coefficient, self.class_coefficient)):
+            raise ConfigError("loss.mask_coefficient, loss.dice_coefficient and loss.class_coefficient are all 0, legal: "
+                              "at least one above 0, or nothing is left to match and train by")
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
