@@ -178,8 +178,8 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         if not any((self.mask_coefficient, self.dice_coefficient, self.class_coefficient)):
-            raise ConfigError("loss.mask_coefficient, loss.dice_coefficient and loss.class_coefficient are all 0, legal: "
-                              "at least one above 0, or nothing is left to match and train by")
+            raise ConfigError("loss.mask_coefficient, loss.dice_coefficient and loss.class_coefficient are all 0, "
+                              "legal: at least one above 0, or nothing is left to match and train by")
 
 
 @dataclass(frozen=True, kw_only=True)
