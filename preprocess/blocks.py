@@ -28,6 +28,7 @@ from shards.rle import encode_rle
 from shards.sample import encode_sample
 from shards.writer import ShardWriter
 
+_LATER_CROP_SETTINGS = {"scaled_side": "short"}  # with these, sets made before there were any are what they were
 NO_LABEL = "no labelled pixel in any try"
 
 
@@ -75,6 +76,9 @@ def config_hash(config: PreprocessConfig, dataset: Dataset) -> str:
         del content[place]
     for place in ("root", "class_file", "limit"):
         del content["dataset"][place]
+    for name, neutral in _LATER_CROP_SETTINGS.items():
+        if content["crops"][name] == neutral:
+            del content["crops"][name]
     meaning = [asdict(item) for item in dataset.classes], dataset.ignore_labels, dataset.reduce_zero_label
     return hash_of([FORMAT_VERSION, content, meaning, producer()])
 

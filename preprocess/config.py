@@ -31,15 +31,17 @@ class CropConfig:
     """Training crops: random scale, random place, fixed size (the reference's training transform)."""
 
     splits: list[str] = knob(["train"], "splits cut into crops; all others keep whole images and their bytes")
-    size: int = knob(512, "training crop side in pixels; the short side is scaled to size x U(min_scale, max_scale)",
-                     minimum=32, maximum=16384)
+    size: int = knob(512, "training crop side in pixels; a side of the image is scaled to size x U(min_scale, "
+                     "max_scale)", minimum=32, maximum=16384)
+    scaled_side: str = knob("short", "which side that is: short, as in DINOv3's recipes; long, as in EoMT's, which "
+                            "fits the image inside of the square", choices=("short", "long"))
     stored_size: int | None = knob(None, "side in pixels of the stored window; larger than size lets the trainer crop "
                                    "again at random (data.crop_size); null: size", minimum=32, maximum=16384)
     per_image: int = knob(4, "crops drawn from each image", minimum=1, maximum=1000)
-    min_scale: float = knob(0.5, "smallest short side, as a multiple of size", minimum=0.05, maximum=20)
-    max_scale: float = knob(2.0, "largest short side, as a multiple of size", minimum=0.05, maximum=20)
-    cat_max_ratio: float = knob(0.75, "a crop is redrawn while one class fills this share of its labelled pixels",
-                                minimum=0, maximum=1)
+    min_scale: float = knob(0.5, "smallest scaled side, as a multiple of size", minimum=0.05, maximum=20)
+    max_scale: float = knob(2.0, "largest scaled side, as a multiple of size", minimum=0.05, maximum=20)
+    cat_max_ratio: float | None = knob(0.75, "a crop is redrawn while one class fills this share of its labelled "
+                                       "pixels; null: only while it has none", minimum=0, maximum=1)
     tries: int = knob(10, "redraws before the last crop is kept", minimum=1)
     jpeg_quality: int = knob(95, "JPEG quality of stored crops", minimum=1, maximum=100)
 

@@ -5,7 +5,8 @@
 
     format  int   1
     key     str   unique in its split; contains the source file's stem
-    meta    map   where the sample came from (source file, crop box, scale), for people
+    meta    map   where the sample came from (source file, crop box, scale), for people; of a crop, crop.height and
+                  crop.width say how much of the picture, from its upper left corner, is no padding
     height … data   the mask record of `shards.rle`
 """
 
@@ -63,6 +64,15 @@ class CropSample:
         meta = self.record.get("meta", {})
         assert isinstance(meta, dict)
         return meta
+
+    @property
+    def valid_size(self) -> tuple[int, int]:
+        """(height, width) of what is no padding, which lies right and below. All of it where meta does not say."""
+        crop, whole = self.meta.get("crop"), (self.header.height, self.header.width)
+        said = (crop.get("height"), crop.get("width")) if isinstance(crop, dict) else (None, None)
+        height, width = (part if type(part) is int and 1 <= part <= side else None
+                         for part, side in zip(said, whole, strict=True))
+        return whole if height is None or width is None else (height, width)
 
     @functools.cached_property
     def image(self) -> npt.NDArray[np.uint8]:

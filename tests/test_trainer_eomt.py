@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
 
 from shards.errors import ConfigError
+from tests.conftest import REPOSITORY
 from trainer.build import build_model
 from trainer.config import RunConfig, load_run_config
 from trainer.models import Segmenter
@@ -91,7 +92,7 @@ def test_masking_and_epsilon_matter(tmp_path: Path) -> None:
     expected = theirs(images()).masks_queries_logits
     assert model.backbone.layer_norm_eps == 1e-2
     torch.testing.assert_close(model(images())["pred_masks"], expected, rtol=1e-4, atol=1e-4)
-    model.head.set_progress(1.0)
+    model.head.set_progress(1.0, 1)
     assert not torch.allclose(model(images())["pred_masks"], expected, rtol=1e-2)
     published(tmp_path / "b")
     assert ours(tmp_path / "a").backbone.weights_sha256() != ours(tmp_path / "b").backbone.weights_sha256()
@@ -171,9 +172,32 @@ def test_annealing_follows_the_published_spacing() -> None:
     assert all(first <= second <= third for first, second, third in shares), "first blocks fade first"
 
 
+def test_blocks_fade_between_steps_of_their_own() -> None:
+    """The recipe that tue-mps/eomt publishes for ADE20K, with shares by hand: (1 - t)^0.9 inside of each interval."""
+    config = load_run_config(REPOSITORY / "configs" / "config-ade20k-eomt-training.yaml", []).decoder_head
+    head = build_model(settings(None, "decoder_head.num_blocks=4",
+                                f"decoder_head.mask_annealing_starts={list(config.mask_annealing_starts)}",
+                                f"decoder_head.mask_annealing_ends={list(config.mask_annealing_ends)}"), CLASSES).head
+    assert isinstance(head, EomtHead)
+    table = {0: (1, 1, 1, 1), 1: ((2999 / 3000) ** 0.9, 1, 1, 1), 1500: (0.5**0.9, 1, 1, 1), 3000: (0, 1, 1, 1),
+             6520: (0, 1, 1, 1), 8150: (0, 0.5**0.9, 1, 1), 9780: (0, 0, 1, 1), 12225: (0, 0, 0.25**0.9, 1),
+             13040: (0, 0, 0, 1), 16299: (0, 0, 0, (1 / 3260) ** 0.9), 16300: (0, 0, 0, 0), 20207: (0, 0, 0, 0)}
+    for step, shares in table.items():
+        for total in (20208, 30000):  # the length of the run does not matter
+            head.set_progress(step, total)
+            assert head.attn_mask_probs.tolist() == pytest.approx(list(shares), rel=1e-6), step
+            assert head._masked_in_training == [share > 0 for share in shares]
+
+
+@pytest.mark.parametrize(("starts", "ends"), [([0], [5, 6]), ([0, 1], []), ([], [3, 4]), ([0, 4], [3, 4])])
+def test_intervals_that_do_not_fit_the_blocks_are_refused(starts: list[int], ends: list[int]) -> None:
+    with pytest.raises(ConfigError, match=r"mask_annealing_starts is \[.*num_blocks \(2\) steps each, every start"):
+        settings(None, f"decoder_head.mask_annealing_starts={starts}", f"decoder_head.mask_annealing_ends={ends}")
+
+
 def test_masking_shares_travel_with_the_weights(tmp_path: Path) -> None:
     model = build_model(settings(None), CLASSES)
-    model.head.set_progress(0.7)
+    model.head.set_progress(0.7, 1)
     state = model.trainable_state_dict()
     other = build_model(settings(None, "backbone.random.seed=1"), CLASSES)
     other.load_trainable_state_dict(state)

@@ -71,7 +71,7 @@ def test_golden_matcher_costs_and_assignments(mask_loss: MaskLossCase) -> None:
     packed = pack_targets(case.targets, CPU)
     predictions = [case.prediction(layer) for layer in case.layers]
     points = [case.matcher_points(layer) for layer in case.layers]
-    matches = matcher(predictions, packed, replay([p for of_layer in points for p in of_layer]))
+    matches = matcher.match(predictions, packed, replay([p for of_layer in points for p in of_layer]))
     all_costs = matcher.costs(predictions, packed, torch.stack([torch.cat(of_layer) for of_layer in points])).detach()
     for layer, costs, match in zip(case.layers, all_costs, matches, strict=True):
         for b in case.images:
@@ -88,7 +88,7 @@ def test_golden_assignments_survive_bf16(mask_loss: MaskLossCase) -> None:
     predictions = [Prediction(*(logits.bfloat16() for logits in case.prediction(layer))) for layer in case.layers]
     points = [points for layer in case.layers for points in case.matcher_points(layer)]
     with torch.autocast("cpu", torch.bfloat16):
-        matches = matcher(predictions, pack_targets(case.targets, CPU), replay(points))
+        matches = matcher.match(predictions, pack_targets(case.targets, CPU), replay(points))
     for layer, match in zip(case.layers, matches, strict=True):
         for b in case.images:
             _, queries, chosen = match[:, match[0] == b]
@@ -106,7 +106,7 @@ def test_golden_mask_loss_of_each_prediction(mask_loss: MaskLossCase) -> None:
         losses = loss(mask_logits, case.targets, class_logits)
         for name, value in losses.items():
             torch.testing.assert_close(value, case.tensors[f"{layer}losses/{name}"][0], **LOSS)
-        total = loss.loss_total(losses, lambda name, value: None)
+        total = loss.loss_total(losses, lambda name, value, **options: None)
         torch.testing.assert_close(total, case.tensors[f"{layer}losses/weighted_total"][0], **LOSS)
         class_grad, mask_grad = torch.autograd.grad(total, [class_logits, mask_logits])
         assert_gradients_close(class_grad, case.tensors[f"{layer}grads/pred_logits"])

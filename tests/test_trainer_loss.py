@@ -118,8 +118,8 @@ def test_targets_of_wrong_form_are_refused() -> None:
         to_dense({"labels": torch.zeros(1)})
     with pytest.raises(ValueError, match="N = 2 labels"):
         to_dense({"masks": torch.zeros(3, 4, 4), "labels": torch.zeros(2)})
-    with pytest.raises(ValueError, match="one size"):
-        pack_targets([{"masks": torch.zeros(1, 4, side), "labels": torch.zeros(1)} for side in (4, 6)], CPU)
+    with pytest.raises(ValueError, match="a batch has no targets"):
+        pack_targets([], CPU)
 
 
 # Points
@@ -205,11 +205,11 @@ def test_a_batch_is_matched_like_its_images_alone() -> None:
     predictions = [Prediction(item["pred_logits"], item["pred_masks"]) for item in (outputs, *outputs["aux_outputs"])]
     points = torch.rand(3, 3, 30, 2, generator=torch.Generator().manual_seed(1))  # [L, B, P, 2]
 
-    together = matcher(predictions, pack_targets(targets, CPU), replay(points))
+    together = matcher.match(predictions, pack_targets(targets, CPU), replay(points))
     assert together.shape == (3, 3, 9)
     for image in range(3):
-        alone = matcher([Prediction(c[image:image + 1], m[image:image + 1]) for c, m in predictions],
-                        pack_targets(targets[image:image + 1], CPU), replay(points[:, image:image + 1]))
+        alone = matcher.match([Prediction(c[image:image + 1], m[image:image + 1]) for c, m in predictions],
+                              pack_targets(targets[image:image + 1], CPU), replay(points[:, image:image + 1]))
         part = together[:, 1:, together[0, 0] == image]
         assert torch.equal(part, alone[:, 1:])
 
@@ -220,7 +220,7 @@ def test_matching_is_the_cheapest_assignment_and_ordered_by_query() -> None:
     prediction, packed = Prediction(outputs["pred_logits"], outputs["pred_masks"]), pack_targets(targets, CPU)
     points = torch.rand(1, 30, 2)
     rows, columns = linear_sum_assignment(matcher.costs([prediction], packed, points[None])[0, 0].detach())
-    images, queries, chosen = matcher([prediction], packed, lambda shape: points)[0].tolist()
+    images, queries, chosen = matcher.match([prediction], packed, lambda shape: points)[0].tolist()
     assert images == [0] * 4
     assert queries == rows.tolist() == sorted(queries)
     assert chosen == columns.tolist()
@@ -256,7 +256,7 @@ def test_hugging_face_loss_is_equal_with_the_same_points(monkeypatch: pytest.Mon
         per_prediction = len(counts) + 2
         rounds = [recorded[i:i + per_prediction] for i in range(0, len(recorded), per_prediction)]
         assert len(rounds) == len(predictions)
-        loss = make_loss(ReplayedLoss)
+        loss = make_loss(ReplayedLoss, num_masks_counts="all")
         loss.recorded = in_drawing_order([p for r in rounds for p in r[:-2]], [r[-2] for r in rounds],
                                          [r[-1] for r in rounds])
         total, ours = loss.step(outputs, targets)
@@ -264,7 +264,7 @@ def test_hugging_face_loss_is_equal_with_the_same_points(monkeypatch: pytest.Mon
         for name, value in ours.items():
             assert value.shape == ()
             torch.testing.assert_close(value, theirs[name].reshape(()), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(total, loss.loss_total(ours, lambda name, value: None))
+        torch.testing.assert_close(total, loss.loss_total(ours, lambda name, value, **options: None))
         weights = {"mask": 5.0, "dice": 5.0, "cross": 2.0}
         their_total = sum(weights[name.split("_")[1]] * value.sum() for name, value in theirs.items())
         our_grads = torch.autograd.grad(total, leaves(outputs))
@@ -302,8 +302,8 @@ def test_more_targets_than_queries_drop_the_surplus() -> None:
     outputs, targets = make_case([9, 2], queries=4)
     matcher = HungarianMatcher(30, 5.0, 5.0, 2.0)
     for times in (1, 2):
-        matches = matcher([Prediction(outputs["pred_logits"], outputs["pred_masks"])], pack_targets(targets, CPU),
-                          uniform_draw(CPU, None))
+        matches = matcher.match([Prediction(outputs["pred_logits"], outputs["pred_masks"])],
+                                pack_targets(targets, CPU), uniform_draw(CPU, None))
         assert matches[0, 0].bincount().tolist() == [4, 2] and matcher.unmatched == 5 * times
     losses = make_loss().step(outputs, targets).losses
     assert all(value.isfinite() for value in losses.values())
@@ -378,25 +378,7 @@ def test_num_masks_divides_mask_and_dice_only() -> None:
     for name, value in default.items():
         factor = 1.0 if "cross" in name else 2.0
         torch.testing.assert_close(factor * doubled[name], value)
-    assert float(make_loss().count_masks([])) == 1.0
-
-
-def test_loss_total_weights_by_name_and_logs_the_unweighted_losses() -> None:
-    logged: dict[str, float] = {}
-    losses = {"loss_mask": torch.tensor(1.0), "loss_dice_0": torch.tensor(10.0),
-              "loss_cross_entropy_8": torch.tensor(100.0)}
-    total = make_loss(mask_coefficient=2.0, dice_coefficient=3.0, class_coefficient=4.0).loss_total(
-        losses, lambda name, value: logged.update({name: float(value)}))
-    assert float(total) == 2.0 + 30.0 + 400.0
-    assert logged == {"loss_mask": 1.0, "loss_dice_0": 10.0, "loss_cross_entropy_8": 100.0}
-    with pytest.raises(ValueError, match="loss_masks"):
-        make_loss().loss_total({"loss_masks": torch.tensor(1.0)}, lambda name, value: None)
-
-
-def test_class_weights_stay_out_of_checkpoints() -> None:
-    loss = make_loss()
-    assert loss.state_dict() == {}
-    assert loss.empty_weight.tolist() == pytest.approx([1.0] * NUM_LABELS + [0.1])
+    assert float(make_loss().count_masks([], 7)) == 1.0
 
 
 def test_a_perfect_prediction_costs_next_to_nothing() -> None:
@@ -432,8 +414,10 @@ def test_pixel_loss_counts_ignored_pixels_in_the_mean() -> None:
 def _on_rank(rank: int, store: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     targets = [{"labels": torch.zeros(count)} for count in ((3, 2), (4, 0))[rank]]
-    assert float(make_loss().count_masks(targets)) == 4.5
-    assert float(make_loss().count_masks([])) == 1.0
+    assert float(make_loss().count_masks(targets, 7)) == 4.5
+    assert float(make_loss().count_masks(targets, 3)) == 4.0, "(3 + 2) and (3 + 0) find a query"
+    assert float(make_loss(num_masks_counts="all").count_masks(targets, 3)) == 4.5
+    assert float(make_loss().count_masks([], 7)) == 1.0
     matrix = ConfusionMatrix(2)
     matrix.update(torch.tensor([rank]), torch.tensor([0]))
     matrix.all_reduce()

@@ -103,3 +103,34 @@ def test_clipping_returns_the_norm_before_and_scales_jointly() -> None:
     assert parameters[1].grad.tolist() == pytest.approx([0.8], abs=1e-5)
     parameters[1].grad.fill_(math.nan)
     assert clip_gradients(parameters, 1.0).isnan()
+
+
+def test_poly_after_warmup_is_the_published_schedule() -> None:
+    """EoMT's ADE20K recipe, by hand: the head rises to step 2000; the ViT is 0 until then, and rises to step 5000."""
+    config = OptimizerConfig(lr=2e-4, schedule="poly_after_warmup", warmup_steps=2000, backbone_warmup_steps=3000)
+    table = {  # step: rates of head and ViT, as parts of 2e-4
+        0: (0.0, 0.0),
+        1: (1 / 2000, 0.0),
+        1000: (0.5, 0.0),
+        1999: (1999 / 2000, 0.0),
+        2000: (1.0, 0.0),
+        2001: ((18207 / 18208) ** 0.9, 1 / 3000),
+        3500: ((16708 / 18208) ** 0.9, 0.5),
+        4999: ((15209 / 18208) ** 0.9, 2999 / 3000),
+        5000: ((15208 / 18208) ** 0.9, 1.0),
+        12604: ((7604 / 18208) ** 0.9, 0.5**0.9),
+        20207: ((1 / 18208) ** 0.9, (1 / 15208) ** 0.9),
+    }
+    for step, (head, vit) in table.items():
+        assert learning_rate(step, config, 20208) == pytest.approx(2e-4 * head, rel=1e-12, abs=0), step
+        assert learning_rate(step, config, 20208, is_vit=True) == pytest.approx(2e-4 * vit, rel=1e-12, abs=0), step
+
+
+def test_poly_after_warmup_without_warmups() -> None:
+    config = OptimizerConfig(lr=1.0, schedule="poly_after_warmup", warmup_steps=0, power=1.0)
+    for is_vit in (False, True):
+        assert [learning_rate(step, config, 4, is_vit=is_vit) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
+    both = OptimizerConfig(lr=1.0, schedule="poly_after_warmup", warmup_steps=2, power=1.0)
+    assert [learning_rate(step, both, 4, is_vit=True) for step in range(4)] == [0.0, 0.5, 1.0, 0.5], "as the head"
+    short = OptimizerConfig(lr=1.0, schedule="poly_after_warmup", warmup_steps=9)
+    assert learning_rate(3, short, 4) == pytest.approx(1 / 3), "a run that ends in its warm-up"

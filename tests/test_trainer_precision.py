@@ -67,12 +67,12 @@ def test_the_detector_detects(waits: Any) -> None:
 @pytest.mark.parametrize("head", HEADS)
 def test_no_forward_or_backward_pass_waits(head: str, recompute: str) -> None:
     model = model_of(head, f"train.gradient_checkpointing={recompute}")
-    model.head.set_progress(0.3)  # EoMT: some queries masked, some not
+    model.head.set_progress(0.3, 1)  # EoMT: some queries masked, some not
     with NoWaiting():
         loss_of(model.train()(images())).backward()
         with torch.no_grad():
             model.semantic_logits(model.eval()(images()), (64, 96))
-        model.head.set_progress(0.5)
+        model.head.set_progress(0.5, 1)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -102,7 +102,7 @@ def test_the_head_compiles_in_one_graph(head: str) -> None:
     for progress in (0.3, 0.31, 0.32):
         for model in (plain, compiled):
             torch.manual_seed(0)
-            model.head.set_progress(progress)
+            model.head.set_progress(progress, 1)
             loss_of(model(images())).backward()
     assert graphs == 1
     for parameter, other in zip(plain.parameters(), compiled.parameters(), strict=True):

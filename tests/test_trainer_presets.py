@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import DINOv3ViTModel
 
+from preprocess.config import PreprocessConfig
+from shards.config_file import load_config
 from shards.errors import ConfigError
 from tests.conftest import REPOSITORY
 from trainer.build import build_model
@@ -51,6 +53,29 @@ def test_presets_have_the_parameters_they_claim(preset: Path, monkeypatch: pytes
     depth = model.backbone.depth
     first = 4 if depth == 24 else depth // 4 - 1
     assert model.backbone.layers == [first, depth // 2 - 1, 3 * depth // 4 - 1, depth - 1]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.name)
+def test_no_recipe_claims_a_number_that_was_not_made_with_it(path: Path) -> None:
+    """No mIoU of anybody's: recipes differ, and those of the ADE20K recipes say in what."""
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"mIoU\D{0,40}\d\d\.\d|\d\d\.\d\s*(?:/ [\d.]+ )?mIoU", text)
+    if path.name.startswith("config-ade20k"):
+        assert re.search("not theirs|publishes no training recipe", text)
+
+
+def test_the_eomt_recipe_says_what_is_published() -> None:
+    """The facts of tue-mps/eomt's ADE20K recipe (DINOv3-L, 512), setting by setting."""
+    config = load_run_config(CONFIGS / "config-ade20k-eomt-training.yaml", [])
+    optimizer, head = config.optimizer, config.decoder_head
+    assert (optimizer.schedule, optimizer.lr, optimizer.power) == ("poly_after_warmup", 2e-4, 0.9)
+    assert (optimizer.warmup_steps, optimizer.backbone_warmup_steps) == (2000, 3000)
+    assert (optimizer.weight_decay, optimizer.decay_all, optimizer.layer_decay) == (0.05, True, 1.0)
+    assert list(head.mask_annealing_starts) == [0, 6520, 9780, 13040]
+    assert list(head.mask_annealing_ends) == [3000, 9780, 13040, 16300]
+    assert config.data.hue_degrees == 18 and config.train.total_steps == 16 * (20210 // 16)
+    crops = load_config(PreprocessConfig, CONFIGS / "ade20k-eomt-shards.yaml").crops
+    assert (crops.scaled_side, crops.cat_max_ratio, crops.min_scale, crops.max_scale) == ("long", None, 0.5, 2.0)
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ class DataConfig:
                                  "null trains on stored crops as they are", minimum=32)
     hflip: float = knob(0.5, "probability of mirroring a training crop", minimum=0, maximum=1)
     photometric: bool = knob(True, "random brightness, contrast, saturation and hue (on the training device)")
+    hue_degrees: float = knob(180.0, "photometric: the hue turns by up to so many degrees either way; 180, as in "
+                              "DINOv3's linear recipe, is any colour at all, EoMT's takes 18", minimum=0, maximum=180)
     lanes: int = knob(128, "sections of an epoch that a run of micro-batches takes its samples from in turn; each span "
                       "is read by one worker only when micro_batch_size x ranks x workers divides it", minimum=1)
     span_samples: int = knob(16, "neighbouring samples that are read in one piece", minimum=1)
@@ -119,6 +122,9 @@ class DecoderHeadConfig:
                                    maximum=4)
     mask_annealing: list[float] = knob([0.125, 0.8125], "eomt: part of the run in which masked attention fades out, "
                                        "as two fractions of train.total_steps", minimum=0, maximum=1)
+    mask_annealing_starts: list[int] = knob([], "eomt: steps at which masked attention begins to fade out, one for "
+                                            "each of num_blocks blocks; empty: as mask_annealing says", minimum=0)
+    mask_annealing_ends: list[int] = knob([], "eomt: steps at which it has faded out, one for each block", minimum=1)
 
     def __post_init__(self) -> None:
         if self.type == "m2f" and self.nheads > 0 and (self.hidden_dim % 32 or self.hidden_dim % self.nheads):
@@ -127,6 +133,13 @@ class DecoderHeadConfig:
         if len(self.mask_annealing) != 2 or self.mask_annealing[0] >= self.mask_annealing[1]:
             raise ConfigError(f"decoder_head.mask_annealing is {self.mask_annealing}, legal: two fractions from 0 to "
                               "1, the first below the second")
+        starts, ends = self.mask_annealing_starts, self.mask_annealing_ends
+        if starts or ends:
+            blocks = self.num_blocks
+            if [len(starts), len(ends)] != [blocks] * 2 or any(map(operator.ge, starts, ends)):
+                raise ConfigError(f"decoder_head.mask_annealing_starts is {list(starts)} and .mask_annealing_ends "
+                                  f"{list(ends)}, legal: decoder_head.num_blocks ({blocks}) steps each, every start "
+                                  "below its end; or none, to use decoder_head.mask_annealing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +170,16 @@ class LossConfig:
     no_object_coefficient: float = knob(0.1, "class weight of 'no object'", minimum=0)
     ignore: str = knob("background", "pixels without a label: background of every mask, as in the reference; or "
                        "exclude: left out of matching and losses", choices=("background", "exclude"))
+    num_masks_counts: str = knob("matched", "what mask and dice losses are divided by where an image has more classes "
+                                 "than decoder_head.num_queries: matched masks, as EoMT's loss; all targets, as "
+                                 "transformers'", choices=("matched", "all"))
     matched_gradients: bool = knob(True, "let only matched queries carry gradients through masks: the same gradients, "
                                    "with less memory and time")
+
+    def __post_init__(self) -> None:
+        if not any((self.mask_coefficient, self.dice_coefficient, self.class_coefficient)):
+            raise ConfigError("loss.mask_coefficient, loss.dice_coefficient and loss.class_coefficient are all 0, "
+                              "legal: at least one above 0, or nothing is left to match and train by")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,19 +191,20 @@ class OptimizerConfig:
     weight_decay: float = knob(0.05, "weight decay of matrices; norms, biases and embeddings get none", minimum=0)
     decay_all: bool = knob(False, "apply weight decay to every parameter, as the reference's linear recipe does")
     clip_grad_norm: float | None = knob(0.01, "largest gradient norm over all parameters; null: no clipping", minimum=0)
-    schedule: str = knob("poly", "poly: linear warm-up, then (1 - step/total)^power; one_cycle: the reference's "
-                         "linear recipe", choices=("poly", "one_cycle"))
+    schedule: str = knob("poly", "poly: (1 - step/total)^power from the first step, times a linear warm-up; "
+                         "poly_after_warmup: the decay begins where the warm-up ends, as in EoMT's recipes; one_cycle: "
+                         "the reference's linear recipe", choices=("poly", "poly_after_warmup", "one_cycle"))
     power: float = knob(0.9, "poly: exponent", minimum=0)
     warmup_steps: int = knob(1500, "steps of linear warm-up", minimum=0)
-    backbone_warmup_steps: int = knob(0, "poly, trainable backbone: hold the ViT for warmup_steps, then warm it up in "
-                                      "so many; 0: together with the head", minimum=0)
+    backbone_warmup_steps: int = knob(0, "poly schedules, trainable backbone: hold the ViT for warmup_steps, then "
+                                      "warm it up in so many; 0: together with the head", minimum=0)
     layer_decay: float = knob(1.0, "trainable backbone: learning rate of each ViT block as a fraction of the next "
                               "block's; 1: all alike", minimum=0.01, maximum=1)
 
     def __post_init__(self) -> None:
         if len(self.betas) != 2 or max(self.betas) >= 1:
             raise ConfigError(f"optimizer.betas is {self.betas}, legal: two numbers from 0 to below 1")
-        if self.backbone_warmup_steps and self.schedule != "poly":
+        if self.backbone_warmup_steps and self.schedule == "one_cycle":
             raise ConfigError(f"optimizer.backbone_warmup_steps is {self.backbone_warmup_steps}, legal with schedule "
                               f"{self.schedule}: 0")
 

@@ -51,6 +51,7 @@ class MaskCriterion(nn.Module):
             num_labels=num_classes,
             no_object_coefficient=config.no_object_coefficient,
             ignore=config.ignore,
+            num_masks_counts=config.num_masks_counts,
         )
 
     def forward(

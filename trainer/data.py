@@ -31,7 +31,7 @@ from shards.storage import Patience, open_storage
 from trainer.config import DataConfig
 from trainer.seeding import sample_rng
 from trainer.targets import Target, dense_masks
-from trainer.transforms import draw_photometric, photometric_distort
+from trainer.transforms import draw_photometric, mirror_left, normalize, paddings, photometric_distort
 
 _IMAGES_AHEAD = 8  # whole ones whose bytes a loader process asks object storage for before it needs them
 
@@ -42,6 +42,7 @@ class _Crop(NamedTuple):
     key: str
     segment_map: npt.NDArray[Any]  # [H, W]
     labels: npt.NDArray[np.int64]  # [N]
+    valid: tuple[int, int]  # height and width of what is no padding; that lies right and below
     mirrored: bool
     photometric: npt.NDArray[np.float32]
 
@@ -58,6 +59,7 @@ class Batch:
     labels: Tensor  # int64 [sum of counts]
     counts: list[int]  # N per image
     photometric: Tensor | None  # float32 [B, K], parameters of `transforms.photometric_distort`
+    valid: list[tuple[int, int]]  # per image: height and width of what is no padding; that lies right and below
     mirrored: list[bool]  # per image: still to be mirrored, with its targets, by `to`
     skipped: list[str]  # what was wrong with samples that could not be used
 
@@ -76,15 +78,16 @@ class Batch:
         return moved._mirrored() if any(self.mirrored) else moved
 
     def _mirrored(self) -> Batch:
-        def mirror(pictures: Iterable[Tensor]) -> list[Tensor]:  # the second dimension of each
-            return [picture.flip(1) if flip else picture for picture, flip in zip(pictures, self.mirrored, strict=True)]
+        widths = [width if flip else 0 for (_, width), flip in zip(self.valid, self.mirrored, strict=True)]
+
+        def mirror(pictures: Iterable[Tensor], dim: int) -> list[Tensor]:
+            return [mirror_left(picture, width, dim) for picture, width in zip(pictures, widths, strict=True)]
 
         return replace(
             self,
-            images=torch.stack(mirror(self.images.permute(0, 2, 3, 1))).permute(0, 3, 1, 2),
-            segment_maps=None if self.segment_maps is None else torch.stack(mirror(self.segment_maps)),
-            masks=None if self.masks is None else [masks.flip(2) if flip else masks for masks, flip
-                                                   in zip(self.masks, self.mirrored, strict=True)],
+            images=torch.stack(mirror(self.images.permute(0, 2, 3, 1), 1)).permute(0, 3, 1, 2),
+            segment_maps=None if self.segment_maps is None else torch.stack(mirror(self.segment_maps, 1)),
+            masks=None if self.masks is None else mirror(self.masks, 2),
             mirrored=[False] * len(self.mirrored),
         )
 
@@ -105,8 +108,21 @@ class Batch:
 
 
 def augmented_images(batch: Batch) -> Tensor:
-    """uint8 `[B,3,H,W]` with the batch's colour augmentation, if it carries any."""
-    return batch.images if batch.photometric is None else photometric_distort(batch.images, batch.photometric)
+    """uint8 `[B,3,H,W]` with the batch's colour augmentation, if it carries any; padding keeps its colour."""
+    if batch.photometric is None:
+        return batch.images
+    distorted = photometric_distort(batch.images, batch.photometric)
+    for padding in paddings(distorted, batch.valid):
+        distorted[padding] = batch.images[padding]
+    return distorted
+
+
+def normalized_images(batch: Batch, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Float32 `[B,3,H,W]`, colour-augmented and normalised; padding is 0, as the reference pads what is normalised."""
+    images = normalize(augmented_images(batch), mean, std)
+    for padding in paddings(images, batch.valid):
+        images[padding].zero_()
+    return images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +183,7 @@ class TrainCrops(IterableDataset[Batch]):
     def _batch(self, number: int, ahead: ReadAhead | None) -> Batch:
         images = _Images(self.plan.micro_batch_size)
         samples, skipped = self._readable(number, ahead, images)
-        keys, segment_maps, labels, mirrored, photometric = zip(*samples, strict=True)  # of each _Crop
+        keys, segment_maps, labels, valid, mirrored, photometric = zip(*samples, strict=True)  # of each _Crop
         maps = stack_segment_maps(segment_maps)
         counts = [own.size for own in labels]
         dense = self.config.targets == "dense"
@@ -181,6 +197,7 @@ class TrainCrops(IterableDataset[Batch]):
             labels=torch.from_numpy(np.concatenate(labels)),
             counts=counts,
             photometric=torch.from_numpy(np.stack(photometric)) if self.config.photometric else None,
+            valid=list(valid),
             mirrored=list(mirrored),
             skipped=skipped,
         )
@@ -213,13 +230,14 @@ class TrainCrops(IterableDataset[Batch]):
         sample = self.reader.read(draw.sample, data)
         check_labels(sample, self.reader.manifest.num_classes)
         rng = sample_rng(self.plan.seed, draw.epoch, draw.sample)
-        segment_map, labels, window = sample.segment_map, sample.labels, None
+        segment_map, labels, window, valid = sample.segment_map, sample.labels, None, sample.valid_size
         if self.config.crop_size is not None:
-            window = random_window(rng, segment_map.shape, self.config.crop_size, sample.key)
+            window, valid = random_window(rng, segment_map.shape, valid, self.config.crop_size, sample.key)
             segment_map, labels = drop_absent_labels(segment_map[window], labels)
         images.add(sample, segment_map.shape, window)
         mirrored = bool(rng.random() < self.config.hflip)
-        return _Crop(sample.key, segment_map, labels, mirrored, draw_photometric(rng))
+        return _Crop(sample.key, segment_map, labels, valid, mirrored,
+                     draw_photometric(rng, self.config.hue_degrees))
 
 
 class _Images:
@@ -298,14 +316,19 @@ def check_labels(sample: CropSample, num_classes: int) -> None:
                                 f"legal: 0..{num_classes - 1}")
 
 
-def random_window(rng: np.random.Generator, size: tuple[int, ...], side: int, key: str) -> tuple[slice, slice]:
-    """A random `side` x `side` window of a stored crop. Raises ConfigError when the crop is smaller."""
+def random_window(rng: np.random.Generator, size: tuple[int, ...], valid: tuple[int, int], side: int,
+                  key: str) -> tuple[tuple[slice, slice], tuple[int, int]]:
+    """A random `side` x `side` window of a stored crop, and how much of it is no padding.
+
+    It holds as much of what is no padding as fits, as if that was cropped and then padded again. Raises ConfigError
+    when the crop is smaller.
+    """
     height, width = size
     if height < side or width < side:
         raise ConfigError(f"data.crop_size is {side}, but the stored crop {key} is {height}x{width}; "
                           "legal: at most the stored size")
-    top, left = int(rng.integers(0, height - side + 1)), int(rng.integers(0, width - side + 1))
-    return slice(top, top + side), slice(left, left + side)
+    top, left = (int(rng.integers(0, max(0, part - side) + 1)) for part in valid)
+    return (slice(top, top + side), slice(left, left + side)), (min(side, valid[0]), min(side, valid[1]))
 
 
 def drop_absent_labels(

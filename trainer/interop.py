@@ -11,9 +11,8 @@ from torch.utils.data import IterableDataset
 
 from shards.plan import MicroBatchNumbers, TrainPlan
 from trainer.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
-from trainer.data import TrainCrops, augmented_images, open_reader, read_samples, share_of_worker
+from trainer.data import TrainCrops, normalized_images, open_reader, read_samples, share_of_worker
 from trainer.targets import to_dense
-from trainer.transforms import normalize
 
 
 class SampleStream(IterableDataset[dict[str, Any]]):
@@ -58,6 +57,6 @@ class TransformersBatches(IterableDataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Tensor | list[Tensor]]]:
         for batch in (crops.to(torch.device("cpu")) for crops in self.crops):
             dense = [to_dense(target) for target in batch.targets()]
-            yield {"pixel_values": normalize(augmented_images(batch), self.mean, self.std),
+            yield {"pixel_values": normalized_images(batch, self.mean, self.std),
                    "mask_labels": [target["masks"].float() for target in dense],
                    "class_labels": [target["labels"] for target in dense]}

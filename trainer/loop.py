@@ -24,11 +24,12 @@ from shards.reader import ShardReader
 from trainer.checkpoint import load_latest
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.config import RunConfig
-from trainer.data import Batch, TrainCrops, augmented_images, open_reader
+from trainer.data import Batch, TrainCrops, augmented_images, normalized_images, open_reader
 from trainer.distributed import DistContext
 from trainer.evaluation import Evaluation, EvaluationStopped, evaluate, format_metrics
 from trainer.failures import named_failures
 from trainer.loader import train_loader
+from trainer.matcher import count_masks
 from trainer.non_finite import NonFiniteGuard, NonFiniteStepError, RollBack, TrainingDiverged
 from trainer.optimizer import clip_gradients, set_learning_rates
 from trainer.plots import batch_panel, draw_curves
@@ -50,7 +51,6 @@ from trainer.run_folder import only_run_in, start_noted
 from trainer.run_logger import RunLogger
 from trainer.seeding import seed_micro_batch
 from trainer.stopping import RunStopped, stop_on_signals
-from trainer.transforms import normalize
 from trainer.wandb_run import WandbRun
 from trainer.watchdog import Watchdog
 
@@ -266,8 +266,8 @@ def train_step(run: Run, micro_batches: list[Batch]) -> dict[str, float]:
     """
     config, context = run.config, run.context
     run.beat("counting masks")
-    num_masks = _count_masks(micro_batches, context)
-    run.model.head.set_progress(run.step / config.train.total_steps)
+    num_masks = _count_masks(micro_batches, config, context)
+    run.model.head.set_progress(run.step, config.train.total_steps)
     set_learning_rates(run.optimizer, run.step, config.optimizer, config.train.total_steps)
     run.optimizer.zero_grad(set_to_none=True)
     local: list[dict[str, Tensor]] = []  # of each micro-batch of this rank
@@ -294,13 +294,15 @@ def train_step(run: Run, micro_batches: list[Batch]) -> dict[str, float]:
 
 
 def prepare_images(batch: Batch, config: RunConfig) -> Tensor:
-    """Float32 normalised `[B,3,H,W]` on the batch's device, colour-augmented if the batch carries parameters."""
-    return normalize(augmented_images(batch), config.backbone.image_mean, config.backbone.image_std)
+    """What the model sees: float32 `[B,3,H,W]` on the batch's device (see `normalized_images`)."""
+    return normalized_images(batch, config.backbone.image_mean, config.backbone.image_std)
 
 
-def _count_masks(micro_batches: list[Batch], context: DistContext) -> Tensor:
+def _count_masks(micro_batches: list[Batch], config: RunConfig, context: DistContext) -> Tensor:
     """Masks per micro-batch, averaged over the global batch, at least 1; one all-reduce per step."""
-    mine = torch.tensor([sum(sum(batch.counts) for batch in micro_batches), len(micro_batches)], dtype=torch.float32)
+    masks = sum(count_masks(batch.counts, config.decoder_head.num_queries, config.loss.num_masks_counts)
+                for batch in micro_batches)
+    mine = torch.tensor([masks, len(micro_batches)], dtype=torch.float32)
     total = context.all_reduce_sum(mine.to(context.device, non_blocking=True))
     return (total[0] / total[1]).clamp(min=1.0)
 

@@ -6,7 +6,7 @@ predictions of a step go to the host in one copy; the assignments, found there b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from transformers.models.mask2former.modeling_mask2former import Mask2FormerHungarianMatcher
 
 from trainer.point_sampling import Draw, in_reading_order, point_sample
-from trainer.targets import PackedTargets
+from trainer.targets import ReadableTargets
 
 LAYERS_AT_ONCE = 2
 
@@ -32,19 +33,20 @@ class Prediction(NamedTuple):
     mask_logits: Tensor  # [B, Q, h, w]
 
 
-class HungarianMatcher:
-    """Cheapest assignment of targets to queries under mask, dice and class costs."""
+class HungarianMatcher(Mask2FormerHungarianMatcher):
+    """Cheapest assignment of targets to queries under mask, dice and class costs.
+
+    `match` does it for all predictions of a step. Called as transformers' matcher it is that one, image by image.
+    """
 
     def __init__(self, num_points: int, mask_coefficient: float, dice_coefficient: float,
                  class_coefficient: float) -> None:
-        self.num_points = num_points
-        self.mask_coefficient = mask_coefficient
-        self.dice_coefficient = dice_coefficient
-        self.class_coefficient = class_coefficient
+        super().__init__(cost_class=class_coefficient, cost_mask=mask_coefficient, cost_dice=dice_coefficient,
+                         num_points=num_points)
         self.unmatched = 0  # targets so far that were more than there are queries
 
     @torch.no_grad()
-    def __call__(self, predictions: Sequence[Prediction], targets: PackedTargets, draw: Draw) -> Tensor:
+    def match(self, predictions: Sequence[Prediction], targets: ReadableTargets, draw: Draw) -> Tensor:
         """Matches int64 [L, 3, M] on the predictions' device; the three rows are image, query and target index.
 
         `predictions` holds the final one first, then the auxiliary ones. Per prediction, matches are ordered by image,
@@ -64,24 +66,29 @@ class HungarianMatcher:
         return torch.from_numpy(matches).to(device, non_blocking=True)
 
     @torch.no_grad()
-    def costs(self, predictions: Sequence[Prediction], targets: PackedTargets, points: Tensor) -> Tensor:
+    def costs(self, predictions: Sequence[Prediction], targets: ReadableTargets, points: Tensor) -> Tensor:
         """Cost float32 [L, B, Q, Nmax] of giving each target to each query, from points [L, B, P, 2] shared by an
         image's queries. A column whose label is outside [0, C) is NaN, instead of asserting on the device."""
         sums = []
-        images = torch.arange(len(targets.counts), device=points.device)
         spare = points.new_empty(*predictions[0].mask_logits.shape[:2], self.num_points).mT  # [B, P, Q]
         for some in in_chunks(range(len(predictions))):
             chosen = points[some.start : some.stop]  # [G, B, P, 2]
             truth = targets.at_points(chosen)  # [G, B, Nmax, P]
-            counted = targets.counted(images, chosen)  # [G, B, P]
+            counted = targets.counted_at_points(chosen)  # [G, B, P]
             rows = rows_of_points(truth, counted)  # [G, B, Nmax + 1, P]
             sums += [sum_over_points(point_sample(predictions[layer].mask_logits, chosen[place]), rows[place], spare)
                      for place, layer in enumerate(some)]
         all_sums = PointSums(*map(torch.stack, zip(*sums, strict=True)))
         class_logits = torch.stack([prediction.class_logits for prediction in predictions])
-        return (self.mask_coefficient * pairwise_mask_cost(all_sums)
-                + self.dice_coefficient * pairwise_dice_cost(all_sums)
-                + self.class_coefficient * _class_cost(class_logits, targets.labels))
+        return (self.cost_mask * pairwise_mask_cost(all_sums)
+                + self.cost_dice * pairwise_dice_cost(all_sums)
+                + self.cost_class * _class_cost(class_logits, targets.labels))
+
+
+def count_masks(counts: Iterable[int], num_queries: int, rule: str) -> int:
+    """What mask losses of images with so many targets are divided by: by the rule "matched" the targets that find a
+    query, min(Q, N) of an image (EoMT's loss), by "all" every target (transformers' loss)."""
+    return sum(counts) if rule == "all" else sum(min(count, num_queries) for count in counts)
 
 
 def in_chunks(layers: range) -> Iterator[range]:
@@ -145,7 +152,7 @@ def _class_cost(class_logits: Tensor, labels: Tensor) -> Tensor:
     return cost.masked_fill(~legal[:, None], torch.nan)
 
 
-def _check_finite(costs: np.ndarray, targets: PackedTargets, num_labels: int) -> None:
+def _check_finite(costs: np.ndarray, targets: ReadableTargets, num_labels: int) -> None:
     finite = np.isfinite(costs).all(axis=(2, 3))  # [L, B]
     if finite.all():
         return

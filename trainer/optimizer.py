@@ -58,15 +58,28 @@ def learning_rate(step: int, config: OptimizerConfig, total_steps: int, *, is_vi
     poly: (1 - step / total)^power times a linear warm-up that reaches one at its last step. With
     `backbone_warmup_steps` the ViT waits for the others' warm-up and then has its own, so that a random head cannot
     spoil it (arXiv:2503.19108).
+    poly_after_warmup: see there.
     one_cycle: DINOv3's linear recipe, whose schedule lags one step behind because the first is not counted.
     """
     if config.schedule == "one_cycle":
         return one_cycle(max(step - 1, 0), config.lr, total_steps, config.warmup_steps)
+    waits = is_vit and config.backbone_warmup_steps > 0
+    if config.schedule == "poly_after_warmup":
+        first, warmup_steps = (config.warmup_steps, config.backbone_warmup_steps) if waits else (0, config.warmup_steps)
+        return config.lr * poly_after_warmup(step - first, warmup_steps, total_steps - first, config.power)
     done, warmup_steps = step + 1, config.warmup_steps
-    if is_vit and config.backbone_warmup_steps:
+    if waits:
         done, warmup_steps = max(done - warmup_steps, 0), config.backbone_warmup_steps
     warmup = min(1.0, done / warmup_steps) if warmup_steps else 1.0
     return config.lr * warmup * math.pow(1.0 - step / total_steps, config.power)
+
+
+def poly_after_warmup(step: int, warmup_steps: int, total_steps: int, power: float) -> float:
+    """Part of the peak rate at `step` of `total_steps` (below 0: nothing yet): 0 at the first, linear up to one when
+    the warm-up is over, then (1 - t)^power over what is left (EoMT, tue-mps/eomt, for each group of parameters)."""
+    if step < warmup_steps:
+        return max(0, step) / warmup_steps
+    return float((1.0 - (step - warmup_steps) / max(1, total_steps - warmup_steps)) ** power)
 
 
 def one_cycle(count: int, max_lr: float, total_steps: int, warmup_steps: int, *, warmup_ratio: float = 1e-6,

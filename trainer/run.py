@@ -144,7 +144,8 @@ def _what_has_to_stay(config: RunConfig) -> RunConfig:
         default, seed=config.seed, backbone=replace(config.backbone, source=None),
         adapter=replace(config.adapter, drop_path=default.adapter.drop_path),
         decoder_head=replace(config.decoder_head, dropout=default.decoder_head.dropout,
-                             mask_annealing=default.decoder_head.mask_annealing),
+                             **{name: getattr(default.decoder_head, name) for name in
+                                ("mask_annealing", "mask_annealing_starts", "mask_annealing_ends")}),
         data=replace(default.data, **{name: getattr(config.data, name)
                                       for name in ("train_split", "crop_size", "lanes", "span_samples")}),
         train=replace(default.train, global_batch_size=config.train.global_batch_size),

@@ -1,9 +1,11 @@
 """Targets: what the loss is told about each image, in two forms that hold the same information.
 
-dense         {"masks": bool, uint8 or float [N, H, W], "labels": int64 [N]}; what is not zero is in the mask
+dense         {"masks": bool, uint8 or float [N, H, W], "labels": int64 [N]}; floats say how much of a pixel is in the
+              mask, of other values all but zero are
 segment map   {"segment_map": uint8 [H, W], "labels": int64 [N]}, value = index into this image's labels,
               255 = ignored (int32 maps: 65535). One byte a pixel instead of N, or 4 N as float masks.
 
+Whatever else a target holds is left alone.
 Ignored pixels are background of every mask, as in the reference (MaskFormer, arXiv:2107.06278, does the same).
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -107,6 +110,10 @@ class PackedTargets:
         first = self.first.expand_as(self.values)
         return self._sample(points, first[images, chosen], self.values[images, chosen])
 
+    def counted_at_points(self, points: Tensor) -> Tensor | None:
+        """`counted` for points float32 [..., B, P, 2], some for each image: [..., B, P]."""
+        return self.counted(torch.arange(len(self.counts), device=points.device), points)
+
     def counted(self, images: Tensor, points: Tensor) -> Tensor | None:
         """0 where a point [M, P, 2] lies in an ignored pixel of its image [M], else 1: float32 [M, P].
 
@@ -136,34 +143,108 @@ class PackedTargets:
         return torch.lerp(torch.lerp(a, b, x), torch.lerp(c, d, x), y)
 
 
-def pack_targets(targets: Sequence[Target], device: torch.device, *, exclude_ignored: bool = False) -> PackedTargets:
-    """Bring targets of either form to `device`.
+@dataclass(frozen=True)
+class SoftTargets:
+    """As `PackedTargets`, for masks whose pixels are not just in or out, or images that differ in size.
 
-    Raises ValueError when there is none, or when images differ in size: points live in coordinates of the whole
-    image, so masks padded to a common size would be sampled at the wrong places.
+    Where they do, matching reads each image's masks in coordinates of its own, and the losses read all of them as if
+    padded with zeros to the largest: so does transformers' loss.
     """
-    moved = [{key: value.to(device, non_blocking=True) for key, value in target.items()} for target in targets]
-    sizes = {_check_form(target) for target in moved}
-    if len(sizes) != 1:
-        raise ValueError(f"targets of one batch need one size [H, W], these have {sorted(sizes)}")
+
+    pixels: Tensor  # float32 [K * (H + 2) * (W + 2)]: K masks padded to the largest size, each with a rim of zeros
+    stride: int  # W + 2
+    own: Tensor  # float32 [B, 2]: width and height of each image
+    largest: Tensor  # float32 [2]: W, H
+    first: Tensor  # int64 [B, Nmax]: where the mask begins in `pixels`
+    ignored: Tensor | None  # bool [B, H, W], as in PackedTargets; padding too
+    labels: Tensor  # int64 [B, Nmax]
+    counts: tuple[int, ...]
+
+    def at_points(self, points: Tensor) -> Tensor:
+        """[..., B, P, 2] -> [..., B, Nmax, P]"""
+        return self._sample(points[..., None, :, :] * self.own[:, None, None], self.first)
+
+    def at_matched_points(self, images: Tensor, chosen: Tensor, points: Tensor) -> Tensor:
+        """Masks `chosen` [M] of `images` [M], each at points [M, P, 2] of its own: float32 [M, P]."""
+        return self._sample(points * self.largest, self.first[images, chosen])
+
+    def counted_at_points(self, points: Tensor) -> Tensor | None:
+        """[..., B, P, 2] -> [..., B, P], or None"""
+        images = torch.arange(len(self.counts), device=points.device)
+        return self._counted(images, points * self.own[:, None], self.own[:, None])
+
+    def counted(self, images: Tensor, points: Tensor) -> Tensor | None:
+        """[M], [M, P, 2] -> [M, P], or None"""
+        return self._counted(images, points * self.largest, self.largest)
+
+    def _counted(self, images: Tensor, places: Tensor, size: Tensor) -> Tensor | None:
+        if self.ignored is None:
+            return None
+        x, y = torch.minimum(places, size - 1).long().clamp(min=0).unbind(-1)
+        return (~self.ignored[images[:, None], y, x]).float()
+
+    def _sample(self, places: Tensor, first: Tensor) -> Tensor:
+        """Places [..., P, 2] in pixels and `first` [...], broadcast: bilinear [..., P], as in PackedTargets."""
+        places = places - 0.5
+        corners = places.floor()
+        x, y = (places - corners).unbind(-1)
+        left, top = corners.long().unbind(-1)
+        index = (top + 1) * self.stride + left + 1 + first[..., None]
+        a, b, c, d = (self.pixels.take((index + step).clamp(0, len(self.pixels) - 1))
+                      for step in (0, 1, self.stride, self.stride + 1))
+        return torch.lerp(torch.lerp(a, b, x), torch.lerp(c, d, x), y)
+
+
+ReadableTargets = PackedTargets | SoftTargets
+
+
+def pack_targets(targets: Sequence[Mapping[str, Any]], device: torch.device, *,
+                 exclude_ignored: bool = False) -> ReadableTargets:
+    """Bring targets of either form to `device`. Raises ValueError when there is none, or one has neither form."""
+    moved = [{key: target[key].to(device, non_blocking=True) for key in _PARTS if key in target} for target in targets]
+    sizes = [_check_form(target) for target in moved]
+    if not sizes:
+        raise ValueError("a batch has no targets, legal: one per image, with no masks where there is none")
     counts = tuple(len(target["labels"]) for target in moved)
     rows = max(1, *counts)
     labels = torch.stack([F.pad(target["labels"], (0, rows - count))
                           for target, count in zip(moved, counts, strict=True)]).long()
+    if len(set(sizes)) > 1 or any("masks" in target and target["masks"].is_floating_point() for target in moved):
+        return _soft_targets(moved, sizes, labels, counts, exclude_ignored)
     segmented = all("segment_map" in target for target in moved)
     maps, places, values = _segment_maps(moved, rows) if segmented else _binary_maps(moved, counts, rows)
     outside = _OUTSIDE[maps.dtype] if segmented else 0
-    (size,) = sizes
-    scale = torch.stack([torch.full((), float(side), device=device) for side in reversed(size)])
-    height, width = size
+    height, width = sizes[0]
     first = places * ((height + 1) * (width + 1)) + (width + 2)
     ignored = None
     if exclude_ignored:
         ignored = maps == outside if segmented else torch.stack([~to_dense(target)["masks"].any(0) for target in moved])
-    return PackedTargets(_packed_corners(maps, outside), size, scale, first, values, ignored, labels, counts)
+    return PackedTargets(_packed_corners(maps, outside), sizes[0], _filled((width, height), device), first, values,
+                         ignored, labels, counts)
+
+
+def _soft_targets(targets: Sequence[Target], sizes: Sequence[tuple[int, int]], labels: Tensor,
+                  counts: tuple[int, ...], exclude_ignored: bool) -> SoftTargets:
+    height, width = (max(sides) for sides in zip(*sizes, strict=True))
+    padded = [F.pad(to_dense(target)["masks"].float(), (1, width - own_width + 1, 1, height - own_height + 1))
+              for target, (own_height, own_width) in zip(targets, sizes, strict=True)]  # [N, H + 2, W + 2] each
+    empty = padded[0].new_zeros(1, height + 2, width + 2)
+    places = _places_of(counts, labels.shape[1], labels.device)
+    ignored = None
+    if exclude_ignored:
+        ignored = torch.stack([~(masks[:, 1:-1, 1:-1] > 0).any(0) for masks in padded])
+    own = torch.stack([_filled((own_width, own_height), labels.device) for own_height, own_width in sizes])
+    return SoftTargets(torch.cat([*padded, empty]).flatten(), width + 2, own, _filled((width, height), labels.device),
+                       places * ((height + 2) * (width + 2)), ignored, labels, counts)
+
+
+def _filled(values: Sequence[float], device: torch.device) -> Tensor:
+    """float32 numbers, made on the device: a copy from the host would wait for it."""
+    return torch.stack([torch.full((), float(value), device=device) for value in values])
 
 
 _Maps = tuple[Tensor, Tensor, Tensor]  # maps [K, H, W]; each target's map and value [B, N]
+_PARTS = ("masks", "segment_map", "labels")  # of a target; other entries are other people's
 _OUTSIDE = {torch.uint8: 255, torch.int16: -1}  # a value that no target has
 
 
@@ -182,9 +263,15 @@ def _binary_maps(targets: Sequence[Target], counts: Sequence[int], rows: int) ->
     """One map of zeros and ones per target, and an empty one for the rows behind."""
     dense = [to_dense(target)["masks"].bool() for target in targets]
     maps = torch.cat([*dense, dense[0].new_zeros(1, *dense[0].shape[1:])]).to(torch.uint8)
-    of_image = torch.arange(len(maps) - 1, device=maps.device).split(list(counts))
-    places = torch.stack([F.pad(own, (0, rows - len(own)), value=len(maps) - 1) for own in of_image])
+    places = _places_of(counts, rows, maps.device)
     return maps, places, torch.ones_like(places, dtype=torch.uint8)
+
+
+def _places_of(counts: Sequence[int], rows: int, device: torch.device) -> Tensor:
+    """Number of each target's map, int64 [B, rows], when there is one for each and an empty one behind the last."""
+    total = sum(counts)
+    of_image = torch.arange(total, device=device).split(list(counts))
+    return torch.stack([F.pad(own, (0, rows - len(own)), value=total) for own in of_image])
 
 
 def _packed_corners(maps: Tensor, outside: int) -> Tensor:

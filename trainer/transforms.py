@@ -1,4 +1,4 @@
-"""Colour augmentation and normalisation of whole batches, on the device that trains.
+"""Mirroring, colour augmentation and normalisation of whole batches, on the device that trains.
 
 Random numbers are drawn on the loader's workers, one small vector per sample, and applied here to all samples at
 once: a sample's result depends on its own vector only, and nothing waits for the device.
@@ -6,16 +6,17 @@ once: a sample's result depends on its own vector only, and nothing waits for th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 PHOTOMETRIC_PARAMETERS = ("brightness", "contrast", "saturation", "hue", "contrast_last")
-LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
-_LOWEST, _RANGE = np.array([-32.0, 0.5, 0.5, -0.5]), np.array([64.0, 1.0, 1.0, 1.0])
+LUMINANCE = (0.2989, 0.587, 0.114)  # torchvision's; ITU-R BT.601 but for a ten-thousandth of red
+_LOWEST, _RANGE = np.array([-32.0, 0.5, 0.5, -1.0]), np.array([64.0, 1.0, 1.0, 2.0])  # hue: of the largest turn
 _NEUTRAL = np.array([0.0, 1.0, 1.0, 0.0])
+_FROM_UNIT = 255.999 / 255.0  # torchvision multiplies hues' 0..1 by 255.999 before it truncates, to round less down
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -29,15 +30,40 @@ def _channel_map(values: Sequence[float], device: torch.device) -> Tensor:
     return torch.stack([torch.full((), value, device=device) for value in values]).view(1, -1, 1, 1)
 
 
-def draw_photometric(rng: np.random.Generator) -> np.ndarray:
+def mirror_left(picture: Tensor, width: int, dim: int) -> Tensor:
+    """`picture` with its first `width` columns, along `dim`, mirrored; what lies right of them is padding and stays."""
+    if width == 0:
+        return picture
+    if width == picture.shape[dim]:
+        return picture.flip(dim)
+    return torch.cat([picture.narrow(dim, 0, width).flip(dim), picture.narrow(dim, width, picture.shape[dim] - width)],
+                     dim)
+
+
+def paddings(images: Tensor, valid: Sequence[tuple[int, int]]) -> Iterator[tuple[int | slice, ...]]:
+    """Indices of the padding in images [B, 3, H, W] of which `valid` (height, width) are none: below, then right.
+
+    Made of host numbers alone, so that to read or write there waits for no device.
+    """
+    height, width = images.shape[2:]
+    for place, (valid_height, valid_width) in enumerate(valid):
+        if valid_height < height:
+            yield place, slice(None), slice(valid_height, None)
+        if valid_width < width:
+            yield place, slice(None), slice(None, valid_height), slice(valid_width, None)
+
+
+def draw_photometric(rng: np.random.Generator, hue_degrees: float = 180.0) -> np.ndarray:
     """Parameters float32 [5] of one sample's colour augmentation, in the order of `PHOTOMETRIC_PARAMETERS`.
 
     Brightness is added, U(-32, 32); contrast and saturation are factors, U(0.5, 1.5); hue is a share of the colour
-    circle, U(-0.5, 0.5). Each is drawn with probability one half and neutral otherwise. `contrast_last` is a coin
-    (SSD, arXiv:1512.02325; ranges of DINOv3's linear recipe). Every call takes the same number of draws from `rng`.
+    circle, up to `hue_degrees` either way. Each is drawn with probability one half and neutral otherwise.
+    `contrast_last` is a coin (SSD, arXiv:1512.02325; ranges of DINOv3's linear recipe). Every call takes the same
+    number of draws from `rng`.
     """
     drawn = rng.random(9)
     values, coins = _LOWEST + _RANGE * drawn[:4], drawn[4:] < 0.5
+    values[3] *= hue_degrees / 360.0
     parameters = np.empty(5, np.float32)
     parameters[:4], parameters[4] = np.where(coins[:4], values, _NEUTRAL), coins[4]
     return parameters
@@ -48,14 +74,15 @@ def photometric_distort(images: Tensor, params: Tensor) -> Tensor:
     as from `draw_photometric` and on the images' device.
 
     Brightness, contrast, saturation, hue; with `contrast_last` contrast comes after hue. Every step ends clipped to
-    0..255 and truncated to whole numbers; a neutral step leaves its sample as it is.
+    0..255 and truncated to whole numbers; a neutral step leaves its sample as it is. Saturation and hue follow the
+    levels of torchvision's adjust_saturation and adjust_hue on uint8, which DINOv3's recipe calls.
     """
     brightness, contrast, saturation, hue, contrast_last = params.float().t()[:, :, None, None, None]  # [B, 1, 1, 1]
     last = contrast_last > 0.5
     pixels = images.float()
     pixels = _to_levels(pixels + brightness)
     pixels = _to_levels(pixels * torch.where(last, 1.0, contrast))
-    pixels = _to_levels(saturation * pixels + (1.0 - saturation) * _luminance(pixels))
+    pixels = _to_levels(saturation * pixels + (1.0 - saturation) * _luminance(pixels).floor())
     pixels = torch.where(hue == 0.0, pixels, _to_levels(_rotate_hue(pixels, hue)))
     pixels = _to_levels(pixels * torch.where(last, contrast, 1.0))
     return pixels.to(torch.uint8)
@@ -71,7 +98,8 @@ def _luminance(pixels: Tensor) -> Tensor:
 
 
 def _rotate_hue(pixels: Tensor, turn: Tensor) -> Tensor:
-    """Turn the HSV hue of pixels [B, 3, H, W] by `turn` [B, 1, 1, 1] of the circle; value and chroma stay."""
+    """Turn the HSV hue of pixels [B, 3, H, W] by `turn` [B, 1, 1, 1] of the circle; value and chroma stay, but for
+    `_FROM_UNIT`."""
     red, green, blue = pixels[:, 0:1], pixels[:, 1:2], pixels[:, 2:3]
     value = pixels.amax(1, keepdim=True)  # [B, 1, H, W]
     chroma = value - pixels.amin(1, keepdim=True)
@@ -85,4 +113,4 @@ def _rotate_hue(pixels: Tensor, turn: Tensor) -> Tensor:
     for primary in (0.0, 2.0, 4.0):
         around = (sixths - primary).remainder(6.0)
         lacks.append(torch.minimum(around, 6.0 - around).sub(1.0).clamp(0.0, 1.0))
-    return value - chroma * torch.cat(lacks, dim=1)  # [B, 3, H, W]
+    return _FROM_UNIT * value - (_FROM_UNIT * chroma) * torch.cat(lacks, dim=1)  # [B, 3, H, W]

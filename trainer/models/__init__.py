@@ -61,4 +61,5 @@ def build_eomt(backbone: BackboneConfig, head: DecoderHeadConfig, num_classes: i
         num_upscale_blocks=head.num_upscale_blocks,
         activation=vit.vit.config.hidden_act,
         mask_annealing=(start, end),
+        annealing_steps=list(zip(head.mask_annealing_starts, head.mask_annealing_ends, strict=True)),
     ))

@@ -115,6 +115,7 @@ class EomtHead(MaskClassificationHead):
     num_upscale_blocks  doublings of the patch grid; 2 give masks at stride 4
     activation          transformers' name of the ViT's own, gelu or silu
     mask_annealing      the part of the run, as two fractions, in which masking fades out
+    annealing_steps     instead, the steps (start, end) between which it does so in each block; empty: mask_annealing
 
     `attn_mask_probs` [num_blocks], the shares of masked queries, is a buffer: weights bring theirs along. In evaluation
     nothing is drawn: a block masks all queries when its share is at least one half, else none.
@@ -132,9 +133,11 @@ class EomtHead(MaskClassificationHead):
         num_upscale_blocks: int,
         activation: str,
         mask_annealing: tuple[float, float],
+        annealing_steps: Sequence[tuple[int, int]] = (),
     ) -> None:
         super().__init__()
         self.mask_annealing = mask_annealing
+        self.annealing_steps = annealing_steps
         self.matched_gradients = False
         self.query = nn.Embedding(num_queries, dim)
         self.upscale_block = UpscaleBlock(dim, num_upscale_blocks, ACT2FN[activation])
@@ -148,9 +151,11 @@ class EomtHead(MaskClassificationHead):
         """See `mask_decoder.predicted_masks`."""
         self.matched_gradients = enabled
 
-    def set_progress(self, progress: float) -> None:
-        """Set the shares of masked queries for this part of the run, 0..1."""
-        shares = masking_shares(progress, len(self.attn_mask_probs), self.mask_annealing)
+    def set_progress(self, step: float, total_steps: int) -> None:
+        """Set the shares of masked queries for this step of the run."""
+        shares = [faded((step - start) / (end - start)) for start, end in self.annealing_steps]
+        if not shares:
+            shares = masking_shares(step / total_steps, len(self.attn_mask_probs), self.mask_annealing)
         self._note_masked_blocks(shares)
         for entry, share in zip(self.attn_mask_probs.unbind(), shares, strict=True):
             entry.fill_(share)  # a copy from a new host tensor would wait for the device
@@ -208,12 +213,17 @@ def masking_shares(progress: float, num_blocks: int, window: tuple[float, float]
     """The share of masked queries in each shared block, when `progress` (0..1) of the run is done.
 
     Inside the window the blocks fade one after the other, first block first, each over two thirds of an equal share
-    of it (the spacing of the recipes published with arXiv:2503.19108), as (1 - t)^0.9.
+    of it, much as in the recipes published with arXiv:2503.19108.
     """
     start, end = window
     period = (end - start) / (num_blocks - 1 / 3)
-    faded = [(progress - start - block * period) / (2 / 3 * period) for block in range(num_blocks)]
-    return [(1.0 - min(max(t, 0.0), 1.0)) ** _ANNEALING_POWER for t in faded]
+    return [faded((progress - start - block * period) / (2 / 3 * period)) for block in range(num_blocks)]
+
+
+def faded(t: float) -> float:
+    """The share of masked queries left when t of a block's interval is over: 1 before it, 0 behind, (1 - t)^0.9
+    inside."""
+    return float((1.0 - min(max(t, 0.0), 1.0)) ** _ANNEALING_POWER)
 
 
 def _note_loaded_shares(head: nn.Module, _: Any) -> None:

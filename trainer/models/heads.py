@@ -28,8 +28,8 @@ class SegmentationHead(nn.Module, ABC):
         `dtype` is what classes and masks are multiplied in, for heads that have them; scores are then of it.
         """
 
-    def set_progress(self, progress: float) -> None:
-        """Told before every step which part of the run is done (0..1); most heads do not care."""
+    def set_progress(self, step: float, total_steps: int) -> None:
+        """Told before every step which of the run's steps it is, from 0; ignored by most heads."""
 
 
     def set_matched_gradients(self, enabled: bool) -> None:

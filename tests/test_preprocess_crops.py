@@ -1,0 +1,65 @@
+"""Where crops lie under settings that other recipes need, and that these change nothing for sets made before."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from preprocess.blocks import config_hash, producer
+from preprocess.config import CropConfig, DatasetConfig, PreprocessConfig
+from preprocess.crops import cut_labels, draw_crop
+from preprocess.pairs import open_dataset
+from shards.config_file import config_to_dict
+from shards.manifest import FORMAT_VERSION, hash_of
+
+
+@pytest.mark.parametrize("size", [(480, 640), (640, 480), (512, 512), (33, 2000)], ids=str)
+def test_the_long_side_may_be_what_is_scaled(size: tuple[int, int]) -> None:
+    """As torchvision's ScaleJitter: ratio = min(target / height, target / width) x U, both sides floored."""
+    config = CropConfig(size=512, scaled_side="long", cat_max_ratio=None)
+    labels = np.zeros(size, np.uint8)
+    crops = [draw_crop(np.random.default_rng(seed), labels, 255, config) for seed in range(200)]
+    long_sides = []
+    for seed, crop in enumerate(crops):
+        assert crop is not None
+        scale = 512 * np.random.default_rng(seed).uniform(0.5, 2.0)
+        ratio = min(scale / size[0], scale / size[1])
+        assert (crop.scaled_height, crop.scaled_width) == (int(size[0] * ratio), int(size[1] * ratio))
+        assert (crop.height, crop.width) == (min(512, crop.scaled_height), min(512, crop.scaled_width))
+        long_sides.append(max(crop.scaled_height, crop.scaled_width))
+    assert 250 <= min(long_sides) < 300 and 980 < max(long_sides) <= 1024
+
+
+def test_without_the_rule_on_classes_any_labelled_place_will_do() -> None:
+    """One class alone is redrawn under the rule, and taken at once without; a place without labels never is."""
+    labels = np.full((64, 64), 255, np.uint8)
+    labels[:, :4] = 3
+    for config, redraws in ((CropConfig(size=32, cat_max_ratio=None), False), (CropConfig(size=32), True)):
+        rng = np.random.default_rng(0)
+        crop = draw_crop(rng, np.full((64, 64), 7, np.uint8), 255, config)
+        first = np.random.default_rng(0)
+        first.uniform(), first.integers(0, 2), first.integers(0, 2)
+        assert crop is not None and (rng.bit_generator.state != first.bit_generator.state or not redraws)
+        for seed in range(50):
+            crop = draw_crop(np.random.default_rng(seed), labels, 255, config)
+            assert crop is None or (cut_labels(labels, crop) == 3).any()
+    assert draw_crop(np.random.default_rng(0), np.full((64, 64), 255, np.uint8), 255, config) is None
+
+
+def test_later_settings_leave_the_identity_of_earlier_sets_alone(scenes: Path) -> None:
+    """A set made before `crops.scaled_side` existed is finished by the same command; the hash here is that of then."""
+    dataset = open_dataset(DatasetConfig(kind="folder", root=str(scenes)), "fail")
+    plain = PreprocessConfig(dataset=DatasetConfig(kind="folder", root=str(scenes)))
+    content = config_to_dict(plain)
+    assert content["crops"].pop("scaled_side") == "short"
+    for place in ("output", "staging", "workers", "on_error"):
+        del content[place]
+    for place in ("root", "class_file", "limit"):
+        del content["dataset"][place]
+    meaning = [asdict(item) for item in dataset.classes], dataset.ignore_labels, dataset.reduce_zero_label
+    before = hash_of([FORMAT_VERSION, content, meaning, producer()])
+    assert config_hash(plain, dataset) == before
+    assert config_hash(replace(plain, crops=CropConfig(scaled_side="long")), dataset) != before
