@@ -71,10 +71,12 @@ def plan_blocks(config: PreprocessConfig, dataset: Dataset) -> list[Block]:
 def config_hash(config: PreprocessConfig, dataset: Dataset) -> str:
     """Hash of all that decides the shards' bytes: settings, class meaning, encoders, but not places or workers."""
     content = config_to_dict(config)
-    for place in ("output", "staging", "workers", "on_error"):
+    for place in ("output", "staging", "workers", "on_error", "warn_ignored"):
         del content[place]
     for place in ("root", "class_file", "limit"):
         del content["dataset"][place]
+    if config.dataset.exif_orientation == "refuse":  # sets made before there was this setting keep their hash
+        del content["dataset"]["exif_orientation"]
     meaning = [asdict(item) for item in dataset.classes], dataset.ignore_labels, dataset.reduce_zero_label
     return hash_of([FORMAT_VERSION, content, meaning, producer()])
 

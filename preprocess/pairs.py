@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +18,9 @@ from preprocess.source_tree import SourceTree, open_tree
 from shards.class_list import parse_classes
 from shards.errors import ConfigError, CorruptShardError, DatasetError
 from shards.manifest import ClassInfo
+from shards.picture_file import PNG_START, UPRIGHT, exif_orientation, load_picture, open_label_map, upright
 from shards.rle import MAX_CLASSES, ignore_value
-from shards.sample import decode_image, load_picture, open_picture
+from shards.sample import decode_image
 
 CAMVID_CLASSES = (
     "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist",
@@ -39,6 +41,15 @@ class Pair:
     fingerprint: str  # sizes of both files: a changed source is noticed on a rerun
 
 
+class SourcePair(NamedTuple):
+    """A decoded pair. `image_bytes` is a file whose decoded pixels are `image`: the source's own where that is so."""
+
+    image: Image.Image  # RGB
+    image_bytes: bytes
+    suffix: str  # "jpg" or "png"
+    label_map: npt.NDArray[Any]  # class ids [H, W], `ignore_index` where unlabelled
+
+
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
     """A dataset ready to be sharded. `skipped` lists unpaired files per split as (file, reason)."""
@@ -49,6 +60,7 @@ class Dataset:
     ignore_index: int
     ignore_labels: tuple[int, ...]
     reduce_zero_label: bool
+    exif_orientation: str  # of `DatasetConfig`
     splits: dict[str, list[Pair]]
     skipped: dict[str, list[tuple[str, str]]]
 
@@ -84,27 +96,59 @@ def open_dataset(config: DatasetConfig, on_error: str) -> Dataset:
     ignore_labels = tuple(config.ignore_labels) or (default_ignored,)
     return Dataset(
         kind=config.kind, tree=tree, classes=classes, ignore_index=ignore_value(len(classes)),
-        ignore_labels=ignore_labels, reduce_zero_label=reduce, splits=splits, skipped=skipped,
+        ignore_labels=ignore_labels, reduce_zero_label=reduce, exif_orientation=config.exif_orientation,
+        splits=splits, skipped=skipped,
     )  # fmt: skip
 
 
-def read_pair(dataset: Dataset, pair: Pair) -> tuple[Image.Image, bytes, str, npt.NDArray[Any]]:
-    """`(RGB image, its file bytes, "jpg" or "png", class ids [H,W])` with `ignore_index` where unlabelled.
+def read_pair(dataset: Dataset, pair: Pair) -> SourcePair:
+    """Image and label map, of one size.
 
-    Raises DatasetError naming the file when it cannot be read, the sizes differ, or a label is illegal.
+    The label map is taken as it is stored; `dataset.exif_orientation` decides about the image alone. Raises
+    DatasetError naming the file when it cannot be read, its EXIF wants it turned ("refuse"), the sizes differ, or a
+    label is illegal.
     """
     image_bytes = dataset.tree.read(pair.image_path)
+    label_bytes = dataset.tree.read(pair.label_path)
     try:
         pixels = decode_image(image_bytes, pair.image_path)
-        stored = _read_labels(dataset.tree.read(pair.label_path), pair.label_path)
+        stored = _read_labels(label_bytes, pair.label_path)
     except CorruptShardError as error:
         raise DatasetError(str(error)) from error
+    suffix = "png" if image_bytes.startswith(PNG_START) else "jpg"
+    orientation = exif_orientation(image_bytes)
+    if dataset.exif_orientation == "refuse":
+        _refuse_turned(orientation, pair.image_path)
+        _refuse_turned(exif_orientation(label_bytes), pair.label_path)
+    elif orientation != UPRIGHT:
+        pixels = upright(pixels, orientation) if dataset.exif_orientation == "apply" else pixels
+        image_bytes, suffix = _encode_png(pixels), "png"  # without the tag, so that nobody turns it once more
     label_map = map_labels(stored, dataset, pair.label_path)
     if pixels.shape[:2] != label_map.shape:
-        raise DatasetError(f"{pair.image_path} is {pixels.shape[1]}x{pixels.shape[0]} pixels but {pair.label_path} is "
+        raise DatasetError(f"{pair.image_path} is {pixels.shape[1]}x{pixels.shape[0]} pixels"
+                           f"{_as_turned(orientation, dataset.exif_orientation)} but {pair.label_path} is "
                            f"{label_map.shape[1]}x{label_map.shape[0]}; they must be equal")
-    suffix = "png" if image_bytes[:4] == b"\x89PNG" else "jpg"
-    return Image.fromarray(pixels), image_bytes, suffix, label_map
+    return SourcePair(Image.fromarray(pixels), image_bytes, suffix, label_map)
+
+
+def _refuse_turned(orientation: int, name: str) -> None:
+    if orientation != UPRIGHT:
+        raise DatasetError(f"{name} has EXIF orientation {orientation}: viewers turn it, decoders do not. If its label "
+                           "map was drawn on the turned picture, set dataset.exif_orientation=apply; if on the pixels "
+                           "as they are stored, dataset.exif_orientation=ignore")
+
+
+def _as_turned(orientation: int, policy: str) -> str:
+    if orientation == UPRIGHT:
+        return ""
+    return f" ({'turned' if policy == 'apply' else 'not turned'} by its EXIF orientation {orientation}, as " \
+           f"dataset.exif_orientation={policy} says)"
+
+
+def _encode_png(pixels: npt.NDArray[np.uint8]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def map_labels(stored: npt.NDArray[Any], dataset: Dataset, name: str) -> npt.NDArray[Any]:
@@ -128,7 +172,7 @@ def map_labels(stored: npt.NDArray[Any], dataset: Dataset, name: str) -> npt.NDA
 
 def _read_labels(data: bytes, name: str) -> npt.NDArray[Any]:
     """Stored label values [H,W]. Raises CorruptShardError or DatasetError."""
-    with open_picture(data, name, ("PNG",)) as image:
+    with open_label_map(data, name) as image:
         if image.mode not in _LABEL_MODES:
             raise DatasetError(f"{name} has mode {image.mode}; a label map must have one channel of class ids")
         values = np.asarray(load_picture(image, name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from shards.atomic import write_atomically
 from shards.config_file import config_to_dict
 from shards.errors import DatasetError
 from shards.manifest import INDEX_DTYPE, MANIFEST_NAME, IndexInfo, Manifest, ShardInfo, SplitInfo, manifest_bytes
+
+_NAMED = 20  # classes, in one remark
 
 
 def publish(
@@ -37,6 +40,19 @@ def publish(
     return manifest
 
 
+def remarks(manifest: Manifest, most_ignored: float) -> Iterator[str]:
+    """What may be a mistake in the labels, split by split: classes without a pixel, and too much that is ignored."""
+    for name, split in manifest.splits.items():
+        absent = [f"{number} {manifest.classes[number].name}" for number in split.absent_classes]
+        if absent:
+            more = f" and {len(absent) - _NAMED} more (`python -m shards info`)" if len(absent) > _NAMED else ""
+            yield (f"split {name!r} has no pixel of {len(absent)} of {manifest.num_classes} classes: "
+                   f"{'; '.join(absent[:_NAMED])}{more}")
+        if split.ignored_share > most_ignored:
+            yield (f"split {name!r} has {split.ignored_share:.1%} ignored pixels (warn_ignored is {most_ignored:.0%}); "
+                   f"label values that mean 'ignored' are set by dataset.ignore_labels and dataset.reduce_zero_label")
+
+
 def _portable(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings without places, workers and policies: equal inputs give equal manifests anywhere."""
     dataset = {key: value for key, value in settings["dataset"].items() if key not in ("root", "class_file")}
@@ -50,6 +66,9 @@ def _publish_split(
     index = b"".join(bytes.fromhex(entries) for record in records for entries in record["index"])
     if not shards:
         raise DatasetError(f"split {split!r} has no usable sample: every image or crop was skipped")
+    if not any(map(any, (record["class_pixels"] for record in records))):
+        raise DatasetError(f"split {split!r} has no labelled pixel: its label maps hold nothing but ignored values. "
+                           "Look at dataset.ignore_labels, dataset.reduce_zero_label and the class table")
     index_info = IndexInfo(name=f"{split}.index", bytes=len(index), sha256=hashlib.sha256(index).hexdigest())
     assert len(index) == INDEX_DTYPE.itemsize * sum(shard.samples for shard in shards)
     write_atomically(output / index_info.name, index)

@@ -74,12 +74,14 @@ def _print_split(name: str, split: SplitInfo, manifest: Manifest) -> None:
         print(f"  skipped crops: {count} ({reason})")
     for skipped in split.skipped_images:
         print(f"  skipped image: {skipped['image']} ({skipped['reason']})")
-    labelled = sum(split.class_pixels)
-    print(f"  ignored pixels: {split.ignored_pixels / max(1, split.ignored_pixels + labelled):.1%}")
+    print(f"  ignored pixels: {split.ignored_share:.1%}")
+    if split.absent_classes:
+        names = "; ".join(f"{number} {manifest.classes[number].name}" for number in split.absent_classes)
+        print(f"  classes without a pixel: {len(split.absent_classes)} of {manifest.num_classes}: {names}")
     print("  most frequent classes (share of labelled pixels, samples):")
     for class_id in np.argsort(split.class_pixels)[::-1][:10]:
         if split.class_pixels[class_id]:
-            share = split.class_pixels[class_id] / labelled
+            share = split.class_pixels[class_id] / split.labelled_pixels
             print(f"    {class_id:5d} {manifest.classes[class_id].name:30s} {share:6.1%} "
                   f"{split.class_samples[class_id]:8d}")
 

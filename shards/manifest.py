@@ -71,6 +71,20 @@ class SplitInfo:
     skipped_crops: dict[str, int] = field(default_factory=dict)  # reason -> crops
     skipped_images: list[dict[str, str]] = field(default_factory=list)  # {"image", "reason"}
 
+    @property
+    def labelled_pixels(self) -> int:
+        return sum(self.class_pixels)
+
+    @property
+    def ignored_share(self) -> float:
+        """Of all pixels, the padding of crops included."""
+        return self.ignored_pixels / max(1, self.ignored_pixels + self.labelled_pixels)
+
+    @property
+    def absent_classes(self) -> list[int]:
+        """Ids of the classes without a pixel."""
+        return [number for number, pixels in enumerate(self.class_pixels) if not pixels]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:

@@ -1,4 +1,5 @@
 """Predict images with a trained checkpoint: a PNG of class ids and an overlay picture for each.
+Images are predicted, and both PNGs are, the way up that their EXIF orientation says, as viewers show them.
 
 example: python trainer/predict.py --checkpoint runs/ade20k-m2f/checkpoints/best.pt --output out photo.jpg
 --checkpoint also takes a directory that trainer/export.py wrote. What another program saved (Meta's Mask2Former or
@@ -55,14 +56,14 @@ def _predict(arguments: argparse.Namespace) -> int:
     from PIL import Image
 
     from shards.picture import overlay
-    from shards.sample import decode_image
+    from shards.sample import decode_upright
 
     pretrained = open_pretrained(arguments)
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
     colors = [info.color for info in pretrained.classes]
     for path in tqdm(arguments.images, desc="predicting", unit="img", disable=None):
-        pixels = decode_image(Path(path).read_bytes(), path)
+        pixels = decode_upright(Path(path).read_bytes(), path)
         label_map = pretrained.predict(pixels)
         map_name, overlay_name = output_names(Path(path))
         Image.fromarray(label_map).save(output / map_name)
