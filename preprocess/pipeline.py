@@ -33,6 +33,7 @@ from shards.errors import ConfigError, DatasetError
 from shards.manifest import MANIFEST_NAME, Manifest, hash_of, load_manifest
 from shards.mirror import copy_set, files_of
 from shards.storage import LocalStorage, Storage, is_remote, open_storage
+from shards.strict_json import to_json
 from shards.workers import exit_with_parent
 
 _PROGRESS_FOLDER = ".progress"
@@ -104,7 +105,7 @@ def _write_missing(
     with tqdm(total=images, initial=done, unit="img", disable=None, desc="sharding") as bar:
         for block, record in _run_blocks(config, dataset, missing, bar):
             record["fingerprint"] = fingerprints[block.name]
-            write_atomically(_record_path(output, block), json.dumps(record).encode())
+            write_atomically(_record_path(output, block), to_json(record).encode())
             records[block.name] = record
     return publish(config, dataset, blocks, records, set_hash)
 

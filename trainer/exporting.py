@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch.export import Dim, ExportedProgram, export
 
 from shards.atomic import write_atomically
 from shards.errors import MaskStreamError
+from shards.strict_json import to_json
 from trainer.models import Segmenter
 from trainer.pretrained import Pretrained, export_config
 from trainer.transforms import normalize
@@ -33,7 +33,7 @@ def write_directory(pretrained: Pretrained, folder: Path) -> list[Path]:
     state = _plain(pretrained.model.meta_state_dict())
     weights = _written(folder / "model.safetensors", lambda path: save_file(state, path, {"format": "pt"}))
     config = folder / "config.json"
-    write_atomically(config, json.dumps(export_config(pretrained), indent=1).encode())
+    write_atomically(config, to_json(export_config(pretrained), indent=1).encode())
     return [weights, config]
 
 

@@ -9,13 +9,14 @@ linear head, EoMT from Hugging Face) brings weights only: add --config and --cla
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from tqdm import tqdm
 
+from shards.atomic import write_atomically
 from shards.command_line import run_entry_point
 from shards.errors import ConfigError
+from shards.strict_json import to_json
 from trainer.checkpoint_options import add_checkpoint_options, open_pretrained
 
 
@@ -69,7 +70,7 @@ def _predict(arguments: argparse.Namespace) -> int:
         Image.fromarray(label_map).save(output / map_name)
         Image.fromarray(overlay(pixels, label_map, colors)).save(output / overlay_name)
     legend = {number: info.name for number, info in enumerate(pretrained.classes)}
-    (output / "classes.json").write_text(json.dumps(legend, indent=1))
+    write_atomically(output / "classes.json", to_json(legend, indent=1).encode())
     print(f"{len(arguments.images)} predictions are in {output} (class ids, overlays, classes.json)")
     return 0
 
