@@ -6,6 +6,7 @@ holds the link itself is cut, as following it would never end.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import lzma
 import os
@@ -17,7 +18,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from shards.errors import DatasetError
 
@@ -26,6 +27,37 @@ _log = logging.getLogger(__name__)
 # What zipfile raises on damaged, encrypted or unusual archives; each of them says what is wrong.
 _ZIP_ERRORS = (OSError, KeyError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
                struct.error)
+
+
+class SourceTree(Protocol):
+    """A read-only tree of files, addressed by '/'-separated paths relative to its root."""
+
+    name: str
+
+    def files(self, folder: str) -> dict[str, int]:
+        """Path -> size in bytes of every file below `folder`, in the order of names, hidden files left out.
+
+        Empty when there is no such folder. Raises DatasetError when a folder cannot be read.
+        """
+
+    def read(self, path: str) -> bytes:
+        """Content of a file. Raises DatasetError naming it."""
+
+
+class HashedTree:
+    """Another tree, with the sha256 of each file that was read through it."""
+
+    def __init__(self, tree: SourceTree) -> None:
+        self.tree, self.name = tree, tree.name
+        self.sha256: dict[str, str] = {}
+
+    def files(self, folder: str) -> dict[str, int]:
+        return self.tree.files(folder)
+
+    def read(self, path: str) -> bytes:
+        data = self.tree.read(path)
+        self.sha256[path] = hashlib.sha256(data).hexdigest()
+        return data
 
 
 class _Entry(NamedTuple):
@@ -37,8 +69,8 @@ class _Entry(NamedTuple):
     is_link: bool
 
 
-class SourceTree(ABC):
-    """A read-only tree of files, addressed by '/'-separated paths relative to its root."""
+class _LinkedTree(ABC):
+    """A `SourceTree` that walks through links; how folders and links are looked up is for its kinds to say."""
 
     name: str
 
@@ -46,10 +78,6 @@ class SourceTree(ABC):
         self._told: set[str] = set()  # links that were cut, each said once
 
     def files(self, folder: str) -> dict[str, int]:
-        """Path -> size in bytes of every file below `folder`, in the order of names, hidden files left out.
-
-        Empty when there is no such folder. Raises DatasetError when a folder cannot be read.
-        """
         names = [name for name in folder.split("/") if name]
         above = [self._real("/".join(names[:depth])) for depth in range(len(names) + 1)]
         return dict(self._walk("/".join(names), [real for real in above if real is not None])) if above[-1] else {}
@@ -81,16 +109,12 @@ class SourceTree(ABC):
     def _entries(self, real: str) -> Iterator[_Entry]:
         """What the folder at a real place holds."""
 
-    @abstractmethod
-    def read(self, path: str) -> bytes:
-        """Content of a file. Raises DatasetError naming it."""
-
 
 def _holds(folder: str, place: str) -> bool:
     return f"{place}/".startswith(f"{folder.rstrip('/')}/")
 
 
-class FolderTree(SourceTree):
+class FolderTree(_LinkedTree):
     """A directory on disk."""
 
     def __init__(self, root: Path) -> None:
@@ -142,7 +166,7 @@ def _size(item: os.DirEntry[str]) -> int:
         return 0
 
 
-class ZipTree(SourceTree):
+class ZipTree(_LinkedTree):
     """A zip archive, read in place; `inside` is the folder of the archive that acts as root ("" or "name/")."""
 
     def __init__(self, path: Path, inside: str = "") -> None:

@@ -16,7 +16,7 @@ from shards.command_line import run_entry_point
 from shards.errors import ConfigError, MaskStreamError
 from shards.manifest import Manifest, SplitInfo, load_manifest
 from shards.mirror import copy_set, files_of
-from shards.picture import contact_sheet, overlay
+from shards.picture import contact_sheet, overlay, save_picture
 from shards.plan import LANES, SPAN_SAMPLES, TrainPlan
 from shards.reader import ShardReader
 from shards.verify import verify
@@ -157,7 +157,7 @@ def _show(arguments: argparse.Namespace) -> int:
         captions.append(f"{sample.key}: {names}"[:80])
     reader.close()
     output.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet([pictures[i : i + 2] for i in range(0, len(pictures), 2)], captions).save(output)
+    save_picture(contact_sheet([pictures[i : i + 2] for i in range(0, len(pictures), 2)], captions), output)
     print(f"wrote {output}: {len(captions)} samples of split {split!r}")
     return 0
 

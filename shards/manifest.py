@@ -99,6 +99,7 @@ class Manifest:
     config_hash: str
     producer: dict[str, str]
     splits: dict[str, SplitInfo]
+    sources: dict[str, str] = field(default_factory=dict)  # block -> hash of the files it was made of; {}: unknown
     format_version: int = FORMAT_VERSION
 
     @property
@@ -108,7 +109,7 @@ class Manifest:
     @property
     def sha256(self) -> str:
         """Of everything in it, and so of every shard: the identity of the data."""
-        return hash_of(dataclasses.asdict(self))
+        return hash_of(_content(self))
 
     def split(self, name: str) -> SplitInfo:
         """Raises ShardError naming the splits there are."""
@@ -129,8 +130,17 @@ def hash_of(value: Any) -> str:
 
 def manifest_bytes(manifest: Manifest) -> bytes:
     """The file's content: the manifest plus a hash of itself, so that an edited or damaged one is noticed."""
-    content = dataclasses.asdict(manifest)
+    content = _content(manifest)
     return (canonical_json({**content, "manifest_sha256": hash_of(content)}) + "\n").encode()
+
+
+def _content(manifest: Manifest) -> dict[str, Any]:
+    """Its fields; one that older versions did not write only where it says something, so that their sets keep their
+    hash."""
+    content = dataclasses.asdict(manifest)
+    if not manifest.sources:
+        del content["sources"]
+    return content
 
 
 def load_manifest(root: str | Path | Storage) -> Manifest:
@@ -198,6 +208,8 @@ def _color(values: list[int]) -> tuple[int, int, int]:
 def _check_consistency(manifest: Manifest, name: str) -> None:
     if manifest.ignore_index != ignore_value(len(manifest.classes)):
         raise CorruptShardError(f"{name}: ignore_index {manifest.ignore_index!r} does not suit the number of classes")
+    if not all(type(block) is type(sources) is str for block, sources in manifest.sources.items()):
+        raise CorruptShardError(f"{name}: 'sources' does not hold a hash for each block")
     for split_name, split in manifest.splits.items():
         where = f"{name}, split {split_name!r}"
         if sum(shard.samples for shard in split.shards) != split.samples:

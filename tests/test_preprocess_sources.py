@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import json
 import logging
 import os
 import struct
 import subprocess
 import sys
+import unicodedata
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from preprocess.config import DatasetConfig
 from preprocess.pairs import SourcePair, open_dataset, read_pair
 from preprocess.source_tree import FolderTree, SourceTree, ZipTree
-from shards.errors import DatasetError
-from shards.manifest import load_manifest
+from shards.errors import ConfigError, DatasetError
+from shards.manifest import canonical_json, hash_of, load_manifest, manifest_bytes
 from shards.reader import iter_samples
 from shards.sample import decode_image, decode_upright
 from shards.verify import verify
@@ -117,10 +121,16 @@ def test_links_in_a_circle_end_once_each_path_was_seen(tmp_path: Path) -> None:
             tree.read(name)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "images/closed").mkdir(parents=True)
-    (tmp_path / "images/closed").chmod(0)
+    real = os.scandir
+
+    def scandir(path: str) -> Any:
+        if path.endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(DatasetError, match=r"closed cannot be read: .*Permission denied"):
         FolderTree(tmp_path).files("images")
 
@@ -334,3 +344,152 @@ def test_a_split_without_a_labelled_pixel_is_not_published(tmp_path: Path, split
     write_pairs(root, [f"{split}/x"])
     output = make_shards(tmp_path / "set", root, "crops.splits=[]")
     assert load_manifest(output).splits[split].labelled_pixels == 64 * 96
+
+
+# -- layouts ------------------------------------------------------------------------------------------------
+
+
+def splits_of(root: Path, **options: object) -> dict[str, list[tuple[str, str]]]:
+    dataset = open_dataset(DatasetConfig(kind="folder", root=str(root), **options), "fail")  # type: ignore[arg-type]
+    return {split: [(pair.image_path, pair.label_path) for pair in pairs] for split, pairs in dataset.splits.items()}
+
+
+@pytest.mark.parametrize("options", [{}, {"splits": {"train": "train", "val": "val"}}])
+def test_folders_of_images_and_labels_may_have_different_names_for_a_split(tmp_path: Path,
+                                                                           options: dict[str, object]) -> None:
+    root = write_pairs(tmp_path, ["train/x", "val/y"])
+    (root / "annotations/train").rename(root / "annotations/Training")
+    (root / "annotations/val").rename(root / "annotations/validation")
+    assert splits_of(root, **options) == {"train": [("images/train/x.jpg", "annotations/Training/x.png")],
+                                          "val": [("images/val/y.jpg", "annotations/validation/y.png")]}
+
+
+def test_test_images_without_labels_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = write_pairs(tmp_path, ["train/x", "val/y", "testing/z"])
+    (root / "annotations/testing/z.png").unlink()
+    assert set(splits_of(root)) == {"train", "val"}
+    assert "images/testing has no labels in annotations, so it is left out" in caplog.text
+    with pytest.raises(DatasetError, match="no label map in annotations/testing"):
+        splits_of(root, splits={"train": "train", "test": "testing"})  # asked for by name
+
+
+def test_a_split_without_its_other_half_says_what_to_type(tmp_path: Path) -> None:
+    root = write_pairs(tmp_path, ["train/x", "val/y"])
+    (root / "annotations/val/y.png").unlink()
+    with pytest.raises(ConfigError, match=r"has images/val, but annotations has no folder for the split 'val', only "
+                                          r"\['train'\]\. Rename one of them to 'val', or .*dataset\.splits="):
+        splits_of(root)
+
+
+def test_names_composed_differently_are_one_name_where_that_is_clear(tmp_path: Path) -> None:
+    composed, decomposed = (unicodedata.normalize(form, "straße é") for form in ("NFC", "NFD"))
+    root = write_pairs(tmp_path / "a", [f"train/{decomposed}/{decomposed}"])
+    (root / f"annotations/train/{decomposed}").rename(root / f"annotations/train/{composed}")
+    (root / f"annotations/train/{composed}/{decomposed}.png").rename(
+        root / f"annotations/train/{composed}/{composed}.png")
+    assert splits_of(root) == {"train": [(f"images/train/{decomposed}/{decomposed}.jpg",
+                                          f"annotations/train/{composed}/{composed}.png")]}
+    both = write_pairs(tmp_path / "b", [f"train/{composed}", f"train/{decomposed}"])
+    assert len(splits_of(both)["train"]) == 2  # each its own
+    (both / f"annotations/train/{composed}.png").unlink()
+    with pytest.raises(DatasetError, match="no label map in annotations/train"):
+        splits_of(both)
+
+
+# -- reasons ------------------------------------------------------------------------------------------------
+
+
+def test_sound_files_are_read_whatever_pillow_takes_for_a_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_pairs(tmp_path, ["train/x"])
+    text = PngImagePlugin.PngInfo()
+    text.add_text("note", "x" * (2 << 20), zip=True)
+    (root / "images/train/x.jpg").unlink()
+    Image.fromarray(picture(64, 96)).save(root / "images/train/x.png", pnginfo=text)
+    labels = np.arange(64 * 96, dtype=np.uint8).reshape(64, 96) % 16
+    Image.fromarray(labels).save(root / "annotations/train/x.png", pnginfo=text)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    dataset = open_dataset(DatasetConfig(kind="folder", root=str(root)), "fail")
+    pair = read_pair(dataset, dataset.splits["train"][0])
+    assert np.array_equal(pair.image, picture(64, 96)) and np.array_equal(pair.label_map, labels)
+
+
+@pytest.mark.parametrize(("data", "reason"), [
+    (b"\x89PNG\r\n\x1a\n" + b"\0\0\0\x0dIHDR" + struct.pack(">IIBBBBB", 16385, 1, 8, 0, 0, 0, 0) + b"\0" * 40,
+     r"bad header checksum|broken PNG file"),
+    (png(np.zeros((1, 16385), np.uint8), 8, 0), r"16385x1 pixels, legal: at most 16384 a side"),
+    (png(np.zeros((4, 4), np.uint8), 8, 0)[:-30], r"broken PNG file"),
+    (png(np.arange(4096).reshape(64, 64).astype(np.uint8), 8, 0)[:-40], r"damaged or cut short: .+"),
+    (b"GIF89a" + bytes(20), r"not a readable PNG file of 26 bytes, it begins with b'GIF89a"),
+    (b"\xff\xd8\xff\xe0" + bytes(20), r"is a JPEG file, legal: PNG"),
+])  # fmt: skip
+def test_a_refusal_says_its_reason(tmp_path: Path, data: bytes, reason: str) -> None:
+    root = write_pairs(tmp_path, ["train/x"])
+    (root / "annotations/train/x.png").write_bytes(data)
+    dataset = open_dataset(DatasetConfig(kind="folder", root=str(root)), "fail")
+    with pytest.raises(DatasetError, match=rf"annotations/train/x\.png .*({reason})"):
+        read_pair(dataset, dataset.splits["train"][0])
+
+
+# -- edited sources -----------------------------------------------------------------------------------------
+
+
+def edit_at_equal_size(path: Path) -> None:
+    """Swap two classes of a label map that is stored without compression, and put its times back."""
+    times = path.stat()
+    data = path.read_bytes()
+    labels = np.asarray(Image.open(path))
+    Image.fromarray((labels ^ 1).astype(np.uint8)).save(path, compress_level=0)
+    assert path.stat().st_size == len(data) and path.read_bytes() != data
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.fixture
+def uncompressed(tmp_path: Path) -> Path:
+    root = write_pairs(tmp_path / "data", [f"train/{number}" for number in range(4)])
+    for path in root.glob("annotations/train/*.png"):
+        Image.open(path).save(path, compress_level=0)
+    return root
+
+
+def test_a_complete_set_notices_a_label_edited_at_equal_size(uncompressed: Path, tmp_path: Path) -> None:
+    options = ("images_per_shard=2", "crops.splits=[]")
+    output = make_shards(tmp_path / "set", uncompressed, *options)
+    make_shards(output, uncompressed, *options)  # already complete
+    edit_at_equal_size(uncompressed / "annotations/train/3.png")
+    with pytest.raises(ConfigError, match=r"source files have been edited since: of block train-000001 "
+                                          r"\(images/train/2\.jpg to images/train/3\.jpg\); give another --output"):
+        make_shards(output, uncompressed, *options)
+
+
+def test_an_unfinished_set_does_only_edited_blocks_again(uncompressed: Path, tmp_path: Path) -> None:
+    options = ("images_per_shard=1", "crops.splits=[]")
+    last = uncompressed / "annotations/train/3.png"
+    whole = last.read_bytes()
+    last.write_bytes(b"damaged")
+    with pytest.raises(DatasetError):
+        make_shards(tmp_path / "set", uncompressed, *options)
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "set").glob("train-*.tar")}
+    assert len(done) == 3
+    edit_at_equal_size(uncompressed / "annotations/train/1.png")
+    last.write_bytes(whole)
+    output = make_shards(tmp_path / "set", uncompressed, *options)
+    again = {path.name for path, time in done.items() if path.stat().st_mtime_ns != time}
+    assert again == {"train-000001.tar"}
+    fresh = make_shards(tmp_path / "fresh", uncompressed, *options)
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == {path.name: path.read_bytes()
+                                                                          for path in fresh.iterdir()}
+
+
+def test_a_set_of_an_older_version_is_still_complete_and_keeps_its_identity(scenes: Path, tmp_path: Path,
+                                                                            caplog: pytest.LogCaptureFixture) -> None:
+    output = make_shards(tmp_path / "set", scenes)
+    content = json.loads((output / "manifest.json").read_bytes())
+    for name in ("sources", "manifest_sha256"):
+        del content[name]
+    del content["config"]["dataset"]["exif_orientation"]
+    old = (canonical_json({**content, "manifest_sha256": hash_of(content)}) + "\n").encode()
+    (output / "manifest.json").write_bytes(old)
+    manifest = load_manifest(output)
+    assert manifest.sha256 == hash_of(content) and manifest_bytes(manifest) == old
+    make_shards(output, scenes)
+    assert "compared by name and size only" in caplog.text and (output / "manifest.json").read_bytes() == old

@@ -36,6 +36,7 @@ def main() -> int:
 
 
 def _evaluate(config: RunConfig, checkpoint_path: Path, output: Path) -> int:
+    from shards.picture import save_picture
     from trainer.checkpoint import open_checkpoint
     from trainer.data import open_reader
     from trainer.distributed import distributed
@@ -66,7 +67,7 @@ def _evaluate(config: RunConfig, checkpoint_path: Path, output: Path) -> int:
             record = {**result.metrics, "step": pretrained.step, "checkpoint": str(checkpoint_path)}
             write_atomically(output / "metrics.json", to_json(record, indent=1).encode())
             if result.panels is not None:
-                result.panels.save(output / "panels.png")
+                save_picture(result.panels, output / "panels.png")
             print(f"metrics.json and panels.png are in {output}")
     return 0
 

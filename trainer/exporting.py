@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
-from shards.atomic import write_atomically
+from shards.atomic import naming, write_atomically
 from shards.errors import MaskStreamError
 from shards.strict_json import to_json
 from trainer.models import Segmenter
@@ -92,8 +92,9 @@ def _written(path: Path, write: Callable[[Path], object]) -> Path:
     """Write to a temporary name, flush to disk, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    write(partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
+    with naming(path):
+        write(partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
     partial.rename(path)
     return path

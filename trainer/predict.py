@@ -56,7 +56,7 @@ def check_outputs(images: list[Path], output: Path) -> None:
 def _predict(arguments: argparse.Namespace) -> int:
     from PIL import Image
 
-    from shards.picture import overlay
+    from shards.picture import overlay, save_picture
     from shards.sample import decode_upright
 
     pretrained = open_pretrained(arguments)
@@ -67,8 +67,8 @@ def _predict(arguments: argparse.Namespace) -> int:
         pixels = decode_upright(Path(path).read_bytes(), path)
         label_map = pretrained.predict(pixels)
         map_name, overlay_name = output_names(Path(path))
-        Image.fromarray(label_map).save(output / map_name)
-        Image.fromarray(overlay(pixels, label_map, colors)).save(output / overlay_name)
+        save_picture(Image.fromarray(label_map), output / map_name)
+        save_picture(Image.fromarray(overlay(pixels, label_map, colors)), output / overlay_name)
     legend = {number: info.name for number, info in enumerate(pretrained.classes)}
     write_atomically(output / "classes.json", to_json(legend, indent=1).encode())
     print(f"{len(arguments.images)} predictions are in {output} (class ids, overlays, classes.json)")
