@@ -26,7 +26,7 @@ def try_lock(file: IO[Any], *, shared: bool = False) -> OSError | None:
 
 def warn_unlocked(folder: Path, reason: OSError, advice: str = "take care that no other run uses it") -> None:
     """Say that nobody keeps others out of the folder."""
-    warnings.warn(f"{folder} cannot be locked ({reason}): {advice}", stacklevel=3)
+    warnings.warn(f"{folder} cannot be locked ({reason}): {advice}", stacklevel=2)
 
 
 @contextlib.contextmanager
