@@ -174,7 +174,7 @@ def write_block(
 def _write_pair(
     config: PreprocessConfig, dataset: Dataset, block: Block, pair: Pair, writers: list[ShardWriter], stats: _BlockStats
 ) -> None:
-    image, image_bytes, suffix, label_map = read_pair(dataset, pair)
+    image, image_bytes, suffix, label_map = read_pair(dataset, pair, keeps_file=not block.is_crops)
     if not block.is_crops:
         record = encode_rle(label_map, dataset.ignore_index)
         writers[0].write(pair.key, image_bytes, suffix, encode_sample(pair.key, record, {"source": pair.image_path}))

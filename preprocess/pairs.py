@@ -28,7 +28,7 @@ _LABEL_MODES = ("1", "L", "P", "I", "I;16")  # single-channel values; palettes h
 
 
 class SourcePair(NamedTuple):
-    """A decoded pair. `image_bytes` is a file whose decoded pixels are `image`: the source's own where that is so."""
+    """A decoded pair; `image_bytes` is a file of `image`'s pixels: the source's own, unless its EXIF would turn it."""
 
     image: Image.Image  # RGB
     image_bytes: bytes
@@ -87,8 +87,8 @@ def open_dataset(config: DatasetConfig, on_error: str) -> Dataset:
     )  # fmt: skip
 
 
-def read_pair(dataset: Dataset, pair: Pair) -> SourcePair:
-    """Image and label map, of one size.
+def read_pair(dataset: Dataset, pair: Pair, *, keeps_file: bool = True) -> SourcePair:
+    """Image and label map, of one size. `keeps_file`: `image_bytes` will be stored, so they have to fit `image`.
 
     The label map is taken as it is stored; `dataset.exif_orientation` decides about the image alone. Raises
     DatasetError naming the file when it cannot be read, its EXIF wants it turned ("refuse"), the sizes differ, or a
@@ -108,7 +108,8 @@ def read_pair(dataset: Dataset, pair: Pair) -> SourcePair:
         _refuse_turned(exif_orientation(label_bytes), pair.label_path)
     elif orientation != UPRIGHT:
         pixels = upright(pixels, orientation) if dataset.exif_orientation == "apply" else pixels
-        image_bytes, suffix = _encode_png(pixels), "png"  # without the tag, so that nobody turns it once more
+        if keeps_file:
+            image_bytes, suffix = _encode_png(pixels), "png"  # without the tag, so that nobody turns it once more
     label_map = map_labels(stored, dataset, pair.label_path)
     if pixels.shape[:2] != label_map.shape:
         raise DatasetError(f"{pair.image_path} is {pixels.shape[1]}x{pixels.shape[0]} pixels"

@@ -73,6 +73,7 @@ class SplitInfo:
 
     @property
     def labelled_pixels(self) -> int:
+        """Of all samples."""
         return sum(self.class_pixels)
 
     @property

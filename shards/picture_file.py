@@ -76,13 +76,19 @@ def open_picture(data: bytes, name: str, formats: tuple[str, ...]) -> ImageFile.
         raise CorruptShardError(f"{name} is not a readable {legal} file of {len(data)} bytes{begins}")
     if found not in formats:
         raise CorruptShardError(f"{name} is a {found} file, legal: {legal}")
-    try:  # not by Image.open, which has limits of its own and loses the reason
-        image = JpegImageFile(io.BytesIO(data)) if found == "JPEG" else PngImageFile(io.BytesIO(_without(data, _ASIDE)))
+    try:
+        image = _opened(_without(data, _ASIDE))
     except _DECODER_ERRORS as error:
         raise CorruptShardError(f"{name} is not a readable {found} file of {len(data)} bytes: {error}") from error
     if max(image.size) > MAX_SIDE:
         raise CorruptShardError(f"{name} is {image.width}x{image.height} pixels, legal: at most {MAX_SIDE} a side")
     return image
+
+
+def _opened(data: bytes) -> ImageFile.ImageFile:
+    """Not by Image.open, which has limits of its own and loses the reason. Damaged metadata is nobody's business."""
+    with warnings.catch_warnings(action="ignore"):
+        return JpegImageFile(io.BytesIO(data)) if data.startswith(JPEG_START) else PngImageFile(io.BytesIO(data))
 
 
 def load_picture(image: ImageFile.ImageFile, name: str) -> Image.Image:
@@ -96,13 +102,10 @@ def load_picture(image: ImageFile.ImageFile, name: str) -> Image.Image:
 
 def exif_orientation(data: bytes) -> int:
     """How a JPEG or PNG wants to be turned, 1 to 8 as EXIF counts; 1, upright, where it does not say, or nonsense."""
-    is_jpeg = data.startswith(JPEG_START)
     for aside in ((b"IDAT", b"fdAT"), (b"IDAT", b"fdAT", *_ASIDE)):  # of a PNG; text may be too much for Pillow
         try:
-            with warnings.catch_warnings(action="ignore"):  # of metadata that is damaged
-                file = io.BytesIO(data if is_jpeg else _without(data, aside))
-                with JpegImageFile(file) if is_jpeg else PngImageFile(file) as image:
-                    value = Image.Image.getexif(image).get(ExifTags.Base.Orientation)  # PNG's own would decode pixels
+            with warnings.catch_warnings(action="ignore"), _opened(_without(data, aside)) as image:
+                value = Image.Image.getexif(image).get(ExifTags.Base.Orientation)  # PNG's own would decode pixels
         except _DECODER_ERRORS:  # the pixels are for others to judge
             continue
         return value if value in _TO_UPRIGHT else UPRIGHT

@@ -127,7 +127,8 @@ class RunLogger:
         try:
             yield
         except OSError as error:
-            warnings.warn(f"the record in {self.run} could not be written: {error}. Training goes on", stacklevel=4)
+            place, reason = error.filename or self.run, error.strerror or error
+            warnings.warn(f"the record in {place} could not be written: {reason}. Training goes on", stacklevel=4)
 
     def _record(self, record: dict[str, Any]) -> None:
         self._file.write(to_json(record) + "\n")
