@@ -44,11 +44,10 @@ def publish(
 def remarks(manifest: Manifest, most_ignored: float) -> Iterator[str]:
     """What may be a mistake in the labels, split by split: classes without a pixel, and too much that is ignored."""
     for name, split in manifest.splits.items():
-        absent = [f"{number} {manifest.classes[number].name}" for number in split.absent_classes]
+        absent = split.absent_classes
         if absent:
-            more = f" and {len(absent) - _NAMED} more (`python -m shards info`)" if len(absent) > _NAMED else ""
             yield (f"split {name!r} has no pixel of {len(absent)} of {manifest.num_classes} classes: "
-                   f"{'; '.join(absent[:_NAMED])}{more}")
+                   f"{manifest.names_of(absent, _NAMED)}")
         if split.ignored_share > most_ignored:
             yield (f"split {name!r} has {split.ignored_share:.1%} ignored pixels (warn_ignored is {most_ignored:.0%}); "
                    f"label values that mean 'ignored' are set by dataset.ignore_labels and dataset.reduce_zero_label")

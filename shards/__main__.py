@@ -76,8 +76,8 @@ def _print_split(name: str, split: SplitInfo, manifest: Manifest) -> None:
         print(f"  skipped image: {skipped['image']} ({skipped['reason']})")
     print(f"  ignored pixels: {split.ignored_share:.1%}")
     if split.absent_classes:
-        names = "; ".join(f"{number} {manifest.classes[number].name}" for number in split.absent_classes)
-        print(f"  classes without a pixel: {len(split.absent_classes)} of {manifest.num_classes}: {names}")
+        print(f"  classes without a pixel: {len(split.absent_classes)} of {manifest.num_classes}: "
+              f"{manifest.names_of(split.absent_classes, 200)}")
     print("  most frequent classes (share of labelled pixels, samples):")
     for class_id in np.argsort(split.class_pixels)[::-1][:10]:
         if split.class_pixels[class_id]:

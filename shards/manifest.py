@@ -107,6 +107,11 @@ class Manifest:
     def num_classes(self) -> int:
         return len(self.classes)
 
+    def names_of(self, ids: list[int], most: int) -> str:
+        """Ids and names of classes for people, at most so many."""
+        named = "; ".join(f"{number} {self.classes[number].name}" for number in ids[:most])
+        return f"{named} and {len(ids) - most} more" if len(ids) > most else named
+
     @property
     def sha256(self) -> str:
         """Of everything in it, and so of every shard: the identity of the data."""
