@@ -10,7 +10,7 @@ import contextlib
 import io
 import zlib
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,16 @@ from PIL import Image, features
 from preprocess.config import PreprocessConfig
 from preprocess.crops import crop_rng, cut_image, cut_labels, draw_crop, pad_labels
 from preprocess.pairs import Dataset, Pair, read_pair
+from preprocess.source_tree import HashedTree
 from shards.config_file import config_to_dict
 from shards.errors import ConfigError, DatasetError
 from shards.manifest import FORMAT_VERSION, hash_of
-from shards.rle import encode_rle
+from shards.rle import count_values, encode_rle
 from shards.sample import encode_sample
 from shards.writer import ShardWriter
 
-_LATER_CROP_SETTINGS = {"scaled_side": "short"}  # with these, sets made before there were any are what they were
+# Settings that came later, at values that mean what was done before: sets made then keep their hash.
+_LATER_SETTINGS = {"crops": {"scaled_side": "short"}, "dataset": {"exif_orientation": "refuse"}}
 NO_LABEL = "no labelled pixel in any try"
 
 
@@ -72,13 +74,14 @@ def plan_blocks(config: PreprocessConfig, dataset: Dataset) -> list[Block]:
 def config_hash(config: PreprocessConfig, dataset: Dataset) -> str:
     """Hash of all that decides the shards' bytes: settings, class meaning, encoders, but not places or workers."""
     content = config_to_dict(config)
-    for place in ("output", "staging", "workers", "on_error"):
+    for place in ("output", "staging", "workers", "on_error", "warn_ignored"):
         del content[place]
     for place in ("root", "class_file", "limit"):
         del content["dataset"][place]
-    for name, neutral in _LATER_CROP_SETTINGS.items():
-        if content["crops"][name] == neutral:
-            del content["crops"][name]
+    for section, settings in _LATER_SETTINGS.items():
+        for name, neutral in settings.items():
+            if content[section][name] == neutral:
+                del content[section][name]
     meaning = [asdict(item) for item in dataset.classes], dataset.ignore_labels, dataset.reduce_zero_label
     return hash_of([FORMAT_VERSION, content, meaning, producer()])
 
@@ -86,6 +89,34 @@ def config_hash(config: PreprocessConfig, dataset: Dataset) -> str:
 def block_fingerprint(fingerprint: str, block: Block) -> str:
     """Hash of all that decides a block's bytes: settings and, by name and size, its source files."""
     return hash_of([fingerprint, block.shard_names, [asdict(pair) for pair in block.pairs]])
+
+
+def hash_sources(tree: HashedTree, block: Block, stop: Any = None, images_done: Any = None) -> str:
+    """Hash of the content of a block's source files: as the tree has read them already, or as they are now.
+
+    Unlike `block_fingerprint` it takes reading them, and notices a label map that was edited at equal size.
+    """
+    hashes = []
+    for pair in block.pairs:
+        _check_stop(stop)
+        for path in (pair.image_path, pair.label_path):
+            if path not in tree.sha256:
+                with contextlib.suppress(DatasetError):  # unreadable; said when it is to be used
+                    tree.read(path)
+            hashes.append(tree.sha256.get(path, "unreadable"))
+        _count(images_done)
+    return hash_of(hashes)
+
+
+def _check_stop(stop: Any) -> None:
+    if stop is not None and stop.is_set():
+        raise Interrupted
+
+
+def _count(images_done: Any) -> None:
+    if images_done is not None:
+        with images_done.get_lock():
+            images_done.value += 1
 
 
 def producer() -> dict[str, str]:
@@ -116,23 +147,22 @@ def encode_crop(
 def write_block(
     config: PreprocessConfig, dataset: Dataset, block: Block, stop: Any = None, images_done: Any = None
 ) -> dict[str, Any]:
-    """Write the shards of one block; returns its record (JSON types): shards, index, class counts, skips."""
+    """Write the shards of one block; returns its record (JSON types): shards, index, sources, class counts, skips."""
     assert config.output is not None
+    tree = HashedTree(dataset.tree)
+    dataset = replace(dataset, tree=tree)
     stats = _BlockStats(len(dataset.classes))
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(ShardWriter(Path(config.output) / name)) for name in block.shard_names]
         for pair in block.pairs:
-            if stop is not None and stop.is_set():
-                raise Interrupted
+            _check_stop(stop)
             try:
                 _write_pair(config, dataset, block, pair, writers, stats)
             except DatasetError as error:
                 if config.on_error == "fail":
                     raise
                 stats.skipped_images.append((pair.image_path, str(error)))
-            if images_done is not None:
-                with images_done.get_lock():
-                    images_done.value += 1
+            _count(images_done)
     for writer in writers:
         if not writer.info.samples:
             writer.path.unlink()
@@ -140,6 +170,7 @@ def write_block(
     return {
         "shards": [asdict(writer.info) for writer in kept],
         "index": [writer.index.tobytes().hex() for writer in kept],
+        "sources": hash_sources(tree, block),
         **stats.to_record(),
     }
 
@@ -147,7 +178,7 @@ def write_block(
 def _write_pair(
     config: PreprocessConfig, dataset: Dataset, block: Block, pair: Pair, writers: list[ShardWriter], stats: _BlockStats
 ) -> None:
-    image, image_bytes, suffix, label_map = read_pair(dataset, pair)
+    image, image_bytes, suffix, label_map = read_pair(dataset, pair, keeps_file=not block.is_crops)
     if not block.is_crops:
         record = encode_rle(label_map, dataset.ignore_index)
         writers[0].write(pair.key, image_bytes, suffix, encode_sample(pair.key, record, {"source": pair.image_path}))
@@ -174,7 +205,7 @@ class _BlockStats:
         self.skipped_images: list[tuple[str, str]] = []
 
     def add(self, label_map: np.ndarray, ignore_index: int) -> None:
-        counts = np.bincount(label_map.reshape(-1), minlength=ignore_index + 1)
+        counts = count_values(label_map, ignore_index + 1)
         classes = counts[: self.class_pixels.size]
         self.class_pixels += classes
         self.class_samples += classes > 0

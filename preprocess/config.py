@@ -21,6 +21,9 @@ class DatasetConfig:
                                           "null: as the layout has it (ade20k yes, others no)")
     ignore_labels: list[int] = knob([], "stored label values that mean 'ignored'; empty: as the layout has it "
                                     "(camvid 11, others 255; with more than 255 classes 65535)")
+    exif_orientation: str = knob("refuse", "an image whose EXIF wants it turned: is an error; is turned, as its labels "
+                                 "were drawn on the upright view; or stays as stored, as its labels were",
+                                 choices=("refuse", "apply", "ignore"))
     val_fraction: float = knob(0.0, "folder without train/val sub-folders: share of images that become 'val'",
                                minimum=0, maximum=0.9)
     limit: int | None = knob(None, "take only the first so many pairs of each split; null: all", minimum=1)
@@ -68,5 +71,7 @@ class PreprocessConfig:
     images_per_shard: int = knob(500, "source images per block; a block yields one shard per crop number", minimum=1)
     seed: int = knob(0, "seed of the crops", minimum=0, maximum=2**62)
     workers: int | None = knob(None, "processes; null: one per CPU (never changes the result)", minimum=1)
+    warn_ignored: float = knob(0.5, "warn when more than this share of a split's pixels is ignored (padding of crops "
+                               "included)", minimum=0, maximum=1)
     on_error: str = knob("fail", "an unusable source image stops the job, or is recorded in the manifest and skipped",
                          choices=("fail", "skip"))

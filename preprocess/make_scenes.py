@@ -13,8 +13,10 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from shards.atomic import write_atomically
 from shards.command_line import run_entry_point
 from shards.errors import ConfigError
+from shards.picture import save_picture
 
 # name, base colour of the drawn surface, colour in overlays
 CLASSES = (
@@ -59,10 +61,10 @@ def write_scenes(output: Path, counts: dict[str, int], seed: int) -> None:
         for index in tqdm(range(count), desc=f"drawing {split}", unit="img", disable=None):
             image, label_map = draw_scene(np.random.default_rng([seed, number, index]))
             name = f"scene_{split}_{index:05d}"
-            Image.fromarray(image).save(images / f"{name}.jpg", quality=92)
-            Image.fromarray(label_map).save(annotations / f"{name}.png")
+            save_picture(Image.fromarray(image), images / f"{name}.jpg", quality=92)
+            save_picture(Image.fromarray(label_map), annotations / f"{name}.png")
     table = "".join(f"{name}\t{color}\n" for name, _, color in CLASSES)
-    (output / "classes.txt").write_text(table, encoding="utf-8")
+    write_atomically(output / "classes.txt", table.encode())
 
 
 def _draw_hills(draw: ImageDraw.ImageDraw, rng: np.random.Generator, width: int, horizon: int) -> None:

@@ -5,6 +5,7 @@ example: python preprocess/make_shards.py --dataset ade20k --root ADEChallengeDa
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from preprocess.blocks import encode_crop, plan_blocks
 from preprocess.config import PreprocessConfig
 from preprocess.pairs import Dataset, open_dataset, read_pair
 from preprocess.pipeline import write_shards
+from preprocess.publish import remarks
 from shards.command_line import add_overrides, config_files, config_parser, run_entry_point
 from shards.config_file import config_to_yaml, load_config
 from shards.manifest import Manifest
@@ -31,6 +33,8 @@ def main() -> int:
     manifest, written = write_shards(config, dataset)
     print(f"{config.output}: {'written' if written else 'already complete, nothing to do'}")
     _print_report(manifest, str(config.output))
+    for remark in remarks(manifest, config.warn_ignored):
+        print(f"warning: {remark}", file=sys.stderr)
     return 0
 
 

@@ -1,42 +1,39 @@
-"""What a dataset is to us: pairs of image and label map per split, a class table, a meaning for each value."""
+"""Dataset: pairs of image and label map per split, a class table, a meaning for each stored value; and reading them."""
 
 from __future__ import annotations
 
-import hashlib
-import re
+import io
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from preprocess.config import DatasetConfig
+from preprocess.layouts import Pair, pair_files, split_folders, split_off_validation
 from preprocess.source_tree import SourceTree, open_tree
 from shards.class_list import parse_classes
 from shards.errors import ConfigError, CorruptShardError, DatasetError
 from shards.manifest import ClassInfo
-from shards.rle import MAX_CLASSES, ignore_value
-from shards.sample import decode_image, load_picture, open_picture
+from shards.picture_file import PNG_START, UPRIGHT, exif_orientation, load_picture, open_label_map, upright
+from shards.rle import MAX_CLASSES, count_values, ignore_value
+from shards.sample import decode_image
 
 CAMVID_CLASSES = (
     "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist",
 )  # fmt: skip
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-_USUAL_NAMES = {"train": ("training", "train"), "val": ("validation", "val", "valid"), "test": ("testing", "test")}
-_SPLIT_NAME = re.compile(r"[A-Za-z0-9_-]+")
 _LABEL_MODES = ("1", "L", "P", "I", "I;16")  # single-channel values; palettes hold the index
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pair:
-    """One image and its label map; `key` is the image's path below its split, without suffix."""
+class SourcePair(NamedTuple):
+    """A decoded pair; `image_bytes` is a file of `image`'s pixels: the source's own, unless its EXIF would turn it."""
 
-    key: str
-    image_path: str
-    label_path: str
-    fingerprint: str  # sizes of both files: a changed source is noticed on a rerun
+    image: Image.Image  # RGB
+    image_bytes: bytes
+    suffix: str  # "jpg" or "png"
+    label_map: npt.NDArray[Any]  # class ids [H, W], `ignore_index` where unlabelled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +46,7 @@ class Dataset:
     ignore_index: int
     ignore_labels: tuple[int, ...]
     reduce_zero_label: bool
+    exif_orientation: str  # of `DatasetConfig`
     splits: dict[str, list[Pair]]
     skipped: dict[str, list[tuple[str, str]]]
 
@@ -68,8 +66,8 @@ def open_dataset(config: DatasetConfig, on_error: str) -> Dataset:
                      next(iter(config.splits.values())) if config.kind == "camvid" else "images")
     classes = _classes(config, tree)
     splits, skipped = {}, {}
-    for split, image_folder, label_folder in _split_folders(config, tree):
-        pairs, unpaired = _pair_files(tree, image_folder, label_folder)
+    for split, image_folder, label_folder in split_folders(config, tree):
+        pairs, unpaired = pair_files(tree, image_folder, label_folder)
         if unpaired and on_error == "fail":
             shown = "; ".join(f"{file}: {reason}" for file, reason in unpaired[:5])
             more = f" (and {len(unpaired) - 5} more)" if len(unpaired) > 5 else ""
@@ -78,40 +76,73 @@ def open_dataset(config: DatasetConfig, on_error: str) -> Dataset:
             raise DatasetError(f"{tree.name} has no image with a label map in {image_folder} (split {split!r})")
         splits[split], skipped[split] = pairs[: config.limit], unpaired
     if config.kind == "folder" and config.val_fraction > 0:
-        _split_off_validation(splits, skipped, config.val_fraction)
+        split_off_validation(splits, skipped, config.val_fraction)
     reduce = config.reduce_zero_label if config.reduce_zero_label is not None else config.kind == "ade20k"
     default_ignored = 11 if config.kind == "camvid" else ignore_value(len(classes))
     ignore_labels = tuple(config.ignore_labels) or (default_ignored,)
     return Dataset(
         kind=config.kind, tree=tree, classes=classes, ignore_index=ignore_value(len(classes)),
-        ignore_labels=ignore_labels, reduce_zero_label=reduce, splits=splits, skipped=skipped,
+        ignore_labels=ignore_labels, reduce_zero_label=reduce, exif_orientation=config.exif_orientation,
+        splits=splits, skipped=skipped,
     )  # fmt: skip
 
 
-def read_pair(dataset: Dataset, pair: Pair) -> tuple[Image.Image, bytes, str, npt.NDArray[Any]]:
-    """`(RGB image, its file bytes, "jpg" or "png", class ids [H,W])` with `ignore_index` where unlabelled.
+def read_pair(dataset: Dataset, pair: Pair, *, keeps_file: bool = True) -> SourcePair:
+    """Image and label map, of one size. `keeps_file`: `image_bytes` will be stored, so they have to fit `image`.
 
-    Raises DatasetError naming the file when it cannot be read, the sizes differ, or a label is illegal.
+    The label map is taken as it is stored; `dataset.exif_orientation` decides about the image alone. Raises
+    DatasetError naming the file when it cannot be read, its EXIF wants it turned ("refuse"), the sizes differ, or a
+    label is illegal.
     """
     image_bytes = dataset.tree.read(pair.image_path)
+    label_bytes = dataset.tree.read(pair.label_path)
     try:
         pixels = decode_image(image_bytes, pair.image_path)
-        stored = _read_labels(dataset.tree.read(pair.label_path), pair.label_path)
+        stored = _read_labels(label_bytes, pair.label_path)
     except CorruptShardError as error:
         raise DatasetError(str(error)) from error
+    suffix = "png" if image_bytes.startswith(PNG_START) else "jpg"
+    orientation = exif_orientation(image_bytes)
+    if dataset.exif_orientation == "refuse":
+        _refuse_turned(orientation, pair.image_path)
+        _refuse_turned(exif_orientation(label_bytes), pair.label_path)
+    elif orientation != UPRIGHT:
+        pixels = upright(pixels, orientation) if dataset.exif_orientation == "apply" else pixels
+        if keeps_file:
+            image_bytes, suffix = _encode_png(pixels), "png"  # without the tag, so that nobody turns it once more
     label_map = map_labels(stored, dataset, pair.label_path)
     if pixels.shape[:2] != label_map.shape:
-        raise DatasetError(f"{pair.image_path} is {pixels.shape[1]}x{pixels.shape[0]} pixels but {pair.label_path} is "
+        raise DatasetError(f"{pair.image_path} is {pixels.shape[1]}x{pixels.shape[0]} pixels"
+                           f"{_as_turned(orientation, dataset.exif_orientation)} but {pair.label_path} is "
                            f"{label_map.shape[1]}x{label_map.shape[0]}; they must be equal")
-    suffix = "png" if image_bytes[:4] == b"\x89PNG" else "jpg"
-    return Image.fromarray(pixels), image_bytes, suffix, label_map
+    return SourcePair(Image.fromarray(pixels), image_bytes, suffix, label_map)
+
+
+def _refuse_turned(orientation: int, name: str) -> None:
+    if orientation != UPRIGHT:
+        raise DatasetError(f"{name} has EXIF orientation {orientation}: viewers turn it, decoders do not. If its label "
+                           "map was drawn on the turned picture, set dataset.exif_orientation=apply; if on the pixels "
+                           "as they are stored, dataset.exif_orientation=ignore")
+
+
+def _as_turned(orientation: int, policy: str) -> str:
+    if orientation == UPRIGHT:
+        return ""
+    return f" ({'turned' if policy == 'apply' else 'not turned'} by its EXIF orientation {orientation}, as " \
+           f"dataset.exif_orientation={policy} says)"
+
+
+def _encode_png(pixels: npt.NDArray[np.uint8]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def map_labels(stored: npt.NDArray[Any], dataset: Dataset, name: str) -> npt.NDArray[Any]:
     """Stored label values to class ids 0..C-1 and `ignore_index`. Raises DatasetError on any other value."""
     lowest = 1 if dataset.reduce_zero_label else 0
     ignored = {*dataset.ignore_labels, *([0] if dataset.reduce_zero_label else [])}
-    present = np.flatnonzero(np.bincount(stored.reshape(-1)))
+    present = np.flatnonzero(count_values(stored))
     illegal = [v for v in present.tolist() if v not in ignored and not lowest <= v < len(dataset.classes) + lowest]
     if illegal:
         raise DatasetError(
@@ -128,96 +159,13 @@ def map_labels(stored: npt.NDArray[Any], dataset: Dataset, name: str) -> npt.NDA
 
 def _read_labels(data: bytes, name: str) -> npt.NDArray[Any]:
     """Stored label values [H,W]. Raises CorruptShardError or DatasetError."""
-    with open_picture(data, name, ("PNG",)) as image:
+    with open_label_map(data, name) as image:
         if image.mode not in _LABEL_MODES:
             raise DatasetError(f"{name} has mode {image.mode}; a label map must have one channel of class ids")
         values = np.asarray(load_picture(image, name))
     if values.min() < 0 or values.max() > MAX_CLASSES:
         raise DatasetError(f"{name} holds labels {values.min()}..{values.max()}, legal: 0..{MAX_CLASSES}")
     return values.astype(np.uint8) if values.dtype == bool else values
-
-
-def _split_folders(config: DatasetConfig, tree: SourceTree) -> list[tuple[str, str, str]]:
-    """(our split, image folder, label folder) in a fixed order."""
-    if config.kind == "camvid":
-        splits = config.splits or {"train": "train", "val": "val"}
-        return [(split, folder, f"{folder}annot") for split, folder in splits.items()]
-    splits = config.splits or _usual_folders(tree)
-    bad_names = [split for split in splits if not _SPLIT_NAME.fullmatch(split)]
-    if bad_names:
-        raise ConfigError(f"dataset.splits names a split {bad_names[0]!r}, legal: letters, digits, '_' and '-'")
-    if not splits:  # one flat tree
-        return [("train", "images", "annotations")]
-    return [(split, f"images/{folder}", f"annotations/{folder}") for split, folder in splits.items()]
-
-
-def _usual_folders(tree: SourceTree) -> dict[str, str]:
-    """Our split -> the folder below images/ and annotations/ that has one of its usual names, in any case.
-
-    Raises ConfigError when two folders have the same meaning, or when a folder has no usual name beside ones
-    that do: its files would be left out silently.
-    """
-    paths = [PurePosixPath(path).parts for top in ("images", "annotations") for path in tree.files(top)]
-    present = {parts[1] for parts in paths if len(parts) > 2}
-    found: dict[str, str] = {}
-    for folder in sorted(present):
-        split = next((split for split, names in _USUAL_NAMES.items() if folder.lower() in names), None)
-        if split in found:
-            raise ConfigError(f"{tree.name} has both {found[split]!r} and {folder!r} for the split {split!r}; "
-                              "name the one to use, e.g. dataset.splits={train: training, val: validation}")
-        if split is not None:
-            found[split] = folder
-    left_out = sorted({parts[1] for parts in paths} - set(found.values())) if found else []
-    if left_out:
-        raise ConfigError(f"{tree.name} has {left_out[0]!r} beside the split folders {sorted(found.values())}; it "
-                          "would be left out. Move it, or name the folders to use: dataset.splits={train: training}")
-    return {split: found[split] for split in _USUAL_NAMES if split in found}
-
-
-def _pair_files(tree: SourceTree, image_folder: str, label_folder: str) -> tuple[list[Pair], list[tuple[str, str]]]:
-    """Pairs by equal path without suffix, sorted by key; and (file, reason) for the files left over."""
-    unpaired: list[tuple[str, str]] = []
-    images = _by_stem(tree.files(image_folder), image_folder, _IMAGE_SUFFIXES, unpaired)
-    labels = _by_stem(tree.files(label_folder), label_folder, (".png",), unpaired)
-    unpaired += [(images[key][0], f"no label map in {label_folder}") for key in sorted(images.keys() - labels.keys())]
-    unpaired += [(labels[key][0], f"no image in {image_folder}") for key in sorted(labels.keys() - images.keys())]
-    pairs = [
-        Pair(key=key, image_path=images[key][0], label_path=labels[key][0],
-             fingerprint=f"{images[key][1]}+{labels[key][1]}")
-        for key in sorted(images.keys() & labels.keys())
-    ]  # fmt: skip
-    return pairs, unpaired
-
-
-def _by_stem(
-    files: dict[str, int], folder: str, suffixes: tuple[str, ...], rejected: list[tuple[str, str]]
-) -> dict[str, tuple[str, int]]:
-    found: dict[str, tuple[str, int]] = {}
-    for path, size in sorted(files.items()):
-        relative = PurePosixPath(path).relative_to(folder)
-        key = str(relative.with_suffix(""))
-        if relative.suffix.lower() not in suffixes:
-            rejected.append((path, f"not one of {', '.join(suffixes)}"))
-        elif key in found:
-            rejected.append((path, f"same name as {found[key][0]}"))
-        else:
-            found[key] = (path, size)
-    return found
-
-
-def _split_off_validation(
-    splits: dict[str, list[Pair]], skipped: dict[str, list[tuple[str, str]]], fraction: float
-) -> None:
-    """Move a share of 'train' to 'val', chosen by a hash of the name, so that added images move no others."""
-    if set(splits) != {"train"}:
-        raise ConfigError(f"dataset.val_fraction is {fraction}, but the source has split folders: {sorted(splits)}")
-    chosen = [int(hashlib.sha256(pair.key.encode()).hexdigest()[:8], 16) < fraction * 2**32 for pair in splits["train"]]
-    everything = splits["train"]
-    splits["train"] = [pair for pair, is_val in zip(everything, chosen, strict=True) if not is_val]
-    splits["val"] = [pair for pair, is_val in zip(everything, chosen, strict=True) if is_val]
-    skipped["val"] = []
-    if not splits["train"] or not splits["val"]:
-        raise ConfigError(f"dataset.val_fraction is {fraction}: of {len(everything)} images one split would be empty")
 
 
 def _classes(config: DatasetConfig, tree: SourceTree) -> list[ClassInfo]:

@@ -7,37 +7,40 @@ The manifest is written when every block is there, and never before.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
+import logging
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from preprocess.blocks import Block, block_fingerprint, config_hash, plan_blocks, write_block
+from preprocess.blocks import Block, block_fingerprint, config_hash, hash_sources, plan_blocks, write_block
 from preprocess.config import PreprocessConfig
 from preprocess.pairs import Dataset
 from preprocess.publish import publish
-from shards.atomic import write_atomically
+from preprocess.source_tree import HashedTree
+from shards.atomic import remove_leftovers, write_atomically
 from shards.errors import ConfigError, DatasetError
+from shards.locks import only_writer
 from shards.manifest import MANIFEST_NAME, Manifest, hash_of, load_manifest
 from shards.mirror import copy_set, files_of
 from shards.storage import LocalStorage, Storage, is_remote, open_storage
+from shards.strict_json import to_json
 from shards.workers import exit_with_parent
 
 _PROGRESS_FOLDER = ".progress"
 _POLL_SECONDS = 0.2
-_TEMPORARY = re.compile(r"\..+\.(tar|index|json)\.\d+\.tmp")  # as ShardWriter and write_atomically name them
+_log = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
 
 
 def write_shards(config: PreprocessConfig, dataset: Dataset) -> tuple[Manifest, bool]:
@@ -52,10 +55,10 @@ def write_shards(config: PreprocessConfig, dataset: Dataset) -> tuple[Manifest, 
     if not is_remote(config.output):
         return _write_to_folder(config, dataset, Path(config.output))
     destination, folder = open_storage(config.output), staging_folder(config)
-    _, set_hash = _fingerprints(config, dataset, plan_blocks(config, dataset))
-    with contextlib.suppress(FileNotFoundError):
-        destination.read(MANIFEST_NAME)
-        return _existing_set(destination, set_hash), False
+    blocks = plan_blocks(config, dataset)
+    _, set_hash = _fingerprints(config, dataset, blocks)
+    if _is_there(destination):
+        return _existing_set(config, dataset, blocks, destination, set_hash), False
     manifest, _ = _write_to_folder(replace(config, output=str(folder)), dataset, folder)
     with tqdm(total=sum(file.bytes for file in files_of(manifest)), unit="B", unit_scale=True, disable=None,
               desc="uploading") as bar:
@@ -72,16 +75,33 @@ def staging_folder(config: PreprocessConfig) -> Path:
 def _write_to_folder(config: PreprocessConfig, dataset: Dataset, output: Path) -> tuple[Manifest, bool]:
     blocks = plan_blocks(config, dataset)
     fingerprints, set_hash = _fingerprints(config, dataset, blocks)
-    if (output / MANIFEST_NAME).exists():
-        return _existing_set(LocalStorage(output), set_hash), False
     progress_folder = output / _PROGRESS_FOLDER
+    if (output / MANIFEST_NAME).exists():
+        _remove_progress(progress_folder)
+        return _existing_set(config, dataset, blocks, LocalStorage(output), set_hash), False
     if output.exists() and not progress_folder.exists() and any(output.iterdir()):
         raise ConfigError(f"{output} is not empty and holds no unfinished shard set; give another --output")
     progress_folder.mkdir(parents=True, exist_ok=True)
-    with _only_writer(progress_folder):
+    with only_writer(progress_folder / "lock", output):
         manifest = _write_missing(config, dataset, blocks, fingerprints, set_hash)
         shutil.rmtree(progress_folder)
     return manifest, True
+
+
+def _is_there(place: Storage) -> bool:
+    try:
+        place.read(MANIFEST_NAME)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _remove_progress(folder: Path) -> None:
+    """What a run left that was killed between its last two acts, publishing the manifest and tidying up."""
+    if folder.exists():
+        with only_writer(folder / "lock", folder.parent):
+            remove_leftovers(folder.parent)
+            shutil.rmtree(folder)
 
 
 def _fingerprints(config: PreprocessConfig, dataset: Dataset, blocks: list[Block]) -> tuple[dict[str, str], str]:
@@ -97,33 +117,34 @@ def _write_missing(
     assert config.output is not None
     output = Path(config.output)
     records = {block.name: _load_record(output, block, fingerprints[block.name], config) for block in blocks}
+    finished = [block for block in blocks if records[block.name] is not None]
+    for block in _changed(config, dataset, finished, {name: record["sources"] for name, record in records.items()
+                                                      if record is not None}):
+        records[block.name] = None
     missing = [block for block in blocks if records[block.name] is None]
     _remove_leftovers(output, blocks)
     images = sum(len(block.pairs) for block in blocks)
     done = images - sum(len(block.pairs) for block in missing)
     with tqdm(total=images, initial=done, unit="img", disable=None, desc="sharding") as bar:
-        for block, record in _run_blocks(config, dataset, missing, bar):
+        for block, record in _run_blocks(config, dataset, missing, bar, _write):
             record["fingerprint"] = fingerprints[block.name]
-            write_atomically(_record_path(output, block), json.dumps(record).encode())
+            write_atomically(_record_path(output, block), to_json(record).encode())
             records[block.name] = record
     return publish(config, dataset, blocks, records, set_hash)
 
 
-@contextlib.contextmanager
-def _only_writer(folder: Path) -> Iterator[None]:
-    """Hold a lock that the system drops with the process. Raises ConfigError when another run holds it."""
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"another run is writing {folder.parent}; wait for it, or use another --output") from None
-        yield
+def _changed(config: PreprocessConfig, dataset: Dataset, blocks: list[Block], known: dict[str, str]) -> list[Block]:
+    """The blocks whose source files have another content than the hashes in `known` say."""
+    with tqdm(total=sum(len(block.pairs) for block in blocks), unit="img", disable=None, desc="checking sources",
+              leave=False) as bar:
+        found = {block.name: sources for block, sources in _run_blocks(config, dataset, blocks, bar, _hash)}
+    return [block for block in blocks if found[block.name] != known.get(block.name)]
 
 
 def _run_blocks(
-    config: PreprocessConfig, dataset: Dataset, blocks: list[Block], bar: tqdm[Any]
-) -> Iterator[tuple[Block, dict[str, Any]]]:
-    """Yield (block, record) as blocks finish, in any order. Stops all workers on an error or Ctrl-C."""
+    config: PreprocessConfig, dataset: Dataset, blocks: list[Block], bar: tqdm[Any], task: Callable[[Block], _Result]
+) -> Iterator[tuple[Block, _Result]]:
+    """Yield (block, what `task` made of it in a worker) in any order. Stops all workers on an error or Ctrl-C."""
     if not blocks:
         return
     context = multiprocessing.get_context("spawn")  # image libraries may hold threads that do not survive a fork
@@ -133,7 +154,7 @@ def _run_blocks(
         workers, context, _start_worker, (config, dataset, stop, images_done)
     ) as pool, _interrupt_on_sigterm():
         try:
-            waiting: dict[Future[dict[str, Any]], Block] = {pool.submit(_worker_task, block): block for block in blocks}
+            waiting: dict[Future[_Result], Block] = {pool.submit(task, block): block for block in blocks}
             seen = 0
             while waiting:
                 finished, _ = wait(waiting, _POLL_SECONDS, FIRST_COMPLETED)
@@ -163,9 +184,14 @@ def _start_worker(config: PreprocessConfig, dataset: Dataset, stop: Any, images_
     exit_with_parent()
 
 
-def _worker_task(block: Block) -> dict[str, Any]:
+def _write(block: Block) -> dict[str, Any]:
     config, dataset, stop, images_done = _worker_state
     return write_block(config, dataset, block, stop, images_done)
+
+
+def _hash(block: Block) -> str:
+    _, dataset, stop, images_done = _worker_state
+    return hash_sources(HashedTree(dataset.tree), block, stop, images_done)
 
 
 @contextlib.contextmanager
@@ -197,10 +223,14 @@ def _load_record(output: Path, block: Block, fingerprint: str, config: Preproces
         return None
     if config.on_error == "fail" and record.get("skipped_images"):
         return None
-    return record if record.get("fingerprint") == fingerprint and all(sizes) else None
+    is_right = record.get("fingerprint") == fingerprint and all(sizes) and "sources" in record
+    return record if is_right else None
 
 
-def _existing_set(place: Storage, set_hash: str) -> Manifest:
+def _existing_set(
+    config: PreprocessConfig, dataset: Dataset, blocks: list[Block], place: Storage, set_hash: str
+) -> Manifest:
+    """The manifest of a set that is there, if this command would make the same one."""
     manifest, output = load_manifest(place), place.root
     if manifest.config_hash != set_hash:
         raise ConfigError(
@@ -208,14 +238,26 @@ def _existing_set(place: Storage, set_hash: str) -> Manifest:
             f"(its config_hash is {manifest.config_hash[:12]}, this command's is {set_hash[:12]}); "
             "give another --output, or remove that set first"
         )
+    if not manifest.sources:
+        _log.warning("%s was made by an older version: its sources are compared by name and size only", output)
+        return manifest
+    changed = _changed(config, dataset, blocks, manifest.sources)
+    if changed:
+        first, more = changed[0], f" and of {len(changed) - 1} more blocks" if len(changed) > 1 else ""
+        raise ConfigError(
+            f"{output} already holds a complete shard set, but source files have been edited since: of block "
+            f"{first.name} ({first.pairs[0].image_path} to {first.pairs[-1].image_path}){more}; give another --output, "
+            "or remove that set first"
+        )
     return manifest
 
 
 def _remove_leftovers(output: Path, blocks: list[Block]) -> None:
     """Remove temporary files of killed runs, and shards of an unfinished run under other settings."""
+    remove_leftovers(output)
     wanted = {name for block in blocks for name in block.shard_names}
     splits = {block.split for block in blocks}
     for path in output.iterdir():
         is_ours = path.suffix == ".tar" and path.name[:-11] in splits and path.name[-10:-4].isdigit()
-        if _TEMPORARY.fullmatch(path.name) or (is_ours and path.name not in wanted):
+        if is_ours and path.name not in wanted:
             path.unlink()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from shards.atomic import write_atomically
 from shards.config_file import config_to_dict
 from shards.errors import DatasetError
 from shards.manifest import INDEX_DTYPE, MANIFEST_NAME, IndexInfo, Manifest, ShardInfo, SplitInfo, manifest_bytes
+
+_NAMED = 20  # classes, in one remark
 
 
 def publish(
@@ -32,9 +35,22 @@ def publish(
     manifest = Manifest(
         dataset=dataset.kind, classes=dataset.classes, ignore_index=dataset.ignore_index, seed=config.seed,
         crops=settings["crops"], config=_portable(settings), config_hash=set_hash, producer=producer(), splits=splits,
+        sources={block.name: records[block.name]["sources"] for block in blocks},
     )  # fmt: skip
     write_atomically(output / MANIFEST_NAME, manifest_bytes(manifest))
     return manifest
+
+
+def remarks(manifest: Manifest, most_ignored: float) -> Iterator[str]:
+    """What may be a mistake in the labels, split by split: classes without a pixel, and too much that is ignored."""
+    for name, split in manifest.splits.items():
+        absent = split.absent_classes
+        if absent:
+            yield (f"split {name!r} has no pixel of {len(absent)} of {manifest.num_classes} classes: "
+                   f"{manifest.names_of(absent, _NAMED)}")
+        if split.ignored_share > most_ignored:
+            yield (f"split {name!r} has {split.ignored_share:.1%} ignored pixels (warn_ignored is {most_ignored:.0%}); "
+                   f"label values that mean 'ignored' are set by dataset.ignore_labels and dataset.reduce_zero_label")
 
 
 def _portable(settings: dict[str, Any]) -> dict[str, Any]:
@@ -50,6 +66,9 @@ def _publish_split(
     index = b"".join(bytes.fromhex(entries) for record in records for entries in record["index"])
     if not shards:
         raise DatasetError(f"split {split!r} has no usable sample: every image or crop was skipped")
+    if not any(map(any, (record["class_pixels"] for record in records))):
+        raise DatasetError(f"split {split!r} has no labelled pixel: its label maps hold nothing but ignored values. "
+                           "Look at dataset.ignore_labels, dataset.reduce_zero_label and the class table")
     index_info = IndexInfo(name=f"{split}.index", bytes=len(index), sha256=hashlib.sha256(index).hexdigest())
     assert len(index) == INDEX_DTYPE.itemsize * sum(shard.samples for shard in shards)
     write_atomically(output / index_info.name, index)

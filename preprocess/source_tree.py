@@ -1,14 +1,32 @@
-"""Read files from a dataset's folder or zip archive through one small interface."""
+"""Read files from a dataset's folder or zip archive through one small interface.
+
+Links are followed, in both. Every path counts: two links to one folder are two folders. Only a link to a folder that
+holds the link itself is cut, as following it would never end.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import lzma
 import os
+import posixpath
+import stat
+import struct
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from shards.errors import DatasetError
+
+_MOST_LINKS = 40  # that one path may lead through, as in Linux
+_log = logging.getLogger(__name__)
+# What zipfile raises on damaged, encrypted or unusual archives; each of them says what is wrong.
+_ZIP_ERRORS = (OSError, KeyError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
+               struct.error)
 
 
 class SourceTree(Protocol):
@@ -17,38 +35,91 @@ class SourceTree(Protocol):
     name: str
 
     def files(self, folder: str) -> dict[str, int]:
-        """Path -> size in bytes of every file below `folder`, hidden files left out; empty when there is none."""
+        """Path -> size in bytes of every file below `folder`, in the order of names, hidden files left out.
+
+        Empty when there is no such folder. Raises DatasetError when a folder cannot be read.
+        """
 
     def read(self, path: str) -> bytes:
         """Content of a file. Raises DatasetError naming it."""
 
 
-class FolderTree:
+class HashedTree:
+    """Another tree, with the sha256 of each file that was read through it."""
+
+    def __init__(self, tree: SourceTree) -> None:
+        self.tree, self.name = tree, tree.name
+        self.sha256: dict[str, str] = {}
+
+    def files(self, folder: str) -> dict[str, int]:
+        return self.tree.files(folder)
+
+    def read(self, path: str) -> bytes:
+        data = self.tree.read(path)
+        self.sha256[path] = hashlib.sha256(data).hexdigest()
+        return data
+
+
+class _Entry(NamedTuple):
+    """What a folder holds under a name."""
+
+    name: str
+    real: str  # its place, links followed; '/'-separated
+    size: int | None  # bytes of a file; None: a folder
+    is_link: bool
+
+
+class _LinkedTree(ABC):
+    """A `SourceTree` that walks through links; how folders and links are looked up is for its kinds to say."""
+
+    name: str
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()  # links that were cut, each said once
+
+    def files(self, folder: str) -> dict[str, int]:
+        names = [name for name in folder.split("/") if name]
+        above = [self._real("/".join(names[:depth])) for depth in range(len(names) + 1)]
+        return dict(self._walk("/".join(names), [real for real in above if real is not None])) if above[-1] else {}
+
+    def _walk(self, folder: str, above: list[str]) -> Iterator[tuple[str, int]]:
+        """`above`: real places of the folders that the walk came through, this one last."""
+        for entry in sorted(self._entries(above[-1])):
+            path = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.name.startswith((".", "__MACOSX")):
+                continue
+            if entry.size is not None:
+                yield path, entry.size
+            elif entry.is_link and any(_holds(entry.real, place) for place in above):
+                self._tell(path, entry.real)
+            else:
+                yield from self._walk(path, [*above, entry.real])
+
+    def _tell(self, path: str, real: str) -> None:
+        if path not in self._told:
+            self._told.add(path)
+            _log.warning("%s: the link %s leads back up to %s, which would never end; it is not followed", self.name,
+                         path, real)
+
+    @abstractmethod
+    def _real(self, path: str) -> str | None:
+        """Where the folder `path` lies when links are followed, never empty; None when there is none."""
+
+    @abstractmethod
+    def _entries(self, real: str) -> Iterator[_Entry]:
+        """What the folder at a real place holds."""
+
+
+def _holds(folder: str, place: str) -> bool:
+    return f"{place}/".startswith(f"{folder.rstrip('/')}/")
+
+
+class FolderTree(_LinkedTree):
     """A directory on disk."""
 
     def __init__(self, root: Path) -> None:
+        super().__init__()
         self.root, self.name = root, str(root)
-
-    def files(self, folder: str) -> dict[str, int]:
-        found: dict[str, int] = {}
-        visited: set[str] = set()  # real folders: links may lead back up
-        for parent, folders, names in os.walk(self.root / folder, followlinks=True):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            real = os.path.realpath(parent)
-            if real in visited:
-                folders.clear()
-                continue
-            visited.add(real)
-            found |= {self._path(Path(parent, name)): _size(Path(parent, name)) for name in names if name[0] != "."}
-        return found
-
-    def _path(self, path: Path) -> str:
-        relative = path.relative_to(self.root).as_posix()
-        try:
-            relative.encode("utf-8")
-        except UnicodeEncodeError:
-            raise DatasetError(f"{path!r}: the file name is not valid UTF-8; rename it") from None
-        return relative
 
     def read(self, path: str) -> bytes:
         try:
@@ -56,39 +127,109 @@ class FolderTree:
         except OSError as error:
             raise DatasetError(f"{self.root / path} cannot be read: {error}") from error
 
+    def _real(self, path: str) -> str | None:
+        place = self.root / path
+        return os.path.realpath(place) if place.is_dir() else None
 
-def _size(path: Path) -> int:
+    def _entries(self, real: str) -> Iterator[_Entry]:
+        try:
+            with os.scandir(real) as items:
+                found = list(items)
+        except OSError as error:
+            raise DatasetError(f"folder {real} cannot be read: {error}") from error
+        for item in found:
+            _check_name(item)
+            is_link = item.is_symlink()
+            place = os.path.realpath(item.path) if is_link else item.path
+            yield _Entry(item.name, place, None if _is_folder(item) else _size(item), is_link)
+
+
+def _check_name(item: os.DirEntry[str]) -> None:
+    try:
+        item.name.encode("utf-8")
+    except UnicodeEncodeError:
+        raise DatasetError(f"{item.path!r}: the file name is not valid UTF-8; rename it") from None
+
+
+def _is_folder(item: os.DirEntry[str]) -> bool:
+    try:
+        return item.is_dir()
+    except OSError:  # a link to itself, or to what may not be seen: reading it will say so
+        return False
+
+
+def _size(item: os.DirEntry[str]) -> int:
     """Bytes of a file; 0 for a dangling link, which reading will then name."""
     try:
-        return path.stat().st_size
+        return item.stat().st_size
     except OSError:
         return 0
 
 
-class ZipTree:
-    """A zip archive, read in place; `inside` is the folder of the archive that acts as root."""
+class ZipTree(_LinkedTree):
+    """A zip archive, read in place; `inside` is the folder of the archive that acts as root ("" or "name/")."""
 
     def __init__(self, path: Path, inside: str = "") -> None:
+        super().__init__()
         self.path, self.inside, self.name = path, inside, f"{path}:{inside}"
         try:
             self._archive = zipfile.ZipFile(path)
-        except (OSError, zipfile.BadZipFile) as error:
+            self._links = {item.filename: self._archive.read(item).decode() for item in self._archive.infolist()
+                           if stat.S_ISLNK(item.external_attr >> 16)}
+        except _ZIP_ERRORS as error:
             raise DatasetError(f"{path} is not a readable zip archive: {error}") from error
-
-    def files(self, folder: str) -> dict[str, int]:
-        prefix = f"{self.inside}{folder}/" if folder else self.inside
-        return {
-            item.filename[len(self.inside) :]: item.file_size
-            for item in self._archive.infolist()
-            if item.filename.startswith(prefix) and not item.is_dir()
-            and not any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(item.filename).parts)
-        }
+        self._folders: dict[str, dict[str, int | None]] = {}  # made by the first listing; workers never list
 
     def read(self, path: str) -> bytes:
+        member = self._followed(self.inside + path)
         try:
-            return self._archive.read(self.inside + path)
-        except (OSError, KeyError, zipfile.BadZipFile, RuntimeError, zlib.error, EOFError) as error:
+            return self._archive.read(member)
+        except _ZIP_ERRORS as error:
             raise DatasetError(f"{self.name}{path} cannot be read: {error}") from error
+
+    def _followed(self, member: str) -> str:
+        """The member that a path means, all links on its way followed; some name that does not exist for a dead end."""
+        for _ in range(_MOST_LINKS if self._links else 0):
+            parts = member.split("/")
+            prefixes = ("/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+            link = next((prefix for prefix in prefixes if prefix in self._links), None)
+            if link is None:
+                break
+            target = posixpath.join(posixpath.dirname(link), self._links[link])
+            member = posixpath.normpath(target + member[len(link):])
+        return "" if member == "." else member
+
+    def _real(self, path: str) -> str | None:
+        place = self._followed((self.inside + path).rstrip("/"))
+        return f"/{place}" if place in self._listed() else None
+
+    def _entries(self, real: str) -> Iterator[_Entry]:
+        folder = real.strip("/")
+        for name, size in self._listed()[folder].items():
+            member = f"{folder}/{name}" if folder else name
+            is_link = member in self._links
+            place = self._followed(member) if is_link else member
+            if is_link:
+                size = None if place in self._listed() else self._size_of(place)
+            yield _Entry(name, f"/{place}", size, is_link)
+
+    def _size_of(self, member: str) -> int:
+        return self._archive.NameToInfo[member].file_size if member in self._archive.NameToInfo else 0
+
+    def _listed(self) -> dict[str, dict[str, int | None]]:
+        """Folder -> name -> size of a file, or None of a folder; the archive's root is ""."""
+        if not self._folders:
+            self._folders = {"": {}}
+            for item in self._archive.infolist():
+                self._note(PurePosixPath(item.filename).parts, None if item.is_dir() else item.file_size)
+        return self._folders
+
+    def _note(self, parts: tuple[str, ...], size: int | None) -> None:
+        for depth, name in enumerate(parts, 1):
+            folder, is_last = "/".join(parts[: depth - 1]), depth == len(parts)
+            self._folders[folder][name] = size if is_last else None
+            if not is_last or size is None:
+                self._folders.setdefault("/".join(parts[:depth]), {})
 
     def __reduce__(self) -> tuple[type[ZipTree], tuple[Path, str]]:
         return ZipTree, (self.path, self.inside)  # workers open the archive themselves
@@ -102,10 +243,11 @@ def open_tree(root: str | Path, marker: str) -> SourceTree:
     path = Path(root)
     if not path.exists():
         raise DatasetError(f"{path} does not exist; dataset.root must be the dataset's folder or zip archive")
+    candidates: list[SourceTree]
     if path.is_file():
         archive = ZipTree(path)
         names = sorted({PurePosixPath(name).parts[0] for name in archive.files("")})
-        candidates: list[SourceTree] = [archive, *(ZipTree(path, f"{name}/") for name in names)]
+        candidates = [archive, *(ZipTree(path, f"{name}/") for name in names)]
     else:
         below = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
         candidates = [FolderTree(path), *(FolderTree(child) for child in below if (child / marker).is_dir())]

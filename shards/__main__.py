@@ -16,7 +16,7 @@ from shards.command_line import run_entry_point
 from shards.errors import ConfigError, MaskStreamError
 from shards.manifest import Manifest, SplitInfo, load_manifest
 from shards.mirror import copy_set, files_of
-from shards.picture import contact_sheet, overlay
+from shards.picture import contact_sheet, overlay, save_picture
 from shards.plan import LANES, SPAN_SAMPLES, TrainPlan
 from shards.reader import ShardReader
 from shards.verify import verify
@@ -74,12 +74,14 @@ def _print_split(name: str, split: SplitInfo, manifest: Manifest) -> None:
         print(f"  skipped crops: {count} ({reason})")
     for skipped in split.skipped_images:
         print(f"  skipped image: {skipped['image']} ({skipped['reason']})")
-    labelled = sum(split.class_pixels)
-    print(f"  ignored pixels: {split.ignored_pixels / max(1, split.ignored_pixels + labelled):.1%}")
+    print(f"  ignored pixels: {split.ignored_share:.1%}")
+    if split.absent_classes:
+        print(f"  classes without a pixel: {len(split.absent_classes)} of {manifest.num_classes}: "
+              f"{manifest.names_of(split.absent_classes, 200)}")
     print("  most frequent classes (share of labelled pixels, samples):")
     for class_id in np.argsort(split.class_pixels)[::-1][:10]:
         if split.class_pixels[class_id]:
-            share = split.class_pixels[class_id] / labelled
+            share = split.class_pixels[class_id] / split.labelled_pixels
             print(f"    {class_id:5d} {manifest.classes[class_id].name:30s} {share:6.1%} "
                   f"{split.class_samples[class_id]:8d}")
 
@@ -155,7 +157,7 @@ def _show(arguments: argparse.Namespace) -> int:
         captions.append(f"{sample.key}: {names}"[:80])
     reader.close()
     output.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet([pictures[i : i + 2] for i in range(0, len(pictures), 2)], captions).save(output)
+    save_picture(contact_sheet([pictures[i : i + 2] for i in range(0, len(pictures), 2)], captions), output)
     print(f"wrote {output}: {len(captions)} samples of split {split!r}")
     return 0
 

@@ -1,12 +1,17 @@
-"""Publish files whole: written under a temporary name, synced, then renamed."""
+"""Publish files whole: written under a temporary name, synced, then renamed. Errors name the file."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+_TEMPORARY = re.compile(r"\..+\.(tar|index|json)\.\d+\.tmp")  # of files of a shard set, as `temporary_name` makes them
 
 
 def write_atomically(path: Path, data: bytes, *, create: bool = False) -> None:
@@ -23,10 +28,36 @@ def copy_atomically(source: Path, path: Path) -> None:
         _publish(path, lambda file: shutil.copyfileobj(original, file))
 
 
-def _publish(path: Path, fill: Callable[[BinaryIO], object], create: bool = False) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def temporary_name(path: Path) -> Path:
+    """Where this process writes a file before it gets its name."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes had not finished. Nobody may be writing files of a shard set there."""
+    for path in folder.iterdir():
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Give the OSErrors of what is done with a file its name: only those of opening it have one by themselves."""
     try:
-        with temporary.open("wb") as file:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        if error.errno is None:  # a library's own; without a number its name would get lost between processes
+            raise OSError(errno.EIO, str(error), str(path)) from error
+        error.filename = str(path)
+        raise
+
+
+def _publish(path: Path, fill: Callable[[BinaryIO], object], create: bool = False) -> None:
+    temporary = temporary_name(path)
+    try:
+        with naming(path), temporary.open("wb") as file:
             fill(file)
             file.flush()
             os.fsync(file.fileno())
@@ -58,6 +89,7 @@ def sync_folder(folder: Path) -> None:
     except OSError:
         return
     try:
-        os.fsync(descriptor)
+        with naming(folder):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

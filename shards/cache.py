@@ -7,7 +7,6 @@ whole or absent. Entries carry a checksum. When the cache is over its limit the 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import threading
@@ -16,6 +15,8 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from shards.locks import try_lock, warn_unlocked
 
 _CHECKSUM_BYTES = 4
 _STALE_SECONDS = 3600  # after which a temporary file's writer is taken for dead
@@ -72,7 +73,9 @@ class DiskCache:
         _added[self.folder] = 0
         try:
             with (self.folder / "lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                reason = try_lock(lock)
+                if reason is not None:
+                    warn_unlocked(self.folder, reason, "several processes may tidy it up at once")
                 self._delete_oldest()
         except OSError:  # another process is at it
             return

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from shards.atomic import naming
 from shards.config_file import describe_config
 from shards.errors import MaskStreamError
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+_OUTPUT = "standard output"
 
 
 def config_parser(description: str, schema: type[Any], default_config: Path) -> argparse.ArgumentParser:
@@ -43,20 +46,41 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
 def run_entry_point(main: Callable[[], int | None]) -> None:
     """Run `main` and exit: 0, its return value, one line and the error's code (2: bad input), 130 on Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding lacks is escaped, never an error
+            stream.reconfigure(errors="backslashreplace")
     try:
-        code = main()
-        sys.stdout.flush()
+        code = _call(main)
     except MaskStreamError as error:
         code = _complain(str(error), error.exit_code, error.label)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of our output (head, less) went away: not an error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         code = 0
     except OSError as error:  # a folder that cannot be written, a full disk
-        code = _complain(f"{error.filename or 'input or output'}: {error.strerror or error}")
+        code = _complain(f"{error.filename or type(error).__name__}: {error.strerror or error}")
+        if error.filename == _OUTPUT:
+            _drop_output()
     sys.exit(code)
+
+
+def _call(main: Callable[[], int | None]) -> int | str | None:
+    """What `main` returns, or argparse exits with, once all that it printed has gone out."""
+    try:
+        code: int | str | None = main()
+    except SystemExit as left:
+        code = left.code
+    with naming(_OUTPUT):
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    return code
+
+
+def _drop_output() -> None:
+    """What is still buffered cannot be written, and Python would try again at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(message: str, code: int = EXIT_BAD_INPUT, label: str = "error") -> int:

@@ -71,6 +71,21 @@ class SplitInfo:
     skipped_crops: dict[str, int] = field(default_factory=dict)  # reason -> crops
     skipped_images: list[dict[str, str]] = field(default_factory=list)  # {"image", "reason"}
 
+    @property
+    def labelled_pixels(self) -> int:
+        """Of all samples."""
+        return sum(self.class_pixels)
+
+    @property
+    def ignored_share(self) -> float:
+        """Of all pixels, the padding of crops included."""
+        return self.ignored_pixels / max(1, self.ignored_pixels + self.labelled_pixels)
+
+    @property
+    def absent_classes(self) -> list[int]:
+        """Ids of the classes without a pixel."""
+        return [number for number, pixels in enumerate(self.class_pixels) if not pixels]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
@@ -85,16 +100,22 @@ class Manifest:
     config_hash: str
     producer: dict[str, str]
     splits: dict[str, SplitInfo]
+    sources: dict[str, str] = field(default_factory=dict)  # block -> hash of the files it was made of; {}: unknown
     format_version: int = FORMAT_VERSION
 
     @property
     def num_classes(self) -> int:
         return len(self.classes)
 
+    def names_of(self, ids: list[int], most: int) -> str:
+        """Ids and names of classes for people, at most so many."""
+        named = "; ".join(f"{number} {self.classes[number].name}" for number in ids[:most])
+        return f"{named} and {len(ids) - most} more" if len(ids) > most else named
+
     @property
     def sha256(self) -> str:
         """Of everything in it, and so of every shard: the identity of the data."""
-        return hash_of(dataclasses.asdict(self))
+        return hash_of(_content(self))
 
     def split(self, name: str) -> SplitInfo:
         """Raises ShardError naming the splits there are."""
@@ -115,8 +136,17 @@ def hash_of(value: Any) -> str:
 
 def manifest_bytes(manifest: Manifest) -> bytes:
     """The file's content: the manifest plus a hash of itself, so that an edited or damaged one is noticed."""
-    content = dataclasses.asdict(manifest)
+    content = _content(manifest)
     return (canonical_json({**content, "manifest_sha256": hash_of(content)}) + "\n").encode()
+
+
+def _content(manifest: Manifest) -> dict[str, Any]:
+    """Its fields; one that older versions did not write only where it says something, so that their sets keep their
+    hash."""
+    content = dataclasses.asdict(manifest)
+    if not manifest.sources:
+        del content["sources"]
+    return content
 
 
 def load_manifest(root: str | Path | Storage) -> Manifest:
@@ -184,6 +214,8 @@ def _color(values: list[int]) -> tuple[int, int, int]:
 def _check_consistency(manifest: Manifest, name: str) -> None:
     if manifest.ignore_index != ignore_value(len(manifest.classes)):
         raise CorruptShardError(f"{name}: ignore_index {manifest.ignore_index!r} does not suit the number of classes")
+    if not all(type(block) is type(sources) is str for block, sources in manifest.sources.items()):
+        raise CorruptShardError(f"{name}: 'sources' does not hold a hash for each block")
     for split_name, split in manifest.splits.items():
         where = f"{name}, split {split_name!r}"
         if sum(shard.samples for shard in split.shards) != split.samples:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from shards.atomic import naming, remove_leftovers
 from shards.errors import ConfigError, CorruptShardError, ShardError, StorageError
+from shards.locks import among_writers
 from shards.manifest import MANIFEST_NAME, IndexInfo, Manifest, ShardInfo, load_manifest, manifest_bytes
 from shards.storage import LocalStorage, Storage, open_storage
 
@@ -32,6 +35,27 @@ def copy_set(source: str | Path | Storage, destination: str | Path | Storage,
     there = _existing_manifest(destination)
     if there is not None and there != content:
         raise ConfigError(f"{destination.root} holds another complete shard set; give another place, or remove that")
+    with _tidied(destination):
+        return _copy_missing(source, destination, manifest, progress, content if there is None else None)
+
+
+@contextlib.contextmanager
+def _tidied(destination: Storage) -> Iterator[None]:
+    """While writing there; what killed copies left in a folder is removed (object storage keeps nothing unfinished)."""
+    if not isinstance(destination, LocalStorage):
+        yield
+        return
+    folder = destination.folder
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a complete mirror may be read-only; what has to be written will say so
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(among_writers(folder / ".copying", lambda: remove_leftovers(folder)))
+        yield
+
+
+def _copy_missing(source: Storage, destination: Storage, manifest: Manifest, progress: Callable[[File], object],
+                  content: bytes | None) -> int:
+    """Copy files that are not there, then publish `content` as the manifest, if it is given."""
     try:
         sizes = destination.sizes() or {}
     except FileNotFoundError:  # a folder or bucket that will be made, or an upload that will say what is wrong
@@ -42,7 +66,7 @@ def copy_set(source: str | Path | Storage, destination: str | Path | Storage,
             _copy(source, destination, file)
             copied += 1
         progress(file)
-    if there is None:
+    if content is not None:
         _create_manifest(destination, content)
     return copied
 
@@ -73,9 +97,10 @@ def _copy(source: Storage, destination: Storage, file: File) -> None:
         destination.upload(file.name, source.folder / file.name)
     else:
         with tempfile.NamedTemporaryFile(prefix="maskstream-copy-") as temporary:
-            for piece in _pieces(source, file):
-                temporary.write(piece)
-            temporary.flush()
+            with naming(temporary.name):
+                for piece in _pieces(source, file):
+                    temporary.write(piece)
+                temporary.flush()
             destination.upload(file.name, Path(temporary.name))
     if not _is_right(destination, file):
         destination.delete(file.name)

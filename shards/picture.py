@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageOps
+
+from shards.atomic import naming
 
 Pixels = npt.NDArray[np.uint8]
 Colors = Sequence[tuple[int, int, int]]
@@ -43,6 +46,12 @@ def overlay(image: Pixels, label_map: npt.NDArray[Any], colors: Colors, alpha: f
     border[1:] |= label_map[1:] != label_map[:-1]
     mixed[border] = 255
     return mixed.astype(np.uint8)
+
+
+def save_picture(picture: Image.Image, path: Path, **options: Any) -> None:
+    """Write a PNG or JPEG, as the suffix says; `options` are Pillow's. Raises OSError naming the file."""
+    with naming(path):
+        picture.save(path, **options)
 
 
 def contact_sheet(rows: Sequence[Sequence[Pixels]], captions: Sequence[str] = (), tile: int = 256) -> Image.Image:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -23,17 +22,13 @@ import msgpack
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image
 
 from shards.errors import CorruptShardError, FormatVersionError
+from shards.picture_file import JPEG_START, decode_by_pillow, exif_orientation, upright
 from shards.rle import MAX_SIDE, MaskHeader, decode_header, decode_masks, decode_segment_map, label_map_from_segments
 
 SAMPLE_FORMAT = 1
 IMAGE_SUFFIXES = ("jpg", "png")
-_JPEG_START = b"\xff\xd8\xff"
-_PNG_START, _PNG_DEPTH = b"\x89PNG", 24  # where a PNG keeps its bits per channel
-# What Pillow raises on damaged files, found by fuzzing.
-_DECODER_ERRORS = (OSError, ValueError, SyntaxError, AssertionError, Image.DecompressionBombError)
 MAX_MEMBER_STEM = 90  # bytes; leaves room for the suffix in a plain ustar name of 100
 
 
@@ -99,12 +94,17 @@ def decode_image(data: bytes, name: str, size: tuple[int, int] | None = None,
 
     With `out`, contiguous uint8 `[H,W,3]` of that size, the pixels are put there, and it is returned.
     """
-    pixels = _decode_plain_jpeg(data, size, out) if data.startswith(_JPEG_START) else None
+    pixels = _decode_plain_jpeg(data, size, out) if data.startswith(JPEG_START) else None
     if pixels is None:
         pixels = decode_by_pillow(data, name, size)
         if out is not None:
             out[:] = pixels
     return pixels if out is None else out
+
+
+def decode_upright(data: bytes, name: str) -> npt.NDArray[np.uint8]:
+    """`decode_image`, turned as its EXIF orientation says: what a viewer shows of a file."""
+    return upright(decode_image(data, name), exif_orientation(data))
 
 
 def _decode_plain_jpeg(data: bytes, size: tuple[int, int] | None,
@@ -120,39 +120,6 @@ def _decode_plain_jpeg(data: bytes, size: tuple[int, int] | None,
         return np.asarray(simplejpeg.decode_jpeg(data, buffer=out))
     except ValueError:
         return None
-
-
-def decode_by_pillow(data: bytes, name: str, size: tuple[int, int] | None = None) -> npt.NDArray[np.uint8]:
-    """`decode_image` of any picture; names what is wrong with it."""
-    with open_picture(data, name, ("JPEG", "PNG")) as image:
-        if size is not None and (image.height, image.width) != size:
-            raise CorruptShardError(
-                f"image of {name} is {image.height}x{image.width}, its masks are {size[0]}x{size[1]}"
-            )
-        if image.mode.startswith("I") or (data[:4] == _PNG_START and data[_PNG_DEPTH] > 8):
-            raise CorruptShardError(f"{name} has 16 bits per channel; convert it to 8")
-        pixels = load_picture(image, name)
-        return np.asarray(pixels if pixels.mode == "RGB" else pixels.convert("RGB"))  # convert() would copy
-
-
-def open_picture(data: bytes, name: str, formats: tuple[str, ...]) -> Image.Image:
-    """Read a picture's header. Raises CorruptShardError when it has none of the formats or is too large."""
-    try:
-        image = Image.open(io.BytesIO(data), formats=formats)
-    except _DECODER_ERRORS as error:
-        raise CorruptShardError(f"{name} is not a readable {' or '.join(formats)} file of {len(data)} bytes") from error
-    if max(image.size) > MAX_SIDE:
-        raise CorruptShardError(f"{name} is {image.width}x{image.height} pixels, legal: at most {MAX_SIDE} a side")
-    return image
-
-
-def load_picture(image: Image.Image, name: str) -> Image.Image:
-    """Decode the pixels of an opened picture. Raises CorruptShardError when they are damaged or cut short."""
-    try:
-        image.load()
-    except _DECODER_ERRORS as error:
-        raise CorruptShardError(f"{name} is not a readable image, it is damaged or cut short: {error}") from error
-    return image
 
 
 def encode_sample(key: str, mask_record: dict[str, Any], meta: dict[str, Any]) -> bytes:

@@ -29,7 +29,7 @@ from obstore import exceptions
 from obstore.store import from_url
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 
-from shards.atomic import copy_atomically, write_atomically
+from shards.atomic import copy_atomically, naming, write_atomically
 from shards.errors import ConfigError, CorruptShardError, StorageError
 
 REMOTE_SCHEMES = ("s3", "gs", "az", "https", "http")
@@ -128,9 +128,10 @@ class LocalStorage:
         self._owner = os.getpid()
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
-        if length is None:
-            return (self.folder / name).read_bytes()
-        return os.pread(self._file(name), length, offset)
+        with naming(self.folder / name):
+            if length is None:
+                return (self.folder / name).read_bytes()
+            return os.pread(self._file(name), length, offset)
 
     def sizes(self) -> dict[str, int]:
         return {path.name: path.stat().st_size for path in self.folder.iterdir() if path.is_file()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import tarfile
@@ -12,7 +13,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from shards.atomic import sync_folder
+from shards.atomic import naming, sync_folder, temporary_name
 from shards.manifest import INDEX_DTYPE, ShardInfo
 from shards.sample import IMAGE_SUFFIXES, member_stem
 
@@ -29,7 +30,7 @@ class ShardWriter:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self._temporary = temporary_name(self.path)
         self._entries: list[tuple[int, int, int]] = []
         self._names: set[str] = set()
         self._hash = hashlib.sha256()
@@ -56,16 +57,19 @@ class ShardWriter:
     ) -> None:
         try:
             if kind is None:
-                self._append(_END_OF_ARCHIVE)
-                self._file.flush()
-                os.fsync(self._file.fileno())
+                self._finish()
         finally:
-            self._file.close()
-            if kind is not None:
-                self._temporary.unlink(missing_ok=True)
-        if kind is None:
-            self._temporary.replace(self.path)
-            sync_folder(self.path.parent)
+            with contextlib.suppress(OSError):  # said already: what is closed here is published, or given up
+                self._file.close()
+            self._temporary.unlink(missing_ok=True)
+
+    def _finish(self) -> None:
+        self._append(_END_OF_ARCHIVE)
+        with naming(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self._temporary.replace(self.path)
+        sync_folder(self.path.parent)
 
     @property
     def info(self) -> ShardInfo:
@@ -80,7 +84,8 @@ class ShardWriter:
         return np.array(self._entries, INDEX_DTYPE)
 
     def _append(self, data: bytes) -> None:
-        self._file.write(data)
+        with naming(self.path):
+            self._file.write(data)
         self._hash.update(data)
         self._offset += len(data)
 

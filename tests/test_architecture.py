@@ -81,6 +81,16 @@ def test_the_trainer_imports_downwards_only(path: Path) -> None:
             assert layer(name) <= own, f"{module_of(path)} imports {name} from a higher layer"
 
 
+@pytest.mark.parametrize("path", CODE_ROOTS, ids=module_of)
+def test_json_is_written_in_one_place(path: Path) -> None:
+    """By `shards.strict_json`, as Python's own writes NaN; the manifest's canonical form is hashed and refuses NaN."""
+    if module_of(path) in ("shards.strict_json", "shards.manifest"):
+        return
+    written = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+               if isinstance(node, ast.Attribute | ast.Name) and ast.unparse(node) in ("json.dump", "json.dumps")]
+    assert not written and not {"json.dump", "json.dumps", "json.encoder"} & set(imports(path))
+
+
 def test_no_module_shadows_another() -> None:
     """`python trainer/x.py` puts trainer/ first on the path: its modules must not hide anybody's."""
     taken = set(sys.stdlib_module_names) | {"datasets", "evaluate", "utils", "transformers", "torch", "numpy"}

@@ -50,12 +50,13 @@ def test_without_the_rule_on_classes_any_labelled_place_will_do() -> None:
 
 
 def test_later_settings_leave_the_identity_of_earlier_sets_alone(scenes: Path) -> None:
-    """A set made before `crops.scaled_side` existed is finished by the same command; the hash here is that of then."""
+    """A set made before `crops.scaled_side` or `dataset.exif_orientation` existed is finished by the same command; the hash here is that of then."""
     dataset = open_dataset(DatasetConfig(kind="folder", root=str(scenes)), "fail")
     plain = PreprocessConfig(dataset=DatasetConfig(kind="folder", root=str(scenes)))
     content = config_to_dict(plain)
     assert content["crops"].pop("scaled_side") == "short"
-    for place in ("output", "staging", "workers", "on_error"):
+    assert content["dataset"].pop("exif_orientation") == "refuse"
+    for place in ("output", "staging", "workers", "on_error", "warn_ignored"):
         del content[place]
     for place in ("root", "class_file", "limit"):
         del content["dataset"][place]

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from shards import rle as codec
 from shards.coco import compress_counts, expand_counts, from_coco_rle, to_coco_rle
 from shards.errors import CorruptShardError
 from shards.rle import (
@@ -231,3 +232,12 @@ def test_coco_count_strings_round_trip(counts: list[int]) -> None:
 def test_bad_coco_masks_are_refused(rles: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(CorruptShardError, match=message):
         from_coco_rle(rles)
+
+
+@given(arrays.arrays(np.uint16, (7, 11), elements=st.integers(0, 300)), st.integers(0, 400))
+@settings(max_examples=50, deadline=None)
+def test_values_counted_in_pieces_are_those_counted_at_once(label_map: np.ndarray, least: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(codec, "_PIECE", 10)
+        found = codec.count_values(label_map, least)
+    assert found.tolist() == np.bincount(label_map.reshape(-1), minlength=least).tolist()

@@ -144,12 +144,20 @@ class LabelledImage:
 
 
 def open_reader(config: DataConfig, split: str, manifest: Manifest | None = None) -> ShardReader:
-    """The samples of a split of `data.root`, with its cache and patience. Raises ShardError, ConfigError."""
+    """The samples of a split of `data.root`, with its cache and patience.
+
+    Raises ShardError, and ConfigError for a split without a labelled pixel: there is nothing to learn, or to measure.
+    """
     assert config.root is not None
     storage = open_storage(config.root, Patience(tries=config.tries, timeout=config.timeout))
     cache = None if config.cache_dir is None else DiskCache(folder=Path(config.cache_dir),
                                                             limit=int(config.cache_gb * 1e9))
-    return ShardReader(storage, split, manifest, cache)
+    reader = ShardReader(storage, split, manifest, cache)
+    if not reader.info.labelled_pixels:
+        raise ConfigError(f"{config.root}: split {split!r} has no labelled pixel in its {len(reader)} samples; shard "
+                          "the dataset again with label values that fit, or name another split "
+                          "(data.train_split, data.val_split)")
+    return reader
 
 
 class TrainCrops(IterableDataset[Batch]):

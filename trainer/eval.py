@@ -8,12 +8,13 @@ linear head, brings weights only: then all settings are the configuration's, the
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
+from shards.atomic import write_atomically
 from shards.command_line import add_overrides, config_files, config_parser, run_entry_point
 from shards.errors import ConfigError
+from shards.strict_json import to_json
 from trainer.config import RunConfig, load_run_config
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "config-ade20k-m2f-inference.yaml"
@@ -35,6 +36,7 @@ def main() -> int:
 
 
 def _evaluate(config: RunConfig, checkpoint_path: Path, output: Path) -> int:
+    from shards.picture import save_picture
     from trainer.checkpoint import open_checkpoint
     from trainer.data import open_reader
     from trainer.distributed import distributed
@@ -63,9 +65,9 @@ def _evaluate(config: RunConfig, checkpoint_path: Path, output: Path) -> int:
             print(format_metrics(result.metrics, manifest.classes))
             output.mkdir(parents=True, exist_ok=True)
             record = {**result.metrics, "step": pretrained.step, "checkpoint": str(checkpoint_path)}
-            (output / "metrics.json").write_text(json.dumps(record, indent=1))
+            write_atomically(output / "metrics.json", to_json(record, indent=1).encode())
             if result.panels is not None:
-                result.panels.save(output / "panels.png")
+                save_picture(result.panels, output / "panels.png")
             print(f"metrics.json and panels.png are in {output}")
     return 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,8 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
-from shards.atomic import write_atomically
+from shards.atomic import naming, write_atomically
 from shards.errors import MaskStreamError
+from shards.strict_json import to_json
 from trainer.models import Segmenter
 from trainer.pretrained import Pretrained, export_config
 from trainer.transforms import normalize
@@ -33,7 +33,7 @@ def write_directory(pretrained: Pretrained, folder: Path) -> list[Path]:
     state = _plain(pretrained.model.meta_state_dict())
     weights = _written(folder / "model.safetensors", lambda path: save_file(state, path, {"format": "pt"}))
     config = folder / "config.json"
-    write_atomically(config, json.dumps(export_config(pretrained), indent=1).encode())
+    write_atomically(config, to_json(export_config(pretrained), indent=1).encode())
     return [weights, config]
 
 
@@ -92,8 +92,9 @@ def _written(path: Path, write: Callable[[Path], object]) -> Path:
     """Write to a temporary name, flush to disk, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    write(partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
+    with naming(path):
+        write(partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
     partial.rename(path)
     return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 import warnings
@@ -21,6 +20,7 @@ from shards.config_file import config_to_dict, config_to_yaml
 from shards.manifest import load_manifest
 from shards.plan import MicroBatchNumbers, accumulation_for
 from shards.reader import ShardReader
+from shards.strict_json import to_json
 from trainer.checkpoint import load_latest
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.config import RunConfig
@@ -208,7 +208,7 @@ class _Loop:
         """Rank 0 writes, in the background; all ranks know the best mIoU."""
         run = self.run
         miou = self.metrics.get("mIoU") if run.evaluated else None
-        is_best = miou is not None and (run.best_miou is None or miou > run.best_miou)
+        is_best = miou is not None and math.isfinite(miou) and (run.best_miou is None or miou > run.best_miou)
         if is_best:
             run.best_miou = miou
         if run.context.is_main:
@@ -226,7 +226,7 @@ class _Loop:
             for problem in problems:
                 self.logger.event(step, f"left out a damaged sample: {problem}")
         if problems:
-            lines = [json.dumps({"step": step, "rank": rank, "sample": problem}) for problem in problems]
+            lines = [to_json({"step": step, "rank": rank, "sample": problem}) for problem in problems]
             try:
                 with (self.run.folder / SKIPPED_NAME).open("a", encoding="utf-8") as file:
                     file.write("\n".join([*lines, ""]))

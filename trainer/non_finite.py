@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import socket
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from shards.atomic import write_atomically
 from shards.errors import RunError
+from shards.strict_json import to_json
 from trainer.data import Batch
 from trainer.run import Run
 
@@ -88,7 +87,7 @@ class NonFiniteGuard:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / f"step-{run.step + 1:08d}-rank-{run.context.rank}.json",
-                             json.dumps(_jsonable(record), indent=1).encode())
+                             to_json(record, indent=1, not_finite=str).encode())
         except OSError as problem:  # a full disk is no reason to end a run that is to go on
             warnings.warn(f"what was not finite could not be written to {folder}: {problem}", stacklevel=2)
 
@@ -101,12 +100,3 @@ def _gradient_norms(run: Run) -> dict[str, float]:
             part = ".".join(name.split(".")[:3])
             squares[part] = squares.get(part, torch.zeros(())) + parameter.grad.float().square().sum().cpu()
     return {part: float(square.sqrt()) for part, square in squares.items()}
-
-
-def _jsonable(value: Any) -> Any:
-    """JSON has no NaN: such numbers become text."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: _jsonable(item) for key, item in value.items()}
-    return [_jsonable(item) for item in value] if isinstance(value, list) else value

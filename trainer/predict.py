@@ -1,4 +1,5 @@
 """Predict images with a trained checkpoint: a PNG of class ids and an overlay picture for each.
+Images are predicted, and both PNGs are, the way up that their EXIF orientation says, as viewers show them.
 
 example: python trainer/predict.py --checkpoint runs/ade20k-m2f/checkpoints/best.pt --output out photo.jpg
 --checkpoint also takes a directory that trainer/export.py wrote. What another program saved (Meta's Mask2Former or
@@ -8,13 +9,14 @@ linear head, EoMT from Hugging Face) brings weights only: add --config and --cla
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from tqdm import tqdm
 
+from shards.atomic import write_atomically
 from shards.command_line import run_entry_point
 from shards.errors import ConfigError
+from shards.strict_json import to_json
 from trainer.checkpoint_options import add_checkpoint_options, open_pretrained
 
 
@@ -54,21 +56,21 @@ def check_outputs(images: list[Path], output: Path) -> None:
 def _predict(arguments: argparse.Namespace) -> int:
     from PIL import Image
 
-    from shards.picture import overlay
-    from shards.sample import decode_image
+    from shards.picture import overlay, save_picture
+    from shards.sample import decode_upright
 
     pretrained = open_pretrained(arguments)
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
     colors = [info.color for info in pretrained.classes]
     for path in tqdm(arguments.images, desc="predicting", unit="img", disable=None):
-        pixels = decode_image(Path(path).read_bytes(), path)
+        pixels = decode_upright(Path(path).read_bytes(), path)
         label_map = pretrained.predict(pixels)
         map_name, overlay_name = output_names(Path(path))
-        Image.fromarray(label_map).save(output / map_name)
-        Image.fromarray(overlay(pixels, label_map, colors)).save(output / overlay_name)
+        save_picture(Image.fromarray(label_map), output / map_name)
+        save_picture(Image.fromarray(overlay(pixels, label_map, colors)), output / overlay_name)
     legend = {number: info.name for number, info in enumerate(pretrained.classes)}
-    (output / "classes.json").write_text(json.dumps(legend, indent=1))
+    write_atomically(output / "classes.json", to_json(legend, indent=1).encode())
     print(f"{len(arguments.images)} predictions are in {output} (class ids, overlays, classes.json)")
     return 0
 

@@ -2,7 +2,7 @@
 
     from trainer.pretrained import load_pretrained
     model = load_pretrained("exported")            # a directory of trainer/export.py, or one of our checkpoints
-    label_map = model.predict(image)               # uint8 [H, W, 3] -> class ids [H, W]; names are in model.classes
+    label_map = model.predict(image)               # file or uint8 [H, W, 3] -> class ids [H, W]; see model.classes
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from shards.config_file import config_to_dict, override_config
 from shards.errors import ConfigError
 from shards.manifest import ClassInfo
+from shards.sample import decode_upright
 from trainer.build import model_from_weights, restore_model
 from trainer.checkpoint import Checkpoint, open_checkpoint
 from trainer.config import BackboneConfig, DataConfig, LoadConfig, RandomBackboneConfig, RunConfig, run_config_from_dict
@@ -43,8 +44,13 @@ class Pretrained:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def predict(self, image: NDArray[np.uint8]) -> NDArray[np.integer[Any]]:
-        """RGB image uint8 [H, W, 3] -> class ids [H, W] (uint8 up to 256 classes, else uint16), as `eval.*` says."""
+    def predict(self, image: NDArray[np.uint8] | str | Path) -> NDArray[np.integer[Any]]:
+        """RGB image uint8 [H, W, 3] -> class ids [H, W] (uint8 up to 256 classes, else uint16), as `eval.*` says.
+
+        A JPEG or PNG file is turned first as its EXIF orientation says. Raises CorruptShardError when it is unreadable.
+        """
+        if isinstance(image, str | Path):
+            image = decode_upright(Path(image).read_bytes(), str(image))
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"image is {image.dtype} {image.shape}, legal: uint8 [H, W, 3]")
         predict = Predictor(self.model, self.config, len(self.classes), self.device)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import os
 import socket
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from shards.atomic import naming
 from shards.errors import ConfigError, RunError
+from shards.locks import try_lock, warn_unlocked
 from trainer.run_state import RunState, read_state, write_state
 
 LOCK_NAME = ".lock"
@@ -41,7 +41,7 @@ def _lock(file: IO[str], folder: Path, deadline: float) -> None:
     told = False
     while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            reason = try_lock(file)
             break
         except BlockingIOError:
             file.seek(0)
@@ -52,19 +52,19 @@ def _lock(file: IO[str], folder: Path, deadline: float) -> None:
                 print(f"{holder}; waiting for its end", flush=True)
                 told = True
             time.sleep(_PAUSE)
-        except OSError as error:  # a file system without locks
-            warnings.warn(f"{folder} cannot be locked ({error}): take care that no other run uses it", stacklevel=2)
-            return
-    file.truncate(0)
-    print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+    if reason is not None:
+        warn_unlocked(folder, reason)
+        return
+    with naming(folder / LOCK_NAME):
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
 
 
 def is_used(folder: Path) -> bool | None:
     """Whether a run is in the folder now; None when that cannot be told (there is no lock, or none can be had)."""
     try:
         with (folder / LOCK_NAME).open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
+            return None if try_lock(file, shared=True) else False
     except BlockingIOError:
         return True
     except OSError:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from shards.atomic import write_atomically
 from shards.errors import ConfigError
+from shards.strict_json import nan_for_null, to_json
 from trainer.wandb_run import WandbRun
 
 _log = logging.getLogger(__name__)
@@ -27,7 +28,10 @@ _BOARD_SECONDS = 20.0  # that TensorBoard may take to close
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The records of a run in order; lines that are none, such as one cut short by a kill, are left out."""
+    """The records of a run in order; lines that are none, such as one cut short by a kill, are left out.
+
+    A number that is not finite was written as null, and is NaN here.
+    """
     path = run / METRICS_NAME
     if not path.exists():
         return []
@@ -38,7 +42,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             continue
         if isinstance(record, dict) and type(record.get("step")) is int and "kind" in record:
-            records.append(record)
+            records.append(nan_for_null(record))
     return records
 
 
@@ -53,7 +57,8 @@ def read_evaluation(run: Path) -> dict[str, Any] | None:
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold an object")
-    return content
+    found: dict[str, Any] = nan_for_null(content)
+    return found
 
 
 class RunLogger:
@@ -67,7 +72,7 @@ class RunLogger:
 
         self.run, self.wandb = run, wandb
         kept = [record for record in read_metrics(run) if record["step"] <= step or record["kind"] == "event"]
-        write_atomically(run / METRICS_NAME, "".join(json.dumps(record) + "\n" for record in kept).encode())
+        write_atomically(run / METRICS_NAME, "".join(to_json(record) + "\n" for record in kept).encode())
         self._file = (run / METRICS_NAME).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
         self._excepthook, threading.excepthook = threading.excepthook, self._thread_failed
@@ -85,7 +90,7 @@ class RunLogger:
         """One record of the means, kind "val"; and all of it, classes and pairs too, in `<run>/evaluation.json`."""
         self.scalars(step, "val", {name: value for name, value in metrics.items() if isinstance(value, float)})
         with self._or_warn():
-            write_atomically(self.run / EVALUATION_NAME, json.dumps({"step": step, **metrics}, indent=1).encode())
+            write_atomically(self.run / EVALUATION_NAME, to_json({"step": step, **metrics}, indent=1).encode())
 
     def event(self, step: int, what: str) -> None:
         """Something out of the ordinary that a reader of the curves should know, e.g. a restart or a skipped batch."""
@@ -134,8 +139,9 @@ class RunLogger:
         try:
             yield
         except OSError as error:
-            warnings.warn(f"the record in {self.run} could not be written: {error}. Training goes on", stacklevel=4)
+            place, reason = error.filename or self.run, error.strerror or error
+            warnings.warn(f"the record in {place} could not be written: {reason}. Training goes on", stacklevel=4)
 
     def _record(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(to_json(record) + "\n")
         self._file.flush()

@@ -15,6 +15,7 @@ from typing import Any
 
 from shards.atomic import write_atomically
 from shards.errors import ConfigError
+from shards.strict_json import to_json
 
 STATE_NAME = "state.json"
 STATUSES = ("running", "stopped", "failed", "finished")
@@ -61,7 +62,7 @@ class RunState:
 def write_state(run: Path, state: RunState) -> None:
     """Publish the state whole; that it could not be written (a full disk) is a warning, never the end of a run."""
     try:
-        write_atomically(run / STATE_NAME, (json.dumps(dataclasses.asdict(state), indent=1) + "\n").encode())
+        write_atomically(run / STATE_NAME, (to_json(dataclasses.asdict(state), indent=1) + "\n").encode())
     except OSError as error:
         warnings.warn(f"{run / STATE_NAME} could not be written: {error}. Training goes on", stacklevel=2)
 

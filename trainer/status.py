@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 from shards.command_line import run_entry_point
 from shards.errors import ConfigError
+from shards.strict_json import to_json
 from trainer.run_folder import is_used
 from trainer.run_logger import METRICS_NAME, read_metrics
 from trainer.run_state import STATE_NAME, RunState, format_duration, read_state
@@ -41,7 +41,7 @@ def main() -> int:
         raise ConfigError(f"{arguments.run / METRICS_NAME} holds a record that is not one of a run: "
                           f"{error!r}") from error
     if arguments.json:
-        print(json.dumps(dataclasses.asdict(state) | {"status": status}, indent=1))
+        print(to_json(dataclasses.asdict(state) | {"status": status}, indent=1))
     else:
         print("\n".join(lines).encode(errors="replace").decode())  # JSON may hold what is no text
     return EXIT_CODES[status]

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
+from shards.strict_json import to_json
 from trainer.distributed import DistContext
 
 EXIT_HUNG = 70  # EX_SOFTWARE
@@ -75,7 +76,7 @@ class Watchdog:
             self._published += 1
             if store is not None:
                 try:
-                    store.set(f"progress/{self.context.rank}", json.dumps(self._own()))
+                    store.set(f"progress/{self.context.rank}", to_json(self._own()))
                 except RuntimeError as error:  # the node that holds the store is gone; torch's errors are of that kind
                     if not self._done.is_set():
                         _end(f"the launcher's store does not answer ({str(error).splitlines()[0]})")
