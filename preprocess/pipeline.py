@@ -236,7 +236,7 @@ def _existing_set(
         raise ConfigError(
             f"{output} already holds a complete shard set made with other settings, sources or encoders "
             f"(its config_hash is {manifest.config_hash[:12]}, this command's is {set_hash[:12]}); "
-            "give another --output, or remove that set first"
+            "sets are never extended or overwritten: give another --output, or remove that set first"
         )
     if not manifest.sources:
         _log.warning("%s was made by an older version: its sources are compared by name and size only", output)

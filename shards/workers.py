@@ -7,6 +7,7 @@ import multiprocessing
 import multiprocessing.connection
 import multiprocessing.util
 import os
+import signal
 import tempfile
 import threading
 
@@ -14,6 +15,7 @@ from shards.errors import ConfigError
 
 _SOCKET_PATH = 100  # bytes of a Unix socket's address: 107 on Linux, 103 on macOS
 _SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's names for them, malloc.h
 
 
@@ -25,6 +27,18 @@ def exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_wait_and_exit, args=(parent.sentinel,), daemon=True).start()
+
+
+def die_with_parent() -> None:
+    """Call first in a program that another process launched: the kernel kills it when that process ends (Linux).
+
+    Even `kill -9` of a launcher then leaves nothing behind, whatever this process waits for, and if it is stopped.
+    """
+    try:
+        set_option = ctypes.CDLL(None).prctl
+    except (OSError, AttributeError):
+        return
+    set_option(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _wait_and_exit(sentinel: int) -> None:

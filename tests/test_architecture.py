@@ -23,7 +23,7 @@ CODE_ROOTS = [*SOURCES, *sorted((REPOSITORY / "benchmarks").glob("*.py"))]
 # Lower layers never import higher ones (a module may import its own layer and those below).
 TRAINER_LAYERS = (
     {"config", "distributed", "seeding", "pytest_plugin", "stopping", "watchdog", "loader_processes",
-     "parcel"},
+     "parcel", "out_of_memory"},
     {"targets", "point_sampling", "point_losses", "mask_gradients", "transforms", "metrics", "sliding_window",
      "pixel_loss", "svg_chart"},
     {"matcher"},

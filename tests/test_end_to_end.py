@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +48,14 @@ def losses(run: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in record.items() if name not in timings} for record in records]
 
 
-def run_program(program: str, *arguments: object, ranks: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run an entry point, under torchrun when `ranks` is given."""
+def run_program(program: str, *arguments: object, ranks: int = 0,
+                limit: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run an entry point, under torchrun when `ranks` is given; `limit` is called in its process first."""
     launcher = [sys.executable]
     if ranks:
         launcher = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", str(ranks)]
     return subprocess.run([*launcher, str(REPOSITORY / program), *map(str, arguments)], capture_output=True, text=True,
-                          check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                          check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=limit)
 
 
 @pytest.fixture(scope="module")
@@ -400,8 +404,39 @@ def test_predictions_never_overwrite_images_or_each_other(tmp_path: Path) -> Non
         check_outputs([images["a.jpg"], images["a-overlay.jpg"]], tmp_path / "out")
     with pytest.raises(ConfigError, match=r"would overwrite the image .*a\.png"):
         check_outputs([images["a.png"]], tmp_path)
-    with pytest.raises(ConfigError, match="is a folder"):
-        check_outputs([tmp_path], tmp_path / "out")
+
+
+def test_images_of_which_none_is_a_file_are_refused_at_once(tmp_path: Path) -> None:
+    from trainer.predict import usable_images
+
+    (tmp_path / "a.jpg").touch()
+    for image, message in ((tmp_path, "is a folder"), (tmp_path / "b.jpg", r"b\.jpg does not exist"),
+                           (Path("eval.mode=whole"), "settings are given as --set eval.mode=whole")):
+        with pytest.raises(ConfigError, match=message):
+            usable_images([image, tmp_path / "c.jpg"])
+        assert len(usable_images([image, tmp_path / "a.jpg"])) == 2
+
+
+def test_prediction_goes_on_after_an_image_that_cannot_be_used(finished: Path, scenes: Path, tmp_path: Path) -> None:
+    good = sorted((scenes / "images/val").iterdir())[:2]
+    (tmp_path / "bad.jpg").write_bytes(b"\xff\xd8\xff no picture")
+    result = run_program("trainer/predict.py", "--checkpoint", finished / "checkpoints/best.pt", "--output",
+                         tmp_path / "out", good[0], tmp_path / "bad.jpg", tmp_path / "missing.jpg", good[1])
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert re.search(r"error: \S*bad\.jpg", result.stderr) and re.search(r"error: \S*missing\.jpg", result.stderr)
+    assert "2 of 4 images could not be predicted" in result.stderr and "2 predictions are in" in result.stdout
+    assert all((tmp_path / "out" / f"{path.stem}.png").exists() for path in good)
+    assert json.loads((tmp_path / "out/classes.json").read_text())["0"]
+
+
+def test_an_image_beyond_memory_is_one_line_with_settings(finished: Path, tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((9000, 9000, 3), np.uint8)).save(tmp_path / "huge.png")
+    result = run_program("trainer/predict.py", "--checkpoint", finished / "checkpoints/best.pt", "--output",
+                         tmp_path / "out", tmp_path / "huge.png", "--set", "eval.resize_short_side=64", "--set",
+                         "eval.mode=whole", limit=lambda: resource.setrlimit(resource.RLIMIT_AS, (5 << 30, 5 << 30)))
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    assert re.search(r"image of 9000x9000 pixels, 8 classes: out of memory .*take 2\.6 GB.*eval\.crop_size \(now",
+                     result.stderr), result.stderr
 
 
 @pytest.mark.slow

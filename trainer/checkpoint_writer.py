@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +23,7 @@ from shards.storage import LocalStorage, open_storage
 from trainer.checkpoint import BEST_NAME, HASH_SUFFIX, Checkpoint, checkpoint_name, numbered
 
 _SCRATCH = ".checkpoint.tmp"
+_POLL = 0.05  # seconds
 
 
 class CheckpointError(RunError):
@@ -35,11 +37,13 @@ class CheckpointWriter:
     the last one is an error (see `close`).
     """
 
-    def __init__(self, place: str | Path, scratch: Path, keep: int, keep_every: int | None) -> None:
-        """`place`: folder or URL; `scratch`: local folder for what is on its way to a URL; `keep`: newest ones."""
+    def __init__(self, place: str | Path, scratch: Path, keep: int, keep_every: int | None,
+                 on_wait: Callable[[], None] = lambda: None) -> None:
+        """`place`: folder or URL; `scratch`: local folder for what is on its way to a URL; `keep`: newest ones;
+        `on_wait`: called again and again while the caller waits, as slow storage is no hang."""
         self.storage = open_storage(place)
         self.scratch = self.storage.folder if isinstance(self.storage, LocalStorage) else scratch
-        self.keep, self.keep_every = keep, keep_every
+        self.keep, self.keep_every, self.on_wait = keep, keep_every, on_wait
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._failure: str | None = None
@@ -51,16 +55,13 @@ class CheckpointWriter:
         copied = Checkpoint(**_on_host(vars(checkpoint)))
         self._pending = self._thread.submit(self._write, copied, is_best)
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether a checkpoint is still being written."""
-        return self._pending is not None and not self._pending.done()
-
     def wait(self) -> None:
         """Until nothing is being written; warns when that failed."""
-        pending, self._pending = self._pending, None
+        pending = self._pending
         if pending is None:
             return
+        self._wait_for(pending)
+        self._pending = None
         try:
             pending.result()
             self._failure = None
@@ -73,6 +74,8 @@ class CheckpointWriter:
 
     def __exit__(self, *_: object) -> None:
         """After an error what is being written is still finished."""
+        if self._pending is not None:
+            self._wait_for(self._pending)
         self._thread.shutdown()
 
     def close(self) -> None:
@@ -82,6 +85,11 @@ class CheckpointWriter:
         if self._failure is not None:
             raise CheckpointError(f"{self._failure}. What was trained since the checkpoint before is lost unless the "
                                   "same command is given again with room to write")
+
+    def _wait_for(self, pending: Future[None]) -> None:
+        while not pending.done():
+            self.on_wait()
+            wait([pending], _POLL)
 
     def _write(self, checkpoint: Checkpoint, is_best: bool) -> None:
         self.scratch.mkdir(parents=True, exist_ok=True)

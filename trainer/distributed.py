@@ -7,17 +7,19 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from shards.errors import ConfigError, RunError
+from trainer.watchdog import Watchdog
 
 # Ranks wait for each other as long as one of them makes progress; trainer.watchdog notices when none does.
 COLLECTIVE_TIMEOUT = datetime.timedelta(days=1)
 JOIN_TIMEOUT = datetime.timedelta(minutes=10)
+_SHORTEST_JOIN = 60.0  # seconds: imports take that long on a busy machine
 _POLL = 0.02  # seconds
 
 
@@ -29,11 +31,17 @@ class DistContext:
     world_size: int
     device: torch.device
     store_prefix: str | None = None  # of this start's keys in the launcher's store; None without a launcher
+    watchdog: Watchdog | None = None
 
     @property
     def is_main(self) -> bool:
         """True on the one rank that prints, logs and saves."""
         return self.rank == 0
+
+    def beat(self, phase: str, step: int | None = None) -> None:
+        """Tell the watchdog, if there is one, that a phase begins; `step`: so many are finished now."""
+        if self.watchdog is not None:
+            self.watchdog.beat(phase, step)
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place; returns the tensor. Call it on every rank."""
@@ -61,35 +69,56 @@ class DistContext:
 
 
 @contextmanager
-def distributed(device: str) -> Iterator[DistContext]:
-    """Join the process group that torchrun describes (NCCL on CUDA, gloo on CPU), and leave it at the end.
+def distributed(device: str, hang_timeout: float = JOIN_TIMEOUT.total_seconds()) -> Iterator[DistContext]:
+    """Join the process group that torchrun describes (NCCL on CUDA, gloo on CPU), and leave it at the end. A watchdog
+    looks after all that happens in between, loading included (see `trainer.watchdog`).
 
     Without torchrun's environment there is no group and one rank. Raises ConfigError when "cuda" is asked
-    for and absent.
+    for and absent, RunError when the launcher's store or other ranks do not answer.
     """
-    launched = "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = pick_device(device, local_rank)
-    if not launched:
-        yield DistContext(rank=0, world_size=1, device=chosen)
+    if not is_launched():
+        alone = DistContext(rank=0, world_size=1, device=chosen)
+        with Watchdog(alone, hang_timeout) as watchdog:
+            yield replace(alone, watchdog=watchdog)
         return
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
-    prefix = agree_on_start(store, rank, world_size)
-    dist.init_process_group(
-        "nccl" if chosen.type == "cuda" else "gloo",
-        store=dist.PrefixStore(prefix, store), rank=rank, world_size=world_size,
-        timeout=COLLECTIVE_TIMEOUT,
-        device_id=chosen if chosen.type == "cuda" else None,
-    )
+    store, rank, world_size, prefix = _join(datetime.timedelta(seconds=max(hang_timeout, _SHORTEST_JOIN)))
+    context = DistContext(rank=rank, world_size=world_size, device=chosen, store_prefix=prefix)
+    with Watchdog(context, hang_timeout) as watchdog:
+        dist.init_process_group(
+            "nccl" if chosen.type == "cuda" else "gloo",
+            store=dist.PrefixStore(prefix, store), rank=rank, world_size=world_size,
+            timeout=COLLECTIVE_TIMEOUT,
+            device_id=chosen if chosen.type == "cuda" else None,
+        )
+        try:
+            yield replace(context, watchdog=watchdog)
+        finally:
+            dist.destroy_process_group()
+
+
+def is_launched() -> bool:
+    """Whether torchrun, or something that speaks like it, started this process as one of several ranks."""
+    return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def _join(timeout: datetime.timedelta) -> tuple[dist.Store, int, int, str]:
+    """(the launcher's store, rank, world size, prefix of this start). Raises RunError when nobody answers in time."""
     try:
-        yield DistContext(rank=rank, world_size=world_size, device=chosen, store_prefix=prefix)
-    finally:
-        dist.destroy_process_group()
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        return store, rank, world_size, agree_on_start(store, rank, world_size, timeout)
+    except (RuntimeError, OSError) as error:  # torch's DistError is a RuntimeError
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = str(error).strip().splitlines()[0]
+        raise RunError(f"rank {os.environ.get('RANK')} could not join the others through the launcher's store at "
+                       f"{place} within {timeout.total_seconds():.0f} s ({reason}); is torchrun still running there, "
+                       "and does the network let it through?") from error
 
 
-def agree_on_start(store: dist.Store, rank: int, world_size: int) -> str:
+def agree_on_start(store: dist.Store, rank: int, world_size: int, timeout: datetime.timedelta = JOIN_TIMEOUT) -> str:
     """A prefix for the keys of this start of the ranks, the same on all of them, that no earlier start had.
 
     torchrun keeps its store when it starts ranks again (after a death, or with other nodes), and with it the addresses
@@ -100,12 +129,12 @@ def agree_on_start(store: dist.Store, rank: int, world_size: int) -> str:
     if rank:
         greeting = store.add(f"greetings/{rank}", 1)
         answer = f"answers/{rank}/{greeting}"
-        store.wait([answer], JOIN_TIMEOUT)
+        store.wait([answer], timeout)
         prefix = store.get(answer).decode()
         store.set(f"{prefix}/heard/{rank}", "")
         return prefix
     prefix = f"start-{store.add('starts', 1)}"
-    deadline = time.monotonic() + JOIN_TIMEOUT.total_seconds()
+    deadline = time.monotonic() + timeout.total_seconds()
     missing = set(range(1, world_size))
     while missing:
         for other in sorted(missing):
@@ -113,7 +142,7 @@ def agree_on_start(store: dist.Store, rank: int, world_size: int) -> str:
                 store.set(f"answers/{other}/{store.add(f'greetings/{other}', 0)}", prefix)
         missing = {other for other in missing if not store.check([f"{prefix}/heard/{other}"])}
         if missing and time.monotonic() > deadline:
-            raise RunError(f"ranks {sorted(missing)} did not start within {JOIN_TIMEOUT.total_seconds():.0f} s")
+            raise RunError(f"ranks {sorted(missing)} did not start within {timeout.total_seconds():.0f} s")
         time.sleep(_POLL)
     return prefix
 

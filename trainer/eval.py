@@ -16,11 +16,13 @@ from shards.command_line import add_overrides, config_files, config_parser, run_
 from shards.errors import ConfigError
 from shards.strict_json import to_json
 from trainer.config import RunConfig, load_run_config
+from trainer.stopping import die_with_launcher
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "config-ade20k-m2f-inference.yaml"
 
 
 def main() -> int:
+    die_with_launcher()
     parser = config_parser(str(__doc__), RunConfig, DEFAULT_CONFIG)
     parser.add_argument("--checkpoint", required=True, help="checkpoint file, e.g. <run>/checkpoints/best.pt, or "
                         "another program's head")
@@ -50,7 +52,7 @@ def _evaluate(config: RunConfig, checkpoint_path: Path, output: Path) -> int:
     found = open_checkpoint(checkpoint_path)
     reader = open_reader(config.data, config.data.val_split)
     manifest = reader.manifest
-    with distributed(config.device) as context:
+    with distributed(config.device, config.train.hang_timeout) as context:
         if isinstance(found, WeightsFile) and not found.brings_settings:
             pretrained, settings = adopt(found, config, manifest.classes, context.device), config
         else:

@@ -53,8 +53,10 @@ def evaluate(
     captions: list[str] = []
     loader = validation_loader(WholeImages(reader, config.data), numbers, context.device)
     stopped = False
+    context.beat("evaluation")
     for item in tqdm(loader, total=len(numbers), desc="evaluating", unit="img", leave=False,
                      disable=None if context.is_main else True):
+        context.beat("evaluation")
         stopped = not go_on()
         if stopped:
             break

@@ -6,21 +6,15 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from shards.errors import RunError
 from trainer.loader import LoaderError
+from trainer.out_of_memory import OutOfMemory, allocator_error
 from trainer.run import Run
 
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 # What gloo and NCCL say when a peer is gone.
 _LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe",
               "NCCL communicator was aborted", "remote process exited", "Socket Timeout", "Timed out waiting",
               "no longer reachable")
-
-
-class OutOfMemory(RunError):
-    """The message says which settings take memory, and what they are now."""
 
 
 class RankLost(RunError):
@@ -32,12 +26,12 @@ def named_failures(run: Run) -> Iterator[None]:
     """Turn errors of memory, network and loader processes into one line that names rank, host and step."""
     try:
         yield
-    except LoaderError as error:
-        raise LoaderError(f"{_where(run)}: {error}") from error
+    except (LoaderError, OutOfMemory) as error:
+        raise type(error)(f"{_where(run)}: {error}") from error
     except (RuntimeError, MemoryError) as error:
         text = str(error)
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in text for sign in _OUT_OF_MEMORY):
-            raise OutOfMemory(f"{_where(run)}: out of memory ({_first_line(text)}). {_knobs(run)}") from error
+        if (line := allocator_error(error)) is not None:
+            raise OutOfMemory(f"{_where(run)}: out of memory ({line}). {_knobs(run)}") from error
         if any(sign in text for sign in _LOST_RANK):
             raise RankLost(f"{_where(run)}: another rank died or was cut off ({_first_line(text)}); its own output "
                            "says why. The same command goes on from the newest checkpoint") from error

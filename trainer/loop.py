@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 import warnings
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from itertools import islice
@@ -52,7 +51,6 @@ from trainer.run_logger import RunLogger
 from trainer.seeding import seed_micro_batch
 from trainer.stopping import RunStopped, stop_on_signals
 from trainer.wandb_run import WandbRun
-from trainer.watchdog import Watchdog
 
 SKIPPED_NAME = "skipped-samples.jsonl"
 
@@ -81,13 +79,13 @@ def _train(config: RunConfig, context: DistContext, root: str, folder: Path) -> 
     check_ranks_agree(run)
     # -- loop ---------------------------------------------------------------------------------------------
     logger = _start_logging(run) if context.is_main else None
-    writer = CheckpointWriter(checkpoint_place(config), folder, config.train.keep_checkpoints, config.train.keep_every)
+    writer = CheckpointWriter(checkpoint_place(config), folder, config.train.keep_checkpoints, config.train.keep_every,
+                              on_wait=lambda: run.beat("checkpoint"))
     try:
         with (closing(logger) if logger is not None else nullcontext(), Progress(run, logger, writer) as progress,
               writer):
             loop = _Loop(run, crops, val_reader, logger, writer, progress)
-            with (stop_on_signals(run.stop), Watchdog(context, config.train.hang_timeout) as run.watchdog,
-                  named_failures(run)):
+            with stop_on_signals(run.stop), named_failures(run):
                 while not loop.is_done():
                     try:
                         loop.go_on()
@@ -183,13 +181,10 @@ class _Loop:
         """Metrics of the model as it is. Raises EvaluationStopped."""
         run = self.run
 
-        def go_on() -> bool:
-            run.beat("evaluation")
-            return not run.stop.requested
-
         # Without synchronised batch norm (CPU) each rank has statistics of its own batches; rank 0's are those saved.
         run.context.broadcast(run.model.buffers())
-        result = evaluate(run.model, self.val_reader, run.config, run.context, run.config.eval.max_images, go_on)
+        result = evaluate(run.model, self.val_reader, run.config, run.context, run.config.eval.max_images,
+                          lambda: not run.stop.requested)
         if self.logger is not None:
             _log_evaluation(run, result, self.logger)
         return result.metrics
@@ -212,9 +207,6 @@ class _Loop:
         if is_best:
             run.best_miou = miou
         if run.context.is_main:
-            while self.writer.is_busy:  # with the one before; slow storage is no hang
-                run.beat("checkpoint")
-                time.sleep(0.05)
             self.writer.save(snapshot(run), is_best=is_best)
 
     def record_skipped(self, micro_batches: list[Batch]) -> None:

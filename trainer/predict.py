@@ -9,15 +9,20 @@ linear head, EoMT from Hugging Face) brings weights only: add --config and --cla
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from shards.atomic import write_atomically
 from shards.command_line import run_entry_point
-from shards.errors import ConfigError
+from shards.errors import ConfigError, MaskStreamError, RunError
 from shards.strict_json import to_json
 from trainer.checkpoint_options import add_checkpoint_options, open_pretrained
+
+if TYPE_CHECKING:
+    from trainer.pretrained import Pretrained
 
 
 def main() -> int:
@@ -26,8 +31,9 @@ def main() -> int:
     parser.add_argument("--output", required=True, help="folder for <name>.png (class ids) and <name>-overlay.png")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="JPEG or PNG files")
     arguments = parser.parse_args()
-    check_outputs([Path(image) for image in arguments.images], Path(arguments.output))
-    return _predict(arguments)
+    images = usable_images([Path(image) for image in arguments.images])
+    check_outputs(images, Path(arguments.output))
+    return _predict(arguments, images)
 
 
 def output_names(image: Path) -> tuple[str, str]:
@@ -35,13 +41,22 @@ def output_names(image: Path) -> tuple[str, str]:
     return f"{image.stem}.png", f"{image.stem}-overlay.png"
 
 
-def check_outputs(images: list[Path], output: Path) -> None:
-    """Raise ConfigError when an image is no file, or a prediction would overwrite an image or another prediction."""
-    written: dict[Path, Path] = {}
+def usable_images(images: list[Path]) -> list[Path]:
+    """Those that are files or may become some; raises ConfigError when none is, before a model is loaded."""
+    problems = []
     for image in images:
         if not image.is_file():
             hint = f"; settings are given as --set {image}" if "=" in str(image) else ""
-            raise ConfigError(f"image {image} {'is a folder' if image.is_dir() else f'does not exist{hint}'}")
+            problems.append(f"image {image} {'is a folder' if image.is_dir() else f'does not exist{hint}'}")
+    if len(problems) == len(images):
+        raise ConfigError(problems[0])
+    return images
+
+
+def check_outputs(images: list[Path], output: Path) -> None:
+    """Raise ConfigError when a prediction would overwrite an image or another prediction."""
+    written: dict[Path, Path] = {}
+    for image in images:
         for name in output_names(image):
             other = written.setdefault(output / name, image)
             if other is not image:
@@ -53,26 +68,40 @@ def check_outputs(images: list[Path], output: Path) -> None:
             raise ConfigError(f"the prediction of {image} would overwrite the image {path}; choose another --output")
 
 
-def _predict(arguments: argparse.Namespace) -> int:
+def _predict(arguments: argparse.Namespace, images: list[Path]) -> int:
+    """One prediction after the other; an image that cannot be used is said and left out, and the exit code tells."""
+    pretrained = open_pretrained(arguments)
+    output = Path(arguments.output)
+    output.mkdir(parents=True, exist_ok=True)
+    failures: list[Exception] = []
+    for path in tqdm(images, desc="predicting", unit="img", disable=None):
+        try:
+            _predict_one(pretrained, path, output)
+        except (MaskStreamError, OSError) as error:
+            failures.append(error)
+            tqdm.write(f"error: {path}: {' '.join(str(error).removeprefix(f'{path}: ').split())}", file=sys.stderr)
+    if len(failures) == len(images):
+        raise failures[0]
+    legend = {number: info.name for number, info in enumerate(pretrained.classes)}
+    write_atomically(output / "classes.json", to_json(legend, indent=1).encode())
+    print(f"{len(images) - len(failures)} predictions are in {output} (class ids, overlays, classes.json)")
+    if failures:
+        raise RunError(f"{len(failures)} of {len(images)} images could not be predicted; each is named above")
+    return 0
+
+
+def _predict_one(pretrained: Pretrained, path: Path, output: Path) -> None:
     from PIL import Image
 
     from shards.picture import overlay, save_picture
     from shards.sample import decode_upright
 
-    pretrained = open_pretrained(arguments)
-    output = Path(arguments.output)
-    output.mkdir(parents=True, exist_ok=True)
-    colors = [info.color for info in pretrained.classes]
-    for path in tqdm(arguments.images, desc="predicting", unit="img", disable=None):
-        pixels = decode_upright(Path(path).read_bytes(), path)
-        label_map = pretrained.predict(pixels)
-        map_name, overlay_name = output_names(Path(path))
-        save_picture(Image.fromarray(label_map), output / map_name)
-        save_picture(Image.fromarray(overlay(pixels, label_map, colors)), output / overlay_name)
-    legend = {number: info.name for number, info in enumerate(pretrained.classes)}
-    write_atomically(output / "classes.json", to_json(legend, indent=1).encode())
-    print(f"{len(arguments.images)} predictions are in {output} (class ids, overlays, classes.json)")
-    return 0
+    pixels = decode_upright(path.read_bytes(), str(path))
+    label_map = pretrained.predict(pixels)
+    map_name, overlay_name = output_names(path)
+    save_picture(Image.fromarray(label_map), output / map_name)
+    save_picture(Image.fromarray(overlay(pixels, label_map, [info.color for info in pretrained.classes])),
+                 output / overlay_name)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from torch import Tensor
 from shards.errors import ConfigError
 from trainer.config import RunConfig
 from trainer.models import Segmenter
+from trainer.out_of_memory import OutOfMemory, allocator_error
 from trainer.sliding_window import ADAPTER_DIVISOR, Size, covering_size, slide_inference, view_size
 from trainer.transforms import normalize
 
@@ -29,9 +30,27 @@ class Predictor:
         self.model, self.config, self.num_classes, self.device = model, config, num_classes, device
         self.settings = config.eval
 
-    @torch.inference_mode()
     def __call__(self, image: Tensor) -> Tensor:
         """uint8 [3, H, W] on any device -> int64 [H, W] class ids on the model's device.
+
+        Raises OutOfMemory naming the settings that decide how much an image takes.
+        """
+        height, width = image.shape[1:]
+        try:
+            return self._predict(image)
+        except (RuntimeError, MemoryError) as error:
+            if (line := allocator_error(error)) is None:
+                raise
+            settings, gigabytes = self.settings, 4 * self.num_classes * height * width / 1e9
+            raise OutOfMemory(
+                f"image of {width}x{height} pixels, {self.num_classes} classes: out of memory ({line}). Its scores "
+                f"take {gigabytes:.1f} GB, several times: resize it; lower eval.crop_size (now {settings.crop_size}) "
+                f"or eval.resize_short_side (now {settings.resize_short_side or 'null'}); set eval.mode=slide (now "
+                f"{settings.mode})") from error
+
+    @torch.inference_mode()
+    def _predict(self, image: Tensor) -> Tensor:
+        """As `__call__`.
 
         The class probabilities of all views are averaged: a softmax over classes even of Mask2Former's scores, as in
         the DINOv3 reference, whose published numbers with several views depend on it.

@@ -24,7 +24,6 @@ from trainer.models import Segmenter
 from trainer.models.weights import read_weights
 from trainer.optimizer import build_optimizer, load_optimizer
 from trainer.stopping import StopRequest
-from trainer.watchdog import Watchdog
 
 
 @dataclass(kw_only=True)
@@ -46,12 +45,10 @@ class Run:
     skipped_steps: list[int] = field(default_factory=list)  # left out for numbers that were not finite
     changes: list[str] = field(default_factory=list)  # settings that are not those of the checkpoint it continues
     stop: StopRequest = field(default_factory=StopRequest)
-    watchdog: Watchdog | None = None
 
     def beat(self, phase: str) -> None:
         """Tell the watchdog, if there is one, that a phase begins."""
-        if self.watchdog is not None:
-            self.watchdog.beat(self.step, phase)
+        self.context.beat(phase, self.step)
 
 
 def required_folders(config: RunConfig) -> tuple[str, Path]:

@@ -6,6 +6,7 @@ command goes on from there. A second Ctrl-C ends it at once.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 from shards.errors import RunError
+from shards.workers import die_with_parent
 
 EXIT_TO_BE_CONTINUED = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -39,6 +41,12 @@ class StopRequest:
     @property
     def requested(self) -> bool:
         return self.signal_name is not None
+
+
+def die_with_launcher() -> None:
+    """Call first in a program: a rank ends with the torchrun that started it, however that died."""
+    if "LOCAL_RANK" in os.environ:
+        die_with_parent()
 
 
 @contextmanager

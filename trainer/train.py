@@ -12,11 +12,13 @@ from pathlib import Path
 from shards.command_line import add_overrides, config_files, config_parser, run_entry_point
 from shards.config_file import config_to_yaml
 from trainer.config import RunConfig, load_run_config
+from trainer.stopping import die_with_launcher
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "config-ade20k-m2f-training.yaml"
 
 
 def main() -> int:
+    die_with_launcher()
     parser = config_parser(str(__doc__), RunConfig, DEFAULT_CONFIG)
     parser.add_argument("--dry-run", action="store_true", help="print settings, counts and one sample, train nothing")
     add_overrides(parser)
@@ -32,7 +34,7 @@ def _train(config: RunConfig) -> int:
     from trainer.run import required_folders
 
     root, folder = required_folders(config)
-    with distributed(config.device) as context:
+    with distributed(config.device, config.train.hang_timeout) as context:
         metrics = train(config, context)
         if context.is_main:
             from shards.manifest import load_manifest

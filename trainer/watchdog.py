@@ -3,7 +3,7 @@
 Each rank notes its progress (`beat`); a thread publishes it in the group's store. A rank that waits for another makes
 no progress either, so the run hangs when nobody has made any for `timeout` seconds. The threads then find, each on its
 own, who is to blame: ranks whose threads are silent too (stopped, or their host is gone), else those that are behind
-the others.
+the others. Data and models may take any time to load: in that phase only silence is a hang.
 """
 
 from __future__ import annotations
@@ -17,17 +17,21 @@ import threading
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch.distributed as dist
 
 from shards.strict_json import to_json
-from trainer.distributed import DistContext
+
+if TYPE_CHECKING:
+    from trainer.distributed import DistContext
 
 EXIT_HUNG = 70  # EX_SOFTWARE
-PHASES = ("starting", "evaluation", "checkpoint", "waiting for data", "counting masks", "forward pass", "backward pass")
+PHASES = ("loading", "evaluation", "checkpoint", "waiting for data", "counting masks", "forward pass", "backward pass")
 _LONGEST_PERIOD = 2.0  # seconds between two reports of a rank
 _LOOKS_APART = 3  # periods in which a living rank reports at least once
+_LOADING = 0  # index into PHASES
+_LOADING_SILENCE = 30.0  # seconds; imports and model building keep threads from running now and then
 
 
 class LastHeard(NamedTuple):
@@ -42,7 +46,7 @@ class LastHeard(NamedTuple):
 
 
 class Watchdog:
-    """Context manager around a run's loop. On a hang it prints what every rank was doing and ends the process."""
+    """Context manager around all that ranks do. On a hang it prints what each was doing and ends the process."""
 
     def __init__(self, context: DistContext, timeout: float) -> None:
         self.context, self.timeout = context, timeout
@@ -53,9 +57,11 @@ class Watchdog:
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def beat(self, step: int, phase: str) -> None:
-        """Progress was made; one of PHASES begins after so many steps. Costs nothing: call it as often as you like."""
-        self._at, self._since = (step, PHASES.index(phase)), time.monotonic()
+    def beat(self, phase: str, step: int | None = None) -> None:
+        """Progress was made; one of PHASES begins after so many steps (None: as many as before). Costs nothing: call
+        it as often as you like."""
+        self._at = (self._at[0] if step is None else step, PHASES.index(phase))
+        self._since = time.monotonic()
 
     def __enter__(self) -> Watchdog:
         self._since = time.monotonic()
@@ -85,11 +91,15 @@ class Watchdog:
                 suspected = None
             elif suspected is None:
                 suspected = now, self._progress_of_all(store)
-            elif now - suspected[0] > _LOOKS_APART * self.period:
+            elif now - suspected[0] > self._time_between_looks():
                 message = describe_hang(suspected[1], self._progress_of_all(store), self.timeout)
                 if message is not None and not self._done.is_set():
                     _end(message)
                 suspected = None
+
+    def _time_between_looks(self) -> float:
+        apart = _LOOKS_APART * self.period
+        return max(apart, min(self.timeout, _LOADING_SILENCE)) if self._at[1] == _LOADING else apart
 
     def _own(self) -> LastHeard:
         age = time.monotonic() - self._since
@@ -115,6 +125,8 @@ def describe_hang(before: Mapping[int, LastHeard], now: Mapping[int, LastHeard],
     answering = [progress for progress in now.values() if progress not in silent]
     if any(progress.age < timeout for progress in answering):
         return None
+    if not silent and any(progress.phase == _LOADING for progress in answering):
+        return None
     behind = min((progress.step, progress.phase) for progress in now.values())
     blamed = silent or [progress for progress in answering if (progress.step, progress.phase) == behind]
     verb = "does not answer, last seen" if silent else "is"
@@ -122,8 +134,8 @@ def describe_hang(before: Mapping[int, LastHeard], now: Mapping[int, LastHeard],
                       f"{PHASES[progress.phase]}, for {progress.age:.0f} s" for progress in blamed)
     others = len(now) - len(blamed)
     waiting = f"; {others} other rank(s) wait for it" if others else ""
-    return (f"no progress for {timeout:g} s (train.hang_timeout): {names}{waiting}. The run ends here; the same "
-            "command goes on from the newest checkpoint")
+    return (f"no progress for {timeout:g} s (train.hang_timeout): {names}{waiting}. All ranks end here; the "
+            "same command starts again, training from its newest checkpoint")
 
 
 def _end(message: str) -> None:

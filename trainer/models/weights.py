@@ -106,13 +106,25 @@ def read_file(path: str | Path, *, mmap: bool = True) -> Any:
             mapped = load_file(path)
             return mapped if mmap else {key: tensor.clone() for key, tensor in mapped.items()}
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+    except MemoryError:
+        raise
     except Exception as error:
-        # Torch's own words advise to run what is in the file.
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        reason = (f"it holds a {refused[1]}; save the model's state_dict() instead" if refused
-                  else str(error).strip().partition("\n")[0])
         raise ConfigError(f"checkpoint {path} cannot be read, it is damaged or holds more than plain tensors: "
-                          f"{reason}") from error
+                          f"{_why_unreadable(path, error)}") from error
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    """In our words: torch's advise to run what is in the file."""
+    text = str(error)
+    if path.stat().st_size == 0:
+        return "it is empty"
+    if refused := re.search(r"GLOBAL (\S+)", text):
+        return f"it holds a {refused[1]}; save the model's state_dict() instead"
+    if "TorchScript" in text:
+        return "it is a TorchScript archive; save the model's state_dict() instead"
+    if path.suffix != ".safetensors" and ("weights_only" in text or not isinstance(error, RuntimeError | OSError)):
+        return "it is no file of torch.save, or its first bytes are damaged"
+    return text.strip().partition("\n")[0].partition(". This is an internal")[0]
 
 
 def weights_in(content: Any, path: str | Path) -> WeightsFile:
