@@ -5,18 +5,22 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import pickle
+import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DINOv3ViTModel
 
 from shards.errors import ConfigError
@@ -494,3 +498,25 @@ def test_conversion_to_transformers_copies_no_weight() -> None:
     converted = meta_vit_to_transformers(state)
     copied = {key for key, tensor in converted.items() if tensor.untyped_storage().data_ptr() not in storages}
     assert all(key.endswith(("q_proj.bias", "v_proj.bias")) for key in copied)
+
+
+@pytest.mark.parametrize("name", ["module", "old_module", "namespace", "numpy", "pickle", "script", "text", "empty",
+                                  "zip"])
+def test_torch_s_advice_to_run_what_is_in_a_file_reaches_nobody(tmp_path: Path, name: str) -> None:
+    path, tensor = tmp_path / f"{name}.pt", torch.zeros(2)
+    contents: dict[str, Any] = {"module": nn.Linear(2, 2), "old_module": nn.Linear(2, 2), "numpy": {"a": np.zeros(2)},
+                                "namespace": {"model": {"a": tensor}, "args": argparse.Namespace(lr=1)}}
+    raw = {"pickle": pickle.dumps({"a": [1, {2}]}, protocol=5), "text": b"404 not found " * 99, "empty": b"",
+           "zip": b"PK\x03\x04" + b"0" * 200}
+    if name == "script":
+        with warnings.catch_warnings(action="ignore"):
+            torch.jit.save(torch.jit.trace(nn.Linear(2, 2), tensor), path)
+    elif name in raw:
+        path.write_bytes(raw[name])
+    else:
+        torch.save(contents[name], path, _use_new_zipfile_serialization=name != "old_module")
+    with pytest.raises(ConfigError, match=r"damaged or holds more than plain tensors: .") as found:
+        read_weights(path)
+    assert not re.search(r"weights_only|PyTorch|torch\.load|trust|safe_globals", str(found.value)), found.value
+    if name in ("module", "old_module", "namespace"):
+        assert "state_dict()" in str(found.value)
