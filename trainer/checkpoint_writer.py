@@ -1,17 +1,16 @@
 """Writes checkpoints while training goes on: to a folder or object storage, whole or not at all, and thins them out.
 
-Order of writing, each step published at once: `best.pt` and its hash (when it is the best), `step-N.pt.sha256`,
-`step-N.pt`. A kill between them leaves the checkpoint before, and a hash nobody asks for.
+Order of writing, for `best.pt` (when it is the best), then `step-N.pt`: the old file's hash is dropped, the file is
+published at once, then its hash. So a kill at any point leaves the old file or the new one, whole, and no hash of
+another; what has none beside it has one inside (`trainer.models.integrity`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,8 @@ from torch import Tensor
 from shards.atomic import copy_atomically, sync_folder
 from shards.errors import MaskStreamError, RunError
 from shards.storage import LocalStorage, open_storage
-from trainer.checkpoint import BEST_NAME, HASH_SUFFIX, Checkpoint, checkpoint_name, numbered
+from trainer.checkpoint import BEST_NAME, Checkpoint, checkpoint_name, numbered
+from trainer.models.integrity import HASH_SUFFIX, SealedFile, hash_line
 
 _SCRATCH = ".checkpoint.tmp"
 
@@ -88,33 +88,28 @@ class CheckpointWriter:
         temporary, name = self.scratch / _SCRATCH, checkpoint_name(checkpoint.step)
         try:
             with temporary.open("wb") as file:
-                hashing = _Hashing(file)
-                torch.save(vars(checkpoint), hashing)  # type: ignore[arg-type]  # only written to
-                file.flush()
-                os.fsync(file.fileno())
+                sealed = SealedFile(file)
+                torch.save(vars(checkpoint), sealed)  # type: ignore[arg-type]  # only written to
+                digest = sealed.seal()
             if is_best:
-                self.storage.delete(BEST_NAME + HASH_SUFFIX)  # at no moment is it that of another file
-                self._publish_copy(temporary, BEST_NAME)
-                self._publish_hash(hashing, BEST_NAME)
-            self._publish_hash(hashing, name)
-            if isinstance(self.storage, LocalStorage):
-                temporary.replace(self.scratch / name)
-                sync_folder(self.scratch)
-            else:
-                self.storage.upload(name, temporary)
+                self._publish(temporary, BEST_NAME, digest, keep=True)
+            self._publish(temporary, name, digest)
         finally:
             temporary.unlink(missing_ok=True)
         self.newest = name
         self._remove_old(checkpoint.step)
 
-    def _publish_hash(self, hashing: _Hashing, name: str) -> None:
-        self.storage.write(name + HASH_SUFFIX, f"{hashing.sha256.hexdigest()}  {name}\n".encode())
-
-    def _publish_copy(self, temporary: Path, name: str) -> None:
-        if isinstance(self.storage, LocalStorage):
+    def _publish(self, temporary: Path, name: str, digest: str, *, keep: bool = False) -> None:
+        """In the order above; `temporary` may be moved away unless it is to be kept."""
+        self.storage.delete(name + HASH_SUFFIX)
+        if not isinstance(self.storage, LocalStorage):
+            self.storage.upload(name, temporary)
+        elif keep:
             copy_atomically(temporary, self.scratch / name)
         else:
-            self.storage.upload(name, temporary)
+            temporary.replace(self.scratch / name)
+            sync_folder(self.scratch)
+        self.storage.write(name + HASH_SUFFIX, hash_line(digest, name))
 
     def _remove_old(self, newest: int) -> None:
         """Later ones than the newest were found damaged, or it would not be: they count for nothing, and may be
@@ -124,20 +119,6 @@ class CheckpointWriter:
             if self.keep_every is None or step % self.keep_every:
                 self.storage.delete(name)
                 self.storage.delete(name + HASH_SUFFIX)
-
-
-class _Hashing:
-    """A file that is only written to, with the sha256 of what was."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.sha256 = file, hashlib.sha256()
-
-    def write(self, data: Any) -> int:
-        self.sha256.update(data)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
 
 
 def _on_host(value: Any) -> Any:

@@ -24,6 +24,7 @@ from trainer.checkpoint import Checkpoint, open_checkpoint
 from trainer.config import BackboneConfig, DataConfig, LoadConfig, RandomBackboneConfig, RunConfig, run_config_from_dict
 from trainer.distributed import pick_device
 from trainer.models import Segmenter
+from trainer.models.integrity import sealed_config
 from trainer.models.weights import EXPORT_MODEL_TYPE, WeightsFile
 from trainer.predictor import Predictor
 
@@ -88,12 +89,12 @@ def export_config(pretrained: Pretrained) -> dict[str, Any]:
     config = replace(pretrained.config, output_dir=None, load=LoadConfig(), device="auto",
                      data=replace(pretrained.config.data, root=DataConfig().root),
                      backbone=replace(pretrained.config.backbone, source=None, random=RandomBackboneConfig()))
-    return {
+    return sealed_config({
         "model_type": EXPORT_MODEL_TYPE, "format": EXPORT_FORMAT,
         "layer_norm_eps": pretrained.model.backbone.layer_norm_eps,
         "classes": [asdict(item) | {"color": list(item.color)} for item in pretrained.classes],
         "settings": config_to_dict(config),
-    }  # fmt: skip
+    })  # fmt: skip
 
 
 def _exported_settings(weights: WeightsFile) -> tuple[RunConfig, list[ClassInfo]]:

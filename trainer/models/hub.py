@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from shards.errors import ConfigError
+from trainer.models.integrity import check_folder
 
 WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -53,7 +54,9 @@ def directory_config(folder: Path) -> dict[str, Any]:
 
 
 def directory_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a directory's safetensors files, memory-mapped. Raises ConfigError naming a damaged file."""
+    """All tensors of a directory's safetensors files, memory-mapped, their hashes compared. Raises ConfigError naming a
+    damaged file."""
+    check_folder(folder)
     tensors: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:

@@ -15,6 +15,7 @@ from shards.errors import ConfigError
 from trainer.config import BackboneConfig, RandomBackboneConfig
 from trainer.models.fitting import grouped
 from trainer.models.hub import directory_config, model_directory
+from trainer.models.integrity import check_folder
 from trainer.models.vit_keys import (
     META_ONLY,
     VitArchitecture,
@@ -82,6 +83,7 @@ def _pretrained_vit(folder: Path) -> DINOv3ViTModel:
     if model_type != DINOv3ViTConfig.model_type:
         legal = (DINOv3ViTConfig.model_type, *MODEL_TYPES)
         raise ConfigError(f"backbone.source {folder} holds a model of type {model_type!r}, legal: {', '.join(legal)}")
+    check_folder(folder)
     if not sys.stderr.isatty():
         disable_progress_bar()  # like our own bars
     try:
