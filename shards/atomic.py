@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
+
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp|\.checkpoint\.tmp")  # the second: of trainer.checkpoint_writer
 
 
 def write_atomically(path: Path, data: bytes, *, create: bool = False) -> None:
@@ -21,6 +24,13 @@ def copy_atomically(source: Path, path: Path) -> None:
     """Copy a file as `write_atomically` writes one."""
     with source.open("rb") as original:
         _publish(path, lambda file: shutil.copyfileobj(original, file))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes had begun to write; nobody else may be writing to the folder."""
+    for path in folder.glob(".*.tmp"):
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def _publish(path: Path, fill: Callable[[BinaryIO], object], create: bool = False) -> None:

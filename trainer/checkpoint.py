@@ -27,6 +27,7 @@ from trainer.models.weights import WeightsFile, names_directory, read_file, read
 
 CHECKPOINT_FORMAT = 2
 BEST_NAME = "best.pt"
+OWNER_NAME = "owner.json"  # whose checkpoints these are (`trainer.run_identity`)
 _NAME = re.compile(r"step-(\d{8})\.pt")
 _PIECE = 64 << 20  # bytes of a download held at a time
 _FIELD_TYPES: dict[str, Any] = {
@@ -132,6 +133,11 @@ def load_latest(place: str | Path) -> Checkpoint | None:
 def numbered(storage: Storage) -> dict[int, str]:
     """step -> name of the numbered checkpoints, oldest first."""
     return {int(match[1]): match[0] for match in filter(None, map(_NAME.fullmatch, sorted(_sizes(storage))))}
+
+
+def has_checkpoints(storage: Storage) -> bool:
+    """Whether any checkpoint is there."""
+    return bool(numbered(storage)) or BEST_NAME in _sizes(storage)
 
 
 def _sizes(storage: Storage) -> dict[str, int]:

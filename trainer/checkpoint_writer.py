@@ -18,7 +18,7 @@ from torch import Tensor
 from shards.atomic import copy_atomically, sync_folder
 from shards.errors import MaskStreamError, RunError
 from shards.storage import LocalStorage, open_storage
-from trainer.checkpoint import BEST_NAME, Checkpoint, checkpoint_name, numbered
+from trainer.checkpoint import BEST_NAME, OWNER_NAME, Checkpoint, checkpoint_name, numbered
 from trainer.models.integrity import HASH_SUFFIX, SealedFile, hash_line
 
 _SCRATCH = ".checkpoint.tmp"
@@ -26,6 +26,10 @@ _SCRATCH = ".checkpoint.tmp"
 
 class CheckpointError(RunError):
     """A checkpoint could not be written; the message names place and cause."""
+
+
+class TakenOver(RunError):
+    """Another process writes this run's checkpoints now; the message names it."""
 
 
 class CheckpointWriter:
@@ -43,6 +47,7 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._failure: str | None = None
+        self._owner: bytes | None = None
         self.newest: str | None = None  # name of the last one that was published
 
     def save(self, checkpoint: Checkpoint, *, is_best: bool) -> None:
@@ -64,11 +69,14 @@ class CheckpointWriter:
         try:
             pending.result()
             self._failure = None
+        except TakenOver:
+            raise
         except (OSError, RuntimeError, MaskStreamError) as error:  # torch reports a failed write as RuntimeError
             self._failure = f"a checkpoint could not be written to {self.storage.root}: {error}"
             warnings.warn(f"{self._failure}. Training goes on; the checkpoint before is still there", stacklevel=2)
 
     def __enter__(self) -> CheckpointWriter:
+        self._owner = self._read_owner()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -84,6 +92,7 @@ class CheckpointWriter:
                                   "same command is given again with room to write")
 
     def _write(self, checkpoint: Checkpoint, is_best: bool) -> None:
+        self._check_owner()
         self.scratch.mkdir(parents=True, exist_ok=True)
         temporary, name = self.scratch / _SCRATCH, checkpoint_name(checkpoint.step)
         try:
@@ -98,6 +107,23 @@ class CheckpointWriter:
             temporary.unlink(missing_ok=True)
         self.newest = name
         self._remove_old(checkpoint.step)
+
+    def _check_owner(self) -> None:
+        """Raise TakenOver when another start has come to write here."""
+        owner = self._read_owner()
+        if self._owner is not None and owner is not None and owner != self._owner:
+            text = " ".join(owner.decode(errors="replace").split())[:300]
+            raise TakenOver(f"another start of this run has taken over {self.storage.root}: {text}; this one ends, "
+                            "that one goes on")
+
+    def _read_owner(self) -> bytes | None:
+        """None for a folder too: its lock keeps others out."""
+        if isinstance(self.storage, LocalStorage):
+            return None
+        try:
+            return self.storage.read(OWNER_NAME)
+        except FileNotFoundError:
+            return None
 
     def _publish(self, temporary: Path, name: str, digest: str, *, keep: bool = False) -> None:
         """In the order above; `temporary` may be moved away unless it is to be kept."""

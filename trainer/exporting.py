@@ -106,9 +106,12 @@ def _written(path: Path, write: Callable[[Path], object]) -> Path:
     """Write to a temporary name, flush to disk, rename; its sha256 comes beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    write(partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.rename(path)
+    try:
+        write(partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
     write_hash_beside(path)
     return path

@@ -48,6 +48,7 @@ from trainer.run import (
     take_over,
 )
 from trainer.run_folder import only_run_in, start_noted
+from trainer.run_identity import only_run_at
 from trainer.run_logger import RunLogger
 from trainer.seeding import seed_micro_batch
 from trainer.stopping import RunStopped, stop_on_signals
@@ -65,7 +66,8 @@ def train(config: RunConfig, context: DistContext) -> dict[str, Any]:
     root, folder = required_folders(config)
     if not context.is_main:  # these meet rank 0 where DDP wraps the model, before they look for a checkpoint
         return _train(config, context, root, folder)
-    with only_run_in(folder), start_noted(folder, config.train.total_steps, context.world_size):
+    with (only_run_in(folder), start_noted(folder, config.train.total_steps, context.world_size),
+          only_run_at(checkpoint_place(config), folder)):
         return _train(config, context, root, folder)
 
 

@@ -23,6 +23,7 @@ from trainer.distributed import DistContext
 from trainer.models import Segmenter
 from trainer.models.weights import read_weights
 from trainer.optimizer import build_optimizer, load_optimizer
+from trainer.run_identity import check_identity, run_id
 from trainer.stopping import StopRequest
 from trainer.watchdog import Watchdog
 
@@ -40,6 +41,7 @@ class Run:
     optimizer: torch.optim.AdamW
     folder: Path
     backbone_sha256: str
+    run_id: str = ""  # of all its starts (`trainer.run_identity`)
     step: int = 0
     best_miou: float | None = None
     evaluated: bool = True  # whether an evaluation that is due at `step` was done
@@ -105,6 +107,7 @@ def build_run(config: RunConfig, context: DistContext, manifest: Manifest, folde
     return Run(
         config=config, context=context, manifest=manifest, model=model, wrapped=wrapped, criterion=criterion,
         optimizer=build_optimizer(model, config.optimizer), folder=folder, backbone_sha256=backbone_sha256,
+        run_id=run_id(folder),
     )  # fmt: skip
 
 
@@ -123,6 +126,7 @@ def resume(run: Run) -> None:
         start_from_weights(run)
         return
     old, new = checkpoint.run_config, run.config
+    check_identity(run.run_id, run.folder, checkpoint.run_id, old.output_dir)
     identities = [f"{name} was {before} and is {now}" for name, before, now in (
         ("the data (manifest_sha256)", checkpoint.data_hash, run.manifest.sha256),
         ("the backbone's weights (sha256)", checkpoint.backbone_sha256, run.backbone_sha256)) if before != now]
@@ -180,6 +184,7 @@ def snapshot(run: Run) -> Checkpoint:
         config=config_to_dict(run.config), classes=class_table(run.manifest), ignore_index=run.manifest.ignore_index,
         data_hash=run.manifest.sha256, backbone_sha256=run.backbone_sha256, best_miou=run.best_miou,
         evaluated=run.evaluated, skipped_steps=list(run.skipped_steps), versions=versions(),
+        run_id=run.run_id,
     )  # fmt: skip
 
 

@@ -52,7 +52,7 @@ class RunState:
         """
         if self.status != "running":
             return False
-        if self.host == socket.gethostname() and not (_process_exists(self.pid) if in_use is None else in_use):
+        if self.host == socket.gethostname() and not (process_exists(self.pid) if in_use is None else in_use):
             return True
         interval = steps_between_updates * (self.seconds_per_step or 0)
         return now - self.updated > max(_QUIET_SECONDS, _QUIET_INTERVALS * interval)
@@ -106,7 +106,8 @@ def _is_a(value: Any, kind: Any) -> bool:
     return isinstance(value, kinds) and not isinstance(value, bool)
 
 
-def _process_exists(pid: int) -> bool:
+def process_exists(pid: int) -> bool:
+    """Whether this host has a process of that number now."""
     try:
         os.kill(pid, 0)  # signal 0 only asks
     except ProcessLookupError:
