@@ -32,6 +32,7 @@ from shards.atomic import write_atomically
 from shards.errors import ConfigError, DatasetError
 from shards.manifest import MANIFEST_NAME, Manifest, hash_of, load_manifest
 from shards.mirror import copy_set, files_of
+from shards.shown_text import masked_value
 from shards.storage import LocalStorage, Storage, is_remote, open_storage
 from shards.workers import exit_with_parent
 
@@ -66,7 +67,7 @@ def write_shards(config: PreprocessConfig, dataset: Dataset) -> tuple[Manifest, 
 
 def staging_folder(config: PreprocessConfig) -> Path:
     """Where a set for `config.output` waits for its upload: one folder per URL."""
-    return Path(config.staging) / hash_of(config.output)[:16]
+    return Path(config.staging) / hash_of(masked_value(config.output))[:16]
 
 
 def _write_to_folder(config: PreprocessConfig, dataset: Dataset, output: Path) -> tuple[Manifest, bool]:

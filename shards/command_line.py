@@ -11,6 +11,7 @@ from typing import Any
 
 from shards.config_file import describe_config
 from shards.errors import MaskStreamError
+from shards.shown_text import shown
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -60,5 +61,5 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
 
 
 def _complain(message: str, code: int = EXIT_BAD_INPUT, label: str = "error") -> int:
-    print(f"{label}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{label}: {shown(' '.join(message.split()))}", file=sys.stderr)
     return code

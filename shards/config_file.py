@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import yaml
 
 from shards.errors import ConfigError
+from shards.shown_text import masked_value, shown
 
 ConfigT = TypeVar("ConfigT")
 _MAX_SHOWN = 80  # characters of a wrong value that an error repeats
@@ -99,7 +100,8 @@ def override_config(config: ConfigT, overrides: Sequence[str]) -> ConfigT:
     """`config` with `key=value` overrides. Raises ConfigError like `load_config`."""
     schema = type(config)
     layers = [("command line", _read_override(schema, override)) for override in overrides]
-    return _build(schema, [("the configuration", config_to_dict(config)), *layers])
+    values = dataclasses.asdict(typing.cast(Any, config))
+    return _build(schema, [("the configuration", values), *layers])
 
 
 def config_from_dict(schema: type[ConfigT], values: Mapping[str, Any], source: str) -> ConfigT:
@@ -108,8 +110,9 @@ def config_from_dict(schema: type[ConfigT], values: Mapping[str, Any], source: s
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
-    """The configuration as plain containers (for YAML, JSON, checkpoints)."""
-    return dataclasses.asdict(config)
+    """The configuration as plain containers (for YAML, JSON, checkpoints), credentials in URLs masked."""
+    settings: dict[str, Any] = masked_value(dataclasses.asdict(config))
+    return settings
 
 
 def config_changes(before: Any, now: Any) -> list[str]:
@@ -207,7 +210,7 @@ def _holds(layer: Any, place: Sequence[str | int]) -> bool:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = shown(repr(masked_value(value)))  # before it is cut, or a mask might not see the end
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}… ({len(text)} characters)"
 
 
@@ -244,7 +247,7 @@ def _read_override(schema: Any, override: str) -> dict[str, Any]:
     """`key=value` as a nested mapping; the field's type says whether the value is text."""
     name, equals, text = override.partition("=")
     if not equals:
-        raise ConfigError(f"override {override!r} is not of the form key=value (for example seed=1)")
+        raise ConfigError(f"override {_shown(override)} is not of the form key=value (for example seed=1)")
     path = name.split(".")
     if _is_text(schema, path):
         return _nested(path, None if text in ("", "null") else text)

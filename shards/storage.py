@@ -31,6 +31,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_at
 
 from shards.atomic import copy_atomically, write_atomically
 from shards.errors import ConfigError, CorruptShardError, StorageError
+from shards.shown_text import MASK, is_masked, masked
 
 REMOTE_SCHEMES = ("s3", "gs", "az", "https", "http")
 READS_OF_DAMAGED = 4
@@ -60,7 +61,9 @@ class Patience:
 class Storage(Protocol):
     """Flat, named blobs under one root."""
 
-    root: str
+    @property
+    def root(self) -> str:
+        """Path or URL, for messages."""
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         """`length` bytes from `offset`, or all of them. May return fewer at the end of a local file.
@@ -93,9 +96,12 @@ def open_storage(root: str | Path | Storage, patience: Patience | None = None) -
         return LocalStorage(Path(root))
     if found[2] is None and len(found[1]) > 1 and found[1].lower() not in (*REMOTE_SCHEMES, "pipe", "file"):
         return LocalStorage(Path(root))  # a colon in a file name
+    if is_masked(root):
+        raise ConfigError(f"{root} has {MASK} where its credentials were, which are never stored; type the whole URL "
+                          "again, as data.root=URL, train.checkpoint_dir=URL or --output URL")
     named = str(root)[found.end():].strip("/")  # bucket and folder, or host and path
     if found[2] is None or not named or found[1].lower() not in REMOTE_SCHEMES:
-        raise ConfigError(f"{root!r} is not a place for shards, legal: a path, or a URL such as "
+        raise ConfigError(f"{masked(root)!r} is not a place for shards, legal: a path, or a URL such as "
                           "s3://bucket/folder, gs://, az:// and https:// likewise")
     return ObjectStorage(str(root), patience or Patience())
 
@@ -182,7 +188,9 @@ class ObjectStorage:
     """Object storage by URL. The client is made on first use, in each process; may be shared by threads."""
 
     def __init__(self, url: str, patience: Patience) -> None:
-        self.root, self.patience = url.rstrip("/"), patience
+        location, _, self._query = url.partition("?")
+        self._url, self.patience = f"{location.rstrip('/')}{'?' if self._query else ''}{self._query}", patience
+        self._location = masked(location.rstrip("/"))
         self.retries = 0  # of this process, for the warnings
         self._store: Any = None
         # A loader's fork server may have been started before these were set, and its children have its environment.
@@ -230,14 +238,19 @@ class ObjectStorage:
             self._patiently(name, 0, lambda: obstore.delete(self._client(), name))
 
     def where(self, name: str) -> str:
-        return f"{self.root}/{name}" if name else self.root
+        return f"{self._location}{f'/{name}' if name else ''}{f'?{MASK}' if self._query else ''}"
+
+    @property
+    def root(self) -> str:
+        """The URL without credentials."""
+        return self.where("")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_store": None}
 
     @property
     def _is_web(self) -> bool:
-        return self.root.startswith("http")
+        return self._url.startswith("http")
 
     def _check_writable(self) -> None:
         if self._is_web:
@@ -271,7 +284,7 @@ class ObjectStorage:
 
         def warn(state: RetryCallState) -> None:
             self.retries += 1
-            cause = _brief(state.outcome.exception() if state.outcome else None)
+            cause = _brief(state.outcome.exception() if state.outcome else None, self._url)
             _log.warning("%s: try %d of %d failed%s: %s; going on from there (%d retries in this process so far)",
                          place, state.attempt_number, self.patience.tries, reached(), cause, self.retries)
 
@@ -284,14 +297,15 @@ class ObjectStorage:
         try:
             return retrying(call)
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{place}: there is no such object or bucket: {_brief(error)}") from error
+            brief = _brief(error, self._url)
+            raise FileNotFoundError(f"{place}: there is no such object or bucket: {brief}") from error
         except exceptions.AlreadyExistsError:
             raise
         except (exceptions.BaseError, OSError, ValueError) as error:
             if (refused := _REFUSED.search(str(error))) and refused[1] == "404":  # of a listing: no such bucket
-                raise FileNotFoundError(f"{place}: there is no such bucket: {_brief(error)}") from error
+                raise FileNotFoundError(f"{place}: there is no such bucket: {_brief(error, self._url)}") from error
             times = f" after {self.patience.tries} tries{reached()}" if _may_pass(error) else ""
-            raise StorageError(f"{place}: failed{times}: {_brief(error)}") from error
+            raise StorageError(f"{place}: failed{times}: {_brief(error, self._url)}") from error
 
     def _client(self) -> Any:
         if _fork_broke_clients:
@@ -307,10 +321,10 @@ class ObjectStorage:
             try:
                 # Its own retries are off: ours go on from the byte reached, for every cause, and say so.
                 make: Callable[..., Any] = from_url
-                self._store = make(self.root, client_options=options,
+                self._store = make(self._url, client_options=options,
                                    retry_config={"max_retries": 0, "retry_timeout": pause})
             except (exceptions.BaseError, ValueError) as error:
-                raise StorageError(f"{self.root}: {_brief(error)}") from error
+                raise StorageError(f"{self.root}: {_brief(error, self._url)}") from error
         return self._store
 
 
@@ -333,9 +347,12 @@ def _may_pass(error: BaseException) -> bool:
     return refused is None or refused[1] in ("408", "429")  # took too long, too many requests
 
 
-def _brief(error: BaseException | None) -> str:
-    """One line of an error's text: what clients say without their debug dumps, and the server's code and message."""
-    text = " ".join(str(error).split("Debug source:")[0].split())
+def _brief(error: BaseException | None, url: str = "") -> str:
+    """One line of an error's text: what clients say without their debug dumps, and the server's code and message; the
+    credentials in `url` are masked. In the error itself too, which may be shown as the cause of another."""
+    if error is not None:
+        error.args = tuple(masked(item, url) if isinstance(item, str) else item for item in error.args)
+    text = " ".join(masked(str(error), url).split("Debug source:")[0].split())
     said = ": ".join(_SAID.findall(text))
     text = text.split("<?xml")[0].rstrip(": ")
     return f"{text[:400]}{f' ({said})' if said else ''}"

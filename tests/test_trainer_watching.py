@@ -90,6 +90,48 @@ def test_the_line_says_it_all_once() -> None:
         "41.3 GB  ETA 1h02m")
 
 
+@pytest.mark.parametrize(("host", "in_use", "old", "lost"), [
+    ("here", True, True, False), ("here", True, False, False),  # a held lock means that it runs, however silent it is
+    ("here", False, True, True), ("here", False, False, True),
+    ("elsewhere", True, True, False),
+    ("elsewhere", False, True, True), ("elsewhere", None, True, True),  # another host's locks may not be seen
+    ("elsewhere", False, False, False),
+])
+def test_a_held_lock_means_that_it_runs(host: str, in_use: bool | None, old: bool, lost: bool) -> None:
+    state = dataclasses.replace(STATE, status="running", host=socket.gethostname() if host == "here" else host,
+                                pid=os.getpid(), updated=0.0)
+    assert state.is_lost(1, now=1e6 if old else 10.0, in_use=in_use) == lost
+
+
+def test_a_run_that_evaluates_for_hours_is_not_lost(tmp_path: Path) -> None:
+    """What a script that queues jobs is told."""
+    state = dataclasses.replace(STATE, status="running", host=socket.gethostname(), pid=os.getpid(), updated=1e9)
+    with only_run_in(tmp_path):
+        write_state(tmp_path, state)
+        result = run_program("trainer/status.py", tmp_path)
+        assert result.returncode == 0 and "running" in result.stdout
+    result = run_program("trainer/status.py", tmp_path)
+    assert result.returncode == 75 and "is gone; continue with the same command" in result.stdout
+    write_state(tmp_path, dataclasses.replace(state, host="elsewhere"))
+    result = run_program("trainer/status.py", tmp_path)
+    assert result.returncode == 75 and "cannot be seen from this host and has said nothing for" in result.stdout
+
+
+def test_waiting_refreshes_the_state_now_and_then(tmp_path: Path) -> None:
+    run = SimpleNamespace(step=3, config=tiny(tmp_path, tmp_path), context=ALONE, folder=tmp_path, best_miou=None)
+    logger, now = RunLogger(tmp_path, 0), [100.0]
+    progress = Progress(run, logger, SimpleNamespace(newest=None), clock=lambda: now[0])
+    (tmp_path / "state.json").unlink()
+    for now[0] in (100.0, 110.0, 129.9):
+        progress.still_alive()
+    assert read_state(tmp_path) is None, "writing it costs something"
+    now[0] = 130.0
+    progress.still_alive()
+    state = read_state(tmp_path)
+    assert state is not None and (state.status, state.step) == ("running", 3)
+    logger.close()
+
+
 def test_an_interval_is_timed_without_the_evaluation_and_the_eta_with_it(tmp_path: Path) -> None:
     config = tiny(tmp_path, tmp_path, "train.log_every=2", "train.total_steps=10")
     run = SimpleNamespace(step=0, config=config, context=ALONE, folder=tmp_path, best_miou=None,

@@ -96,6 +96,7 @@ def _train(config: RunConfig, context: DistContext, root: str, folder: Path) -> 
                     except RollBack as reason:
                         loop.roll_back(str(reason))
                 metrics = loop.metrics or loop.evaluate_finished_run()
+                loop.wait_for_writer()
             writer.close()
     finally:
         if context.is_main:
@@ -177,6 +178,7 @@ class _Loop:
         if due or stops or run.step % settings.checkpoint_every == 0:
             self.save()
         if stops:
+            self.wait_for_writer()
             self.writer.close()
             raise RunStopped(f"{run.stop.signal_name or 'a signal to another rank'}: stopped after step {run.step} of "
                              f"{settings.total_steps}; its checkpoint is written, and the same command goes on from it")
@@ -187,6 +189,7 @@ class _Loop:
 
         def go_on() -> bool:
             run.beat("evaluation")
+            self.progress.still_alive()
             return not run.stop.requested
 
         # Without synchronised batch norm (CPU) each rank has statistics of its own batches; rank 0's are those saved.
@@ -214,10 +217,15 @@ class _Loop:
         if is_best:
             run.best_miou = miou
         if run.context.is_main:
-            while self.writer.is_busy:  # with the one before; slow storage is no hang
-                run.beat("checkpoint")
-                time.sleep(0.05)
+            self.wait_for_writer()
             self.writer.save(snapshot(run), is_best=is_best)
+
+    def wait_for_writer(self) -> None:
+        """Until no checkpoint is being written; slow storage is no hang."""
+        while self.writer.is_busy:
+            self.run.beat("checkpoint")
+            self.progress.still_alive()
+            time.sleep(0.05)
 
     def record_skipped(self, micro_batches: list[Batch]) -> None:
         """Damaged samples that data.on_corrupt left out, of every rank in one file. Shard and number name them: a key

@@ -13,6 +13,7 @@ from shards.config_file import config_changes, config_to_dict
 from shards.errors import ConfigError
 from shards.manifest import Manifest
 from shards.plan import TrainPlan
+from shards.shown_text import masked_value, shown
 from shards.storage import open_storage
 from trainer.build import build_criterion, build_model, size_divisor
 from trainer.checkpoint import Checkpoint, class_table, load_latest, numbered, versions
@@ -164,7 +165,7 @@ def _refuse_to_begin_again(run: Run) -> None:
     except ConfigError:  # there is none, or it is another version's
         return
     old, new = checkpoint_place(replace(before, output_dir=str(run.folder))), checkpoint_place(run.config)
-    if old != new and numbered(open_storage(old)):
+    if masked_value(old) != masked_value(new) and numbered(open_storage(old)):
         raise ConfigError(f"{run.folder} holds a run with checkpoints in {old}, but there are none in {new}; set "
                           "train.checkpoint_dir as it was, copy them there, or choose another output_dir")
 
@@ -197,7 +198,7 @@ def start_from_weights(run: Run) -> None:
     if run.context.is_main:
         loaded = len(run.model.trainable_state_dict()) - len(left)
         random = f"; left random, as load.ignore says: {', '.join(left)}" if left else ""
-        print(f"{settings.weights}: loaded {loaded} tensors of adapter and head{random}", flush=True)
+        print(f"{shown(settings.weights)}: loaded {loaded} tensors of adapter and head{random}", flush=True)
 
 
 def check_ranks_agree(run: Run) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from shards.atomic import write_atomically
 from shards.errors import ConfigError
+from shards.shown_text import masked
 from trainer.wandb_run import WandbRun
 
 _log = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ class RunLogger:
     def event(self, step: int, what: str) -> None:
         """Something out of the ordinary that a reader of the curves should know, e.g. a restart or a skipped batch."""
         with self._or_warn():
+            what = masked(what)
             self._record({"step": step, "kind": "event", "what": what})
             self._board.add_text("events", what, step)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from shards.atomic import write_atomically
 from shards.errors import ConfigError
+from shards.shown_text import masked_value
 
 STATE_NAME = "state.json"
 STATUSES = ("running", "stopped", "failed", "finished")
@@ -48,11 +49,14 @@ class RunState:
     def is_lost(self, steps_between_updates: int, now: float, in_use: bool | None = None) -> bool:
         """True when it says "running" and nobody runs it: its process is gone, or was not heard of for too long.
 
-        `in_use`: what the lock of its folder says (`run_folder.is_used`); numbers of processes are used again.
+        `in_use`: what the lock of its folder says (`run_folder.is_used`); numbers of processes are used again. A held
+        lock means that it runs; a free one says nothing of another host, whose locks may not be seen from here.
         """
         if self.status != "running":
             return False
-        if self.host == socket.gethostname() and not (process_exists(self.pid) if in_use is None else in_use):
+        if in_use:  # however long it says nothing: an evaluation may take hours
+            return False
+        if self.host == socket.gethostname() and (in_use is False or not process_exists(self.pid)):
             return True
         interval = steps_between_updates * (self.seconds_per_step or 0)
         return now - self.updated > max(_QUIET_SECONDS, _QUIET_INTERVALS * interval)
@@ -61,7 +65,8 @@ class RunState:
 def write_state(run: Path, state: RunState) -> None:
     """Publish the state whole; that it could not be written (a full disk) is a warning, never the end of a run."""
     try:
-        write_atomically(run / STATE_NAME, (json.dumps(dataclasses.asdict(state), indent=1) + "\n").encode())
+        content = masked_value(dataclasses.asdict(state))  # the message may be another program's error
+        write_atomically(run / STATE_NAME, (json.dumps(content, indent=1) + "\n").encode())
     except OSError as error:
         warnings.warn(f"{run / STATE_NAME} could not be written: {error}. Training goes on", stacklevel=2)
 
