@@ -194,7 +194,7 @@ def _load_record(output: Path, block: Block, fingerprint: str, config: Preproces
     try:
         record: dict[str, Any] = json.loads(_record_path(output, block).read_bytes())
         sizes = [(output / shard["name"]).stat().st_size == shard["bytes"] for shard in record["shards"]]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     if config.on_error == "fail" and record.get("skipped_images"):
         return None

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import yaml
 
 from shards.errors import ConfigError
+from shards.outside_json import LARGEST_INTEGER
 from shards.shown_text import masked_value, shown
 
 ConfigT = TypeVar("ConfigT")
@@ -60,6 +61,24 @@ def knob(default: Any, help: str, *, choices: Sequence[str] = (), minimum: float
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def place(help: str) -> Any:
+    """A `knob` that names a folder, file, URL or account of whoever runs this: unset by default, never given away."""
+    field: Any = knob(None, help)
+    return dataclasses.field(default=None, metadata={**field.metadata, "is_place": True})
+
+
+def without_places(config: ConfigT) -> ConfigT:
+    """The configuration with each `place` unset, at any depth, for what is given to others."""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(typing.cast(Any, config)):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            changes[field.name] = without_places(value)
+        elif field.metadata.get("is_place"):
+            changes[field.name] = None
+    return typing.cast(ConfigT, dataclasses.replace(typing.cast(Any, config), **changes))
+
+
 def check_knobs(config: Any, prefix: str = "") -> None:
     """Raise ConfigError when a field (at any depth) lies outside its documented choices or range."""
     for field in dataclasses.fields(config):
@@ -76,6 +95,8 @@ def check_knobs(config: Any, prefix: str = "") -> None:
         for number in value if isinstance(value, list | tuple) else [value]:
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
+            if isinstance(number, int):
+                low, high = (-LARGEST_INTEGER if low is None else low), (LARGEST_INTEGER if high is None else high)
             in_range = (low is None or number >= low) and (high is None or number <= high)
             if not in_range or not math.isfinite(number):
                 legal = f"from {low if low is not None else '-inf'} to {high if high is not None else 'inf'}"

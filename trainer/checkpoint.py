@@ -20,6 +20,7 @@ from torch import Tensor
 
 from shards.errors import ConfigError, StorageError
 from shards.manifest import ClassInfo, Manifest
+from shards.outside_json import built
 from shards.storage import LocalStorage, Storage, open_storage
 from trainer.config import RunConfig, run_config_from_dict
 from trainer.models.integrity import HASH_SUFFIX
@@ -62,7 +63,11 @@ class Checkpoint:
 
     @property
     def class_infos(self) -> list[ClassInfo]:
-        return [ClassInfo(name=item["name"], color=tuple(item["color"])) for item in self.classes]
+        """Raises ConfigError when they are none."""
+        try:
+            return [built(ClassInfo, item, f"class {number}") for number, item in enumerate(self.classes)]
+        except ValueError as error:
+            raise ConfigError(f"the checkpoint's classes are damaged: {error}") from error
 
 
 def class_table(manifest: Manifest) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from shards.manifest import Manifest
 from shards.plan import TrainPlan
 from shards.shown_text import masked_value, shown
 from shards.storage import open_storage
-from trainer.build import build_criterion, build_model, size_divisor
+from trainer.build import build_criterion, build_model, has_batch_norm, size_divisor
 from trainer.checkpoint import Checkpoint, class_table, load_latest, numbered, versions
 from trainer.config import RunConfig, load_run_config
 from trainer.criterion import Criterion
@@ -82,11 +82,15 @@ def open_crops(config: RunConfig, manifest: Manifest) -> TrainCrops:
                      config.data.lanes, config.data.span_samples)
     crops = TrainCrops(reader, plan, config.data)
     height, width = crops[0].images.shape[2:]
-    divisor = size_divisor(config)
+    divisor, micro_batch = size_divisor(config), config.train.micro_batch_size
     if height % divisor or width % divisor:
         raise ConfigError(f"training crops are {height}x{width} pixels, legal for decoder_head.type "
                           f"{config.decoder_head.type}: multiples of {divisor}. Set data.crop_size, or shard again "
                           "with another crops.size")
+    if height * width * micro_batch == divisor**2 and has_batch_norm(config):
+        raise ConfigError(f"training crops are {height}x{width} pixels, one cell of the head's coarsest map, "
+                          "and train.micro_batch_size is 1, of which batch norm can learn nothing; legal: crops of at "
+                          f"least {height}x{2 * width} pixels, or train.micro_batch_size=2")
     return crops
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from shards.atomic import write_atomically
 from shards.errors import ConfigError, ShardError, StorageError
+from shards.outside_json import parse_json
 from shards.storage import LocalStorage, Patience, Storage, open_storage
 from trainer.checkpoint import OWNER_NAME, has_checkpoints
 from trainer.run_folder import only_run_in
@@ -135,12 +136,12 @@ def _owner_of(storage: Storage) -> Owner | None:
     except FileNotFoundError:
         return None
     try:
-        content = json.loads(data)
+        content = parse_json(data, storage.where(OWNER_NAME))
         owner = Owner(**content)
         if not all(type(value) is kind for value, kind in zip(content.values(), _KINDS, strict=True)):
             raise TypeError("a field has the wrong type")
         return owner
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"{storage.where(OWNER_NAME)} does not say whose checkpoints these are: {error}; remove it "
                           "if no other run writes there") from error
 

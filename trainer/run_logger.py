@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from shards.atomic import write_atomically
-from shards.errors import ConfigError
+from shards.outside_json import parse_json
 from shards.shown_text import masked
 from trainer.wandb_run import WandbRun
 
@@ -47,14 +47,9 @@ def read_evaluation(run: Path) -> dict[str, Any] | None:
     """The last validation in full, with its step; None when there was none. Raises ConfigError when it is malformed."""
     path = run / EVALUATION_NAME
     try:
-        content = json.loads(path.read_bytes())
+        return parse_json(path.read_bytes(), str(path))
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold an object")
-    return content
 
 
 class RunLogger:

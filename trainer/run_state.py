@@ -15,6 +15,7 @@ from typing import Any
 
 from shards.atomic import write_atomically
 from shards.errors import ConfigError
+from shards.outside_json import parse_json
 from shards.shown_text import masked_value
 
 STATE_NAME = "state.json"
@@ -75,13 +76,9 @@ def read_state(run: Path) -> RunState | None:
     """The state of a run; None when the folder has none. Raises ConfigError when the file is malformed."""
     path = run / STATE_NAME
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes(), str(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold an object, it holds: {content!r}"[:200])
     known = typing.get_type_hints(RunState)
     for name, kind in known.items():
         if name not in content or not _is_a(content[name], kind):

@@ -78,8 +78,8 @@ def _verdict(status: str, state: RunState, now: float) -> str:
     silent = format_duration(now - state.updated)
     if status == "lost":
         here = state.host == socket.gethostname()
-        why = "is gone" if here else f"cannot be seen from this host and has said nothing for {silent}"
-        return f"lost: {place} {why}; continue with the same command"
+        why = "is gone, or hangs, and" if here else "cannot be seen from this host and"
+        return f"lost: {place} {why} has been silent for {silent}; continue with the same command"
     if status == "running":
         return f"running for {format_duration(now - state.started)}, last heard of {silent} ago; {place}"
     if status == "stopped":
