@@ -142,7 +142,7 @@ def test_numbers_and_brackets_in_settings_are_one_line(text: str, tmp_path: Path
     "adapter.cffn_ratio=1000000", "decoder_head.num_blocks=100000", "eval.crop_size=1048576",
 ])
 def test_a_size_beyond_any_model_is_refused_before_it_is_allocated(setting: str) -> None:
-    with pytest.raises(ConfigError, match="legal: (from|at most)"):
+    with pytest.raises(ConfigError, match=r"legal: (from|at most)"):
         load_run_config(None, [setting])
 
 
