@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
+from torch.fx import GraphModule
 
 from shards.atomic import write_atomically
 from shards.errors import MaskStreamError
@@ -87,8 +88,13 @@ def inference_program(pretrained: Pretrained) -> ExportedProgram:
     rows, columns = (Dim(name, min=2, max=MAX_SIDE // SIZE_DIVISOR) for name in ("rows", "columns"))
     sizes = {0: Dim("batch", min=1, max=1024), 2: SIZE_DIVISOR * rows, 3: SIZE_DIVISOR * columns}
     with torch.no_grad():
-        return export(InferenceGraph(pretrained).eval(), (torch.zeros(_TRACED, dtype=torch.uint8),),
-                      dynamic_shapes={"images": sizes})
+        program = export(InferenceGraph(pretrained).eval(), (torch.zeros(_TRACED, dtype=torch.uint8),),
+                         dynamic_shapes={"images": sizes})
+    for module in program.graph_module.modules():
+        if isinstance(module, GraphModule):
+            for node in module.graph.nodes:
+                node.meta.pop("stack_trace", None)  # it names files of this machine
+    return program
 
 
 def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
