@@ -136,6 +136,9 @@ def _by_stem(
     found: dict[str, tuple[str, int]] = {}
     for path, size in sorted(files.items()):
         relative = PurePosixPath(path).relative_to(folder)
+        if not relative.stem.strip("."):
+            rejected.append((path, "its name is nothing but dots and a suffix"))
+            continue
         key = str(relative.with_suffix(""))
         if relative.suffix.lower() not in suffixes:
             rejected.append((path, f"not one of {', '.join(suffixes)}"))

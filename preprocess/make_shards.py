@@ -20,6 +20,7 @@ from shards.config_file import config_to_yaml, load_config
 from shards.manifest import Manifest
 from shards.rle import decode_header, encode_rle
 from shards.sample import read_header
+from shards.shown_text import masked_value, shown
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "ade20k-shards.yaml"
 
@@ -31,10 +32,11 @@ def main() -> int:
         _print_dry_run(config, dataset)
         return 0
     manifest, written = write_shards(config, dataset)
-    print(f"{config.output}: {'written' if written else 'already complete, nothing to do'}")
-    _print_report(manifest, str(config.output))
+    output = masked_value(str(config.output))
+    print(f"{output}: {'written' if written else 'already complete, nothing to do'}")
+    _print_report(manifest, output)
     for remark in remarks(manifest, config.warn_ignored):
-        print(f"warning: {remark}", file=sys.stderr)
+        print(f"warning: {shown(remark)}", file=sys.stderr)
     return 0
 
 
@@ -71,14 +73,14 @@ def _print_dry_run(config: PreprocessConfig, dataset: Dataset) -> None:
     split, pairs = next(iter(dataset.splits.items()))
     image, _, _, label_map = read_pair(dataset, pairs[0])
     header = decode_header(encode_rle(label_map, dataset.ignore_index))
-    print(f"first image of {split}: {pairs[0].key}, {image.width}x{image.height} pixels, classes "
+    print(f"first image of {split}: {shown(pairs[0].key)}, {image.width}x{image.height} pixels, classes "
           f"{[dataset.classes[label].name for label in header.labels.tolist()]}")
     if split in config.crops.splits:
         encoded = encode_crop(dataset, pairs[0], image, label_map, config, 0)
         if encoded is not None:
             key, jpeg, payload, _ = encoded
             header = read_header(payload)[1]
-            print(f"first crop: {key}, {header.width}x{header.height} pixels, {header.labels.size} classes, "
+            print(f"first crop: {shown(key)}, {header.width}x{header.height} pixels, {header.labels.size} classes, "
                   f"JPEG {len(jpeg)} bytes, masks {len(payload)} bytes")
     print("dry run: nothing was written")
 

@@ -33,6 +33,7 @@ from shards.errors import ConfigError, DatasetError
 from shards.locks import only_writer
 from shards.manifest import MANIFEST_NAME, Manifest, hash_of, load_manifest
 from shards.mirror import copy_set, files_of
+from shards.shown_text import masked_value
 from shards.storage import LocalStorage, Storage, is_remote, open_storage
 from shards.strict_json import to_json
 from shards.workers import exit_with_parent
@@ -69,7 +70,7 @@ def write_shards(config: PreprocessConfig, dataset: Dataset) -> tuple[Manifest, 
 
 def staging_folder(config: PreprocessConfig) -> Path:
     """Where a set for `config.output` waits for its upload: one folder per URL."""
-    return Path(config.staging) / hash_of(config.output)[:16]
+    return Path(config.staging) / hash_of(masked_value(config.output))[:16]
 
 
 def _write_to_folder(config: PreprocessConfig, dataset: Dataset, output: Path) -> tuple[Manifest, bool]:
@@ -219,7 +220,7 @@ def _load_record(output: Path, block: Block, fingerprint: str, config: Preproces
     try:
         record: dict[str, Any] = json.loads(_record_path(output, block).read_bytes())
         sizes = [(output / shard["name"]).stat().st_size == shard["bytes"] for shard in record["shards"]]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     if config.on_error == "fail" and record.get("skipped_images"):
         return None

@@ -19,6 +19,7 @@ from shards.mirror import copy_set, files_of
 from shards.picture import contact_sheet, overlay, save_picture
 from shards.plan import LANES, SPAN_SAMPLES, TrainPlan
 from shards.reader import ShardReader
+from shards.shown_text import shown
 from shards.verify import verify
 
 
@@ -59,7 +60,7 @@ def main() -> int:
 
 def _info(root: str) -> int:
     manifest = load_manifest(root)
-    print(f"{manifest.dataset}: {manifest.num_classes} classes, format {manifest.format_version}, "
+    print(f"{shown(manifest.dataset)}: {manifest.num_classes} classes, format {manifest.format_version}, "
           f"config {manifest.config_hash[:12]}, seed {manifest.seed}")
     for name, split in manifest.splits.items():
         _print_split(name, split, manifest)
@@ -71,13 +72,13 @@ def _print_split(name: str, split: SplitInfo, manifest: Manifest) -> None:
     print(f"\n{name}: {split.samples} {split.kind} from {split.images} images in {len(split.shards)} shards, "
           f"{megabytes:.1f} MB")
     for reason, count in split.skipped_crops.items():
-        print(f"  skipped crops: {count} ({reason})")
+        print(f"  skipped crops: {count} ({shown(reason)})")
     for skipped in split.skipped_images:
-        print(f"  skipped image: {skipped['image']} ({skipped['reason']})")
+        print(f"  skipped image: {shown(skipped['image'])} ({shown(skipped['reason'])})")
     print(f"  ignored pixels: {split.ignored_share:.1%}")
     if split.absent_classes:
         print(f"  classes without a pixel: {len(split.absent_classes)} of {manifest.num_classes}: "
-              f"{manifest.names_of(split.absent_classes, 200)}")
+              f"{shown(manifest.names_of(split.absent_classes, 200))}")
     print("  most frequent classes (share of labelled pixels, samples):")
     for class_id in np.argsort(split.class_pixels)[::-1][:10]:
         if split.class_pixels[class_id]:
@@ -94,8 +95,8 @@ def _verify(root: str) -> int:
     with tqdm(total=total, unit="shard", disable=None) as bar:
         problems = verify(root, lambda shard: bar.update())
     for problem in problems:
-        print(f"problem: {problem}")
-    print(f"{root}: {len(problems)} problems" if problems else f"{root}: sound")
+        print(f"problem: {shown(problem)}")
+    print(f"{shown(root)}: {f'{len(problems)} problems' if problems else 'sound'}")
     return 1 if problems else 0
 
 
@@ -127,7 +128,7 @@ def _copy(root: str, destination: str) -> int:
     total = sum(file.bytes for file in files_of(manifest))
     with tqdm(total=total, unit="B", unit_scale=True, disable=None, desc="copying") as bar:
         copied = copy_set(root, destination, lambda file: bar.update(file.bytes))
-    print(f"{destination}: complete, {copied} files copied, all verified ({total / 1e6:.1f} MB)")
+    print(f"{shown(destination)}: complete, {copied} files copied, all verified ({total / 1e6:.1f} MB)")
     return 0
 
 

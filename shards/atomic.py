@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-_TEMPORARY = re.compile(r"\..+\.(tar|index|json)\.\d+\.tmp")  # of files of a shard set, as `temporary_name` makes them
+# Of files of a shard set or a run, as `temporary_name` makes them; and of trainer.checkpoint_writer.
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp|\.checkpoint\.tmp")
 
 
 def write_atomically(path: Path, data: bytes, *, create: bool = False) -> None:
@@ -34,8 +35,8 @@ def temporary_name(path: Path) -> Path:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes had not finished. Nobody may be writing files of a shard set there."""
-    for path in folder.iterdir():
+    """Remove what killed processes had begun to write; nobody else may be writing to the folder."""
+    for path in folder.glob(".*.tmp"):
         if _TEMPORARY.fullmatch(path.name):
             path.unlink(missing_ok=True)
 

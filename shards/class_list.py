@@ -28,10 +28,13 @@ def _parse_class(line: str, default: tuple[int, int, int], where: str) -> ClassI
     name, _, code = line.partition("\t")
     if not name.strip():
         raise ConfigError(f"{where}: empty class name; every line is one class, in id order")
-    if not code.strip():
-        return ClassInfo(name=name.strip(), color=default)
+    red, green, blue = default
     try:
-        red, green, blue = bytes.fromhex(code.strip().removeprefix("#"))
+        if code.strip():
+            red, green, blue = bytes.fromhex(code.strip().removeprefix("#"))
     except ValueError:
         raise ConfigError(f"{where}: colour {code.strip()!r}, legal: #rrggbb") from None
-    return ClassInfo(name=name.strip(), color=(red, green, blue))
+    try:
+        return ClassInfo(name=name.strip(), color=(red, green, blue))
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None

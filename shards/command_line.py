@@ -13,6 +13,7 @@ from typing import Any
 from shards.atomic import naming
 from shards.config_file import describe_config
 from shards.errors import MaskStreamError
+from shards.shown_text import shown
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -84,5 +85,5 @@ def _drop_output() -> None:
 
 
 def _complain(message: str, code: int = EXIT_BAD_INPUT, label: str = "error") -> int:
-    print(f"{label}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{label}: {shown(' '.join(message.split()))}", file=sys.stderr)
     return code

@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 import yaml
 
 from shards.errors import ConfigError
+from shards.outside_json import LARGEST_INTEGER
+from shards.shown_text import masked_value, shown
 
 ConfigT = TypeVar("ConfigT")
 _MAX_SHOWN = 80  # characters of a wrong value that an error repeats
@@ -59,6 +61,24 @@ def knob(default: Any, help: str, *, choices: Sequence[str] = (), minimum: float
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def place(help: str) -> Any:
+    """A `knob` that names a folder, file, URL or account of whoever runs this: unset by default, never given away."""
+    field: Any = knob(None, help)
+    return dataclasses.field(default=None, metadata={**field.metadata, "is_place": True})
+
+
+def without_places(config: ConfigT) -> ConfigT:
+    """The configuration with each `place` unset, at any depth, for what is given to others."""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(typing.cast(Any, config)):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            changes[field.name] = without_places(value)
+        elif field.metadata.get("is_place"):
+            changes[field.name] = None
+    return typing.cast(ConfigT, dataclasses.replace(typing.cast(Any, config), **changes))
+
+
 def check_knobs(config: Any, prefix: str = "") -> None:
     """Raise ConfigError when a field (at any depth) lies outside its documented choices or range."""
     for field in dataclasses.fields(config):
@@ -75,6 +95,8 @@ def check_knobs(config: Any, prefix: str = "") -> None:
         for number in value if isinstance(value, list | tuple) else [value]:
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
+            if isinstance(number, int):
+                low, high = (-LARGEST_INTEGER if low is None else low), (LARGEST_INTEGER if high is None else high)
             in_range = (low is None or number >= low) and (high is None or number <= high)
             if not in_range or not math.isfinite(number):
                 legal = f"from {low if low is not None else '-inf'} to {high if high is not None else 'inf'}"
@@ -99,7 +121,8 @@ def override_config(config: ConfigT, overrides: Sequence[str]) -> ConfigT:
     """`config` with `key=value` overrides. Raises ConfigError like `load_config`."""
     schema = type(config)
     layers = [("command line", _read_override(schema, override)) for override in overrides]
-    return _build(schema, [("the configuration", config_to_dict(config)), *layers])
+    values = dataclasses.asdict(typing.cast(Any, config))
+    return _build(schema, [("the configuration", values), *layers])
 
 
 def config_from_dict(schema: type[ConfigT], values: Mapping[str, Any], source: str) -> ConfigT:
@@ -108,8 +131,9 @@ def config_from_dict(schema: type[ConfigT], values: Mapping[str, Any], source: s
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
-    """The configuration as plain containers (for YAML, JSON, checkpoints)."""
-    return dataclasses.asdict(config)
+    """The configuration as plain containers (for YAML, JSON, checkpoints), credentials in URLs masked."""
+    settings: dict[str, Any] = masked_value(dataclasses.asdict(config))
+    return settings
 
 
 def config_changes(before: Any, now: Any) -> list[str]:
@@ -207,7 +231,7 @@ def _holds(layer: Any, place: Sequence[str | int]) -> bool:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = shown(repr(masked_value(value)))  # before it is cut, or a mask might not see the end
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}… ({len(text)} characters)"
 
 
@@ -244,7 +268,7 @@ def _read_override(schema: Any, override: str) -> dict[str, Any]:
     """`key=value` as a nested mapping; the field's type says whether the value is text."""
     name, equals, text = override.partition("=")
     if not equals:
-        raise ConfigError(f"override {override!r} is not of the form key=value (for example seed=1)")
+        raise ConfigError(f"override {_shown(override)} is not of the form key=value (for example seed=1)")
     path = name.split(".")
     if _is_text(schema, path):
         return _nested(path, None if text in ("", "null") else text)

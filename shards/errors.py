@@ -12,12 +12,18 @@ MaskStreamError            everything below; entry points print it as one line a
 
 from __future__ import annotations
 
+from shards.shown_text import shown_lines
+
 
 class MaskStreamError(Exception):
     """Root of all errors that are the input's or the surroundings' fault, not the program's."""
 
     exit_code = 2
     label = "error"  # what the line begins with
+
+    def __init__(self, *arguments: object) -> None:
+        """Messages quote URLs and what others wrote: nothing secret and no control character stays in them."""
+        super().__init__(*(shown_lines(item) if isinstance(item, str) else item for item in arguments))
 
 
 class RunError(MaskStreamError):

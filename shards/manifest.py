@@ -18,11 +18,15 @@ from typing import Any
 import numpy as np
 
 from shards.errors import CorruptShardError, FormatVersionError, ShardError
-from shards.rle import ignore_value
+from shards.outside_json import built, parse_json
+from shards.rle import MAX_CLASSES, MAX_SIDE, ignore_value
+from shards.shown_text import has_control_characters, shown
 from shards.storage import ObjectStorage, Storage, open_storage, read_checked
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+_SPLIT_NAME, _SHA256 = re.compile(r"[A-Za-z0-9_-]+"), re.compile(r"[0-9a-f]{64}")
+_LEAST_SAMPLE = 2048  # bytes: two tar headers, an image, its masks
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-]+\.(tar|index)")  # no folder, no dot files: nothing outside the root
 
 # Little-endian record per sample: where its tar members start, how long they are together, their CRC-32.
@@ -31,10 +35,16 @@ INDEX_DTYPE = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc32", "<u4")])
 
 @dataclass(frozen=True, kw_only=True)
 class ClassInfo:
-    """A class: its position in the list is its id."""
+    """A class: its position in the list is its id. Raises ValueError for what no terminal or picture can show."""
 
     name: str
     color: tuple[int, int, int]
+
+    def __post_init__(self) -> None:
+        if not self.name or has_control_characters(self.name):
+            raise ValueError(f"a class is named '{shown(self.name)}', legal: text without control characters")
+        if not all(type(value) is int and 0 <= value <= 255 for value in self.color):
+            raise ValueError(f"colour {self.color}, legal: three integers from 0 to 255")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +87,14 @@ class SplitInfo:
         return sum(self.class_pixels)
 
     @property
+    def pixels(self) -> int:
+        """Of all samples together: no single one can be larger."""
+        return self.labelled_pixels + self.ignored_pixels
+
+    @property
     def ignored_share(self) -> float:
         """Of all pixels, the padding of crops included."""
-        return self.ignored_pixels / max(1, self.ignored_pixels + self.labelled_pixels)
+        return self.ignored_pixels / max(1, self.pixels)
 
     @property
     def absent_classes(self) -> list[int]:
@@ -171,11 +186,8 @@ def load_manifest(root: str | Path | Storage) -> Manifest:
 
 def parse_manifest(data: bytes, name: str) -> Manifest:
     """Inverse of `manifest_bytes`; `name` is used in errors."""
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise CorruptShardError(f"{name} is not valid JSON: {error}") from error
-    if not isinstance(content, dict) or type(content.get("format_version")) is not int:
+    content = parse_json(data, name, CorruptShardError)
+    if type(content.get("format_version")) is not int:
         raise CorruptShardError(f"{name} has no integer field 'format_version'")
     version = content["format_version"]
     if version != FORMAT_VERSION:
@@ -184,31 +196,11 @@ def parse_manifest(data: bytes, name: str) -> Manifest:
         recorded = content.pop("manifest_sha256", None)
         if recorded != hash_of(content):
             raise CorruptShardError(f"{name} does not match its own manifest_sha256: it was damaged or edited")
-        manifest = _from_content(content)
+        manifest = built(Manifest, content)
         _check_consistency(manifest, name)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise CorruptShardError(f"{name} lacks or misspells a field: {error}") from error
     return manifest
-
-
-def _from_content(content: dict[str, Any]) -> Manifest:
-    if not all(type(item["name"]) is str for item in content["classes"]):
-        raise TypeError("the name of a class is not a string")
-    classes = [ClassInfo(name=item["name"], color=_color(item["color"])) for item in content["classes"]]
-    splits = {name: _split_from_content(item) for name, item in content["splits"].items()}
-    return Manifest(**{**content, "classes": classes, "splits": splits})
-
-
-def _split_from_content(item: dict[str, Any]) -> SplitInfo:
-    shards = [ShardInfo(**shard) for shard in item["shards"]]
-    return SplitInfo(**{**item, "shards": shards, "index": IndexInfo(**item["index"])})
-
-
-def _color(values: list[int]) -> tuple[int, int, int]:
-    red, green, blue = values
-    if not all(type(value) is int and 0 <= value <= 255 for value in values):
-        raise ValueError(f"colour {values}, legal: three integers from 0 to 255")
-    return red, green, blue
 
 
 def _check_consistency(manifest: Manifest, name: str) -> None:
@@ -216,17 +208,46 @@ def _check_consistency(manifest: Manifest, name: str) -> None:
         raise CorruptShardError(f"{name}: ignore_index {manifest.ignore_index!r} does not suit the number of classes")
     if not all(type(block) is type(sources) is str for block, sources in manifest.sources.items()):
         raise CorruptShardError(f"{name}: 'sources' does not hold a hash for each block")
+    names = [info.name for info in manifest.classes]
+    if not 1 <= len(names) <= MAX_CLASSES or len(set(names)) != len(names):
+        raise CorruptShardError(f"{name}: {len(names)} classes of {len(set(names))} names, legal: 1 to {MAX_CLASSES}, "
+                                "each with a name of its own")
+    files: set[str] = set()
     for split_name, split in manifest.splits.items():
         where = f"{name}, split {split_name!r}"
-        if sum(shard.samples for shard in split.shards) != split.samples:
-            raise CorruptShardError(f"{where}: sample counts of the shards do not add up to {split.samples}")
-        if split.index.bytes != split.samples * INDEX_DTYPE.itemsize:
-            raise CorruptShardError(f"{where}: the index has {split.index.bytes} bytes for {split.samples} samples")
-        for counts in (split.class_pixels, split.class_samples):
-            if len(counts) != len(manifest.classes):
-                raise CorruptShardError(f"{where}: counts for {len(counts)} classes, expected {len(manifest.classes)}")
-            if not all(type(count) is int and count >= 0 for count in counts):
-                raise CorruptShardError(f"{where}: the counts of a class are not whole numbers")
-        for file in [shard.name for shard in split.shards] + [split.index.name]:
-            if not _FILE_NAME.fullmatch(file):
-                raise CorruptShardError(f"{where}: {file!r} is not a plain file name")
+        if not _SPLIT_NAME.fullmatch(split_name) or split.kind not in ("crops", "images"):
+            raise CorruptShardError(f"{where}: a name of letters, digits, _ and - and a kind (now {split.kind!r}) of "
+                                    "crops or images are legal")
+        _check_counts(split, len(manifest.classes), where)
+        _check_files(split, files, where)
+    if not manifest.splits:
+        raise CorruptShardError(f"{name}: it has no split")
+
+
+def _check_counts(split: SplitInfo, num_classes: int, where: str) -> None:
+    if sum(shard.samples for shard in split.shards) != split.samples:
+        raise CorruptShardError(f"{where}: sample counts of the shards do not add up to {split.samples}")
+    for shard in split.shards:
+        if shard.samples * _LEAST_SAMPLE > shard.bytes:
+            raise CorruptShardError(f"{where}: {shard.name} has {shard.samples} samples in {shard.bytes} bytes, legal: "
+                                    f"{_LEAST_SAMPLE} bytes each at least")
+    if split.index.bytes != split.samples * INDEX_DTYPE.itemsize:
+        raise CorruptShardError(f"{where}: the index has {split.index.bytes} bytes for {split.samples} samples")
+    for counts in (split.class_pixels, split.class_samples):
+        if len(counts) != num_classes:
+            raise CorruptShardError(f"{where}: counts for {len(counts)} classes, expected {num_classes}")
+    if max(split.class_samples) > split.samples or split.pixels > split.samples * MAX_SIDE**2:
+        raise CorruptShardError(f"{where}: {split.samples} samples cannot hold {split.pixels} pixels, or a class in "
+                                f"{max(split.class_samples)} samples")
+
+
+def _check_files(split: SplitInfo, files: set[str], where: str) -> None:
+    """Plain names, each once in the whole set (`files`), with hashes that are some."""
+    listed: list[ShardInfo | IndexInfo] = [*split.shards, split.index]
+    for file in listed:
+        if not _FILE_NAME.fullmatch(file.name) or file.name in files:
+            raise CorruptShardError(f"{where}: {file.name!r} is not a plain file name, or comes twice")
+        if not _SHA256.fullmatch(file.sha256):
+            raise CorruptShardError(f"{where}: the sha256 of {file.name} is {file.sha256[:80]!r}, legal: 64 "
+                                    "hexadecimal digits")
+        files.add(file.name)

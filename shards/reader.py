@@ -47,6 +47,7 @@ class ShardReader:
         self.storage, self.split, self.cache = open_storage(root), split, cache
         self.manifest = manifest if manifest is not None else load_manifest(self.storage)
         self.info = self.manifest.split(split)
+        self._most_pixels = self.info.pixels
         index = load_index(self.storage, self.manifest, split)
         self._offset, self._length, self._crc32 = (index[column] for column in ("offset", "length", "crc32"))
         self._first_sample = np.cumsum([0] + [shard.samples for shard in self.info.shards])
@@ -69,7 +70,7 @@ class ShardReader:
                 data = self.fetch([number])[0]
             problem = self._problem(number, data)
             if problem is None:
-                return parse_span(data, where, self.manifest.ignore_index)
+                return self._checked(parse_span(data, where, self.manifest.ignore_index), where)
             if left:
                 _log.warning("%s: %s; fetching it again", where, problem)
                 self._forget(number)
@@ -136,6 +137,14 @@ class ShardReader:
         if self.cache is not None:
             shard, offset, length = self.place(number)
             self.cache.remove(_cache_key(self.info.shards[shard], offset, length))
+
+    def _checked(self, sample: CropSample, where: str) -> CropSample:
+        """Neither masks nor a picture that unpack to more than all samples of the split have together."""
+        height, width = sample.header.height, sample.header.width
+        if height * width > self._most_pixels:
+            raise CorruptShardError(f"{where}: {height}x{width} pixels, legal: at most the {self._most_pixels} that "
+                                    f"the manifest counts in the whole split {self.split!r}")
+        return sample
 
     def _problem(self, number: int, data: bytes) -> str | None:
         if len(data) != self._length[number]:

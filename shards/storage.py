@@ -4,7 +4,7 @@
     s3://bucket/prefix      \\
     gs://bucket/prefix       } obstore; credentials, region, endpoint and so on from the usual environment variables
     az://container/prefix   /  (AWS_*, GOOGLE_*, AZURE_*; the account is AZURE_STORAGE_ACCOUNT_NAME)
-    https://host/prefix     obstore, read only
+    https://host/prefix     obstore, read only; redirects as `shards.web` says
 
 A read that is cut, stalls, trickles or meets a server error goes on from the byte reached, after a pause. One that
 cannot succeed (no such object, no permission) or has used up its tries raises StorageError naming object and offset.
@@ -31,6 +31,9 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_at
 
 from shards.atomic import copy_atomically, naming, write_atomically
 from shards.errors import ConfigError, CorruptShardError, StorageError
+from shards.shown_text import MASK, is_masked, masked
+from shards.storage_errors import brief, may_pass, refused_by
+from shards.web import check_redirects, say_if_unprotected
 
 REMOTE_SCHEMES = ("s3", "gs", "az", "https", "http")
 READS_OF_DAMAGED = 4
@@ -38,12 +41,7 @@ _OPEN_FILES = 256  # more than data.lanes, which read one shard each
 _PIECE = 8 << 20  # bytes asked for in one request, and held twice at most
 _LARGEST_WHOLE = 4 << 30  # bytes; of manifests and indexes, whose size is not known beforehand
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(//)?")
-_REFUSED = re.compile(r"status code: (4\d\d)")
-_SETTINGS = ("AWS_", "GOOGLE_", "AZURE_")
-_SAID = re.compile(r"<(?:Code|Message)>([^<]*)")
-_LASTING = (FileNotFoundError, PermissionError, exceptions.PermissionDeniedError, exceptions.UnauthenticatedError,
-            exceptions.InvalidPathError, exceptions.NotSupportedError, exceptions.AlreadyExistsError,
-            exceptions.UnknownConfigurationKeyError, exceptions.PreconditionError)
+_SETTINGS = ("AWS_", "GOOGLE_", "AZURE_", "MASKSTREAM_")
 _log = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
 
@@ -60,7 +58,9 @@ class Patience:
 class Storage(Protocol):
     """Flat, named blobs under one root."""
 
-    root: str
+    @property
+    def root(self) -> str:
+        """Path or URL, for messages."""
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         """`length` bytes from `offset`, or all of them. May return fewer at the end of a local file.
@@ -93,9 +93,12 @@ def open_storage(root: str | Path | Storage, patience: Patience | None = None) -
         return LocalStorage(Path(root))
     if found[2] is None and len(found[1]) > 1 and found[1].lower() not in (*REMOTE_SCHEMES, "pipe", "file"):
         return LocalStorage(Path(root))  # a colon in a file name
+    if is_masked(root):
+        raise ConfigError(f"{root} has {MASK} where its credentials were, which are never stored; type the whole URL "
+                          "again, as data.root=URL, train.checkpoint_dir=URL or --output URL")
     named = str(root)[found.end():].strip("/")  # bucket and folder, or host and path
     if found[2] is None or not named or found[1].lower() not in REMOTE_SCHEMES:
-        raise ConfigError(f"{root!r} is not a place for shards, legal: a path, or a URL such as "
+        raise ConfigError(f"{masked(root)!r} is not a place for shards, legal: a path, or a URL such as "
                           "s3://bucket/folder, gs://, az:// and https:// likewise")
     return ObjectStorage(str(root), patience or Patience())
 
@@ -183,7 +186,10 @@ class ObjectStorage:
     """Object storage by URL. The client is made on first use, in each process; may be shared by threads."""
 
     def __init__(self, url: str, patience: Patience) -> None:
-        self.root, self.patience = url.rstrip("/"), patience
+        location, _, self._query = url.partition("?")
+        self._url, self.patience = f"{location.rstrip('/')}{'?' if self._query else ''}{self._query}", patience
+        self._location = masked(location.rstrip("/"))
+        self._asked: set[str] = set()  # names whose redirects were looked at
         self.retries = 0  # of this process, for the warnings
         self._store: Any = None
         # A loader's fork server may have been started before these were set, and its children have its environment.
@@ -231,21 +237,36 @@ class ObjectStorage:
             self._patiently(name, 0, lambda: obstore.delete(self._client(), name))
 
     def where(self, name: str) -> str:
-        return f"{self.root}/{name}" if name else self.root
+        return f"{self._location}{f'/{name}' if name else ''}{f'?{MASK}' if self._query else ''}"
+
+    @property
+    def root(self) -> str:
+        """The URL without credentials."""
+        return self.where("")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_store": None}
 
     @property
     def _is_web(self) -> bool:
-        return self.root.startswith("http")
+        return self._url.startswith("http")
 
     def _check_writable(self) -> None:
         if self._is_web:
             raise ConfigError(f"{self.root} can only be read; write to a path, or to s3://, gs:// or az://")
 
+    def _check_redirects(self, name: str) -> None:
+        if self._is_web and name not in self._asked:
+            location, mark, query = self._url.partition("?")
+            check_redirects(f"{location}/{name}{mark}{query}", self.patience.timeout)
+            self._asked.add(name)
+
     def _size(self, name: str) -> int:
-        size = int(self._patiently(name, 0, lambda: obstore.head(self._client(), name))["size"])
+        def head() -> int:
+            self._check_redirects(name)
+            return int(obstore.head(self._client(), name)["size"])
+
+        size = self._patiently(name, 0, head)
         if size > _LARGEST_WHOLE:
             raise StorageError(f"{self.where(name)} has {size} bytes, legal for a file read whole: {_LARGEST_WHOLE}")
         return size
@@ -254,6 +275,7 @@ class ObjectStorage:
         """Append bytes of an object until there are `end`, counted from `offset`."""
 
         def go_on() -> None:
+            self._check_redirects(name)
             start = offset + len(received)
             answer = obstore.get(self._client(), name, options={"range": (start, offset + end)})
             if next(iter(answer.range)) != start:
@@ -272,7 +294,7 @@ class ObjectStorage:
 
         def warn(state: RetryCallState) -> None:
             self.retries += 1
-            cause = _brief(state.outcome.exception() if state.outcome else None)
+            cause = brief(state.outcome.exception() if state.outcome else None, self._url)
             _log.warning("%s: try %d of %d failed%s: %s; going on from there (%d retries in this process so far)",
                          place, state.attempt_number, self.patience.tries, reached(), cause, self.retries)
 
@@ -281,18 +303,19 @@ class ObjectStorage:
             return whole * random.Random(f"{place} {os.getpid()} {state.attempt_number}").uniform(0.5, 1.0)
 
         retrying = Retrying(stop=stop_after_attempt(self.patience.tries), wait=pause, before_sleep=warn, reraise=True,
-                            retry=retry_if_exception(_may_pass))
+                            retry=retry_if_exception(may_pass))
         try:
             return retrying(call)
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{place}: there is no such object or bucket: {_brief(error)}") from error
+            said = brief(error, self._url)
+            raise FileNotFoundError(f"{place}: there is no such object or bucket: {said}") from error
         except exceptions.AlreadyExistsError:
             raise
         except (exceptions.BaseError, OSError, ValueError) as error:
-            if (refused := _REFUSED.search(str(error))) and refused[1] == "404":  # of a listing: no such bucket
-                raise FileNotFoundError(f"{place}: there is no such bucket: {_brief(error)}") from error
-            times = f" after {self.patience.tries} tries{reached()}" if _may_pass(error) else ""
-            raise StorageError(f"{place}: failed{times}: {_brief(error)}") from error
+            if refused_by(error) == "404":  # of a listing: no such bucket
+                raise FileNotFoundError(f"{place}: there is no such bucket: {brief(error, self._url)}") from error
+            times = f" after {self.patience.tries} tries{reached()}" if may_pass(error) else ""
+            raise StorageError(f"{place}: failed{times}: {brief(error, self._url)}") from error
 
     def _client(self) -> Any:
         if _fork_broke_clients:
@@ -303,15 +326,16 @@ class ObjectStorage:
             _clients_used = True
             os.environ.update(self._settings)
             pause = timedelta(seconds=self.patience.timeout)
-            # http is used only where the URL or the endpoint in the environment says so.
-            options = {"timeout": pause, "connect_timeout": pause, "read_timeout": pause, "allow_http": True}
+            say_if_unprotected(self._url)
+            options = {"timeout": pause, "connect_timeout": pause, "read_timeout": pause,
+                       "allow_http": not self._url.startswith("https:")}  # an endpoint in the environment may be one
             try:
                 # Its own retries are off: ours go on from the byte reached, for every cause, and say so.
                 make: Callable[..., Any] = from_url
-                self._store = make(self.root, client_options=options,
+                self._store = make(self._url, client_options=options,
                                    retry_config={"max_retries": 0, "retry_timeout": pause})
             except (exceptions.BaseError, ValueError) as error:
-                raise StorageError(f"{self.root}: {_brief(error)}") from error
+                raise StorageError(f"{self.root}: {brief(error, self._url)}") from error
         return self._store
 
 
@@ -324,19 +348,3 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
-
-
-def _may_pass(error: BaseException) -> bool:
-    """Whether another try makes sense: not for an answer that says what is wrong with the request."""
-    if isinstance(error, _LASTING) or not isinstance(error, exceptions.BaseError | OSError):
-        return False
-    refused = _REFUSED.search(str(error))
-    return refused is None or refused[1] in ("408", "429")  # took too long, too many requests
-
-
-def _brief(error: BaseException | None) -> str:
-    """One line of an error's text: what clients say without their debug dumps, and the server's code and message."""
-    text = " ".join(str(error).split("Debug source:")[0].split())
-    said = ": ".join(_SAID.findall(text))
-    text = text.split("<?xml")[0].rstrip(": ")
-    return f"{text[:400]}{f' ({said})' if said else ''}"

@@ -29,7 +29,7 @@ TRAINER_LAYERS = (
     {"matcher"},
     {"mask_classification_loss", "optimizer", "models", "data"},
     {"criterion", "checkpoint", "checkpoint_writer", "run_logger", "run_state", "wandb_run", "loader"},
-    {"build", "run_folder", "plots", "report", "interop", "predictor"},
+    {"build", "run_folder", "run_identity", "plots", "report", "interop", "predictor"},
     {"evaluation", "run", "progress", "non_finite", "failures"},
     {"loop", "pretrained"},
     {"checkpoint_options", "exporting"},

@@ -259,8 +259,10 @@ def test_manifests_that_cannot_be_trusted_are_refused(damaged: Path) -> None:
         ({"splits": escaping}, CorruptShardError, "not a plain file name"),
         ({"classes": 3}, CorruptShardError, "lacks or misspells"),
         ({"splits": [1]}, CorruptShardError, "lacks or misspells"),
-        ({"splits": {**splits, "val": splits["val"] | {"samples": "5"}}}, CorruptShardError, "do not add up"),
-        ({"ignore_index": -1}, CorruptShardError, "ignore_index -1 does not suit"),
+        ({"splits": {**splits, "val": splits["val"] | {"samples": "5"}}}, CorruptShardError,
+             "splits.val.samples is '5', legal: a whole number"),
+        ({"ignore_index": -1}, CorruptShardError, "ignore_index is -1, legal: a whole number from 0"),
+            ({"ignore_index": 254}, CorruptShardError, "ignore_index 254 does not suit"),
         ({"classes": [{"name": "a", "color": [300, 0, 0]}]}, CorruptShardError, "legal: three integers"),
     ):
         path.write_bytes(original)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import resource
 import signal
@@ -11,9 +12,11 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +24,9 @@ import torch
 from shards.errors import ConfigError
 from trainer import checkpoint_writer
 from trainer.checkpoint import Checkpoint, load_checkpoint, load_latest
-from trainer.checkpoint_writer import CheckpointError, CheckpointWriter
+from trainer.checkpoint_writer import CheckpointError, CheckpointWriter, TakenOver
+from trainer.run_folder import FolderInUse, only_run_in
+from trainer.run_identity import check_identity, only_run_at, run_id
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -201,3 +206,174 @@ def test_checkpoints_live_in_object_storage_too(s3_root: str, tmp_path: Path) ->
     with pytest.warns(UserWarning, match="Falling back"):
         found = load_latest(place)
     assert found is not None and found.step == 2
+
+
+# A checkpoint of a step that exists is written again
+
+
+class Killed(BaseException):
+    """The process dies here."""
+
+
+class Death:
+    """Counts calls; the one of a given number, and all after it, are not made."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.calls = at, 0
+
+    def before(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any, **options: Any) -> Any:
+            self.calls += 1
+            if self.calls >= self.at:
+                raise Killed
+            return call(*arguments, **options)
+        return counted
+
+
+def again(place: Path | str, scratch: Path, prepare: Callable[[CheckpointWriter], object]) -> bool:
+    """Write step 2 again, with other numbers and as the best; whether that was killed."""
+    writer = CheckpointWriter(place, scratch, 2, None)
+    prepare(writer)
+    checkpoint = state(2)
+    checkpoint.model["weight"] = torch.full((1000,), 20.0)
+    try:
+        writer.save(checkpoint, is_best=True)
+        writer.close()
+    except Killed:
+        return True
+    return False
+
+
+def assert_step_2_is_whole(place: Path | str) -> None:
+    """The old one or the new one, and nothing damaged on the way to it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = load_latest(place)
+    assert found is not None and found.step == 2 and found.model["weight"][0] in (2.0, 20.0)
+
+
+def test_a_kill_between_any_two_system_calls_leaves_the_old_or_the_new(tmp_path: Path,
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    for at in range(1, 100):
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        written(folder, folder, 1, 2, best=2)
+        death = Death(at)
+        with monkeypatch.context() as patch:
+            for name in ("replace", "unlink", "fsync"):
+                patch.setattr(os, name, death.before(getattr(os, name)))
+            killed = again(folder, folder, lambda writer: None)
+        assert_step_2_is_whole(folder)
+        for name in ("best.pt", "step-00000002.pt"):
+            assert load_checkpoint(folder / name).step == 2
+        if not killed:
+            assert at > 10, "there were so many calls"
+            return
+    pytest.fail("it never ended")
+
+
+def test_on_object_storage_too(s3_root: str, tmp_path: Path) -> None:
+    for at in range(1, 100):
+        place = f"{s3_root}/{at}"
+        written(place, tmp_path, 1, 2, best=2)
+
+        def deadly(writer: CheckpointWriter, death: Death) -> None:
+            for name in ("delete", "upload", "write"):
+                setattr(writer.storage, name, death.before(getattr(writer.storage, name)))
+
+        killed = again(place, tmp_path, partial(deadly, death=Death(at)))
+        assert_step_2_is_whole(place)
+        if not killed:
+            assert at == 7, "drop, publish, hash: of best.pt and of step-2"
+            return
+
+
+def test_what_killed_writers_left_is_removed_by_the_next_start(tmp_path: Path) -> None:
+    place = tmp_path / "checkpoints"
+    place.mkdir()
+    for name in (".best.pt.4711.tmp", ".step-00000001.pt.sha256.12.tmp", ".checkpoint.tmp", ".mine.tmp"):
+        (place / name).write_bytes(b"half")
+    (tmp_path / ".state.json.99.tmp").write_bytes(b"half")
+    with only_run_in(tmp_path), only_run_at(place, tmp_path):
+        assert names(place) == [".lock", ".mine.tmp", "owner.json"]
+        assert names(tmp_path) == [".lock", "checkpoints", "run-id"]
+
+
+# One place, one run
+
+
+@pytest.fixture(params=["folder", "object storage"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "shared") if request.param == "folder" else str(request.getfixturevalue("s3_root"))
+
+
+def run_at(place: str, folder: Path, step: int) -> str:
+    """A start of the run in `folder`, which writes a checkpoint; its identity."""
+    folder.mkdir(exist_ok=True)
+    with only_run_at(place, folder):
+        checkpoint = state(step)
+        checkpoint.run_id = run_id(folder)
+        with CheckpointWriter(place, folder, 2, None) as writer:
+            writer.save(checkpoint, is_best=False)
+            writer.close()
+    return run_id(folder)
+
+
+def test_a_run_keeps_its_place_and_others_are_refused_by_name(place: str, tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    identity = run_at(place, one, 1)
+    assert run_at(place, one, 2) == identity and len(identity) == 16
+    with pytest.raises(ConfigError) as refused:
+        run_at(place, other, 1)
+    assert str(one) in str(refused.value) and str(other) in str(refused.value) and identity in str(refused.value)
+    one.rename(tmp_path / "moved")
+    assert run_at(place, tmp_path / "moved", 3) == identity, "a folder may be moved"
+    (tmp_path / "moved/run-id").unlink()
+    assert run_at(place, tmp_path / "moved", 4) == identity, "and its disk be lost"
+    found = load_latest(place)
+    assert found is not None and (found.step, found.run_id) == (4, identity)
+
+
+def test_a_place_without_checkpoints_may_change_hands(place: str, tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        with only_run_at(place, tmp_path / name):
+            pass
+    assert run_id(tmp_path / "one") != run_id(tmp_path / "other")
+
+
+def test_a_start_that_was_killed_is_taken_over_and_cannot_write_any_more(s3_root: str, tmp_path: Path) -> None:
+    killed, writer = only_run_at(s3_root, tmp_path), CheckpointWriter(s3_root, tmp_path, 2, None)
+    killed.__enter__()  # and never leaves: kill -9, or a node that was cut off
+    with writer:
+        writer.save(state(1), is_best=False)
+        writer.wait()
+        run_at(s3_root, tmp_path, 2)
+        with pytest.raises(TakenOver, match="another start of this run has taken over s3://"):
+            writer.save(state(3), is_best=False)
+            writer.wait()
+    killed.__exit__(None, None, None)
+    found = load_latest(s3_root)
+    assert found is not None and found.step == 2
+
+
+def test_a_folder_of_checkpoints_is_locked(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    with only_run_at(tmp_path / "shared", tmp_path / "one"), \
+            pytest.raises(FolderInUse, match=r"shared is in use by a run \(process .* another train\.checkpoint_dir"), \
+            only_run_in(tmp_path / "shared", 0.1, "train.checkpoint_dir"):
+        pytest.fail("it is locked")
+
+
+def test_a_checkpoint_of_another_run_among_ones_own_is_refused() -> None:
+    check_identity("a", Path("mine"), "", "old")
+    check_identity("a", Path("mine"), "a", "elsewhere")
+    with pytest.raises(ConfigError, match=r"is of runs/theirs \(b\), not of the run in mine \(a\); choose another"):
+        check_identity("a", Path("mine"), "b", "runs/theirs")
+
+
+def test_a_malformed_owner_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "owner.json").write_text('{"run_id": ' + "9" * 5000 + "}")
+    with pytest.raises(ConfigError, match=r"owner\.json does not say whose checkpoints these are: .*remove it"), \
+            only_run_at(tmp_path, tmp_path):
+        pytest.fail("whose is it?")

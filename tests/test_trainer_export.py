@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from shards.config_file import load_config
 from shards.errors import ConfigError
 from tests.conftest import REPOSITORY
 from tests.test_end_to_end import ALONE, EOMT, run_program, tiny
 from trainer.build import build_model
-from trainer.config import load_run_config
+from trainer.config import RunConfig, load_run_config
 from trainer.exporting import InferenceGraph
 from trainer.loop import train
 from trainer.models.weights import read_weights
-from trainer.pretrained import Pretrained, load_pretrained
+from trainer.pretrained import Pretrained, export_config, load_pretrained
 
 HEADS = {"m2f": (), "linear": ("decoder_head.type=linear",), "eomt": EOMT}
 
@@ -54,6 +59,13 @@ def test_the_directory_predicts_what_the_checkpoint_predicts(exported: Path, tmp
         again.predict(picture(70, 100).astype(np.float32))
     text = (exported / "exported/config.json").read_text()
     assert str(exported) not in text and "/tmp" not in text, "no path of this machine goes along"
+    for path in sorted((exported / "exported").rglob("*")):
+        content = path.read_bytes() if path.is_file() else b""
+        if path.suffix == ".pt2":
+            with zipfile.ZipFile(path) as archive:
+                content += b"".join(map(archive.read, archive.namelist()))
+        for place in (str(exported), str(REPOSITORY), sys.prefix):
+            assert place.encode() not in content, f"{path.name} names {place}"
     Image.fromarray(picture(70, 100)).save(tmp_path / "a.png")
     result = run_program("trainer/predict.py", "--checkpoint", exported / "exported", "--output", tmp_path / "out",
                          tmp_path / "a.png")
@@ -115,6 +127,7 @@ def test_a_damaged_or_foreign_export_is_refused(exported: Path, tmp_path: Path) 
     with pytest.raises(ConfigError, match=r"a folder without config\.json"):
         load_pretrained(tmp_path)  # as an export that was killed leaves it
     config = json.loads((exported / "exported/config.json").read_text())
+    del config["sha256"]  # what is changed by hand
     for change, message in (
         ({"layer_norm_eps": None}, "layer_norm_eps is None"), ({"format": 99}, "format is 99, legal: 1"),
         ({"classes": [{}]}, "is incomplete"), ({"classes": config["classes"][:-1]}, "do not fit"),
@@ -128,3 +141,24 @@ def test_a_damaged_or_foreign_export_is_refused(exported: Path, tmp_path: Path) 
     result = run_program("trainer/export.py", "--checkpoint", exported / "run/checkpoints/best.pt", "--output",
                          exported / "exported")
     assert result.returncode == 2 and "is not empty; name a new folder" in result.stderr
+
+
+def test_no_setting_that_names_a_place_is_exported(tmp_path: Path) -> None:
+    """A new text setting either has choices, is known here to name none, or is unset in what is given to others."""
+    harmless = {"data.train_split", "data.val_split"}
+    overrides = {f"{prefix}{field.name}": "/secret/place" for prefix, field in text_fields(RunConfig())
+                 if f"{prefix}{field.name}" not in harmless}
+    overrides["load.ignore"] = ["/secret/place"]
+    config = load_config(RunConfig, [], [], overrides)
+    model = build_model(load_run_config(REPOSITORY / "tests/tiny.yaml", ["decoder_head.type=linear"]), 2)
+    content = export_config(Pretrained(model=model, config=config, classes=[]))
+    assert "/secret/place" not in json.dumps(content) and len(overrides) >= 8
+
+
+def text_fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from text_fields(value, f"{prefix}{field.name}.")
+        elif "str" in str(field.type) and "list" not in str(field.type) and not field.metadata["choices"]:
+            yield prefix, field

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 import resource
 import shutil
@@ -26,6 +27,7 @@ from PIL import Image
 from shards.errors import ConfigError
 from shards.manifest import ClassInfo, load_manifest
 from tests.conftest import REPOSITORY
+from tests.test_end_to_end import run_program
 from trainer.build import restore_model
 from trainer.checkpoint import load_checkpoint
 from trainer.config import RunConfig, load_run_config
@@ -88,6 +90,48 @@ def test_the_line_says_it_all_once() -> None:
     assert interval_line(STATE, values) == (
         "step 30/120  loss 12.3457  lr 1.00e-04  grad 3.46  98.8 images/s  waiting for data 3%  0.163 s/step  "
         "41.3 GB  ETA 1h02m")
+
+
+@pytest.mark.parametrize(("host", "in_use", "old", "lost"), [
+    ("here", True, True, False), ("here", True, False, False),  # a held lock means that it runs, however silent it is
+    ("here", False, True, True), ("here", False, False, True),
+    ("elsewhere", True, True, False),
+    ("elsewhere", False, True, True), ("elsewhere", None, True, True),  # another host's locks may not be seen
+    ("elsewhere", False, False, False),
+])
+def test_a_held_lock_means_that_it_runs(host: str, in_use: bool | None, old: bool, lost: bool) -> None:
+    state = dataclasses.replace(STATE, status="running", host=socket.gethostname() if host == "here" else host,
+                                pid=os.getpid(), updated=0.0)
+    assert state.is_lost(1, now=1e6 if old else 10.0, in_use=in_use) == lost
+
+
+def test_a_run_that_evaluates_for_hours_is_not_lost(tmp_path: Path) -> None:
+    """What a script that queues jobs is told."""
+    state = dataclasses.replace(STATE, status="running", host=socket.gethostname(), pid=os.getpid(), updated=1e9)
+    with only_run_in(tmp_path):
+        write_state(tmp_path, state)
+        result = run_program("trainer/status.py", tmp_path)
+        assert result.returncode == 0 and "running" in result.stdout
+    result = run_program("trainer/status.py", tmp_path)
+    assert result.returncode == 75 and "is gone, or hangs, and has been silent for" in result.stdout
+    write_state(tmp_path, dataclasses.replace(state, host="elsewhere"))
+    result = run_program("trainer/status.py", tmp_path)
+    assert result.returncode == 75 and "cannot be seen from this host and has been silent for" in result.stdout
+
+
+def test_waiting_refreshes_the_state_now_and_then(tmp_path: Path) -> None:
+    run = SimpleNamespace(step=3, config=tiny(tmp_path, tmp_path), context=ALONE, folder=tmp_path, best_miou=None)
+    logger, now = RunLogger(tmp_path, 0), [100.0]
+    progress = Progress(run, logger, SimpleNamespace(newest=None), clock=lambda: now[0])
+    (tmp_path / "state.json").unlink()
+    for now[0] in (100.0, 110.0, 129.9):
+        progress.still_alive()
+    assert read_state(tmp_path) is None, "writing it costs something"
+    now[0] = 130.0
+    progress.still_alive()
+    state = read_state(tmp_path)
+    assert state is not None and (state.status, state.step) == ("running", 3)
+    logger.close()
 
 
 def test_an_interval_is_timed_without_the_evaluation_and_the_eta_with_it(tmp_path: Path) -> None:

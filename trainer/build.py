@@ -62,6 +62,12 @@ def size_divisor(config: RunConfig) -> int:
     return HEADS[config.decoder_head.type].size_divisor
 
 
+def has_batch_norm(config: RunConfig) -> bool:
+    """Whether what is trained holds batch norm, which needs more than one value of each channel."""
+    return config.decoder_head.type == "m2f" or (config.decoder_head.type == "linear"
+                                                 and config.decoder_head.use_batchnorm)
+
+
 def restore_model(checkpoint: Checkpoint, backbone_source: str | None, device: torch.device) -> Segmenter:
     """The trained network of a checkpoint, in eval mode. `backbone_source` tells where the ViT lies now.
 

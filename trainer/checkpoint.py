@@ -5,12 +5,11 @@ There is no state of random generators in it: all randomness follows from seed a
 
 from __future__ import annotations
 
-import hashlib
 import re
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
@@ -21,19 +20,21 @@ from torch import Tensor
 
 from shards.errors import ConfigError, StorageError
 from shards.manifest import ClassInfo, Manifest
+from shards.outside_json import built
 from shards.storage import LocalStorage, Storage, open_storage
 from trainer.config import RunConfig, run_config_from_dict
+from trainer.models.integrity import HASH_SUFFIX
 from trainer.models.weights import WeightsFile, names_directory, read_file, read_weights, weights_in
 
 CHECKPOINT_FORMAT = 2
 BEST_NAME = "best.pt"
-HASH_SUFFIX = ".sha256"  # as `sha256sum -c` reads it
+OWNER_NAME = "owner.json"  # whose checkpoints these are (`trainer.run_identity`)
 _NAME = re.compile(r"step-(\d{8})\.pt")
 _PIECE = 64 << 20  # bytes of a download held at a time
 _FIELD_TYPES: dict[str, Any] = {
     "step": int, "model": dict, "optimizer": dict, "config": dict, "classes": list, "ignore_index": int,
     "data_hash": str, "backbone_sha256": str, "best_miou": float | None, "evaluated": bool, "skipped_steps": list,
-    "versions": dict, "format": int,
+    "versions": dict, "run_id": str, "format": int,
 }  # fmt: skip
 
 
@@ -53,6 +54,7 @@ class Checkpoint:
     evaluated: bool  # whether an evaluation that is due at this step was done
     skipped_steps: list[int]  # left out for numbers that were not finite
     versions: dict[str, str]  # of maskstream and torch that wrote it
+    run_id: str = ""  # of the run it belongs to (`trainer.run_identity`); "": written before there were such
     format: int = CHECKPOINT_FORMAT
 
     @property
@@ -61,7 +63,11 @@ class Checkpoint:
 
     @property
     def class_infos(self) -> list[ClassInfo]:
-        return [ClassInfo(name=item["name"], color=tuple(item["color"])) for item in self.classes]
+        """Raises ConfigError when they are none."""
+        try:
+            return [built(ClassInfo, item, f"class {number}") for number, item in enumerate(self.classes)]
+        except ValueError as error:
+            raise ConfigError(f"the checkpoint's classes are damaged: {error}") from error
 
 
 def class_table(manifest: Manifest) -> list[dict[str, Any]]:
@@ -79,14 +85,15 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}.pt"
 
 
-def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a checkpoint on the CPU, without unpickling code. Raises ConfigError naming the file."""
-    content = read_file(path, mmap=False)  # a run goes on from these tensors while its old files are deleted
+def load_checkpoint(path: str | Path, shown: str | None = None) -> Checkpoint:
+    """Read a checkpoint on the CPU, without unpickling code. Raises ConfigError naming the file, as `shown`."""
+    shown = shown or str(path)
+    content = read_file(path, mmap=False, shown=shown)  # a run goes on from these while its old files are deleted
     if not _is_ours(content):
         found = content.get("format") if isinstance(content, dict) else None
-        raise ConfigError(f"checkpoint {path} is not a MaskStream checkpoint of format {CHECKPOINT_FORMAT}"
+        raise ConfigError(f"checkpoint {shown} is not a MaskStream checkpoint of format {CHECKPOINT_FORMAT}"
                           + (f" but of {found}; use the MaskStream that wrote it" if isinstance(found, int) else ""))
-    return _from_content(content, path)
+    return _from_content(content, shown)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint | WeightsFile:
@@ -98,6 +105,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint | WeightsFile:
 
 
 def _from_content(content: dict[str, Any], path: str | Path) -> Checkpoint:
+    content = {"run_id": "", **content}
     for field in fields(Checkpoint):
         if not isinstance(content.get(field.name), _FIELD_TYPES[field.name]):
             raise ConfigError(f"checkpoint {path}: field {field.name!r} is missing or of the wrong type")
@@ -132,6 +140,11 @@ def numbered(storage: Storage) -> dict[int, str]:
     return {int(match[1]): match[0] for match in filter(None, map(_NAME.fullmatch, sorted(_sizes(storage))))}
 
 
+def has_checkpoints(storage: Storage) -> bool:
+    """Whether any checkpoint is there."""
+    return bool(numbered(storage)) or BEST_NAME in _sizes(storage)
+
+
 def _sizes(storage: Storage) -> dict[str, int]:
     try:
         return storage.sizes() or {}
@@ -140,27 +153,21 @@ def _sizes(storage: Storage) -> dict[str, int]:
 
 
 def _load_verified(storage: Storage, name: str) -> Checkpoint:
-    """A checkpoint whose sha256 is the one beside it; of one without, torch's own checks have to do."""
-    try:
-        expected = storage.read(name + HASH_SUFFIX).decode("ascii", "replace").split()[:1]
-    except FileNotFoundError:
-        expected = []
+    """A checkpoint whose bytes are those of the hash beside or inside it."""
     with _local_file(storage, name) as path:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if expected and expected != [found]:
-            raise ConfigError(f"checkpoint {storage.where(name)} cannot be read, it is damaged: its sha256 is not the "
-                              f"one in {name}{HASH_SUFFIX}")
-        return load_checkpoint(path)
+        return load_checkpoint(path, storage.where(name))
 
 
 @contextmanager
 def _local_file(storage: Storage, name: str) -> Iterator[Path]:
+    """The file, its hash beside it."""
     if isinstance(storage, LocalStorage):
         yield storage.folder / name
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
+        with suppress(FileNotFoundError):
+            (path.parent / (name + HASH_SUFFIX)).write_bytes(storage.read(name + HASH_SUFFIX))
         size = (storage.sizes() or {})[name]
         with path.open("wb") as file:
             for start in range(0, size, _PIECE):

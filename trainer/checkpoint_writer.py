@@ -1,18 +1,17 @@
 """Writes checkpoints while training goes on: to a folder or object storage, whole or not at all, and thins them out.
 
-Order of writing, each step published at once: `best.pt` and its hash (when it is the best), `step-N.pt.sha256`,
-`step-N.pt`. A kill between them leaves the checkpoint before, and a hash nobody asks for.
+Order of writing, for `best.pt` (when it is the best), then `step-N.pt`: the old file's hash is dropped, the file is
+published at once, then its hash. So a kill at any point leaves the old file or the new one, whole, and no hash of
+another; what has none beside it has one inside (`trainer.models.integrity`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,8 @@ from torch import Tensor
 from shards.atomic import copy_atomically, sync_folder
 from shards.errors import MaskStreamError, RunError
 from shards.storage import LocalStorage, open_storage
-from trainer.checkpoint import BEST_NAME, HASH_SUFFIX, Checkpoint, checkpoint_name, numbered
+from trainer.checkpoint import BEST_NAME, OWNER_NAME, Checkpoint, checkpoint_name, numbered
+from trainer.models.integrity import HASH_SUFFIX, SealedFile, hash_line
 
 _SCRATCH = ".checkpoint.tmp"
 _POLL = 0.05  # seconds
@@ -30,6 +30,10 @@ class CheckpointError(RunError):
     """A checkpoint could not be written; the message names place and cause."""
 
 
+class TakenOver(RunError):
+    """Another process writes this run's checkpoints now; the message names it."""
+
+
 class CheckpointWriter:
     """The checkpoints of one run. At most one is being written; the next waits for it.
 
@@ -37,16 +41,16 @@ class CheckpointWriter:
     the last one is an error (see `close`).
     """
 
-    def __init__(self, place: str | Path, scratch: Path, keep: int, keep_every: int | None,
-                 on_wait: Callable[[], None] = lambda: None) -> None:
-        """`place`: folder or URL; `scratch`: local folder for what is on its way to a URL; `keep`: newest ones;
-        `on_wait`: called again and again while the caller waits, as slow storage is no hang."""
+    def __init__(self, place: str | Path, scratch: Path, keep: int, keep_every: int | None) -> None:
+        """`place`: folder or URL; `scratch`: local folder for what is on its way to a URL; `keep`: newest ones."""
         self.storage = open_storage(place)
         self.scratch = self.storage.folder if isinstance(self.storage, LocalStorage) else scratch
-        self.keep, self.keep_every, self.on_wait = keep, keep_every, on_wait
+        self.keep, self.keep_every = keep, keep_every
+        self.on_wait: Callable[[], None] = lambda: None  # called again and again while the caller waits
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._failure: str | None = None
+        self._owner: bytes | None = None
         self.newest: str | None = None  # name of the last one that was published
 
     def save(self, checkpoint: Checkpoint, *, is_best: bool) -> None:
@@ -65,11 +69,14 @@ class CheckpointWriter:
         try:
             pending.result()
             self._failure = None
+        except TakenOver:
+            raise
         except (OSError, RuntimeError, MaskStreamError) as error:  # torch reports a failed write as RuntimeError
             self._failure = f"a checkpoint could not be written to {self.storage.root}: {error}"
             warnings.warn(f"{self._failure}. Training goes on; the checkpoint before is still there", stacklevel=2)
 
     def __enter__(self) -> CheckpointWriter:
+        self._owner = self._read_owner()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -92,37 +99,50 @@ class CheckpointWriter:
             wait([pending], _POLL)
 
     def _write(self, checkpoint: Checkpoint, is_best: bool) -> None:
+        self._check_owner()
         self.scratch.mkdir(parents=True, exist_ok=True)
         temporary, name = self.scratch / _SCRATCH, checkpoint_name(checkpoint.step)
         try:
             with temporary.open("wb") as file:
-                hashing = _Hashing(file)
-                torch.save(vars(checkpoint), hashing)  # type: ignore[arg-type]  # only written to
-                file.flush()
-                os.fsync(file.fileno())
+                sealed = SealedFile(file)
+                torch.save(vars(checkpoint), sealed)  # type: ignore[arg-type]  # only written to
+                digest = sealed.seal()
             if is_best:
-                self.storage.delete(BEST_NAME + HASH_SUFFIX)  # at no moment is it that of another file
-                self._publish_copy(temporary, BEST_NAME)
-                self._publish_hash(hashing, BEST_NAME)
-            self._publish_hash(hashing, name)
-            if isinstance(self.storage, LocalStorage):
-                temporary.replace(self.scratch / name)
-                sync_folder(self.scratch)
-            else:
-                self.storage.upload(name, temporary)
+                self._publish(temporary, BEST_NAME, digest, keep=True)
+            self._publish(temporary, name, digest)
         finally:
             temporary.unlink(missing_ok=True)
         self.newest = name
         self._remove_old(checkpoint.step)
 
-    def _publish_hash(self, hashing: _Hashing, name: str) -> None:
-        self.storage.write(name + HASH_SUFFIX, f"{hashing.sha256.hexdigest()}  {name}\n".encode())
+    def _check_owner(self) -> None:
+        """Raise TakenOver when another start has come to write here."""
+        owner = self._read_owner()
+        if self._owner is not None and owner is not None and owner != self._owner:
+            text = " ".join(owner.decode(errors="replace").split())[:300]
+            raise TakenOver(f"another start of this run has taken over {self.storage.root}: {text}; this one ends, "
+                            "that one goes on")
 
-    def _publish_copy(self, temporary: Path, name: str) -> None:
+    def _read_owner(self) -> bytes | None:
+        """None for a folder too: its lock keeps others out."""
         if isinstance(self.storage, LocalStorage):
+            return None
+        try:
+            return self.storage.read(OWNER_NAME)
+        except FileNotFoundError:
+            return None
+
+    def _publish(self, temporary: Path, name: str, digest: str, *, keep: bool = False) -> None:
+        """In the order above; `temporary` may be moved away unless it is to be kept."""
+        self.storage.delete(name + HASH_SUFFIX)
+        if not isinstance(self.storage, LocalStorage):
+            self.storage.upload(name, temporary)
+        elif keep:
             copy_atomically(temporary, self.scratch / name)
         else:
-            self.storage.upload(name, temporary)
+            temporary.replace(self.scratch / name)
+            sync_folder(self.scratch)
+        self.storage.write(name + HASH_SUFFIX, hash_line(digest, name))
 
     def _remove_old(self, newest: int) -> None:
         """Later ones than the newest were found damaged, or it would not be: they count for nothing, and may be
@@ -132,20 +152,6 @@ class CheckpointWriter:
             if self.keep_every is None or step % self.keep_every:
                 self.storage.delete(name)
                 self.storage.delete(name + HASH_SUFFIX)
-
-
-class _Hashing:
-    """A file that is only written to, with the sha256 of what was."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.sha256 = file, hashlib.sha256()
-
-    def write(self, data: Any) -> int:
-        self.sha256.update(data)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
 
 
 def _on_host(value: Any) -> Any:

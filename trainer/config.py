@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shards.config_file import config_from_dict, knob, load_config
+from shards.config_file import config_from_dict, knob, load_config, place
 from shards.errors import ConfigError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MOST_HEAD_PARAMETERS = 4_000_000_000  # four times the head of the largest published ViT
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where the shards are and how a worker turns a stored crop into a training sample."""
 
-    root: str | None = knob(None, "folder of the shard set (the one that holds manifest.json), or its s3://, gs://, "
+    root: str | None = place("folder of the shard set (the one that holds manifest.json), or its s3://, gs://, "
                             "az:// or https:// URL")
     train_split: str = knob("train", "split of the shard set to train on")
     val_split: str = knob("val", "split of the shard set to evaluate on")
@@ -28,7 +29,7 @@ class DataConfig:
     targets: str = knob("segment_map", "what workers hand over: packed uint8 maps, or dense {masks, labels} "
                         "(equal results, 10 to 40 times the bytes)", choices=("segment_map", "dense"))
     crop_size: int | None = knob(None, "side in pixels of a random crop out of the stored crop; "
-                                 "null trains on stored crops as they are", minimum=32)
+                                 "null trains on stored crops as they are", minimum=32, maximum=16384)
     hflip: float = knob(0.5, "probability of mirroring a training crop", minimum=0, maximum=1)
     photometric: bool = knob(True, "random brightness, contrast, saturation and hue (on the training device)")
     hue_degrees: float = knob(180.0, "photometric: the hue turns by up to so many degrees either way; 180, as in "
@@ -38,7 +39,7 @@ class DataConfig:
     span_samples: int = knob(16, "neighbouring samples that are read in one piece", minimum=1)
     read_ahead_mb: int = knob(256, "object storage: bytes that a worker holds before they are needed, in MiB; enough "
                               "for lanes / (ranks x workers) spans", minimum=1)
-    cache_dir: str | None = knob(None, "object storage: folder on the node's own disk in which read bytes are kept; "
+    cache_dir: str | None = place("object storage: folder on the node's own disk in which read bytes are kept; "
                                  "null: no cache")
     cache_gb: float = knob(100.0, "size limit of cache_dir, in GB", minimum=0.001)
     tries: int = knob(8, "object storage: tries before a read fails, with growing pauses between", minimum=1)
@@ -55,11 +56,11 @@ class RandomBackboneConfig:
     """A small DINOv3 ViT with random weights drawn from `seed`: for tests, demos and dry runs."""
 
     hidden_size: int | None = knob(None, "token width; null: no random backbone",
-                                   minimum=4)
-    num_hidden_layers: int = knob(4, "transformer blocks", minimum=1)
-    num_attention_heads: int = knob(2, "attention heads", minimum=1)
-    intermediate_size: int = knob(256, "hidden width of the block MLP", minimum=1)
-    num_register_tokens: int = knob(4, "register tokens", minimum=0)
+                                   minimum=4, maximum=16384)
+    num_hidden_layers: int = knob(4, "transformer blocks", minimum=1, maximum=256)
+    num_attention_heads: int = knob(2, "attention heads", minimum=1, maximum=512)
+    intermediate_size: int = knob(256, "hidden width of the block MLP", minimum=1, maximum=65536)
+    num_register_tokens: int = knob(4, "register tokens", minimum=0, maximum=4096)
     use_gated_mlp: bool = knob(False, "SwiGLU MLP, as in S+, H+ and 7B")
     seed: int = knob(0, "seed of the random weights", minimum=0, maximum=2**62)
 
@@ -68,7 +69,7 @@ class RandomBackboneConfig:
 class BackboneConfig:
     """The DINOv3 ViT."""
 
-    source: str | None = knob(None, "Hugging Face DINOv3 or EoMT directory or hub id, e.g. "
+    source: str | None = place("Hugging Face DINOv3 or EoMT directory or hub id, e.g. "
                               "facebook/dinov3-vits16-pretrain-lvd1689m; or Meta's .pth of a DINOv3 ViT")
     random: RandomBackboneConfig = knob(RandomBackboneConfig, "random weights instead of `source`")
     layers: str = knob("FOUR_EVEN_INTERVALS", "blocks whose tokens are tapped",
@@ -91,13 +92,14 @@ class BackboneConfig:
 class AdapterConfig:
     """DINOv3_Adapter (ViT-Adapter without injectors); the defaults are the reference's."""
 
-    conv_inplane: int = knob(64, "channels of the convolution stem", minimum=1)
-    n_points: int = knob(4, "sampling points per head of deformable attention", minimum=1)
-    deform_num_heads: int = knob(16, "heads of deformable attention", minimum=1)
+    conv_inplane: int = knob(64, "channels of the convolution stem", minimum=1, maximum=1024)
+    n_points: int = knob(4, "sampling points per head of deformable attention", minimum=1, maximum=64)
+    deform_num_heads: int = knob(16, "heads of deformable attention", minimum=1, maximum=512)
     drop_path: float = knob(0.3, "stochastic depth rate of the extractors", minimum=0, maximum=0.99)
-    cffn_ratio: float = knob(0.25, "width of the convolutional FFN, as a fraction of the token width", minimum=0.01)
+    cffn_ratio: float = knob(0.25, "width of the convolutional FFN, as a fraction of the token width", minimum=0.01,
+                             maximum=16)
     deform_ratio: float = knob(0.5, "value width of deformable attention, as a fraction of the token "
-                               "width; the result must be a multiple of deform_num_heads", minimum=0.01)
+                               "width; the result must be a multiple of deform_num_heads", minimum=0.01, maximum=16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,19 +107,21 @@ class DecoderHeadConfig:
     """The segmentation head; `type` routes in `trainer.build`, nowhere else."""
 
     type: str = knob("m2f", "head kind", choices=("m2f", "linear", "eomt"))
-    hidden_dim: int = knob(256, "m2f: width of pixel decoder, queries and mask features (multiple of 32)", minimum=32)
-    num_queries: int = knob(100, "m2f, eomt: mask queries", minimum=1)
-    nheads: int = knob(16, "m2f: attention heads (must divide hidden_dim)", minimum=1)
-    enc_layers: int = knob(6, "m2f: deformable encoder layers of the pixel decoder", minimum=1)
-    enc_ffn: int = knob(4096, "m2f: FFN width of the pixel decoder's encoder", minimum=1)
-    dec_layers: int = knob(9, "m2f: masked-attention decoder layers (dec_layers + 1 predictions)", minimum=1)
-    dec_ffn: int = knob(4096, "m2f: FFN width of the mask decoder", minimum=1)
+    hidden_dim: int = knob(256, "m2f: width of pixel decoder, queries and mask features (multiple of 32)", minimum=32,
+                           maximum=4096)
+    num_queries: int = knob(100, "m2f, eomt: mask queries", minimum=1, maximum=65536)
+    nheads: int = knob(16, "m2f: attention heads (must divide hidden_dim)", minimum=1, maximum=512)
+    enc_layers: int = knob(6, "m2f: deformable encoder layers of the pixel decoder", minimum=1, maximum=64)
+    enc_ffn: int = knob(4096, "m2f: FFN width of the pixel decoder's encoder", minimum=1, maximum=65536)
+    dec_layers: int = knob(9, "m2f: masked-attention decoder layers (dec_layers + 1 predictions)", minimum=1,
+                           maximum=64)
+    dec_ffn: int = knob(4096, "m2f: FFN width of the mask decoder", minimum=1, maximum=65536)
     dropout: float = knob(0.1, "linear: probability of dropping a feature channel", minimum=0, maximum=0.99)
     use_batchnorm: bool = knob(True, "linear: batch norm on the features")
     use_cls_token: bool = knob(False, "linear: concatenate the class token to every patch feature")
     use_backbone_norm: bool = knob(True, "linear: pass the tapped tokens through the ViT's final norm")
     num_blocks: int = knob(4, "eomt: last blocks of the ViT that the queries run through (num_blocks + 1 predictions)",
-                           minimum=1)
+                           minimum=1, maximum=256)
     num_upscale_blocks: int = knob(2, "eomt: doublings of the patch grid; 2 give masks at stride 4", minimum=0,
                                    maximum=4)
     mask_annealing: list[float] = knob([0.125, 0.8125], "eomt: part of the run in which masked attention fades out, "
@@ -130,6 +134,7 @@ class DecoderHeadConfig:
         if self.type == "m2f" and self.nheads > 0 and (self.hidden_dim % 32 or self.hidden_dim % self.nheads):
             raise ConfigError(f"decoder_head.hidden_dim is {self.hidden_dim}, legal: a multiple of 32 and of "
                               f"decoder_head.nheads ({self.nheads})")
+        self._check_size()
         if len(self.mask_annealing) != 2 or self.mask_annealing[0] >= self.mask_annealing[1]:
             raise ConfigError(f"decoder_head.mask_annealing is {self.mask_annealing}, legal: two fractions from 0 to "
                               "1, the first below the second")
@@ -142,11 +147,21 @@ class DecoderHeadConfig:
                                   "below its end; or none, to use decoder_head.mask_annealing")
 
 
+    def _check_size(self) -> None:
+        """Of what is legal field by field, and comes from other people's files, but not together."""
+        width = self.hidden_dim
+        layers = self.enc_layers * (2 * self.enc_ffn + 4 * width) + self.dec_layers * (2 * self.dec_ffn + 8 * width)
+        parameters = width * (layers + 2 * self.num_queries)
+        if self.type == "m2f" and parameters > MOST_HEAD_PARAMETERS:
+            raise ConfigError(f"decoder_head has {parameters / 1e9:.1f} G parameters, legal: at most "
+                              f"{MOST_HEAD_PARAMETERS / 1e9:.0f} G; lower hidden_dim, enc_ffn, dec_ffn or the layers")
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoadConfig:
     """Weights that a new run starts from (fine-tuning). A run that is continued reads its own checkpoint instead."""
 
-    weights: str | None = knob(None, "file with a trained head: one of our checkpoints, Meta's head (.pth), or a full "
+    weights: str | None = place("file with a trained head: one of our checkpoints, Meta's head (.pth), or a full "
                                "model; null: start from random weights")
     ignore: list[str] = knob([], "patterns of keys that are not loaded and may be missing, unexpected or of another "
                              "shape, e.g. ['*class_embed.*'] for other classes; any other difference is an error")
@@ -160,7 +175,7 @@ class LoadConfig:
 class LossConfig:
     """Mask classification loss (m2f). The linear head uses per-pixel cross-entropy and reads none of this."""
 
-    num_points: int = knob(12544, "points sampled per mask", minimum=1)
+    num_points: int = knob(12544, "points sampled per mask", minimum=1, maximum=10000000)
     oversample_ratio: float = knob(3.0, "candidates drawn per kept point", minimum=1, maximum=100)
     importance_sample_ratio: float = knob(0.75, "share of points taken where the mask is most uncertain",
                                           minimum=0, maximum=1)
@@ -224,7 +239,7 @@ class TrainSection:
                          "at the start; needs a C++ compiler")
     log_every: int = knob(50, "steps between log lines", minimum=1)
     checkpoint_every: int = knob(1000, "steps between checkpoints", minimum=1)
-    checkpoint_dir: str | None = knob(None, "folder or s3://, gs://, az:// URL of this run's checkpoints; null: "
+    checkpoint_dir: str | None = place("folder or s3://, gs://, az:// URL of this run's checkpoints; null: "
                                       "output_dir/checkpoints")
     keep_checkpoints: int = knob(2, "newest checkpoints kept (the best one is kept besides)", minimum=1)
     keep_every: int | None = knob(None, "checkpoints of steps that are multiples of it are kept for good; null: none",
@@ -237,7 +252,7 @@ class TrainSection:
     hang_timeout: float = knob(600.0, "seconds without progress of any rank after which a run is taken to hang, and "
                                "ends", minimum=1)
     eval_every: int = knob(5000, "steps between evaluations; the end is always evaluated, once", minimum=1)
-    wandb_project: str | None = knob(None, "Weights & Biases project that scalars and pictures go to besides (needs "
+    wandb_project: str | None = place("Weights & Biases project that scalars and pictures go to besides (needs "
                                      "the extra wandb; WANDB_MODE=offline is honoured); null: none")
 
 
@@ -249,8 +264,8 @@ class EvalConfig:
                      "kept (the DINOv3 reference squashes it to a square)",
                      choices=("slide", "whole"))
     resize_short_side: int | None = knob(None, "short side in pixels the image is resized to first; null: as it is",
-                                         minimum=32)
-    crop_size: int = knob(512, "slide: window side in pixels (multiple of 32)", minimum=64)
+                                         minimum=32, maximum=16384)
+    crop_size: int = knob(512, "slide: window side in pixels (multiple of 32)", minimum=64, maximum=16384)
     stride: int = knob(341, "slide: step between windows in pixels", minimum=1)
     tta_ratios: list[float] = knob([], "scales of resize_short_side to average over, e.g. [0.9, 1.0, 1.1]; empty: one",
                                    minimum=0.1, maximum=10)
@@ -286,7 +301,7 @@ class EvalConfig:
 class RunConfig:
     """One run: the root of the configuration."""
 
-    output_dir: str | None = knob(None, "folder of the run: config, checkpoints, metrics, pictures")
+    output_dir: str | None = place("folder of the run: config, checkpoints, metrics, pictures")
     seed: int = knob(0, "seed of initial weights, data order, augmentation and sampled points", minimum=0,
                      maximum=2**62)
     device: str = knob("auto", "where to run: auto takes CUDA when present", choices=("auto", "cpu", "cuda"))

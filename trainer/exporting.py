@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
+from torch.fx import GraphModule
 
 from shards.atomic import naming, write_atomically
 from shards.errors import MaskStreamError
 from shards.strict_json import to_json
 from trainer.models import Segmenter
+from trainer.models.integrity import SealedFile, safetensors_metadata, seal_safetensors, write_hash_beside
 from trainer.pretrained import Pretrained, export_config
 from trainer.transforms import normalize
 
@@ -31,7 +34,12 @@ class ExportError(MaskStreamError):
 def write_directory(pretrained: Pretrained, folder: Path) -> list[Path]:
     """config.json and model.safetensors (the whole model, keys as in Meta's layout); the first is written last."""
     state = _plain(pretrained.model.meta_state_dict())
-    weights = _written(folder / "model.safetensors", lambda path: save_file(state, path, {"format": "pt"}))
+
+    def write(path: Path) -> None:
+        save_file(state, path, safetensors_metadata(metadata.version("maskstream")))
+        seal_safetensors(path)
+
+    weights = _written(folder / "model.safetensors", write)
     config = folder / "config.json"
     write_atomically(config, to_json(export_config(pretrained), indent=1).encode())
     return [weights, config]
@@ -41,8 +49,8 @@ def write_meta_files(pretrained: Pretrained, folder: Path) -> list[Path]:
     """meta/head.pth, bare like Meta's release (adapter and head), and meta/backbone.pth, like Meta's ViTs."""
     head = _plain(pretrained.model.head_state_dict())
     vit = _plain(pretrained.model.backbone.meta_state_dict())
-    return [_written(folder / "meta" / "head.pth", lambda path: torch.save(head, path)),
-            _written(folder / "meta" / "backbone.pth", lambda path: torch.save(vit, path))]
+    return [_written(folder / "meta" / "head.pth", lambda path: _save_sealed(head, path)),
+            _written(folder / "meta" / "backbone.pth", lambda path: _save_sealed(vit, path))]
 
 
 def write_program(pretrained: Pretrained, folder: Path) -> list[Path]:
@@ -80,21 +88,37 @@ def inference_program(pretrained: Pretrained) -> ExportedProgram:
     rows, columns = (Dim(name, min=2, max=MAX_SIDE // SIZE_DIVISOR) for name in ("rows", "columns"))
     sizes = {0: Dim("batch", min=1, max=1024), 2: SIZE_DIVISOR * rows, 3: SIZE_DIVISOR * columns}
     with torch.no_grad():
-        return export(InferenceGraph(pretrained).eval(), (torch.zeros(_TRACED, dtype=torch.uint8),),
-                      dynamic_shapes={"images": sizes})
+        program = export(InferenceGraph(pretrained).eval(), (torch.zeros(_TRACED, dtype=torch.uint8),),
+                         dynamic_shapes={"images": sizes})
+    for module in program.graph_module.modules():
+        if isinstance(module, GraphModule):
+            for node in module.graph.nodes:
+                node.meta.pop("stack_trace", None)  # it names files of this machine
+    return program
 
 
 def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: tensor.detach().contiguous() for key, tensor in state.items()}
 
 
+def _save_sealed(state: dict[str, Tensor], path: Path) -> None:
+    with path.open("wb") as file:
+        sealed = SealedFile(file)
+        torch.save(state, sealed)  # type: ignore[arg-type]  # only written to
+        sealed.seal()
+
+
 def _written(path: Path, write: Callable[[Path], object]) -> Path:
-    """Write to a temporary name, flush to disk, rename."""
+    """Write to a temporary name, flush to disk, rename; its sha256 comes beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    with naming(path):
-        write(partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-    partial.rename(path)
+    try:
+        with naming(path):
+            write(partial)
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    write_hash_beside(path)
     return path

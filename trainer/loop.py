@@ -47,6 +47,7 @@ from trainer.run import (
     take_over,
 )
 from trainer.run_folder import only_run_in, start_noted
+from trainer.run_identity import only_run_at
 from trainer.run_logger import RunLogger
 from trainer.seeding import seed_micro_batch
 from trainer.stopping import RunStopped, stop_on_signals
@@ -63,7 +64,8 @@ def train(config: RunConfig, context: DistContext) -> dict[str, Any]:
     root, folder = required_folders(config)
     if not context.is_main:  # these meet rank 0 where DDP wraps the model, before they look for a checkpoint
         return _train(config, context, root, folder)
-    with only_run_in(folder), start_noted(folder, config.train.total_steps, context.world_size):
+    with (only_run_in(folder), start_noted(folder, config.train.total_steps, context.world_size),
+          only_run_at(checkpoint_place(config), folder)):
         return _train(config, context, root, folder)
 
 
@@ -79,8 +81,7 @@ def _train(config: RunConfig, context: DistContext, root: str, folder: Path) -> 
     check_ranks_agree(run)
     # -- loop ---------------------------------------------------------------------------------------------
     logger = _start_logging(run) if context.is_main else None
-    writer = CheckpointWriter(checkpoint_place(config), folder, config.train.keep_checkpoints, config.train.keep_every,
-                              on_wait=lambda: run.beat("checkpoint"))
+    writer = CheckpointWriter(checkpoint_place(config), folder, config.train.keep_checkpoints, config.train.keep_every)
     try:
         with (closing(logger) if logger is not None else nullcontext(), Progress(run, logger, writer) as progress,
               writer):
@@ -110,6 +111,7 @@ class _Loop:
         self.settings = run.config.train
         self.guard = NonFiniteGuard(run)
         self.metrics: dict[str, Any] = {}
+        writer.on_wait = self.still_writing
 
     def is_done(self) -> bool:
         return self.run.step == self.settings.total_steps and self.run.evaluated
@@ -181,10 +183,14 @@ class _Loop:
         """Metrics of the model as it is. Raises EvaluationStopped."""
         run = self.run
 
+        def go_on() -> bool:
+            self.progress.still_alive()
+            return not run.stop.requested
+
         # Without synchronised batch norm (CPU) each rank has statistics of its own batches; rank 0's are those saved.
         run.context.broadcast(run.model.buffers())
         result = evaluate(run.model, self.val_reader, run.config, run.context, run.config.eval.max_images,
-                          lambda: not run.stop.requested)
+                          go_on)
         if self.logger is not None:
             _log_evaluation(run, result, self.logger)
         return result.metrics
@@ -208,6 +214,11 @@ class _Loop:
             run.best_miou = miou
         if run.context.is_main:
             self.writer.save(snapshot(run), is_best=is_best)
+
+    def still_writing(self) -> None:
+        """Slow storage is no hang."""
+        self.run.beat("checkpoint")
+        self.progress.still_alive()
 
     def record_skipped(self, micro_batches: list[Batch]) -> None:
         """Damaged samples that data.on_corrupt left out, of every rank in one file. Shard and number name them: a key

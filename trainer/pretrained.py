@@ -16,15 +16,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shards.config_file import config_to_dict, override_config
+from shards.config_file import config_to_dict, override_config, without_places
 from shards.errors import ConfigError
 from shards.manifest import ClassInfo
 from shards.sample import decode_upright
 from trainer.build import model_from_weights, restore_model
 from trainer.checkpoint import Checkpoint, open_checkpoint
-from trainer.config import BackboneConfig, DataConfig, LoadConfig, RandomBackboneConfig, RunConfig, run_config_from_dict
+from trainer.config import BackboneConfig, LoadConfig, RandomBackboneConfig, RunConfig, run_config_from_dict
 from trainer.distributed import pick_device
 from trainer.models import Segmenter
+from trainer.models.integrity import sealed_config
 from trainer.models.weights import EXPORT_MODEL_TYPE, WeightsFile
 from trainer.predictor import Predictor
 
@@ -91,15 +92,14 @@ def adopt(weights: WeightsFile, config: RunConfig, classes: Sequence[ClassInfo],
 
 def export_config(pretrained: Pretrained) -> dict[str, Any]:
     """The content of an export's config.json: nothing in it names a place on this machine."""
-    config = replace(pretrained.config, output_dir=None, load=LoadConfig(), device="auto",
-                     data=replace(pretrained.config.data, root=DataConfig().root),
-                     backbone=replace(pretrained.config.backbone, source=None, random=RandomBackboneConfig()))
-    return {
+    config = replace(pretrained.config, load=LoadConfig(), device="auto")  # load.ignore goes with load.weights
+    config = without_places(replace(config, backbone=replace(config.backbone, random=RandomBackboneConfig())))
+    return sealed_config({
         "model_type": EXPORT_MODEL_TYPE, "format": EXPORT_FORMAT,
         "layer_norm_eps": pretrained.model.backbone.layer_norm_eps,
         "classes": [asdict(item) | {"color": list(item.color)} for item in pretrained.classes],
         "settings": config_to_dict(config),
-    }  # fmt: skip
+    })  # fmt: skip
 
 
 def _exported_settings(weights: WeightsFile) -> tuple[RunConfig, list[ClassInfo]]:
@@ -111,7 +111,9 @@ def _exported_settings(weights: WeightsFile) -> tuple[RunConfig, list[ClassInfo]
     try:
         classes = [ClassInfo(name=item["name"], color=tuple(item["color"])) for item in content["classes"]]
         settings = run_config_from_dict(content["settings"])
-    except (KeyError, TypeError) as error:
+    except ConfigError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{weights.path}/config.json is incomplete: {error!r}") from error
     backbone = BackboneConfig(**{**vars(settings.backbone), "source": str(weights.path)})
     return replace(settings, backbone=backbone), classes

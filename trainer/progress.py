@@ -20,6 +20,8 @@ from trainer.run_logger import RunLogger
 from trainer.run_state import RunState, format_duration, write_state
 from trainer.stopping import RunStopped
 
+_REFRESH_SECONDS = 30.0
+
 
 class Progress:
     """Counts steps and times them; on rank 0, which has a `logger`, it also logs them and writes the run's state."""
@@ -59,6 +61,11 @@ class Progress:
         yield
         self._interval_start += self._clock() - entered
 
+    def still_alive(self) -> None:
+        """To be called often while an evaluation or a checkpoint takes its time: refreshes state.json now and then."""
+        if self._clock() - self._written >= _REFRESH_SECONDS:
+            self.write_state("running")
+
     def step_done(self, losses: dict[str, float]) -> None:
         """To be called after each step; logs every `train.log_every` steps and at the end."""
         self._steps += 1
@@ -73,6 +80,7 @@ class Progress:
 
     def write_state(self, status: str, message: str = "") -> None:
         """Say in state.json how the run stands; see `RunState.status`. Does nothing on other ranks."""
+        self._written = self._clock()
         if self.logger is not None:
             write_state(self.run.folder, self._state(status, message))
 

@@ -21,12 +21,13 @@ from PIL import Image
 from shards.atomic import write_atomically
 from shards.config_file import config_to_yaml
 from shards.manifest import Manifest
+from shards.shown_text import masked_value, shown_lines
 from trainer.checkpoint import versions
 from trainer.config import RunConfig
 from trainer.distributed import DistContext
 from trainer.run_logger import PICTURES_NAME, read_evaluation, read_metrics
 from trainer.run_state import RunState, format_duration, read_state
-from trainer.svg_chart import Series, colors, line_chart
+from trainer.svg_chart import Series, colors, html_text, line_chart
 
 REPORT_NAME = "report.html"
 _SMOOTHING = 0.8  # of the loss curve drawn over the raw one
@@ -84,11 +85,11 @@ def _page(folder: Path, config: RunConfig, manifest: Manifest, context: DistCont
         "Events": _events(records),
         "Data": _data(config, manifest),
         "Code and machine": _facts(_machine(context, state)),
-        "Configuration": f"<pre>{html.escape(config_to_yaml(config))}</pre>",
+        "Configuration": f"<pre>{html.escape(shown_lines(config_to_yaml(config)))}</pre>",
     }
     links = "".join(f'<a href="#{_anchor(title)}">{title}</a>' for title in sections)
     body = "".join(f'<h2 id="{_anchor(title)}">{title}</h2>{content}' for title, content in sections.items())
-    name = html.escape(folder.resolve().name)
+    name = html_text(folder.resolve().name)
     return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
             f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -102,7 +103,7 @@ def _head(name: str, state: RunState | None, train: list[dict[str, Any]], val: l
     if state is not None:
         head = f'<h1>{name} <span class="status {state.status}">{state.status}</span></h1>'
         moment = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(state.updated))
-        head += f"<p>As of {moment}. {html.escape(state.message)}</p>"
+        head += f"<p>As of {moment}. {html_text(state.message)}</p>"
         tiles[f"of {state.total_steps} steps"] = f"{state.step}"
     if val:
         best = max(val, key=lambda record: record["mIoU"] if record["mIoU"] == record["mIoU"] else -1)
@@ -188,7 +189,7 @@ def _classes(evaluation: dict[str, Any] | None, manifest: Manifest, val_split: s
              f'<td class="number">{pixels[number] / max(1, sum(pixels)):.2%}</td>']
             for iou, number in sorted(found, key=lambda pair: (-pair[0], pair[1]))]
     absent = len(evaluation["per_class_iou"]) - len(found)
-    return (f"<p>Step {evaluation['step']}, split {html.escape(val_split)}: {means}."
+    return (f"<p>Step {evaluation['step']}, split {html_text(val_split)}: {means}."
             + (f" {absent} classes were neither labelled nor predicted." if absent else "") + "</p>"
             + _table(["class", "#IoU", "", "#share of labelled pixels"], rows))
 
@@ -206,7 +207,7 @@ def _confused_pairs(evaluation: dict[str, Any] | None, manifest: Manifest) -> st
 def _class(manifest: Manifest, number: int) -> str:
     info = manifest.classes[number]
     red, green, blue = info.color
-    return f'<i style="background:rgb({red} {green} {blue})"></i>{html.escape(info.name)}'
+    return f'<i style="background:rgb({red} {green} {blue})"></i>{html_text(info.name)}'
 
 
 def _pictures(folder: Path) -> str:
@@ -219,7 +220,7 @@ def _pictures(folder: Path) -> str:
             try:
                 shown = f'<img alt="{what}" src="{_data_uri(found[-1])}">'
             except (OSError, SyntaxError, ValueError) as error:  # pillow's, of a damaged PNG
-                shown = html.escape(f"{found[-1].name} cannot be read: {error}")
+                shown = html_text(f"{found[-1].name} cannot be read: {error}")
             parts.append(f"<h3>{what}, step {step}</h3><p>{shown}</p>")
     return "".join(parts) or "<p>There are none yet.</p>"
 
@@ -233,16 +234,17 @@ def _data_uri(path: Path) -> str:
 
 
 def _events(records: list[dict[str, Any]]) -> str:
-    rows = [[f'<td class="number">{record["step"]}</td>', f"<td>{html.escape(str(record.get('what')))}</td>"]
+    rows = [[f'<td class="number">{record["step"]}</td>', f"<td>{html_text(str(record.get('what')))}</td>"]
             for record in records if record["kind"] == "event"]
     return _table(["#step", "what happened"], rows) if rows else "<p>None: one uninterrupted run.</p>"
 
 
 def _data(config: RunConfig, manifest: Manifest) -> str:
-    facts = {"dataset": manifest.dataset, "root": str(config.data.root), "manifest sha256": manifest.sha256,
+    facts = {"dataset": manifest.dataset, "root": masked_value(str(config.data.root)),
+             "manifest sha256": manifest.sha256,
              "classes": str(manifest.num_classes), "ignored label": str(manifest.ignore_index),
              "written by": ", ".join(f"{name} {version}" for name, version in manifest.producer.items())}
-    rows = [[f"<td>{html.escape(name)}</td>", f"<td>{html.escape(split.kind)}</td>",
+    rows = [[f"<td>{html_text(name)}</td>", f"<td>{html_text(split.kind)}</td>",
              *(f'<td class="number">{count:,}</td>' for count in (split.images, split.samples, len(split.shards)))]
             for name, split in manifest.splits.items()]
     return _facts(facts) + _table(["split", "holds", "#images", "#samples", "#shards"], rows)
@@ -257,7 +259,7 @@ def _machine(context: DistContext, state: RunState | None) -> dict[str, str]:
 
 
 def _facts(facts: dict[str, str]) -> str:
-    rows = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
+    rows = "".join(f"<tr><th>{html_text(name)}</th><td>{html_text(value)}</td></tr>"
                    for name, value in facts.items())
     return f'<table class="facts">{rows}</table>'
 

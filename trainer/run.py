@@ -13,8 +13,9 @@ from shards.config_file import config_changes, config_to_dict
 from shards.errors import ConfigError
 from shards.manifest import Manifest
 from shards.plan import TrainPlan
+from shards.shown_text import masked_value, shown
 from shards.storage import open_storage
-from trainer.build import build_criterion, build_model, size_divisor
+from trainer.build import build_criterion, build_model, has_batch_norm, size_divisor
 from trainer.checkpoint import Checkpoint, class_table, load_latest, numbered, versions
 from trainer.config import RunConfig, load_run_config
 from trainer.criterion import Criterion
@@ -23,6 +24,7 @@ from trainer.distributed import DistContext
 from trainer.models import Segmenter
 from trainer.models.weights import read_weights
 from trainer.optimizer import build_optimizer, load_optimizer
+from trainer.run_identity import check_identity, run_id
 from trainer.stopping import StopRequest
 
 
@@ -39,6 +41,7 @@ class Run:
     optimizer: torch.optim.AdamW
     folder: Path
     backbone_sha256: str
+    run_id: str = ""  # of all its starts (`trainer.run_identity`)
     step: int = 0
     best_miou: float | None = None
     evaluated: bool = True  # whether an evaluation that is due at `step` was done
@@ -76,11 +79,15 @@ def open_crops(config: RunConfig, manifest: Manifest) -> TrainCrops:
                      config.data.lanes, config.data.span_samples)
     crops = TrainCrops(reader, plan, config.data)
     height, width = crops[0].images.shape[2:]
-    divisor = size_divisor(config)
+    divisor, micro_batch = size_divisor(config), config.train.micro_batch_size
     if height % divisor or width % divisor:
         raise ConfigError(f"training crops are {height}x{width} pixels, legal for decoder_head.type "
                           f"{config.decoder_head.type}: multiples of {divisor}. Set data.crop_size, or shard again "
                           "with another crops.size")
+    if height * width * micro_batch == divisor**2 and has_batch_norm(config):
+        raise ConfigError(f"training crops are {height}x{width} pixels, one cell of the head's coarsest map, "
+                          "and train.micro_batch_size is 1, of which batch norm can learn nothing; legal: crops of at "
+                          f"least {height}x{2 * width} pixels, or train.micro_batch_size=2")
     return crops
 
 
@@ -102,6 +109,7 @@ def build_run(config: RunConfig, context: DistContext, manifest: Manifest, folde
     return Run(
         config=config, context=context, manifest=manifest, model=model, wrapped=wrapped, criterion=criterion,
         optimizer=build_optimizer(model, config.optimizer), folder=folder, backbone_sha256=backbone_sha256,
+        run_id=run_id(folder),
     )  # fmt: skip
 
 
@@ -120,6 +128,7 @@ def resume(run: Run) -> None:
         start_from_weights(run)
         return
     old, new = checkpoint.run_config, run.config
+    check_identity(run.run_id, run.folder, checkpoint.run_id, old.output_dir)
     identities = [f"{name} was {before} and is {now}" for name, before, now in (
         ("the data (manifest_sha256)", checkpoint.data_hash, run.manifest.sha256),
         ("the backbone's weights (sha256)", checkpoint.backbone_sha256, run.backbone_sha256)) if before != now]
@@ -157,7 +166,7 @@ def _refuse_to_begin_again(run: Run) -> None:
     except ConfigError:  # there is none, or it is another version's
         return
     old, new = checkpoint_place(replace(before, output_dir=str(run.folder))), checkpoint_place(run.config)
-    if old != new and numbered(open_storage(old)):
+    if masked_value(old) != masked_value(new) and numbered(open_storage(old)):
         raise ConfigError(f"{run.folder} holds a run with checkpoints in {old}, but there are none in {new}; set "
                           "train.checkpoint_dir as it was, copy them there, or choose another output_dir")
 
@@ -177,6 +186,7 @@ def snapshot(run: Run) -> Checkpoint:
         config=config_to_dict(run.config), classes=class_table(run.manifest), ignore_index=run.manifest.ignore_index,
         data_hash=run.manifest.sha256, backbone_sha256=run.backbone_sha256, best_miou=run.best_miou,
         evaluated=run.evaluated, skipped_steps=list(run.skipped_steps), versions=versions(),
+        run_id=run.run_id,
     )  # fmt: skip
 
 
@@ -189,7 +199,7 @@ def start_from_weights(run: Run) -> None:
     if run.context.is_main:
         loaded = len(run.model.trainable_state_dict()) - len(left)
         random = f"; left random, as load.ignore says: {', '.join(left)}" if left else ""
-        print(f"{settings.weights}: loaded {loaded} tensors of adapter and head{random}", flush=True)
+        print(f"{shown(settings.weights)}: loaded {loaded} tensors of adapter and head{random}", flush=True)
 
 
 def check_ranks_agree(run: Run) -> None:

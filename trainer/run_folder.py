@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from shards.atomic import naming
+from shards.atomic import naming, remove_leftovers
 from shards.errors import ConfigError, RunError
 from shards.locks import try_lock, warn_unlocked
 from trainer.run_state import RunState, read_state, write_state
@@ -26,18 +26,21 @@ class FolderInUse(RunError):
 
 
 @contextmanager
-def only_run_in(folder: Path, patience: float = _PATIENCE) -> Iterator[None]:
+def only_run_in(folder: Path, patience: float = _PATIENCE, setting: str = "output_dir") -> Iterator[None]:
     """Keep other runs out of `folder`, which is made, until the end or this process's death.
 
-    Waits `patience` seconds for one that is there. Raises FolderInUse.
+    Waits `patience` seconds for one that is there, then removes what killed ones left half-written. Raises FolderInUse,
+    which says to change `setting`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK_NAME).open("a+", encoding="utf-8") as file:
-        _lock(file, folder, time.monotonic() + patience)
+        if _lock(file, folder, time.monotonic() + patience, setting):
+            remove_leftovers(folder)
         yield
 
 
-def _lock(file: IO[str], folder: Path, deadline: float) -> None:
+def _lock(file: IO[str], folder: Path, deadline: float, setting: str) -> bool:
+    """Whether the lock is held now; it is not on a file system without locks."""
     told = False
     while True:
         try:
@@ -47,17 +50,18 @@ def _lock(file: IO[str], folder: Path, deadline: float) -> None:
             file.seek(0)
             holder = f"{folder} is in use by a run ({file.read().strip() or 'which has just begun'})"
             if time.monotonic() > deadline:
-                raise FolderInUse(f"{holder}; wait for its end, or choose another output_dir") from None
+                raise FolderInUse(f"{holder}; wait for its end, or choose another {setting}") from None
             if not told:
                 print(f"{holder}; waiting for its end", flush=True)
                 told = True
             time.sleep(_PAUSE)
     if reason is not None:
         warn_unlocked(folder, reason)
-        return
+        return False
     with naming(folder / LOCK_NAME):
         file.truncate(0)
         print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+    return True
 
 
 def is_used(folder: Path) -> bool | None:

@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image
 
 from shards.atomic import write_atomically
-from shards.errors import ConfigError
+from shards.outside_json import parse_json
+from shards.shown_text import masked
 from shards.strict_json import nan_for_null, to_json
 from trainer.wandb_run import WandbRun
 
@@ -50,14 +51,9 @@ def read_evaluation(run: Path) -> dict[str, Any] | None:
     """The last validation in full, with its step; None when there was none. Raises ConfigError when it is malformed."""
     path = run / EVALUATION_NAME
     try:
-        content = json.loads(path.read_bytes())
+        found: dict[str, Any] = nan_for_null(parse_json(path.read_bytes(), str(path)))
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold an object")
-    found: dict[str, Any] = nan_for_null(content)
     return found
 
 
@@ -95,6 +91,7 @@ class RunLogger:
     def event(self, step: int, what: str) -> None:
         """Something out of the ordinary that a reader of the curves should know, e.g. a restart or a skipped batch."""
         with self._or_warn():
+            what = masked(what)
             self._record({"step": step, "kind": "event", "what": what})
             self._board.add_text("events", what, step)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import socket
 import types
@@ -15,6 +14,8 @@ from typing import Any
 
 from shards.atomic import write_atomically
 from shards.errors import ConfigError
+from shards.outside_json import parse_json
+from shards.shown_text import masked_value
 from shards.strict_json import to_json
 
 STATE_NAME = "state.json"
@@ -49,11 +50,14 @@ class RunState:
     def is_lost(self, steps_between_updates: int, now: float, in_use: bool | None = None) -> bool:
         """True when it says "running" and nobody runs it: its process is gone, or was not heard of for too long.
 
-        `in_use`: what the lock of its folder says (`run_folder.is_used`); numbers of processes are used again.
+        `in_use`: what the lock of its folder says (`run_folder.is_used`); numbers of processes are used again. A held
+        lock means that it runs; a free one says nothing of another host, whose locks may not be seen from here.
         """
         if self.status != "running":
             return False
-        if self.host == socket.gethostname() and not (_process_exists(self.pid) if in_use is None else in_use):
+        if in_use:  # however long it says nothing: an evaluation may take hours
+            return False
+        if self.host == socket.gethostname() and (in_use is False or not process_exists(self.pid)):
             return True
         interval = steps_between_updates * (self.seconds_per_step or 0)
         return now - self.updated > max(_QUIET_SECONDS, _QUIET_INTERVALS * interval)
@@ -62,7 +66,8 @@ class RunState:
 def write_state(run: Path, state: RunState) -> None:
     """Publish the state whole; that it could not be written (a full disk) is a warning, never the end of a run."""
     try:
-        write_atomically(run / STATE_NAME, (to_json(dataclasses.asdict(state), indent=1) + "\n").encode())
+        content = masked_value(dataclasses.asdict(state))  # the message may be another program's error
+        write_atomically(run / STATE_NAME, (to_json(content, indent=1) + "\n").encode())
     except OSError as error:
         warnings.warn(f"{run / STATE_NAME} could not be written: {error}. Training goes on", stacklevel=2)
 
@@ -71,13 +76,9 @@ def read_state(run: Path) -> RunState | None:
     """The state of a run; None when the folder has none. Raises ConfigError when the file is malformed."""
     path = run / STATE_NAME
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes(), str(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold an object, it holds: {content!r}"[:200])
     known = typing.get_type_hints(RunState)
     for name, kind in known.items():
         if name not in content or not _is_a(content[name], kind):
@@ -107,7 +108,8 @@ def _is_a(value: Any, kind: Any) -> bool:
     return isinstance(value, kinds) and not isinstance(value, bool)
 
 
-def _process_exists(pid: int) -> bool:
+def process_exists(pid: int) -> bool:
+    """Whether this host has a process of that number now."""
     try:
         os.kill(pid, 0)  # signal 0 only asks
     except ProcessLookupError:

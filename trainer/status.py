@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import socket
 import time
 from pathlib import Path
 from typing import Any
 
 from shards.command_line import run_entry_point
 from shards.errors import ConfigError
+from shards.shown_text import shown
 from shards.strict_json import to_json
 from trainer.run_folder import is_used
 from trainer.run_logger import METRICS_NAME, read_metrics
@@ -43,7 +45,7 @@ def main() -> int:
     if arguments.json:
         print(to_json(dataclasses.asdict(state) | {"status": status}, indent=1))
     else:
-        print("\n".join(lines).encode(errors="replace").decode())  # JSON may hold what is no text
+        print("\n".join(map(shown, lines)))  # JSON may hold anything
     return EXIT_CODES[status]
 
 
@@ -75,7 +77,9 @@ def _verdict(status: str, state: RunState, now: float) -> str:
     place = f"{state.world_size} rank(s), process {state.pid} on {state.host}"
     silent = format_duration(now - state.updated)
     if status == "lost":
-        return f"lost: {place} is gone or has been silent for {silent}; continue with the same command"
+        here = state.host == socket.gethostname()
+        why = "is gone, or hangs, and" if here else "cannot be seen from this host and"
+        return f"lost: {place} {why} has been silent for {silent}; continue with the same command"
     if status == "running":
         return f"running for {format_duration(now - state.started)}, last heard of {silent} ago; {place}"
     if status == "stopped":

@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from shards.shown_text import shown
+
 Points = Sequence[tuple[float, float]]
 
 _WIDTH, _HEIGHT = 460, 200
@@ -34,6 +36,11 @@ def colors(count: int) -> list[str]:
     return [f"hsl({190 + 140 * index / (count - 1):.0f} 65% 55%)" for index in range(count)]
 
 
+def html_text(value: object) -> str:
+    """A text that others may have written, for a page that can be mailed."""
+    return html.escape(shown(value))
+
+
 def line_chart(title: str, series: Sequence[Series], top: float | None = None) -> str:
     """A `<figure>`: title, the lines over steps, and a legend when there are several. Numbers not finite are left out.
 
@@ -49,9 +56,9 @@ def line_chart(title: str, series: Sequence[Series], top: float | None = None) -
     axes = _Axes(min(x for x, _ in every), max(x for x, _ in every), y_ticks[0], y_ticks[-1])
     body = [*_grid(axes, x_ticks, y_ticks), *(_line(axes, line, points) for line, points in drawn)]
     named = [line for line, _ in drawn if not line.faint]
-    legend = "".join(f'<span><i style="background:{line.color}"></i>{html.escape(line.name)}</span>' for line in named)
-    return (f"<figure><h3>{html.escape(title)}</h3>"
-            f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{html.escape(title)}">{"".join(body)}</svg>'
+    legend = "".join(f'<span><i style="background:{line.color}"></i>{html_text(line.name)}</span>' for line in named)
+    return (f"<figure><h3>{html_text(title)}</h3>"
+            f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{html_text(title)}">{"".join(body)}</svg>'
             f'<figcaption>{legend if len(named) > 1 else ""}</figcaption></figure>')
 
 
@@ -101,7 +108,7 @@ def _line(axes: _Axes, line: Series, points: Points) -> str:
     parts = [f'<polyline points="{path}" stroke="{line.color}"{faint}/>']
     if len(points) <= _MOST_MARKERS and not line.faint:
         parts += [f'<circle cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="2.5" fill="{line.color}">'
-                  f"<title>{html.escape(line.name)}, step {x:g}: {y:.4g}</title></circle>" for x, y in points]
+                  f"<title>{html_text(line.name)}, step {x:g}: {y:.4g}</title></circle>" for x, y in points]
     return "".join(parts)
 
 

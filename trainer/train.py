@@ -47,6 +47,7 @@ def _train(config: RunConfig) -> int:
 def _dry_run(config: RunConfig) -> int:
     from shards.manifest import load_manifest
     from shards.plan import accumulation_for
+    from shards.shown_text import shown
     from trainer.data import open_reader
     from trainer.run import open_crops, required_folders
 
@@ -59,13 +60,13 @@ def _dry_run(config: RunConfig) -> int:
     samples, steps, global_batch = len(crops.reader), config.train.total_steps, config.train.global_batch_size
     accumulation = accumulation_for(global_batch, config.train.micro_batch_size, 1)
     val_images = len(open_reader(config.data, config.data.val_split, manifest))
-    print(f"{manifest.dataset}: {manifest.num_classes} classes, {samples} training samples in "
+    print(f"{shown(manifest.dataset)}: {manifest.num_classes} classes, {samples} training samples in "
           f"{len(crops.reader.info.shards)} shards, {val_images} validation samples")
     print(f"{steps} steps of {global_batch} = {steps * global_batch / samples:.2f} epochs; {accumulation} "
           "micro-batches per step, shared by the ranks")
     batch = crops[0]
     names = [manifest.classes[label].name for label in batch.labels[: batch.counts[0]].tolist()]
-    print(f"first sample: {batch.keys[0]}, {tuple(batch.images.shape[1:])} {batch.images.dtype}, "
+    print(f"first sample: {shown(batch.keys[0])}, {tuple(batch.images.shape[1:])} {batch.images.dtype}, "
           f"{batch.counts[0]} masks: {', '.join(names)}")
     print("dry run: nothing was trained")
     return 0

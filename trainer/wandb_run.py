@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from PIL import Image
 
 from shards.atomic import write_atomically
 from shards.errors import ConfigError
+from shards.shown_text import masked_value
 
 _ID_NAME = "wandb-id"  # file in the run's folder: a continued run is the same one there
 
@@ -25,6 +27,7 @@ class WandbRun:
             raise ConfigError(f"train.wandb_project is {project!r} and wandb is not installed: "
                               "pip install maskstream[wandb], or set train.wandb_project=null") from error
         self._image = wandb.Image
+        sys.argv[:] = map(masked_value, sys.argv)  # which W&B stores as well
         try:
             self._run = wandb.init(project=project, name=run.name, id=_run_id(run), resume="allow", dir=str(run),
                                    config=config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from shards.errors import ConfigError
+from shards.outside_json import parse_json
+from trainer.models.integrity import check_folder
 
 WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -43,17 +44,17 @@ def model_directory(source: str | Path, hint: str = "") -> Path:
 
 def directory_config(folder: Path) -> dict[str, Any]:
     """The content of config.json. Raises ConfigError when it is no JSON object."""
+    path = folder / "config.json"
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder / 'config.json'} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{folder / 'config.json'} holds no JSON object")
-    return config
+        return parse_json(path.read_bytes(), str(path))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
 
 
 def directory_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a directory's safetensors files, memory-mapped. Raises ConfigError naming a damaged file."""
+    """All tensors of a directory's safetensors files, memory-mapped, their hashes compared. Raises ConfigError naming a
+    damaged file."""
+    check_folder(folder)
     tensors: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:

@@ -47,6 +47,9 @@ _IN_BLOCK = {
 _PLAIN_MLP = {"mlp.fc1": "mlp.up_proj", "mlp.fc2": "mlp.down_proj"}
 _GATED_MLP = {"mlp.w1": "mlp.gate_proj", "mlp.w2": "mlp.up_proj", "mlp.w3": "mlp.down_proj"}
 
+_MOST = {"dim": 16384, "blocks": 256, "heads": 512, "ffn": 65536, "registers": 4096}
+_MOST_PARAMETERS = 16_000_000_000  # of the blocks; the largest published ViT has 6.7 G
+
 
 @dataclass(frozen=True)
 class VitArchitecture:
@@ -60,8 +63,19 @@ class VitArchitecture:
     qkv_bias: bool = True
     registers: int = 4
 
+    def check(self) -> None:
+        """Raise ConfigError for sizes beyond those of any ViT, before something of them is allocated."""
+        for name, most in _MOST.items():
+            if not isinstance(value := getattr(self, name), int) or not 0 <= value <= most:
+                raise ConfigError(f"a ViT has {value} {name}, legal: at most {most}")
+        parameters = self.blocks * self.dim * (4 * self.dim + (3 if self.gated else 2) * self.ffn)
+        if parameters > _MOST_PARAMETERS:
+            raise ConfigError(f"a ViT of {parameters / 1e9:.1f} G parameters, legal: at most "
+                              f"{_MOST_PARAMETERS / 1e9:.0f} G")
+
     def config(self, layer_norm_eps: float = LAYER_NORM_EPS) -> DINOv3ViTConfig:
-        """The configuration of transformers' model."""
+        """The configuration of transformers' model. Raises ConfigError as `check`."""
+        self.check()
         return DINOv3ViTConfig(
             hidden_size=self.dim,
             num_hidden_layers=self.blocks,

@@ -15,6 +15,7 @@ from shards.errors import ConfigError
 from trainer.config import BackboneConfig, RandomBackboneConfig
 from trainer.models.fitting import grouped
 from trainer.models.hub import directory_config, model_directory
+from trainer.models.integrity import check_folder
 from trainer.models.vit_keys import (
     META_ONLY,
     VitArchitecture,
@@ -50,16 +51,17 @@ def _random_vit(config: RandomBackboneConfig, hidden_size: int) -> DINOv3ViTMode
     if hidden_size % (4 * config.num_attention_heads):
         raise ConfigError(f"backbone.random.hidden_size is {hidden_size}, legal: a multiple of 4 * num_attention_heads "
                           f"({4 * config.num_attention_heads}), for the rotary position code")
-    # Not torch.manual_seed: that would also re-seed every accelerator's generator.
-    torch.default_generator.manual_seed(config.seed)
-    return DINOv3ViTModel(VitArchitecture(
+    architecture = VitArchitecture(
         dim=hidden_size,
         blocks=config.num_hidden_layers,
         heads=config.num_attention_heads,
         ffn=config.intermediate_size,
         gated=config.use_gated_mlp,
         registers=config.num_register_tokens,
-    ).config())
+    )
+    # Not torch.manual_seed: that would also re-seed every accelerator's generator.
+    torch.default_generator.manual_seed(config.seed)
+    return DINOv3ViTModel(architecture.config())
 
 
 def _vit_from_weights(weights: WeightsFile) -> tuple[DINOv3ViTModel, dict[str, Tensor]]:
@@ -77,11 +79,25 @@ def _vit_from_weights(weights: WeightsFile) -> tuple[DINOv3ViTModel, dict[str, T
     return vit, {key: state[key] for key in META_ONLY if key in state}
 
 
+def _check_sizes(folder: Path) -> None:
+    """Those in config.json, of which the model is allocated before its weights are read."""
+    config, default = directory_config(folder), DINOv3ViTConfig()
+    names = {"dim": "hidden_size", "blocks": "num_hidden_layers", "heads": "num_attention_heads",
+             "ffn": "intermediate_size", "registers": "num_register_tokens"}
+    sizes = {ours: config.get(theirs, getattr(default, theirs)) for ours, theirs in names.items()}
+    try:
+        VitArchitecture(**sizes, gated=config.get("use_gated_mlp") is True).check()
+    except ConfigError as error:
+        raise ConfigError(f"{folder / 'config.json'}: {error}") from error
+
+
 def _pretrained_vit(folder: Path) -> DINOv3ViTModel:
     model_type = directory_config(folder).get("model_type")
     if model_type != DINOv3ViTConfig.model_type:
         legal = (DINOv3ViTConfig.model_type, *MODEL_TYPES)
         raise ConfigError(f"backbone.source {folder} holds a model of type {model_type!r}, legal: {', '.join(legal)}")
+    _check_sizes(folder)
+    check_folder(folder)
     if not sys.stderr.isatty():
         disable_progress_bar()  # like our own bars
     try:

@@ -32,6 +32,7 @@ from shards.errors import ConfigError
 from trainer.models.eomt_keys import EOMT_MODEL_TYPE, check_eomt_config, split_eomt
 from trainer.models.fitting import listed
 from trainer.models.hub import directory_config, directory_tensors, is_hub_id, model_directory
+from trainer.models.integrity import check_config, check_file
 from trainer.models.vit_keys import LAYER_NORM_EPS
 
 EXPORT_MODEL_TYPE = "maskstream"
@@ -80,6 +81,7 @@ def _read_directory(folder: Path, *, mmap: bool) -> WeightsFile:
     if not mmap:
         state = {key: tensor.clone() for key, tensor in state.items()}
     if model_type == EXPORT_MODEL_TYPE:
+        check_config(config, folder / "config.json")
         epsilon = config.get("layer_norm_eps")
         if not isinstance(epsilon, float):
             raise ConfigError(f"{folder}/config.json: layer_norm_eps is {epsilon!r}, legal: a number; export again")
@@ -90,17 +92,21 @@ def _read_directory(folder: Path, *, mmap: bool) -> WeightsFile:
     return WeightsFile(path=folder, vit=vit, model=head, layer_norm_eps=complete["layer_norm_eps"], config=config)
 
 
-def read_file(path: str | Path, *, mmap: bool = True) -> Any:
-    """The content of a torch or safetensors file, on the CPU; nothing in it is executed. Raises ConfigError.
+def read_file(path: str | Path, *, mmap: bool = True, shown: str | None = None) -> Any:
+    """The content of a torch or safetensors file, on the CPU; nothing in it is executed. Raises ConfigError, which
+    names the file as `shown`.
 
-    With `mmap` tensors are pages of the file, so a large model can be copied from it without being in memory twice.
-    They must not be kept: overwriting a mapped file kills the process. Torch's old format cannot be mapped.
+    Its hashes are compared first (`trainer.models.integrity`). With `mmap` tensors are pages of the file, so a large
+    model can be copied from it without being in memory twice. They must not be kept: overwriting a mapped file kills
+    the process. Torch's old format cannot be mapped.
     """
     path = Path(path)
+    shown = shown or str(path)
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; name a checkpoint file in it, such as checkpoints/best.pt")
-    if not path.exists():
-        raise ConfigError(f"checkpoint {path} does not exist")
+    if not path.is_file():
+        raise ConfigError(f"checkpoint {shown} {'is no regular file' if path.exists() else 'does not exist'}")
+    check_file(path, shown)
     try:
         if path.suffix == ".safetensors":
             mapped = load_file(path)
@@ -109,7 +115,7 @@ def read_file(path: str | Path, *, mmap: bool = True) -> Any:
     except MemoryError:
         raise
     except Exception as error:
-        raise ConfigError(f"checkpoint {path} cannot be read, it is damaged or holds more than plain tensors: "
+        raise ConfigError(f"checkpoint {shown} cannot be read, it is damaged or holds more than plain tensors: "
                           f"{_why_unreadable(path, error)}") from error
 
 
