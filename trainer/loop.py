@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 import warnings
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from itertools import islice
@@ -96,7 +95,7 @@ def _train(config: RunConfig, context: DistContext, root: str, folder: Path) -> 
                     except RollBack as reason:
                         loop.roll_back(str(reason))
                 metrics = loop.metrics or loop.evaluate_finished_run()
-                loop.wait_for_writer()
+                progress.wait_for_writer()
             writer.close()
     finally:
         if context.is_main:
@@ -178,7 +177,7 @@ class _Loop:
         if due or stops or run.step % settings.checkpoint_every == 0:
             self.save()
         if stops:
-            self.wait_for_writer()
+            self.progress.wait_for_writer()
             self.writer.close()
             raise RunStopped(f"{run.stop.signal_name or 'a signal to another rank'}: stopped after step {run.step} of "
                              f"{settings.total_steps}; its checkpoint is written, and the same command goes on from it")
@@ -217,15 +216,8 @@ class _Loop:
         if is_best:
             run.best_miou = miou
         if run.context.is_main:
-            self.wait_for_writer()
+            self.progress.wait_for_writer()
             self.writer.save(snapshot(run), is_best=is_best)
-
-    def wait_for_writer(self) -> None:
-        """Until no checkpoint is being written; slow storage is no hang."""
-        while self.writer.is_busy:
-            self.run.beat("checkpoint")
-            self.progress.still_alive()
-            time.sleep(0.05)
 
     def record_skipped(self, micro_batches: list[Batch]) -> None:
         """Damaged samples that data.on_corrupt left out, of every rank in one file. Shard and number name them: a key

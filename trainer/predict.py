@@ -65,8 +65,8 @@ def _predict(arguments: argparse.Namespace) -> int:
         pixels = decode_image(Path(path).read_bytes(), path)
         label_map = pretrained.predict(pixels)
         map_name, overlay_name = output_names(Path(path))
-        Image.fromarray(label_map).save(output / map_name)
-        Image.fromarray(overlay(pixels, label_map, colors)).save(output / overlay_name)
+        Image.fromarray(label_map).save(output / map_name, "PNG")  # "...jpg" gives "...png", a name without suffix
+        Image.fromarray(overlay(pixels, label_map, colors)).save(output / overlay_name, "PNG")
     legend = {number: info.name for number, info in enumerate(pretrained.classes)}
     (output / "classes.json").write_text(json.dumps(legend, indent=1))
     print(f"{len(arguments.images)} predictions are in {output} (class ids, overlays, classes.json)")

@@ -66,6 +66,13 @@ class Progress:
         if self._clock() - self._written >= _REFRESH_SECONDS:
             self.write_state("running")
 
+    def wait_for_writer(self) -> None:
+        """Until no checkpoint is being written; slow storage is no hang."""
+        while self.writer.is_busy:
+            self.run.beat("checkpoint")
+            self.still_alive()
+            time.sleep(0.05)
+
     def step_done(self, losses: dict[str, float]) -> None:
         """To be called after each step; logs every `train.log_every` steps and at the end."""
         self._steps += 1
