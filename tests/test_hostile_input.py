@@ -10,20 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from preprocess.config import DatasetConfig
-from preprocess.pairs import open_dataset
+from preprocess.pairs import _by_stem
 from shards.class_list import parse_classes
 from shards.config_file import load_config
 from shards.errors import ConfigError, CorruptShardError, MaskStreamError
 from shards.manifest import MANIFEST_NAME, ClassInfo, canonical_json, hash_of, load_manifest, manifest_bytes
 from shards.manifest import parse_manifest as parse
 from shards.reader import ShardReader
-from tests.test_end_to_end import tiny
+from tests.runs import TINY
+from tests.test_end_to_end import run_program, tiny
+from trainer.build import build_model
 from trainer.config import RunConfig, load_run_config
+from trainer.exporting import write_directory
 from trainer.models.hub import directory_config
 from trainer.models.vit_keys import VitArchitecture, architecture_of
 from trainer.models.vit_sources import load_vit
+from trainer.pretrained import Pretrained
 from trainer.run_logger import read_evaluation, read_metrics
 from trainer.run_state import read_state
 
@@ -189,14 +193,25 @@ def test_a_sample_larger_than_its_whole_split_is_refused_before_it_is_decoded(sc
     reader.close()
 
 
-def test_an_image_named_by_dots_alone_is_skipped_with_a_reason(scenes: Path, tmp_path: Path) -> None:
-    import shutil
+def test_an_image_named_by_dots_alone_is_left_over_with_a_reason() -> None:
+    """A folder's hidden files are not looked at; an archive's are."""
+    rejected: list[tuple[str, str]] = []
+    assert set(_by_stem({"images/...jpg": 1, "images/a.b.jpg": 1}, "images", (".jpg",), rejected)) == {"a.b"}
+    assert rejected == [("images/...jpg", "its name is nothing but dots and a suffix")]
 
-    shutil.copytree(scenes, tmp_path / "data")
-    some = next((tmp_path / "data/images/train").rglob("*.jpg"))
-    some.with_name("...jpg").write_bytes(some.read_bytes())
-    config = DatasetConfig(kind="folder", root=str(tmp_path / "data"))
-    assert any("nothing but dots" in reason for _, reason in open_dataset(config, "fail").skipped["train"])
+
+@pytest.mark.slow
+def test_an_image_named_by_dots_alone_is_predicted(tmp_path: Path) -> None:
+    model = build_model(load_run_config(TINY, ["decoder_head.type=linear"]), 2).eval()
+    classes = [ClassInfo(name=name, color=(9, 9, 9)) for name in ("a", "b")]
+    write_directory(Pretrained(model=model, config=load_run_config(TINY, ["decoder_head.type=linear"]),
+                               classes=classes), tmp_path / "model")
+    Image.new("RGB", (64, 64)).save(tmp_path / "...jpg", "JPEG")
+    result = run_program("trainer/predict.py", "--checkpoint", tmp_path / "model", "--output", tmp_path / "out",
+                         tmp_path / "...jpg")
+    assert result.returncode == 0, result.stderr
+    with Image.open(tmp_path / "out/...png") as found:
+        assert found.size == (64, 64)
 
 
 @pytest.mark.parametrize(("head", "size"), [("m2f", 32), ("linear", 16)])

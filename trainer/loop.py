@@ -111,7 +111,6 @@ class _Loop:
         self.settings = run.config.train
         self.guard = NonFiniteGuard(run)
         self.metrics: dict[str, Any] = {}
-        writer.on_wait = self.still_writing
 
     def is_done(self) -> bool:
         return self.run.step == self.settings.total_steps and self.run.evaluated
@@ -214,11 +213,6 @@ class _Loop:
             run.best_miou = miou
         if run.context.is_main:
             self.writer.save(snapshot(run), is_best=is_best)
-
-    def still_writing(self) -> None:
-        """Slow storage is no hang."""
-        self.run.beat("checkpoint")
-        self.progress.still_alive()
 
     def record_skipped(self, micro_batches: list[Batch]) -> None:
         """Damaged samples that data.on_corrupt left out, of every rank in one file. Shard and number name them: a key

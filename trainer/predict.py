@@ -99,9 +99,9 @@ def _predict_one(pretrained: Pretrained, path: Path, output: Path) -> None:
     pixels = decode_upright(path.read_bytes(), str(path))
     label_map = pretrained.predict(pixels)
     map_name, overlay_name = output_names(path)
-    save_picture(Image.fromarray(label_map), output / map_name)
-    save_picture(Image.fromarray(overlay(pixels, label_map, [info.color for info in pretrained.classes])),
-                 output / overlay_name)
+    colors = [info.color for info in pretrained.classes]
+    save_picture(Image.fromarray(label_map), output / map_name, format="PNG")  # "...jpg" gives a name without suffix
+    save_picture(Image.fromarray(overlay(pixels, label_map, colors)), output / overlay_name, format="PNG")
 
 
 if __name__ == "__main__":

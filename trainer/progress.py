@@ -32,6 +32,7 @@ class Progress:
         self._started = time.time()
         self._first_step, self._first_clock = run.step, clock()
         self._begin_interval()
+        writer.on_wait = self._still_writing
         self.write_state("running")
 
     def __enter__(self) -> Progress:
@@ -65,6 +66,11 @@ class Progress:
         """To be called often while an evaluation or a checkpoint takes its time: refreshes state.json now and then."""
         if self._clock() - self._written >= _REFRESH_SECONDS:
             self.write_state("running")
+
+    def _still_writing(self) -> None:
+        """Slow storage is no hang."""
+        self.run.beat("checkpoint")
+        self.still_alive()
 
     def step_done(self, losses: dict[str, float]) -> None:
         """To be called after each step; logs every `train.log_every` steps and at the end."""
