@@ -39,6 +39,7 @@ EXPORT_MODEL_TYPE = "maskstream"
 MODEL_TYPES = (EOMT_MODEL_TYPE, EXPORT_MODEL_TYPE)  # of directories that hold a whole model
 VIT_PREFIXES = ("segmentation_model.0.backbone.", "segmentation_model.0.feature_model.")
 _MODEL = "segmentation_model."
+_DEEPEST = 32  # containers in one another
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,9 @@ def read_file(path: str | Path, *, mmap: bool = True, shown: str | None = None) 
         if path.suffix == ".safetensors":
             mapped = load_file(path)
             return mapped if mmap else {key: tensor.clone() for key, tensor in mapped.items()}
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+        _check_content(content)
+        return content
     except Exception as error:
         # Torch's own words advise to run what is in the file.
         refused = re.search(r"GLOBAL (\S+)", str(error))
@@ -119,6 +122,24 @@ def read_file(path: str | Path, *, mmap: bool = True, shown: str | None = None) 
                   else str(error).strip().partition("\n")[0])
         raise ConfigError(f"checkpoint {shown} cannot be read, it is damaged or holds more than plain tensors: "
                           f"{reason}") from error
+
+
+def _check_content(content: Any) -> None:
+    """Raise ValueError for tensors that claim more numbers than the file has, and for containers nested without end:
+    copying or comparing them would take all memory, or Python's stack."""
+    level: list[Any] = [content]
+    seen = set[int]()
+    for _ in range(_DEEPEST):
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, Tensor) and item.numel() * item.element_size() > item.untyped_storage().nbytes():
+                raise ValueError(f"a tensor of shape {tuple(item.shape)} has fewer numbers in the file")
+            if isinstance(item, dict | list | tuple) and id(item) not in seen:
+                seen.add(id(item))
+                inner += item.values() if isinstance(item, dict) else item
+        level = inner
+    if level:
+        raise ValueError(f"it is nested more than {_DEEPEST} deep")
 
 
 def weights_in(content: Any, path: str | Path) -> WeightsFile:
