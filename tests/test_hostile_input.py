@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from preprocess.pairs import _by_stem
@@ -21,13 +22,15 @@ from shards.manifest import parse_manifest as parse
 from shards.reader import ShardReader
 from tests.runs import TINY
 from tests.test_end_to_end import run_program, tiny
+from tests.test_trainer_checkpoints import state
 from trainer.build import build_model
+from trainer.checkpoint import open_checkpoint
 from trainer.config import RunConfig, load_run_config
 from trainer.exporting import write_directory
 from trainer.models.hub import directory_config
 from trainer.models.vit_keys import VitArchitecture, architecture_of
 from trainer.models.vit_sources import load_vit
-from trainer.pretrained import Pretrained
+from trainer.pretrained import Pretrained, load_pretrained
 from trainer.run_logger import read_evaluation, read_metrics
 from trainer.run_state import read_state
 
@@ -161,8 +164,6 @@ def test_sizes_that_are_legal_one_by_one_and_too_much_together_are_refused() -> 
 
 
 def test_a_vit_file_that_names_block_a_billion_is_refused() -> None:
-    import torch
-
     state = {"cls_token": torch.zeros(1, 1, 16), "rope_embed.periods": torch.ones(4),
              "blocks.0.mlp.fc1.weight": torch.zeros(32, 16), "storage_tokens": torch.zeros(1, 4, 16),
              "blocks.1000000000.norm1.weight": torch.zeros(16)}
@@ -226,3 +227,32 @@ def test_one_cell_of_batch_norm_names_the_least_size(head: str, size: int, scene
             open_crops(config, load_manifest(scene_shards))
         config = tiny(scene_shards, tmp_path, *overrides, "train.micro_batch_size=2")
     open_crops(config, load_manifest(scene_shards))
+
+
+def test_ten_lines_that_stand_for_a_gigabyte_are_one_short_line(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
+    (tmp_path / "a.yaml").write_text("\n".join(["train:", "  total_steps:", *(f"    {line}" for line in lines)]))
+    with pytest.raises(ConfigError, match=r"train\.total_steps is .*legal: a whole number") as error:
+        load_config(RunConfig, tmp_path / "a.yaml")
+    assert len(str(error.value)) < 400
+
+
+def test_checkpoints_that_claim_more_than_they_hold_are_refused(tmp_path: Path) -> None:
+    nested: list[Any] = []
+    for _ in range(100):
+        nested = [nested]
+    path = tmp_path / "a.pt"
+    for content, message in (({"cls_token": torch.zeros(1).expand(10**6, 10**6)}, "has fewer numbers in the file"),
+                             ({"model": {"a": torch.zeros(1)}, "config": nested}, "nested more than 32 deep")):
+        torch.save(content, path)
+        with pytest.raises(ConfigError, match=message):
+            open_checkpoint(path)
+
+
+def test_a_huge_vit_named_in_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    checkpoint = state(1)
+    checkpoint.config = {"backbone": {"random": {"hidden_size": 2**20, "num_hidden_layers": 10**6}}}
+    torch.save(vars(checkpoint), tmp_path / "a.pt")
+    with pytest.raises(ConfigError, match=r"backbone\.random\.hidden_size is 1048576, legal: from 4 to 16384"):
+        load_pretrained(tmp_path / "a.pt")

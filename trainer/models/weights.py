@@ -39,6 +39,11 @@ EXPORT_MODEL_TYPE = "maskstream"
 MODEL_TYPES = (EOMT_MODEL_TYPE, EXPORT_MODEL_TYPE)  # of directories that hold a whole model
 VIT_PREFIXES = ("segmentation_model.0.backbone.", "segmentation_model.0.feature_model.")
 _MODEL = "segmentation_model."
+_DEEPEST = 32  # containers in one another
+
+
+class _ContentRefused(ValueError):
+    """Torch could read it, and we will not use it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +116,9 @@ def read_file(path: str | Path, *, mmap: bool = True, shown: str | None = None) 
         if path.suffix == ".safetensors":
             mapped = load_file(path)
             return mapped if mmap else {key: tensor.clone() for key, tensor in mapped.items()}
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+        _check_content(content)
+        return content
     except MemoryError:
         raise
     except Exception as error:
@@ -122,6 +129,8 @@ def read_file(path: str | Path, *, mmap: bool = True, shown: str | None = None) 
 def _why_unreadable(path: Path, error: Exception) -> str:
     """In our words: torch's advise to run what is in the file."""
     text = str(error)
+    if isinstance(error, _ContentRefused):
+        return text
     if path.stat().st_size == 0:
         return "it is empty"
     if refused := re.search(r"GLOBAL (\S+)", text):
@@ -131,6 +140,24 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     if path.suffix != ".safetensors" and ("weights_only" in text or not isinstance(error, RuntimeError | OSError)):
         return "it is no file of torch.save, or its first bytes are damaged"
     return text.strip().partition("\n")[0].partition(". This is an internal")[0]
+
+
+def _check_content(content: Any) -> None:
+    """Raise _ContentRefused for tensors that claim more numbers than the file has, and for containers nested without end:
+    copying or comparing them would take all memory, or Python's stack."""
+    level: list[Any] = [content]
+    seen = set[int]()
+    for _ in range(_DEEPEST):
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, Tensor) and item.numel() * item.element_size() > item.untyped_storage().nbytes():
+                raise _ContentRefused(f"a tensor of shape {tuple(item.shape)} has fewer numbers in the file")
+            if isinstance(item, dict | list | tuple) and id(item) not in seen:
+                seen.add(id(item))
+                inner += item.values() if isinstance(item, dict) else item
+        level = inner
+    if level:
+        raise _ContentRefused(f"it is nested more than {_DEEPEST} deep")
 
 
 def weights_in(content: Any, path: str | Path) -> WeightsFile:
