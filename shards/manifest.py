@@ -23,6 +23,7 @@ from shards.storage import ObjectStorage, Storage, open_storage, read_checked
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+_LARGEST = 512 << 20  # bytes of a manifest; a million shards take half of it
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-]+\.(tar|index)")  # no folder, no dot files: nothing outside the root
 
 # Little-endian record per sample: where its tar members start, how long they are together, their CRC-32.
@@ -158,7 +159,7 @@ def load_manifest(root: str | Path | Storage) -> Manifest:
     storage = open_storage(root)
     path = storage.where(MANIFEST_NAME)
     try:
-        return read_checked(storage, MANIFEST_NAME, lambda data: parse_manifest(data, path))
+        return read_checked(storage, MANIFEST_NAME, lambda data: parse_manifest(data, path), _LARGEST)
     except (FileNotFoundError, NotADirectoryError) as error:
         missing = isinstance(storage, ObjectStorage) and f" ({error})"
         raise ShardError(

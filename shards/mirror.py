@@ -93,6 +93,12 @@ def _is_same_place(one: Storage, other: Storage) -> bool:
 
 
 def _copy(source: Storage, destination: Storage, file: File) -> None:
+    try:
+        size = source.size(file.name)
+    except FileNotFoundError as error:
+        raise ShardError(f"{source.where(file.name)} is not there: {error}") from error
+    if size != file.bytes:
+        raise CorruptShardError(f"{source.where(file.name)} has {size} bytes, the manifest says {file.bytes}")
     if isinstance(source, LocalStorage):
         destination.upload(file.name, source.folder / file.name)
     else:

@@ -17,8 +17,9 @@ import numpy.typing as npt
 from shards.cache import DiskCache
 from shards.errors import CorruptShardError, ShardError, StorageError
 from shards.manifest import INDEX_DTYPE, Manifest, ShardInfo, load_manifest
+from shards.plain_file import LARGEST_PICTURE
 from shards.sample import IMAGE_SUFFIXES, CropSample, decode_sample
-from shards.storage import READS_OF_DAMAGED, LocalStorage, Storage, open_storage, read_checked
+from shards.storage import LARGEST_WHOLE, READS_OF_DAMAGED, LocalStorage, Storage, open_storage, read_checked
 
 _BLOCK = 512
 _NAME, _SIZE, _KIND = 100, slice(124, 136), slice(156, 157)  # where a tar header keeps what we read
@@ -179,10 +180,14 @@ def load_index(storage: Storage, manifest: Manifest, split: str) -> npt.NDArray[
             number = int(outside.argmax())
             raise CorruptShardError(f"{path}: sample {number} has offset {index['offset'][number]} and length "
                                     f"{index['length'][number]}, legal: within the {room[number]} bytes of its shard")
+        longest = int(index["length"].max(initial=0))
+        if longest > LARGEST_PICTURE:
+            raise CorruptShardError(f"{path}: sample {int(index['length'].argmax())} has length {longest}, legal: at "
+                                    f"most {LARGEST_PICTURE}")
         return index
 
     try:
-        return read_checked(storage, info.name, check)
+        return read_checked(storage, info.name, check, min(info.bytes, LARGEST_WHOLE))
     except OSError as error:
         raise ShardError(f"{path}: the index of split {split!r} cannot be read: {error}") from error
 

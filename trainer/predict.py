@@ -57,6 +57,7 @@ def _predict(arguments: argparse.Namespace) -> int:
     from PIL import Image
 
     from shards.picture import overlay, save_picture
+    from shards.plain_file import LARGEST_PICTURE, read_plain
     from shards.sample import decode_upright
 
     pretrained = open_pretrained(arguments)
@@ -64,7 +65,7 @@ def _predict(arguments: argparse.Namespace) -> int:
     output.mkdir(parents=True, exist_ok=True)
     colors = [info.color for info in pretrained.classes]
     for path in tqdm(arguments.images, desc="predicting", unit="img", disable=None):
-        pixels = decode_upright(Path(path).read_bytes(), path)
+        pixels = decode_upright(read_plain(path, LARGEST_PICTURE), path)
         label_map = pretrained.predict(pixels)
         map_name, overlay_name = output_names(Path(path))
         save_picture(Image.fromarray(label_map), output / map_name)
