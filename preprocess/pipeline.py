@@ -150,8 +150,9 @@ def _run_blocks(
     context = multiprocessing.get_context("spawn")  # image libraries may hold threads that do not survive a fork
     stop, images_done = context.Event(), context.Value("q", 0)
     workers = min(config.workers or os.cpu_count() or 1, len(blocks))
+    without_pairs = replace(dataset, splits={}, skipped={})  # a worker gets those of its blocks
     with ProcessPoolExecutor(
-        workers, context, _start_worker, (config, dataset, stop, images_done)
+        workers, context, _start_worker, (config, without_pairs, stop, images_done)
     ) as pool, _interrupt_on_sigterm():
         try:
             waiting: dict[Future[_Result], Block] = {pool.submit(task, block): block for block in blocks}

@@ -50,7 +50,8 @@ def test_without_the_rule_on_classes_any_labelled_place_will_do() -> None:
 
 
 def test_later_settings_leave_the_identity_of_earlier_sets_alone(scenes: Path) -> None:
-    """A set made before `crops.scaled_side` or `dataset.exif_orientation` existed is finished by the same command; the hash here is that of then."""
+    """A set made before `crops.scaled_side` or `dataset.exif_orientation` existed is finished by the same command; the
+    hash here is that of then."""
     dataset = open_dataset(DatasetConfig(kind="folder", root=str(scenes)), "fail")
     plain = PreprocessConfig(dataset=DatasetConfig(kind="folder", root=str(scenes)))
     content = config_to_dict(plain)

@@ -236,7 +236,7 @@ class TrainCrops(IterableDataset[Batch]):
             span = self.plan.span(position)
             data = ahead.take(span, partial(self.plan.samples, span), draw.sample)
         sample = self.reader.read(draw.sample, data)
-        check_labels(sample, self.reader.manifest.num_classes)
+        check_labels(sample, self.reader.num_classes)
         rng = sample_rng(self.plan.seed, draw.epoch, draw.sample)
         segment_map, labels, window, valid = sample.segment_map, sample.labels, None, sample.valid_size
         if self.config.crop_size is not None:
@@ -289,7 +289,7 @@ class WholeImages(IterableDataset[LabelledImage]):
         yield from map(self._image, numbers, samples)
 
     def _image(self, number: int, sample: CropSample) -> LabelledImage:
-        check_labels(sample, self.reader.manifest.num_classes)
+        check_labels(sample, self.reader.num_classes)
         return LabelledImage(
             number=number,
             key=sample.key,
