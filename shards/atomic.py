@@ -57,7 +57,8 @@ def naming(path: str | Path) -> Iterator[None]:
 def _publish(path: Path, fill: Callable[[BinaryIO], object], create: bool = False) -> None:
     temporary = temporary_name(path)
     try:
-        with naming(path), temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)  # of a killed process of the same number; or a link, which is not followed
+        with naming(path), temporary.open("xb") as file:
             fill(file)
             file.flush()
             os.fsync(file.fileno())

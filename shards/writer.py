@@ -38,7 +38,8 @@ class ShardWriter:
         self._offset = 0
 
     def __enter__(self) -> ShardWriter:
-        self._file = open(self._temporary, "wb")  # noqa: PTH123 - closed in __exit__
+        self._temporary.unlink(missing_ok=True)  # of a killed process of the same number
+        self._file = open(self._temporary, "xb")  # noqa: PTH123 - closed in __exit__
         return self
 
     def write(self, key: str, image_bytes: bytes, image_suffix: str, payload: bytes) -> None:

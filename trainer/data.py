@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -146,12 +145,12 @@ class LabelledImage:
 def open_reader(config: DataConfig, split: str, manifest: Manifest | None = None) -> ShardReader:
     """The samples of a split of `data.root`, with its cache and patience.
 
-    Raises ShardError, and ConfigError for a split without a labelled pixel: there is nothing to learn, or to measure.
+    Raises ShardError, and ConfigError for a split without a labelled pixel, as there is nothing to learn or measure; and
+    for a cache that is not this user's alone.
     """
     assert config.root is not None
     storage = open_storage(config.root, Patience(tries=config.tries, timeout=config.timeout))
-    cache = None if config.cache_dir is None else DiskCache(folder=Path(config.cache_dir),
-                                                            limit=int(config.cache_gb * 1e9))
+    cache = None if config.cache_dir is None else DiskCache.in_folder(config.cache_dir, int(config.cache_gb * 1e9))
     reader = ShardReader(storage, split, manifest, cache)
     if not reader.info.labelled_pixels:
         raise ConfigError(f"{config.root}: split {split!r} has no labelled pixel in its {len(reader)} samples; shard "

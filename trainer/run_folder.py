@@ -13,7 +13,7 @@ from typing import IO
 
 from shards.atomic import naming
 from shards.errors import ConfigError, RunError
-from shards.locks import try_lock, warn_unlocked
+from shards.locks import open_lock, try_lock, warn_unlocked
 from trainer.run_state import RunState, read_state, write_state
 
 LOCK_NAME = ".lock"
@@ -32,7 +32,7 @@ def only_run_in(folder: Path, patience: float = _PATIENCE) -> Iterator[None]:
     Waits `patience` seconds for one that is there. Raises FolderInUse.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_NAME).open("a+", encoding="utf-8") as file:
+    with open_lock(folder / LOCK_NAME) as file:
         _lock(file, folder, time.monotonic() + patience)
         yield
 
@@ -56,7 +56,8 @@ def _lock(file: IO[str], folder: Path, deadline: float) -> None:
         warn_unlocked(folder, reason)
         return
     with naming(folder / LOCK_NAME):
-        file.truncate(0)
+        file.seek(0)
+        file.truncate()
         print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
 
 
