@@ -77,7 +77,7 @@ def open_crops(config: RunConfig, manifest: Manifest) -> TrainCrops:
     reader = open_reader(config.data, config.data.train_split, manifest)
     plan = TrainPlan([shard.samples for shard in reader.info.shards], config.train.micro_batch_size, config.seed,
                      config.data.lanes, config.data.span_samples)
-    crops = TrainCrops(reader, plan, config.data)
+    crops = TrainCrops(reader, plan, config.data, global_batch_size=config.train.global_batch_size)
     height, width = crops[0].images.shape[2:]
     divisor = size_divisor(config)
     if height % divisor or width % divisor:
