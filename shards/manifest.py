@@ -113,6 +113,12 @@ class Manifest:
         named = "; ".join(f"{number} {self.classes[number].name}" for number in ids[:most])
         return f"{named} and {len(ids) - most} more" if len(ids) > most else named
 
+    def most_pixels(self, split: str) -> int:
+        """What a sample of a split can have at most: crops have one size, and no sample has more than all together."""
+        info, side = self.split(split), self.crops.get("stored_size") or self.crops.get("size")
+        pixels = info.labelled_pixels + info.ignored_pixels
+        return min(pixels, side**2) if info.kind == "crops" and isinstance(side, int) else pixels
+
     @property
     def sha256(self) -> str:
         """Of everything in it, and so of every shard: the identity of the data."""

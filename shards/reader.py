@@ -19,6 +19,7 @@ from shards.cache import DiskCache
 from shards.errors import CorruptShardError, ShardError, StorageError
 from shards.manifest import INDEX_DTYPE, Manifest, ShardInfo, SplitInfo, load_manifest
 from shards.plain_file import LARGEST_PICTURE
+from shards.rle import MAX_SIDE
 from shards.sample import IMAGE_SUFFIXES, CropSample, decode_sample
 from shards.shard_table import ShardTable
 from shards.storage import LARGEST_WHOLE, READS_OF_DAMAGED, LocalStorage, Storage, open_storage, read_checked
@@ -50,6 +51,7 @@ class ShardReader:
         self.storage, self.split, self.cache = open_storage(root), split, cache
         self._manifest: Manifest | None = manifest if manifest is not None else load_manifest(self.storage)
         self.num_classes, self.ignore_index = self._manifest.num_classes, self._manifest.ignore_index
+        self._most_pixels = self._manifest.most_pixels(split)
         self._index_info, shards = self.info.index, self.info.shards
         self._table = ShardTable.of(shards, load_index(self.storage, self._manifest, split))
         _check_sizes(self.storage, shards)
@@ -93,7 +95,7 @@ class ShardReader:
                 data = self.fetch([number])[0]
             problem = self._problem(number, data)
             if problem is None:
-                return parse_span(data, where, self.ignore_index)
+                return parse_span(data, where, self.ignore_index, self._most_pixels)
             if left:
                 _log.warning("%s: %s; fetching it again", where, problem)
                 self._forget(number)
@@ -213,8 +215,12 @@ def load_index(storage: Storage, manifest: Manifest, split: str) -> npt.NDArray[
         raise ShardError(f"{path}: the index of split {split!r} cannot be read: {error}") from error
 
 
-def parse_span(span: bytes, where: str, ignore_index: int = 255) -> CropSample:
-    """The sample in a span of tar members (an image, then its msgpack)."""
+def parse_span(span: bytes, where: str, ignore_index: int = 255, most_pixels: int = MAX_SIDE**2) -> CropSample:
+    """The sample in a span of tar members (an image, then its msgpack), of at most so many pixels.
+
+    Raises CorruptShardError, FormatVersionError. Nothing of the sample's size was allocated: it is the record's, and an
+    image of another one is refused by its header.
+    """
     members: dict[str, bytes] = {}
     with io.BytesIO(span) as stream:
         while stream.tell() < len(span):
@@ -230,6 +236,9 @@ def parse_span(span: bytes, where: str, ignore_index: int = 255) -> CropSample:
         record, header = decode_sample(members[f"{stem}.mp"])
     except ShardError as error:
         raise type(error)(f"{where}: {error}") from error
+    if header.height * header.width > most_pixels:
+        raise CorruptShardError(f"{where}: it is {header.height}x{header.width}, but by the manifest no sample of its "
+                                f"split has more than {most_pixels} pixels")
     return CropSample(
         key=record["key"],
         image_bytes=members[f"{stem}.{image_suffix}"],

@@ -10,6 +10,7 @@ import hashlib
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy as np
 from shards.errors import MaskStreamError, StorageError
 from shards.manifest import MANIFEST_NAME, Manifest, ShardInfo, SplitInfo, load_manifest, manifest_bytes
 from shards.reader import load_index, parse_span
+from shards.sample import CropSample
 from shards.storage import Storage, open_storage
 
 _END_OF_ARCHIVE = bytes(1024)
@@ -49,12 +51,13 @@ def _verify_split(storage: Storage, manifest: Manifest, name: str, progress: Cal
     except MaskStreamError as error:
         yield str(error)
         return
-    counts = _Counts(manifest.num_classes)
+    counts, most_pixels = _Counts(manifest.num_classes), manifest.most_pixels(name)
     first, sound = 0, True
     for shard in split.shards:
         entries = index[first : first + shard.samples]
         first += shard.samples
-        problems = list(_verify_shard(storage, shard, entries, manifest.ignore_index, counts))
+        parse = partial(parse_span, ignore_index=manifest.ignore_index, most_pixels=most_pixels)
+        problems = list(_verify_shard(storage, shard, entries, parse, counts))
         yield from problems
         sound = sound and not problems
         progress(shard.name)
@@ -62,7 +65,7 @@ def _verify_split(storage: Storage, manifest: Manifest, name: str, progress: Cal
         yield from counts.compare(split, f"{storage.where(MANIFEST_NAME)}, split {name!r}")
 
 
-def _verify_shard(storage: Storage, shard: ShardInfo, entries: np.ndarray, ignore_index: int,
+def _verify_shard(storage: Storage, shard: ShardInfo, entries: np.ndarray, parse: Callable[[bytes, str], CropSample],
                   counts: _Counts) -> Iterator[str]:
     path = storage.where(shard.name)
     try:
@@ -71,14 +74,14 @@ def _verify_shard(storage: Storage, shard: ShardInfo, entries: np.ndarray, ignor
             yield f"{path} has {size} bytes, the manifest says {shard.bytes}"
             return
         content = _Pass(storage, shard)
-        yield from _verify_samples(content, entries, path, ignore_index, counts)
+        yield from _verify_samples(content, entries, path, parse, counts)
         if content.sha256() != shard.sha256:
             yield f"{path} has another sha256 than the manifest says"
     except (OSError, MaskStreamError) as error:
         yield f"{path} cannot be read: {error}"
 
 
-def _verify_samples(content: _Pass, entries: np.ndarray, path: str, ignore_index: int,
+def _verify_samples(content: _Pass, entries: np.ndarray, path: str, parse: Callable[[bytes, str], CropSample],
                     counts: _Counts) -> Iterator[str]:
     for number, (offset, length, crc32) in enumerate(entries.tolist()):
         where = f"{path}, sample {number} (offset {offset})"
@@ -92,7 +95,7 @@ def _verify_samples(content: _Pass, entries: np.ndarray, path: str, ignore_index
             yield f"{where}: CRC-32 differs from the index"
             continue
         try:
-            sample = parse_span(span, where, ignore_index)
+            sample = parse(span, where)
             counts.add(sample.key, sample.segment_map, sample.labels)
             assert sample.image.shape[:2] == sample.segment_map.shape
         except (MaskStreamError, ValueError) as error:

@@ -14,7 +14,7 @@ from shards.errors import ConfigError
 from shards.manifest import Manifest
 from shards.plan import TrainPlan
 from shards.storage import open_storage
-from trainer.build import build_criterion, build_model, size_divisor
+from trainer.build import build_criterion, build_model, check_crop_size
 from trainer.checkpoint import Checkpoint, class_table, load_latest, numbered, versions
 from trainer.config import RunConfig, load_run_config
 from trainer.criterion import Criterion
@@ -79,11 +79,7 @@ def open_crops(config: RunConfig, manifest: Manifest) -> TrainCrops:
                      config.data.lanes, config.data.span_samples)
     crops = TrainCrops(reader, plan, config.data, global_batch_size=config.train.global_batch_size)
     height, width = crops[0].images.shape[2:]
-    divisor = size_divisor(config)
-    if height % divisor or width % divisor:
-        raise ConfigError(f"training crops are {height}x{width} pixels, legal for decoder_head.type "
-                          f"{config.decoder_head.type}: multiples of {divisor}. Set data.crop_size, or shard again "
-                          "with another crops.size")
+    check_crop_size(config, height, width)
     return crops
 
 
