@@ -35,7 +35,7 @@ from shards.manifest import MANIFEST_NAME, Manifest, hash_of, load_manifest
 from shards.mirror import copy_set, files_of
 from shards.storage import LocalStorage, Storage, is_remote, open_storage
 from shards.strict_json import to_json
-from shards.workers import exit_with_parent
+from shards.workers import exit_with_parent, use_own_temporary_folder
 
 _PROGRESS_FOLDER = ".progress"
 _POLL_SECONDS = 0.2
@@ -147,6 +147,7 @@ def _run_blocks(
     """Yield (block, what `task` made of it in a worker) in any order. Stops all workers on an error or Ctrl-C."""
     if not blocks:
         return
+    use_own_temporary_folder()
     context = multiprocessing.get_context("spawn")  # image libraries may hold threads that do not survive a fork
     stop, images_done = context.Event(), context.Value("q", 0)
     workers = min(config.workers or os.cpu_count() or 1, len(blocks))

@@ -21,14 +21,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import obstore
 from obstore import exceptions
 from obstore.store import from_url
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 
-from shards.atomic import copy_atomically, write_atomically
+from shards.atomic import copy_atomically, opened, write_atomically
 from shards.errors import ConfigError, CorruptShardError, StorageError
 from shards.plain_file import OpenFiles, check_size, plain_size, read_plain
 
@@ -76,8 +76,8 @@ class Storage(Protocol):
     def write(self, name: str, data: bytes, *, create: bool = False) -> None:
         """Publish a whole blob at once. With `create`, raises StorageError when it is there already."""
 
-    def upload(self, name: str, path: Path) -> None:
-        """Publish a file's content as a blob, at once, however large."""
+    def upload(self, name: str, source: Path | BinaryIO) -> None:
+        """Publish the content of a file, named or open, as a blob, at once, however large."""
 
     def delete(self, name: str) -> None:
         """Remove a blob, if it is there."""
@@ -149,10 +149,10 @@ class LocalStorage:
         except FileExistsError as error:
             raise StorageError(f"{self.where(name)} is there already") from error
 
-    def upload(self, name: str, path: Path) -> None:
+    def upload(self, name: str, source: Path | BinaryIO) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._files.forget(name)
-        copy_atomically(path, self.folder / name)
+        copy_atomically(source, self.folder / name)
 
     def delete(self, name: str) -> None:
         self._files.forget(name)
@@ -208,11 +208,11 @@ class ObjectStorage:
         except exceptions.AlreadyExistsError as error:
             raise StorageError(f"{self.where(name)} is there already") from error
 
-    def upload(self, name: str, path: Path) -> None:
+    def upload(self, name: str, source: Path | BinaryIO) -> None:
         self._check_writable()
 
         def put() -> None:
-            with path.open("rb") as file:
+            with opened(source) as file:
                 obstore.put(self._client(), name, file)  # in parts when it is large; visible when all are there
 
         self._patiently(name, 0, put)
