@@ -98,7 +98,7 @@ def read_pair(dataset: Dataset, pair: Pair, *, keeps_file: bool = True) -> Sourc
     label_bytes = dataset.tree.read(pair.label_path)
     try:
         pixels = decode_image(image_bytes, pair.image_path)
-        stored = _read_labels(label_bytes, pair.label_path)
+        stored = _read_labels(label_bytes, pair.label_path, pixels.shape[0] * pixels.shape[1])
     except CorruptShardError as error:
         raise DatasetError(str(error)) from error
     suffix = "png" if image_bytes.startswith(PNG_START) else "jpg"
@@ -157,11 +157,14 @@ def map_labels(stored: npt.NDArray[Any], dataset: Dataset, name: str) -> npt.NDA
     return mapped
 
 
-def _read_labels(data: bytes, name: str) -> npt.NDArray[Any]:
-    """Stored label values [H,W]. Raises CorruptShardError or DatasetError."""
+def _read_labels(data: bytes, name: str, pixels: int) -> npt.NDArray[Any]:
+    """Stored label values [H,W]. Raises CorruptShardError or DatasetError; of more pixels than the image, undecoded."""
     with open_label_map(data, name) as image:
         if image.mode not in _LABEL_MODES:
             raise DatasetError(f"{name} has mode {image.mode}; a label map must have one channel of class ids")
+        if image.width * image.height > pixels:
+            raise DatasetError(f"{name} is {image.width}x{image.height} pixels, its image has {pixels} in all; their "
+                               "sizes must be equal")
         values = np.asarray(load_picture(image, name))
     if values.min() < 0 or values.max() > MAX_CLASSES:
         raise DatasetError(f"{name} holds labels {values.min()}..{values.max()}, legal: 0..{MAX_CLASSES}")

@@ -36,7 +36,7 @@ from shards.mirror import copy_set, files_of
 from shards.shown_text import masked_value
 from shards.storage import LocalStorage, Storage, is_remote, open_storage
 from shards.strict_json import to_json
-from shards.workers import exit_with_parent
+from shards.workers import exit_with_parent, use_own_temporary_folder
 
 _PROGRESS_FOLDER = ".progress"
 _POLL_SECONDS = 0.2
@@ -148,11 +148,13 @@ def _run_blocks(
     """Yield (block, what `task` made of it in a worker) in any order. Stops all workers on an error or Ctrl-C."""
     if not blocks:
         return
+    use_own_temporary_folder()
     context = multiprocessing.get_context("spawn")  # image libraries may hold threads that do not survive a fork
     stop, images_done = context.Event(), context.Value("q", 0)
     workers = min(config.workers or os.cpu_count() or 1, len(blocks))
+    without_pairs = replace(dataset, splits={}, skipped={})  # a worker gets those of its blocks
     with ProcessPoolExecutor(
-        workers, context, _start_worker, (config, dataset, stop, images_done)
+        workers, context, _start_worker, (config, without_pairs, stop, images_done)
     ) as pool, _interrupt_on_sigterm():
         try:
             waiting: dict[Future[_Result], Block] = {pool.submit(task, block): block for block in blocks}

@@ -20,7 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, Protocol
 
-from shards.errors import DatasetError
+from shards.errors import DatasetError, StorageError
+from shards.plain_file import LARGEST_PICTURE, read_plain
 
 _MOST_LINKS = 40  # that one path may lead through, as in Linux
 _log = logging.getLogger(__name__)
@@ -123,8 +124,8 @@ class FolderTree(_LinkedTree):
 
     def read(self, path: str) -> bytes:
         try:
-            return (self.root / path).read_bytes()
-        except OSError as error:
+            return read_plain(self.root / path, LARGEST_PICTURE)
+        except (OSError, StorageError) as error:
             raise DatasetError(f"{self.root / path} cannot be read: {error}") from error
 
     def _real(self, path: str) -> str | None:

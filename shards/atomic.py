@@ -23,9 +23,20 @@ def write_atomically(path: Path, data: bytes, *, create: bool = False) -> None:
     _publish(path, lambda file: file.write(data), create)
 
 
-def copy_atomically(source: Path, path: Path) -> None:
+@contextlib.contextmanager
+def opened(source: Path | BinaryIO) -> Iterator[BinaryIO]:
+    """A file to read from its beginning, named or open; one that came open stays so."""
+    if isinstance(source, Path):
+        with source.open("rb") as file:
+            yield file
+    else:
+        source.seek(0)
+        yield source
+
+
+def copy_atomically(source: Path | BinaryIO, path: Path) -> None:
     """Copy a file as `write_atomically` writes one."""
-    with source.open("rb") as original:
+    with opened(source) as original:
         _publish(path, lambda file: shutil.copyfileobj(original, file))
 
 
@@ -58,7 +69,8 @@ def naming(path: str | Path) -> Iterator[None]:
 def _publish(path: Path, fill: Callable[[BinaryIO], object], create: bool = False) -> None:
     temporary = temporary_name(path)
     try:
-        with naming(path), temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)  # of a killed process of the same number; or a link, which is not followed
+        with naming(path), temporary.open("xb") as file:
             fill(file)
             file.flush()
             os.fsync(file.fileno())

@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import os
+import stat
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from shards.errors import ConfigError
+
+
+def open_lock(path: str | Path, folder: int | None = None) -> IO[str]:
+    """Open a lock file, to read and write, as it is; it is made where there is none. `folder` is a descriptor.
+
+    Raises ConfigError for a link, which may lead to anybody's file, and for all else that is no file.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, 0o666 if folder is None else 0o600, dir_fd=folder)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        raise ConfigError(f"the lock {path} is a link, a folder or a socket, legal: a plain file; remove it") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ConfigError(f"the lock {path} is no plain file; remove it")
+    return open(descriptor, "r+", encoding="utf-8")  # noqa: PTH123 - a descriptor
 
 
 def try_lock(file: IO[Any], *, shared: bool = False) -> OSError | None:
@@ -32,7 +53,7 @@ def warn_unlocked(folder: Path, reason: OSError, advice: str = "take care that n
 @contextlib.contextmanager
 def only_writer(path: Path, folder: Path) -> Iterator[None]:
     """Hold the lock file `path` while writing into `folder`. Raises ConfigError when another process holds it."""
-    with path.open("w") as file:
+    with open_lock(path) as file:
         try:
             reason = try_lock(file)
         except BlockingIOError:
@@ -48,7 +69,7 @@ def among_writers(path: Path, tidy: Callable[[], None]) -> Iterator[None]:
 
     The one that finds no other there calls `tidy` first, so that this never takes what another is at.
     """
-    with path.open("w") as file:
+    with open_lock(path) as file:
         with contextlib.suppress(BlockingIOError):
             reason = try_lock(file)
             if reason is not None:

@@ -27,6 +27,7 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 _SPLIT_NAME, _SHA256 = re.compile(r"[A-Za-z0-9_-]+"), re.compile(r"[0-9a-f]{64}")
 _LEAST_SAMPLE = 2048  # bytes: two tar headers, an image, its masks
+_LARGEST = 512 << 20  # bytes of a manifest; a million shards take half of it
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-]+\.(tar|index)")  # no folder, no dot files: nothing outside the root
 
 # Little-endian record per sample: where its tar members start, how long they are together, their CRC-32.
@@ -127,6 +128,11 @@ class Manifest:
         named = "; ".join(f"{number} {self.classes[number].name}" for number in ids[:most])
         return f"{named} and {len(ids) - most} more" if len(ids) > most else named
 
+    def most_pixels(self, split: str) -> int:
+        """What a sample of a split can have at most: crops have one size, and no sample has more than all together."""
+        info, side = self.split(split), self.crops.get("stored_size") or self.crops.get("size")
+        return min(info.pixels, side**2) if info.kind == "crops" and isinstance(side, int) else info.pixels
+
     @property
     def sha256(self) -> str:
         """Of everything in it, and so of every shard: the identity of the data."""
@@ -173,7 +179,7 @@ def load_manifest(root: str | Path | Storage) -> Manifest:
     storage = open_storage(root)
     path = storage.where(MANIFEST_NAME)
     try:
-        return read_checked(storage, MANIFEST_NAME, lambda data: parse_manifest(data, path))
+        return read_checked(storage, MANIFEST_NAME, lambda data: parse_manifest(data, path), _LARGEST)
     except (FileNotFoundError, NotADirectoryError) as error:
         missing = isinstance(storage, ObjectStorage) and f" ({error})"
         raise ShardError(

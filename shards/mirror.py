@@ -93,15 +93,21 @@ def _is_same_place(one: Storage, other: Storage) -> bool:
 
 
 def _copy(source: Storage, destination: Storage, file: File) -> None:
+    try:
+        size = source.size(file.name)
+    except FileNotFoundError as error:
+        raise ShardError(f"{source.where(file.name)} is not there: {error}") from error
+    if size != file.bytes:
+        raise CorruptShardError(f"{source.where(file.name)} has {size} bytes, the manifest says {file.bytes}")
     if isinstance(source, LocalStorage):
         destination.upload(file.name, source.folder / file.name)
     else:
-        with tempfile.NamedTemporaryFile(prefix="maskstream-copy-") as temporary:
-            with naming(temporary.name):
+        with tempfile.TemporaryFile() as temporary:  # without a name, so that a killed copy leaves none
+            with naming(tempfile.gettempdir()):
                 for piece in _pieces(source, file):
                     temporary.write(piece)
                 temporary.flush()
-            destination.upload(file.name, Path(temporary.name))
+            destination.upload(file.name, temporary)
     if not _is_right(destination, file):
         destination.delete(file.name)
         right = _is_right(source, file)

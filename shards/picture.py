@@ -49,9 +49,13 @@ def overlay(image: Pixels, label_map: npt.NDArray[Any], colors: Colors, alpha: f
 
 
 def save_picture(picture: Image.Image, path: Path, **options: Any) -> None:
-    """Write a PNG or JPEG, as the suffix says; `options` are Pillow's. Raises OSError naming the file."""
+    """Write a JPEG or PNG, as the name's end says; `options` are Pillow's. Raises OSError naming the file.
+
+    Pillow would look at the suffix, and finds none in names such as "...png".
+    """
+    is_jpeg = path.name.lower().endswith((".jpg", ".jpeg"))
     with naming(path):
-        picture.save(path, **options)
+        picture.save(path, "JPEG" if is_jpeg else "PNG", **options)
 
 
 def contact_sheet(rows: Sequence[Sequence[Pixels]], captions: Sequence[str] = (), tile: int = 256) -> Image.Image:

@@ -21,6 +21,7 @@ from PIL.PngImagePlugin import PngImageFile
 from shards.errors import CorruptShardError
 from shards.rle import MAX_SIDE
 
+MAX_PIXELS = 1 << 27  # of a picture whose size nobody has said beforehand; 400 MB decoded
 Pixels = npt.NDArray[np.uint8]
 
 JPEG_START = b"\xff\xd8\xff"
@@ -50,6 +51,15 @@ def decode_by_pillow(data: bytes, name: str, size: tuple[int, int] | None = None
             raise CorruptShardError(f"{name} has 16 bits per channel; convert it to 8")
         pixels = load_picture(image, name)
         return np.asarray(pixels if pixels.mode == "RGB" else pixels.convert("RGB"))  # convert() would copy
+
+
+def check_pixels(data: bytes, name: str) -> None:
+    """Raise CorruptShardError, before it is decoded, for a picture that a few bytes may blow up to MAX_SIDE a side."""
+    with open_picture(data, name, ("JPEG", "PNG")) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise CorruptShardError(f"{name} of {len(data)} bytes is {image.width}x{image.height} = "
+                                    f"{image.width * image.height} pixels, legal: at most {MAX_PIXELS}; cut it into "
+                                    "parts")
 
 
 def open_label_map(data: bytes, name: str) -> ImageFile.ImageFile:

@@ -8,17 +8,21 @@ import logging
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
+from multiprocessing.context import get_spawning_popen
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from shards.cache import DiskCache
 from shards.errors import CorruptShardError, ShardError, StorageError
-from shards.manifest import INDEX_DTYPE, Manifest, ShardInfo, load_manifest
+from shards.manifest import INDEX_DTYPE, Manifest, ShardInfo, SplitInfo, load_manifest
+from shards.plain_file import LARGEST_PICTURE
+from shards.rle import MAX_SIDE
 from shards.sample import IMAGE_SUFFIXES, CropSample, decode_sample
-from shards.storage import READS_OF_DAMAGED, LocalStorage, Storage, open_storage, read_checked
+from shards.shard_table import ShardTable
+from shards.storage import LARGEST_WHOLE, READS_OF_DAMAGED, LocalStorage, Storage, open_storage, read_checked
 
 _BLOCK = 512
 _NAME, _SIZE, _KIND = 100, slice(124, 136), slice(156, 157)  # where a tar header keeps what we read
@@ -45,16 +49,37 @@ class ShardReader:
     def __init__(self, root: str | Path | Storage, split: str, manifest: Manifest | None = None,
                  cache: DiskCache | None = None) -> None:
         self.storage, self.split, self.cache = open_storage(root), split, cache
-        self.manifest = manifest if manifest is not None else load_manifest(self.storage)
-        self.info = self.manifest.split(split)
-        self._most_pixels = self.info.pixels
-        index = load_index(self.storage, self.manifest, split)
-        self._offset, self._length, self._crc32 = (index[column] for column in ("offset", "length", "crc32"))
-        self._first_sample = np.cumsum([0] + [shard.samples for shard in self.info.shards])
-        _check_sizes(self.storage, self.info.shards)
+        self._manifest: Manifest | None = manifest if manifest is not None else load_manifest(self.storage)
+        self.num_classes, self.ignore_index = self._manifest.num_classes, self._manifest.ignore_index
+        self._most_pixels = self._manifest.most_pixels(split)
+        self._index_info, shards = self.info.index, self.info.shards
+        self._table = ShardTable.of(shards, load_index(self.storage, self._manifest, split))
+        _check_sizes(self.storage, shards)
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the set. A process that the reader was handed to on its start reads it when it is first asked for.
+
+        Raises as `load_manifest`, and ShardError when it has been exchanged.
+        """
+        if self._manifest is None:
+            found = load_manifest(self.storage)
+            if found.split(self.split).index != self._index_info:
+                raise ShardError(f"{self.storage.root} has been replaced by another shard set since it was opened")
+            self._manifest = found
+        return self._manifest
+
+    @property
+    def info(self) -> SplitInfo:
+        """Of the split, from the manifest."""
+        return self.manifest.split(self.split)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a process that is being started without the manifest: of many shards it takes long, and much memory."""
+        return self.__dict__ if get_spawning_popen() is None else {**self.__dict__, "_manifest": None}
 
     def __len__(self) -> int:
-        return self.info.samples
+        return len(self._table.offset)
 
     def read(self, number: int, data: bytes | None = None) -> CropSample:
         """Sample `number`, from its bytes if they are here already (see `fetch`).
@@ -70,7 +95,7 @@ class ShardReader:
                 data = self.fetch([number])[0]
             problem = self._problem(number, data)
             if problem is None:
-                return self._checked(parse_span(data, where, self.manifest.ignore_index), where)
+                return parse_span(data, where, self.ignore_index, self._most_pixels)
             if left:
                 _log.warning("%s: %s; fetching it again", where, problem)
                 self._forget(number)
@@ -89,12 +114,12 @@ class ShardReader:
 
     def place(self, number: int) -> Place:
         """Where a sample is."""
-        shard = int(np.searchsorted(self._first_sample, number, side="right")) - 1
-        return Place(shard, int(self._offset[number]), int(self._length[number]))
+        table = self._table
+        return Place(table.shard_of(number), int(table.offset[number]), int(table.length[number]))
 
     def bytes_of(self, numbers: Sequence[int]) -> int:
         """How many bytes `fetch` would return."""
-        return int(self._length[np.asarray(numbers)].sum())
+        return int(self._table.length[np.asarray(numbers)].sum())
 
     @property
     def is_local(self) -> bool:
@@ -117,50 +142,40 @@ class ShardReader:
         if run:
             yield run
 
-    def _range(self, shard_number: int, offset: int, length: int) -> bytes:
-        shard = self.info.shards[shard_number]
+    def _range(self, shard: int, offset: int, length: int) -> bytes:
+        name = self._table.name(shard)
 
         def from_storage() -> bytes:
             try:
-                return self.storage.read(shard.name, offset, length)
+                return self.storage.read(name, offset, length)
             except FileNotFoundError as error:
-                raise StorageError(f"{self.storage.where(shard.name)} (offset {offset}): the manifest lists this "
+                raise StorageError(f"{self.storage.where(name)} (offset {offset}): the manifest lists this "
                                    f"shard, but it is not there: {error}") from error
             except OSError as error:
-                raise ShardError(f"{self.storage.where(shard.name)} (offset {offset}): {error}") from error
+                raise ShardError(f"{self.storage.where(name)} (offset {offset}): {error}") from error
 
         if self.cache is None or self.is_local:
             return from_storage()
-        return self.cache.get(_cache_key(shard, offset, length), from_storage)
+        return self.cache.get(self._cache_key(Place(shard, offset, length)), from_storage)
 
     def _forget(self, number: int) -> None:
         if self.cache is not None:
-            shard, offset, length = self.place(number)
-            self.cache.remove(_cache_key(self.info.shards[shard], offset, length))
+            self.cache.remove(self._cache_key(self.place(number)))
 
-    def _checked(self, sample: CropSample, where: str) -> CropSample:
-        """Neither masks nor a picture that unpack to more than all samples of the split have together."""
-        height, width = sample.header.height, sample.header.width
-        if height * width > self._most_pixels:
-            raise CorruptShardError(f"{where}: {height}x{width} pixels, legal: at most the {self._most_pixels} that "
-                                    f"the manifest counts in the whole split {self.split!r}")
-        return sample
+    def _cache_key(self, place: Place) -> str:
+        """Of what the bytes are, not where they lie: equal shards share their entries."""
+        return f"{self._table.sha256(place.shard)}-{place.offset}-{place.length}"
 
     def _problem(self, number: int, data: bytes) -> str | None:
-        if len(data) != self._length[number]:
-            return f"got {len(data)} of {self._length[number]} bytes, the shard is cut short"
-        damaged = zlib.crc32(data) != self._crc32[number]
+        if len(data) != self._table.length[number]:
+            return f"got {len(data)} of {self._table.length[number]} bytes, the shard is cut short"
+        damaged = zlib.crc32(data) != self._table.crc32[number]
         return "CRC-32 differs from the index, the shard is damaged or was replaced" if damaged else None
 
     def _where(self, number: int) -> str:
         shard, offset, _ = self.place(number)
-        name = self.storage.where(self.info.shards[shard].name)
-        return f"{name}, sample {number - int(self._first_sample[shard])} (offset {offset})"
-
-
-def _cache_key(shard: ShardInfo, offset: int, length: int) -> str:
-    """Of what the bytes are, not where they lie: equal shards share their entries."""
-    return f"{shard.sha256}-{offset}-{length}"
+        name = self.storage.where(self._table.name(shard))
+        return f"{name}, sample {number - int(self._table.first_sample[shard])} (offset {offset})"
 
 
 def iter_samples(root: str | Path | Storage, split: str) -> Iterator[CropSample]:
@@ -188,16 +203,24 @@ def load_index(storage: Storage, manifest: Manifest, split: str) -> npt.NDArray[
             number = int(outside.argmax())
             raise CorruptShardError(f"{path}: sample {number} has offset {index['offset'][number]} and length "
                                     f"{index['length'][number]}, legal: within the {room[number]} bytes of its shard")
+        longest = int(index["length"].max(initial=0))
+        if longest > LARGEST_PICTURE:
+            raise CorruptShardError(f"{path}: sample {int(index['length'].argmax())} has length {longest}, legal: at "
+                                    f"most {LARGEST_PICTURE}")
         return index
 
     try:
-        return read_checked(storage, info.name, check)
+        return read_checked(storage, info.name, check, min(info.bytes, LARGEST_WHOLE))
     except OSError as error:
         raise ShardError(f"{path}: the index of split {split!r} cannot be read: {error}") from error
 
 
-def parse_span(span: bytes, where: str, ignore_index: int = 255) -> CropSample:
-    """The sample in a span of tar members (an image, then its msgpack)."""
+def parse_span(span: bytes, where: str, ignore_index: int = 255, most_pixels: int = MAX_SIDE**2) -> CropSample:
+    """The sample in a span of tar members (an image, then its msgpack), of at most so many pixels.
+
+    Raises CorruptShardError, FormatVersionError. Nothing of the sample's size was allocated: it is the record's, and an
+    image of another one is refused by its header.
+    """
     members: dict[str, bytes] = {}
     with io.BytesIO(span) as stream:
         while stream.tell() < len(span):
@@ -213,6 +236,9 @@ def parse_span(span: bytes, where: str, ignore_index: int = 255) -> CropSample:
         record, header = decode_sample(members[f"{stem}.mp"])
     except ShardError as error:
         raise type(error)(f"{where}: {error}") from error
+    if header.height * header.width > most_pixels:
+        raise CorruptShardError(f"{where}: it is {header.height}x{header.width}, but by the manifest no sample of its "
+                                f"split has more than {most_pixels} pixels")
     return CropSample(
         key=record["key"],
         image_bytes=members[f"{stem}.{image_suffix}"],

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import simplejpeg
 
 from shards.errors import CorruptShardError, FormatVersionError
-from shards.picture_file import JPEG_START, decode_by_pillow, exif_orientation, upright
+from shards.picture_file import JPEG_START, check_pixels, decode_by_pillow, exif_orientation, upright
 from shards.rle import MAX_SIDE, MaskHeader, decode_header, decode_masks, decode_segment_map, label_map_from_segments
 
 SAMPLE_FORMAT = 1
@@ -103,7 +103,8 @@ def decode_image(data: bytes, name: str, size: tuple[int, int] | None = None,
 
 
 def decode_upright(data: bytes, name: str) -> npt.NDArray[np.uint8]:
-    """`decode_image`, turned as its EXIF orientation says: what a viewer shows of a file."""
+    """`decode_image`, turned as its EXIF orientation says: what a viewer shows of a file. Of MAX_PIXELS at most."""
+    check_pixels(data, name)
     return upright(decode_image(data, name), exif_orientation(data))
 
 

@@ -17,29 +17,28 @@ import logging
 import os
 import random
 import re
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import obstore
 from obstore import exceptions
 from obstore.store import from_url
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 
-from shards.atomic import copy_atomically, naming, write_atomically
+from shards.atomic import copy_atomically, opened, write_atomically
 from shards.errors import ConfigError, CorruptShardError, StorageError
+from shards.plain_file import OpenFiles, check_size, plain_size, read_plain
 from shards.shown_text import MASK, is_masked, masked
 from shards.storage_errors import brief, may_pass, refused_by
 from shards.web import check_redirects, say_if_unprotected
 
 REMOTE_SCHEMES = ("s3", "gs", "az", "https", "http")
 READS_OF_DAMAGED = 4
-_OPEN_FILES = 256  # more than data.lanes, which read one shard each
 _PIECE = 8 << 20  # bytes asked for in one request, and held twice at most
-_LARGEST_WHOLE = 4 << 30  # bytes; of manifests and indexes, whose size is not known beforehand
+LARGEST_WHOLE = 4 << 30  # bytes; of what is read whole
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(//)?")
 _SETTINGS = ("AWS_", "GOOGLE_", "AZURE_", "MASKSTREAM_")
 _log = logging.getLogger(__name__)
@@ -68,14 +67,17 @@ class Storage(Protocol):
         Raises FileNotFoundError when there is no such blob, StorageError when it cannot be read.
         """
 
+    def size(self, name: str) -> int:
+        """Bytes of a blob. Raises FileNotFoundError, and StorageError for what is no file."""
+
     def sizes(self) -> dict[str, int] | None:
         """Bytes of each blob; None where the store cannot say."""
 
     def write(self, name: str, data: bytes, *, create: bool = False) -> None:
         """Publish a whole blob at once. With `create`, raises StorageError when it is there already."""
 
-    def upload(self, name: str, path: Path) -> None:
-        """Publish a file's content as a blob, at once, however large."""
+    def upload(self, name: str, source: Path | BinaryIO) -> None:
+        """Publish the content of a file, named or open, as a blob, at once, however large."""
 
     def delete(self, name: str) -> None:
         """Remove a blob, if it is there."""
@@ -103,13 +105,15 @@ def open_storage(root: str | Path | Storage, patience: Patience | None = None) -
     return ObjectStorage(str(root), patience or Patience())
 
 
-def read_checked(storage: Storage, name: str, check: Callable[[bytes], _Value]) -> _Value:
+def read_checked(storage: Storage, name: str, check: Callable[[bytes], _Value], most: int = LARGEST_WHOLE) -> _Value:
     """What `check` makes of a whole blob. From object storage it is read again when `check` raises CorruptShardError:
-    a bit may have flipped on the way."""
+    a bit may have flipped on the way. Raises StorageError, before reading, for more than `most` bytes."""
+    size = storage.size(name)
+    check_size(storage.where(name), size, most)
     tries = 1 if isinstance(storage, LocalStorage) else READS_OF_DAMAGED
     for left in reversed(range(tries)):
         try:
-            return check(storage.read(name))
+            return check(storage.read(name, 0, size))
         except CorruptShardError as error:
             if not left:
                 raise
@@ -127,30 +131,34 @@ class LocalStorage:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.root = folder, str(folder)
-        self._files: OrderedDict[str, int] = OrderedDict()
-        self._owner = os.getpid()
+        self._files = OpenFiles(folder)
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
-        with naming(self.folder / name):
-            if length is None:
-                return (self.folder / name).read_bytes()
-            return os.pread(self._file(name), length, offset)
+        if length is None:  # opened anew: it may have been exchanged
+            return read_plain(self.folder / name, LARGEST_WHOLE)[offset:]
+        return self._files.read(name, offset, length)
+
+    def size(self, name: str) -> int:
+        return plain_size(self.folder / name)
 
     def sizes(self) -> dict[str, int]:
         return {path.name: path.stat().st_size for path in self.folder.iterdir() if path.is_file()}
 
     def write(self, name: str, data: bytes, *, create: bool = False) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._files.forget(name)
         try:
             write_atomically(self.folder / name, data, create=create)
         except FileExistsError as error:
             raise StorageError(f"{self.where(name)} is there already") from error
 
-    def upload(self, name: str, path: Path) -> None:
+    def upload(self, name: str, source: Path | BinaryIO) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        copy_atomically(path, self.folder / name)
+        self._files.forget(name)
+        copy_atomically(source, self.folder / name)
 
     def delete(self, name: str) -> None:
+        self._files.forget(name)
         (self.folder / name).unlink(missing_ok=True)
 
     def where(self, name: str) -> str:
@@ -158,28 +166,7 @@ class LocalStorage:
 
     def close(self) -> None:
         """Close the files of this process."""
-        if self._owner == os.getpid():
-            for descriptor in self._files.values():
-                os.close(descriptor)
-        self._files.clear()
-
-    def __del__(self) -> None:
-        if "_files" in self.__dict__:
-            self.close()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": OrderedDict()}  # descriptors mean nothing in another process
-
-    def _file(self, name: str) -> int:
-        if self._owner != os.getpid():  # forked or unpickled: the parent's descriptors are not ours to use
-            self._files, self._owner = OrderedDict(), os.getpid()
-        descriptor = self._files.pop(name, None)
-        if descriptor is None:
-            descriptor = os.open(self.folder / name, os.O_RDONLY)
-            if len(self._files) >= _OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-        self._files[name] = descriptor  # newest last
-        return descriptor
+        self._files.close()
 
 
 class ObjectStorage:
@@ -198,10 +185,18 @@ class ObjectStorage:
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         received = bytearray()
         if length is None:
-            length = self._size(name) - offset
+            length = self.size(name) - offset
+            check_size(self.where(name), length, LARGEST_WHOLE)
         while len(received) < length:  # in pieces, so that no single request takes long
             self._read_piece(name, offset, min(length, len(received) + _PIECE), received)
         return bytes(received)
+
+    def size(self, name: str) -> int:
+        def head() -> int:
+            self._check_redirects(name)
+            return int(obstore.head(self._client(), name)["size"])
+
+        return self._patiently(name, 0, head)
 
     def sizes(self) -> dict[str, int] | None:
         if self._is_web:
@@ -223,11 +218,11 @@ class ObjectStorage:
         except exceptions.AlreadyExistsError as error:
             raise StorageError(f"{self.where(name)} is there already") from error
 
-    def upload(self, name: str, path: Path) -> None:
+    def upload(self, name: str, source: Path | BinaryIO) -> None:
         self._check_writable()
 
         def put() -> None:
-            with path.open("rb") as file:
+            with opened(source) as file:
                 obstore.put(self._client(), name, file)  # in parts when it is large; visible when all are there
 
         self._patiently(name, 0, put)
@@ -260,16 +255,6 @@ class ObjectStorage:
             location, mark, query = self._url.partition("?")
             check_redirects(f"{location}/{name}{mark}{query}", self.patience.timeout)
             self._asked.add(name)
-
-    def _size(self, name: str) -> int:
-        def head() -> int:
-            self._check_redirects(name)
-            return int(obstore.head(self._client(), name)["size"])
-
-        size = self._patiently(name, 0, head)
-        if size > _LARGEST_WHOLE:
-            raise StorageError(f"{self.where(name)} has {size} bytes, legal for a file read whole: {_LARGEST_WHOLE}")
-        return size
 
     def _read_piece(self, name: str, offset: int, end: int, received: bytearray) -> None:
         """Append bytes of an object until there are `end`, counted from `offset`."""

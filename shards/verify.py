@@ -1,4 +1,8 @@
-"""Check a whole shard set: every byte against its hash, every sample against its decoders and counts."""
+"""Check a whole shard set: every byte against its hash, every sample against its decoders and counts.
+
+Memory stays within a piece and the largest sample, however large a shard is; one of another size than the manifest's is
+not read at all.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,19 @@ import hashlib
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from shards.errors import MaskStreamError
-from shards.manifest import MANIFEST_NAME, Manifest, SplitInfo, load_manifest, manifest_bytes
+from shards.errors import MaskStreamError, StorageError
+from shards.manifest import MANIFEST_NAME, Manifest, ShardInfo, SplitInfo, load_manifest, manifest_bytes
 from shards.reader import load_index, parse_span
+from shards.sample import CropSample
 from shards.storage import Storage, open_storage
 
 _END_OF_ARCHIVE = bytes(1024)
+_PIECE = 8 << 20  # bytes read at once
 
 
 def verify(root: str | Path | Storage, progress: Callable[[str], object] = lambda shard: None) -> list[str]:
@@ -44,23 +51,13 @@ def _verify_split(storage: Storage, manifest: Manifest, name: str, progress: Cal
     except MaskStreamError as error:
         yield str(error)
         return
-    counts = _Counts(manifest.num_classes)
+    counts, most_pixels = _Counts(manifest.num_classes), manifest.most_pixels(name)
     first, sound = 0, True
     for shard in split.shards:
-        path = storage.where(shard.name)
         entries = index[first : first + shard.samples]
         first += shard.samples
-        try:
-            data = storage.read(shard.name)
-        except (OSError, MaskStreamError) as error:
-            yield f"{path} cannot be read: {error}"
-            sound = False
-            continue
-        if len(data) != shard.bytes:
-            yield f"{path} has {len(data)} bytes, the manifest says {shard.bytes}"
-        if hashlib.sha256(data).hexdigest() != shard.sha256:
-            yield f"{path} has another sha256 than the manifest says"
-        problems = list(_verify_samples(data, entries, path, manifest.ignore_index, counts))
+        parse = partial(parse_span, ignore_index=manifest.ignore_index, most_pixels=most_pixels)
+        problems = list(_verify_shard(storage, shard, entries, parse, counts))
         yield from problems
         sound = sound and not problems
         progress(shard.name)
@@ -68,27 +65,86 @@ def _verify_split(storage: Storage, manifest: Manifest, name: str, progress: Cal
         yield from counts.compare(split, f"{storage.where(MANIFEST_NAME)}, split {name!r}")
 
 
-def _verify_samples(
-    data: bytes, entries: np.ndarray, path: str, ignore_index: int, counts: _Counts
-) -> Iterator[str]:
-    position = 0
+def _verify_shard(storage: Storage, shard: ShardInfo, entries: np.ndarray, parse: Callable[[bytes, str], CropSample],
+                  counts: _Counts) -> Iterator[str]:
+    path = storage.where(shard.name)
+    try:
+        size = storage.size(shard.name)
+        if size != shard.bytes:
+            yield f"{path} has {size} bytes, the manifest says {shard.bytes}"
+            return
+        content = _Pass(storage, shard)
+        yield from _verify_samples(content, entries, path, parse, counts)
+        if content.sha256() != shard.sha256:
+            yield f"{path} has another sha256 than the manifest says"
+    except (OSError, MaskStreamError) as error:
+        yield f"{path} cannot be read: {error}"
+
+
+def _verify_samples(content: _Pass, entries: np.ndarray, path: str, parse: Callable[[bytes, str], CropSample],
+                    counts: _Counts) -> Iterator[str]:
     for number, (offset, length, crc32) in enumerate(entries.tolist()):
         where = f"{path}, sample {number} (offset {offset})"
-        if offset != position:
-            yield f"{where}: the index leaves a hole or an overlap at byte {position}"
-        position = offset + length
-        span = data[offset:position]
+        if offset != content.position:
+            yield f"{where}: the index leaves a hole or an overlap at byte {content.position}"
+            if offset < content.position:
+                continue  # its bytes have passed
+            content.skip(offset - content.position)
+        span = content.take(length)
         if zlib.crc32(span) != crc32:
             yield f"{where}: CRC-32 differs from the index"
             continue
         try:
-            sample = parse_span(span, where, ignore_index)
+            sample = parse(span, where)
             counts.add(sample.key, sample.segment_map, sample.labels)
             assert sample.image.shape[:2] == sample.segment_map.shape
         except (MaskStreamError, ValueError) as error:
             yield f"{where}: {error}"
-    if data[position:] != _END_OF_ARCHIVE:
+    if content.left != len(_END_OF_ARCHIVE) or content.take(content.left) != _END_OF_ARCHIVE:
         yield f"{path}: the end-of-archive blocks are damaged, or there is more data than the index knows"
+
+
+class _Pass:
+    """One pass through a shard, front to back, in pieces; hashed on the way."""
+
+    def __init__(self, storage: Storage, shard: ShardInfo) -> None:
+        self.storage, self.shard, self.position = storage, shard, 0
+        self._hash = hashlib.sha256()
+        self._piece = memoryview(b"")  # read, but not taken
+
+    @property
+    def left(self) -> int:
+        """Bytes from here to the end."""
+        return self.shard.bytes - self.position
+
+    def take(self, length: int) -> bytes:
+        """The next bytes; fewer at the end. Raises as `Storage.read`."""
+        parts = []
+        while length and self.left:
+            part = self._next(length)
+            parts.append(part)
+            length -= len(part)
+        return b"".join(parts)
+
+    def skip(self, length: int) -> None:
+        """Pass over bytes without keeping them."""
+        while length and self.left:
+            length -= len(self._next(length))
+
+    def sha256(self) -> str:
+        """Of the whole shard, read to its end."""
+        self.skip(self.left)
+        return self._hash.hexdigest()
+
+    def _next(self, most: int) -> memoryview:
+        if not self._piece:
+            self._piece = memoryview(self.storage.read(self.shard.name, self.position, min(_PIECE, self.left)))
+            if not self._piece:
+                raise StorageError(f"it ended after {self.position} of {self.shard.bytes} bytes")
+            self._hash.update(self._piece)
+        part, self._piece = self._piece[:most], self._piece[most:]
+        self.position += len(part)
+        return part
 
 
 def _unlisted_files(storage: Storage, manifest: Manifest) -> list[str]:

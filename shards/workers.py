@@ -1,19 +1,27 @@
-"""What worker processes do first: end with the program that started them, and keep the memory they will need again."""
+"""Worker processes: they end with the program that started them, leave nothing behind, and keep memory for reuse."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.util
 import os
+import shutil
 import signal
+import stat
 import tempfile
 import threading
+from pathlib import Path
+from typing import IO
 
 from shards.errors import ConfigError
+from shards.locks import open_lock, try_lock
 
-_SOCKET_PATH = 100  # bytes of a Unix socket's address: 107 on Linux, 103 on macOS
+_PREFIX, _LOCK = "mstream-", "lock"
+_SEMAPHORES = Path("/dev/shm")  # where Linux keeps named ones
+_LONGEST = 100 - len(f"/{_PREFIX}12345678/listener-12345678")  # a socket's address: 107 bytes on Linux, 103 on macOS
 _SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's names for them, malloc.h
@@ -46,25 +54,62 @@ def _wait_and_exit(sentinel: int) -> None:
     os._exit(1)
 
 
-def use_short_temporary_folder() -> None:
-    """Call before processes are started: their sockets get a folder whose path fits into a socket's address.
+def use_own_temporary_folder() -> None:
+    """Call before processes are started: their sockets and semaphores get names of this process's own.
 
-    Batch systems set TMPDIR to long paths. Raises ConfigError when no other folder can be written.
+    A process that ends in order removes them. One that is killed with all its helpers cannot; no living process then
+    holds the lock on its folder, so this user's next start knows, and tidies up here. Batch systems set TMPDIR to long
+    paths, which do not fit into a socket's address: then the folder is made elsewhere. Raises ConfigError when none can
+    be written.
     """
-    longest = len(os.fsencode(tempfile.gettempdir())) + len("/pymp-12345678/listener-12345678")
-    if longest <= _SOCKET_PATH:
+    names = vars(multiprocessing.current_process())["_config"]  # children inherit it
+    if names.get("tempdir") is not None:
         return
-    for folder in _SHORT_FOLDERS:
-        if os.access(folder, os.W_OK | os.X_OK):
-            before, tempfile.tempdir = tempfile.tempdir, folder
-            try:
-                multiprocessing.util.get_temp_dir()  # made once, then used by this process and its children
-            finally:
-                tempfile.tempdir = before
-            return
-    raise ConfigError(f"TMPDIR is {tempfile.gettempdir()}, too long for the address of a socket, and none of "
-                      f"{', '.join(_SHORT_FOLDERS)} can be written; set TMPDIR to a folder of at most "
-                      f"{_SOCKET_PATH - 32} characters")
+    place = Path(_short_folder())
+    _remove_dead(place)
+    folder, lock = _make_folder(place)
+    names.update(tempdir=str(folder), semprefix=f"/{folder.name}")
+    multiprocessing.util.Finalize(None, _remove, args=(folder, lock), exitpriority=-100)  # after sockets are closed
+
+
+def _short_folder() -> str:
+    folders = [tempfile.gettempdir(), *_SHORT_FOLDERS]
+    for folder in folders:
+        if len(os.fsencode(folder)) <= _LONGEST and os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    raise ConfigError(f"TMPDIR is {folders[0]}, too long for the address of a socket, and none of "
+                      f"{', '.join(_SHORT_FOLDERS)} can be written; set TMPDIR to a folder of at most {_LONGEST} "
+                      "characters")
+
+
+def _make_folder(place: Path) -> tuple[Path, IO[str]]:
+    """A new folder and its lock, held. Another process may take it for dead before it is locked: then once more."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
+        with contextlib.suppress(FileNotFoundError, BlockingIOError):
+            lock = open_lock(folder / _LOCK)
+            try_lock(lock)  # where there are no locks nobody can take it for dead either
+            if (folder / _LOCK).exists():
+                return folder, lock
+
+
+def _remove_dead(place: Path) -> None:
+    """Remove what processes of this user left that were killed."""
+    for folder in place.glob(f"{_PREFIX}????????"):
+        with contextlib.suppress(OSError, ConfigError):
+            state = folder.lstat()
+            if stat.S_ISDIR(state.st_mode) and state.st_uid == os.geteuid():
+                with open_lock(folder / _LOCK) as lock:
+                    if try_lock(lock) is None:
+                        _remove(folder, lock)
+
+
+def _remove(folder: Path, lock: IO[str]) -> None:
+    """Remove a process's semaphores and its folder, whose lock is held."""
+    for semaphore in _SEMAPHORES.glob(f"sem.{folder.name}-*"):
+        semaphore.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    lock.close()
 
 
 def keep_freed_memory() -> None:

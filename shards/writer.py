@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from shards.atomic import naming, sync_folder, temporary_name
 from shards.manifest import INDEX_DTYPE, ShardInfo
+from shards.plain_file import LARGEST_PICTURE
 from shards.sample import IMAGE_SUFFIXES, member_stem
 
 _BLOCK = 512
@@ -37,11 +38,13 @@ class ShardWriter:
         self._offset = 0
 
     def __enter__(self) -> ShardWriter:
-        self._file = open(self._temporary, "wb")  # noqa: PTH123 - closed in __exit__
+        self._temporary.unlink(missing_ok=True)  # of a killed process of the same number
+        self._file = open(self._temporary, "xb")  # noqa: PTH123 - closed in __exit__
         return self
 
     def write(self, key: str, image_bytes: bytes, image_suffix: str, payload: bytes) -> None:
-        """Append one sample. Raises ValueError on a repeated key or an unknown image suffix."""
+        """Append one sample. Raises ValueError on a repeated key, an unknown image suffix, or more bytes than readers
+        take."""
         if image_suffix not in IMAGE_SUFFIXES:
             raise ValueError(f"image suffix of {key!r} is {image_suffix!r}, legal: {', '.join(IMAGE_SUFFIXES)}")
         stem = member_stem(key)
@@ -49,6 +52,8 @@ class ShardWriter:
             raise ValueError(f"key {key!r} is written twice to {self.path.name}")
         self._names.add(stem)
         span = _member(f"{stem}.{image_suffix}", image_bytes) + _member(f"{stem}.mp", payload)
+        if len(span) > LARGEST_PICTURE:
+            raise ValueError(f"sample {key!r} has {len(span)} bytes, legal: at most {LARGEST_PICTURE}")
         self._entries.append((self._offset, len(span), zlib.crc32(span)))
         self._append(span)
 

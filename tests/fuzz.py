@@ -75,6 +75,9 @@ class Overlaid(LocalStorage):
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         return self.content[name] if name in self.content else super().read(name, offset, length)
 
+    def size(self, name: str) -> int:
+        return len(self.content[name]) if name in self.content else super().size(name)
+
 
 def mutated(data: bytes, rng: np.random.Generator) -> bytes:
     """A few bytes changed, removed, repeated or taken from elsewhere."""

@@ -223,7 +223,7 @@ def test_one_cell_of_batch_norm_names_the_least_size(head: str, size: int, scene
     overrides = [f"decoder_head.type={head}", "data.crop_size=32", "train.micro_batch_size=1"]
     config = tiny(scene_shards, tmp_path, *overrides)
     if size == 32:
-        with pytest.raises(ConfigError, match=r"train.micro_batch_size is 1.*legal: crops of at least 32x64"):
+        with pytest.raises(ConfigError, match=r"train.micro_batch_size is 1.*Legal: crops of at least 64x64"):
             open_crops(config, load_manifest(scene_shards))
         config = tiny(scene_shards, tmp_path, *overrides, "train.micro_batch_size=2")
     open_crops(config, load_manifest(scene_shards))

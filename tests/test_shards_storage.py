@@ -139,8 +139,8 @@ def test_large_objects_come_in_pieces_and_whole_ones_have_a_limit(
     s3.requests, s3.faults = 0, [cut, unavailable]
     assert storage.read("x") == DATA
     assert s3.requests == 1 + -(-len(DATA) // 10_000) + 2
-    monkeypatch.setattr(module, "_LARGEST_WHOLE", 1000)
-    with pytest.raises(StorageError, match="legal for a file read whole: 1000"):
+    monkeypatch.setattr(module, "LARGEST_WHOLE", 1000)
+    with pytest.raises(StorageError, match="legal for a file read whole: at most 1000"):
         storage.read("x")
 
 

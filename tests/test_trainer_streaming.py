@@ -349,10 +349,66 @@ def test_a_run_records_the_samples_it_left_out(scene_shards: Path, tmp_path: Pat
     assert sum("left out a damaged sample" in record.get("what", "") for record in read_metrics(tmp_path / "run")) == 2
 
 
-def test_a_micro_batch_without_any_good_sample_is_an_error(scene_shards: Path, tmp_path: Path) -> None:
+def test_without_any_good_sample_there_is_an_error(scene_shards: Path, tmp_path: Path) -> None:
     root = damaged(scene_shards, tmp_path / "set", list(range(24)))
-    with pytest.raises(CorruptShardError, match=r"no sample of micro-batch 0 can be used: .*CRC-32"):
+    with pytest.raises(CorruptShardError, match=r"no sample of the global batch 0 can be used: .*CRC-32"):
         batches(root, on_corrupt="skip")
+
+
+def samples_of(batches: list[Batch]) -> list[tuple[str, bytes, bytes]]:
+    """Each sample on its own: key, pixels, segment map."""
+    return [(key, image.numpy().tobytes(), segments.numpy().tobytes()) for batch in batches
+            for key, image, segments in zip(batch.keys, batch.images, batch.segment_maps, strict=True)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_a_damaged_sample_gives_way_to_the_next_of_its_global_batch(scene_shards: Path, tmp_path: Path, batch: int,
+                                                                    workers: int) -> None:
+    """Whatever the size of a micro-batch, 1 too; and for any ranks, as all take micro-batches of this sequence."""
+    whole = samples_of(batches(scene_shards, range(24), crop_size=48))  # 48 samples, in places
+    plan = crops(scene_shards, 1).plan
+    bad = [plan.draw(place).sample for place in (2, 3, 11, 12)]  # neighbours; a last and a first of a global batch
+    root = damaged(scene_shards, tmp_path / "set", bad)
+    is_bad = [plan.draw(place).sample in bad for place in range(48)]
+    expected = []
+    for place in range(48):
+        first = place - place % 6
+        order = [first + (place - first + turn) % 6 for turn in range(6)]
+        expected.append(whole[next(other for other in order if not is_bad[other])])
+    dataset = crops(root, batch, crop_size=48, on_corrupt="skip", corrupt_budget=9, workers=workers)
+    dataset.global_batch_size = 6
+    found = list(train_loader(dataset, range(48 // batch), CPU))
+    assert samples_of(found) == expected
+    assert [len(one.skipped) for one in found] == [sum(is_bad[one * batch : (one + 1) * batch])
+                                                   for one in range(48 // batch)], "each is told of once, in its turn"
+
+
+def test_substitutes_come_from_object_storage_too(s3: FaultyProxy, s3_root: str, scene_shards: Path,
+                                                  tmp_path: Path) -> None:
+    root = damaged(scene_shards, tmp_path / "set", [3, 11])
+    for path in root.iterdir():
+        open_storage(s3_root).upload(path.name, path)
+    found = []
+    for place in (root, s3_root):
+        dataset = crops(place, 1, on_corrupt="skip")
+        dataset.global_batch_size = 4
+        found.append(samples_of(list(train_loader(dataset, range(24), CPU))))
+    assert found[0] == found[1] and len(found[0]) == 24
+
+
+def test_a_run_of_single_samples_skips_too(scene_shards: Path, tmp_path: Path) -> None:
+    from tests.test_end_to_end import losses, tiny
+    from trainer.distributed import distributed
+    from trainer.loop import train
+
+    root = damaged(scene_shards, tmp_path / "set", [3, 11])
+    for micro in (1, 2):
+        config = tiny(root, tmp_path / str(micro), f"data.root={root}", "data.on_corrupt=skip", "train.total_steps=6",
+                      f"train.micro_batch_size={micro}")
+        with distributed("cpu") as context:
+            train(config, context)
+    assert [line["step"] for line in losses(tmp_path / "1")] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

@@ -23,6 +23,7 @@ class HeadKind(NamedTuple):
     model: Callable[[RunConfig, int], Segmenter]
     criterion: Callable[[RunConfig, int, int], MaskCriterion | PixelCriterion]
     size_divisor: int  # height and width of training crops must be multiples of it
+    has_batch_norm: Callable[[RunConfig], bool]  # over a map of one value for each size_divisor x size_divisor pixels
 
 
 HEADS = {
@@ -30,16 +31,19 @@ HEADS = {
         model=lambda config, classes: build_mask2former(config.backbone, config.adapter, config.decoder_head, classes),
         criterion=lambda config, classes, ignore_index: MaskCriterion(config.loss, classes),
         size_divisor=32,  # the adapter's coarsest map
+        has_batch_norm=lambda config: True,
     ),
     "linear": HeadKind(
         model=lambda config, classes: build_linear(config.backbone, config.decoder_head, classes),
         criterion=lambda config, classes, ignore_index: PixelCriterion(ignore_index),
         size_divisor=16,  # the ViT's patches
+        has_batch_norm=lambda config: config.decoder_head.use_batchnorm,
     ),
     "eomt": HeadKind(
         model=lambda config, classes: build_eomt(config.backbone, config.decoder_head, classes),
         criterion=lambda config, classes, ignore_index: MaskCriterion(config.loss, classes),
         size_divisor=16,
+        has_batch_norm=lambda config: False,
     ),
 }
 
@@ -62,10 +66,21 @@ def size_divisor(config: RunConfig) -> int:
     return HEADS[config.decoder_head.type].size_divisor
 
 
-def has_batch_norm(config: RunConfig) -> bool:
-    """Whether what is trained holds batch norm, which needs more than one value of each channel."""
-    return config.decoder_head.type == "m2f" or (config.decoder_head.type == "linear"
-                                                 and config.decoder_head.use_batchnorm)
+def check_crop_size(config: RunConfig, height: int, width: int) -> None:
+    """Raise ConfigError for training crops whose size does not suit the head, or gives batch norm one value only.
+
+    On CUDA several ranks share their statistics, but a configuration is to run on one, too.
+    """
+    kind, divisor = config.decoder_head.type, size_divisor(config)
+    if height % divisor or width % divisor:
+        raise ConfigError(f"training crops are {height}x{width} pixels, legal for decoder_head.type {kind}: multiples "
+                          f"of {divisor}. Set data.crop_size, or shard again with another crops.size")
+    if height == width == divisor and config.train.micro_batch_size == 1 and HEADS[kind].has_batch_norm(config):
+        raise ConfigError(
+            f"training crops are {height}x{width} pixels and train.micro_batch_size is 1: batch norm of "
+            f"decoder_head.type {kind} has one value per {divisor}x{divisor} pixels, and needs two. Legal: crops of at "
+            f"least {2 * divisor}x{2 * divisor}, or a train.micro_batch_size of at least 2"
+        )
 
 
 def restore_model(checkpoint: Checkpoint, backbone_source: str | None, device: torch.device) -> Segmenter:

@@ -45,8 +45,8 @@ class DataConfig:
     tries: int = knob(8, "object storage: tries before a read fails, with growing pauses between", minimum=1)
     timeout: float = knob(30.0, "object storage: seconds after which a request is given up and tried again",
                           minimum=0.1)
-    on_corrupt: str = knob("fail", "what a training sample whose bytes are damaged does: fail, or skip: another sample "
-                           "of its micro-batch takes its place", choices=("fail", "skip"))
+    on_corrupt: str = knob("fail", "what a training sample whose bytes are damaged does: fail, or skip: the next one "
+                           "of its global batch takes its place", choices=("fail", "skip"))
     corrupt_budget: int = knob(10, "on_corrupt skip: samples that a rank may skip in one start of the run",
                                minimum=1)
 

@@ -6,11 +6,11 @@ the bytes, and the hand-off, not the decoding, would then set the pace.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +31,14 @@ from shards.storage import Patience, open_storage
 from trainer.config import DataConfig
 from trainer.seeding import sample_rng
 from trainer.targets import Target, dense_masks
-from trainer.transforms import draw_photometric, mirror_left, normalize, paddings, photometric_distort
+from trainer.transforms import (
+    draw_photometric,
+    mirror_left,
+    normalize,
+    paddings,
+    photometric_distort,
+    random_window,
+)
 
 _IMAGES_AHEAD = 8  # whole ones whose bytes a loader process asks object storage for before it needs them
 
@@ -146,12 +153,12 @@ class LabelledImage:
 def open_reader(config: DataConfig, split: str, manifest: Manifest | None = None) -> ShardReader:
     """The samples of a split of `data.root`, with its cache and patience.
 
-    Raises ShardError, and ConfigError for a split without a labelled pixel: there is nothing to learn, or to measure.
+    Raises ShardError, and ConfigError for a split without a labelled pixel, as there is nothing to learn or measure;
+    and for a cache that is not this user's alone.
     """
     assert config.root is not None
     storage = open_storage(config.root, Patience(tries=config.tries, timeout=config.timeout))
-    cache = None if config.cache_dir is None else DiskCache(folder=Path(config.cache_dir),
-                                                            limit=int(config.cache_gb * 1e9))
+    cache = None if config.cache_dir is None else DiskCache.in_folder(config.cache_dir, int(config.cache_gb * 1e9))
     reader = ShardReader(storage, split, manifest, cache)
     if not reader.info.labelled_pixels:
         raise ConfigError(f"{config.root}: split {split!r} has no labelled pixel in its {len(reader)} samples; shard "
@@ -161,10 +168,15 @@ def open_reader(config: DataConfig, split: str, manifest: Manifest | None = None
 
 
 class TrainCrops(IterableDataset[Batch]):
-    """Micro-batches of the plan. Number m is a pure function of (shards, configuration, seed, m)."""
+    """Micro-batches of the plan. Number m is a pure function of (shards, configuration, seed, m).
 
-    def __init__(self, reader: ShardReader, plan: TrainPlan, config: DataConfig, numbers: Iterable[int] = ()) -> None:
+    `global_batch_size` is needed for data.on_corrupt "skip"; by default a micro-batch is all there is.
+    """
+
+    def __init__(self, reader: ShardReader, plan: TrainPlan, config: DataConfig, numbers: Iterable[int] = (),
+                 global_batch_size: int | None = None) -> None:
         self.reader, self.plan, self.config, self.numbers = reader, plan, config, numbers
+        self.global_batch_size = global_batch_size or plan.micro_batch_size
 
     def __getitem__(self, number: int) -> Batch:
         return self._batch(number, None)
@@ -213,7 +225,8 @@ class TrainCrops(IterableDataset[Batch]):
     def _readable(self, number: int, ahead: ReadAhead | None, images: _Images) -> tuple[list[_Crop], list[str]]:
         """The samples of a micro-batch, and why some could not be used (data.on_corrupt "skip").
 
-        Those are replaced by others of the same micro-batch, so that it keeps its size and ranks stay in step.
+        In its place comes the next one of its global batch that can be, so that batches keep their size, ranks stay in
+        step, and a step trains on the same samples for any number of ranks, workers and samples per micro-batch.
         """
         found: list[_Crop] = []
         skipped: list[str] = []
@@ -224,10 +237,16 @@ class TrainCrops(IterableDataset[Batch]):
                 if self.config.on_corrupt == "fail":
                     raise
                 skipped.append(str(error))
-        if not found:
-            raise CorruptShardError(f"no sample of micro-batch {number} can be used: {skipped[0]}")
-        images.repeat()
-        return [found[place % len(found)] for place in range(self.plan.micro_batch_size)], skipped
+                found.append(self._substitute(position, images, error))
+        return found, skipped
+
+    def _substitute(self, position: int, images: _Images, error: CorruptShardError) -> _Crop:
+        size = self.global_batch_size
+        place = position % size
+        for other in range(place + 1, place + size):
+            with contextlib.suppress(CorruptShardError):  # whose turn it is will tell
+                return self._sample(position - place + other % size, None, images)
+        raise CorruptShardError(f"no sample of the global batch {position // size} can be used: {error}")
 
     def _sample(self, position: int, ahead: ReadAhead | None, images: _Images) -> _Crop:
         draw = self.plan.draw(position)
@@ -236,7 +255,7 @@ class TrainCrops(IterableDataset[Batch]):
             span = self.plan.span(position)
             data = ahead.take(span, partial(self.plan.samples, span), draw.sample)
         sample = self.reader.read(draw.sample, data)
-        check_labels(sample, self.reader.manifest.num_classes)
+        check_labels(sample, self.reader.num_classes)
         rng = sample_rng(self.plan.seed, draw.epoch, draw.sample)
         segment_map, labels, window, valid = sample.segment_map, sample.labels, None, sample.valid_size
         if self.config.crop_size is not None:
@@ -268,11 +287,6 @@ class _Images:
             self.pixels[self.count].numpy()[:] = sample.image[window]
         self.count += 1
 
-    def repeat(self) -> None:
-        """Fill places that are left with the first images again."""
-        for place in range(self.count, self.batch):
-            self.pixels[place] = self.pixels[place % self.count]
-
 
 class WholeImages(IterableDataset[LabelledImage]):
     """Validation images of the given numbers. A damaged one is always an error: a metric over fewer images lies."""
@@ -289,7 +303,7 @@ class WholeImages(IterableDataset[LabelledImage]):
         yield from map(self._image, numbers, samples)
 
     def _image(self, number: int, sample: CropSample) -> LabelledImage:
-        check_labels(sample, self.reader.manifest.num_classes)
+        check_labels(sample, self.reader.num_classes)
         return LabelledImage(
             number=number,
             key=sample.key,
@@ -322,21 +336,6 @@ def check_labels(sample: CropSample, num_classes: int) -> None:
     if sample.labels.size and sample.labels[-1] >= num_classes:  # ascending
         raise CorruptShardError(f"sample {sample.key} holds the label {sample.labels[-1]}, "
                                 f"legal: 0..{num_classes - 1}")
-
-
-def random_window(rng: np.random.Generator, size: tuple[int, ...], valid: tuple[int, int], side: int,
-                  key: str) -> tuple[tuple[slice, slice], tuple[int, int]]:
-    """A random `side` x `side` window of a stored crop, and how much of it is no padding.
-
-    It holds as much of what is no padding as fits, as if that was cropped and then padded again. Raises ConfigError
-    when the crop is smaller.
-    """
-    height, width = size
-    if height < side or width < side:
-        raise ConfigError(f"data.crop_size is {side}, but the stored crop {key} is {height}x{width}; "
-                          "legal: at most the stored size")
-    top, left = (int(rng.integers(0, max(0, part - side) + 1)) for part in valid)
-    return (slice(top, top + side), slice(left, left + side)), (min(side, valid[0]), min(side, valid[1]))
 
 
 def drop_absent_labels(

@@ -52,7 +52,8 @@ class TransformersBatches(IterableDataset[dict[str, Any]]):
                          config.span_samples)
         numbers = MicroBatchNumbers(first_step=first_step, last_step=last_step, rank=rank, world_size=world_size,
                                     accumulation=1)
-        self.crops, self.mean, self.std = TrainCrops(reader, plan, config, numbers), list(mean), list(std)
+        self.crops = TrainCrops(reader, plan, config, numbers, batch_size * world_size)
+        self.mean, self.std = list(mean), list(std)
 
     def __iter__(self) -> Iterator[dict[str, Tensor | list[Tensor]]]:
         for batch in (crops.to(torch.device("cpu")) for crops in self.crops):

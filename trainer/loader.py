@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from shards.errors import CorruptShardError, MaskStreamError, RunError
-from shards.workers import exit_with_parent, keep_freed_memory, use_short_temporary_folder
+from shards.workers import exit_with_parent, keep_freed_memory, use_own_temporary_folder
 from trainer.data import Batch, LabelledImage, TrainCrops, WholeImages
 from trainer.parcel import Parcel, shared_memory_advice
 
@@ -131,7 +131,7 @@ def _loader(dataset: TrainCrops | WholeImages, device: torch.device) -> DataLoad
     pin_memory = device.type == "cuda"
     if not workers:
         return DataLoader(dataset, batch_size=None, pin_memory=pin_memory)  # an item is already a batch
-    use_short_temporary_folder()
+    use_own_temporary_folder()
     # A forked copy of a process with threads (autograd, NCCL, gloo) can deadlock. The fork server is a clean
     # process instead; it imports torch once, its children start in milliseconds.
     context = multiprocessing.get_context("forkserver")

@@ -13,7 +13,6 @@ import logging
 import math
 import mmap
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from multiprocessing.reduction import DupFd
 from typing import Any, NamedTuple, Protocol, Self
@@ -21,9 +20,10 @@ from typing import Any, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
+from shards.anonymous_file import write_anonymous_file
+
 _log = logging.getLogger(__name__)
 _ALIGNMENT = 64  # bytes between the starts of tensors, a cache line
-_IOV_MAX = 1024  # buffers in one call of writev
 
 
 class Packable(Protocol):
@@ -50,7 +50,7 @@ class Parcel:
         places = item.map_tensors(functools.partial(_add_tensor, pieces))
         self._contents: tuple[Any, ...]
         try:
-            self._contents = (_from_file, places, _write_file(pieces))
+            self._contents = (_from_file, places, _send_file(pieces))
         except OSError as error:
             self._contents = (_from_bytes, places, b"".join(pieces), error.strerror or repr(error))
 
@@ -76,33 +76,13 @@ def _tensor_at(contents: mmap.mmap | bytearray, place: _Place) -> Tensor:
     return flat.view(place.shape).permute([place.order.index(dimension) for dimension in range(len(place.order))])
 
 
-def _write_file(pieces: Sequence[memoryview | bytes]) -> Any:
+def _send_file(pieces: Sequence[memoryview | bytes]) -> Any:
     """A new file's descriptor, to be sent. Raises OSError."""
-    descriptor = _anonymous_file()
+    descriptor = write_anonymous_file("maskstream-batch", pieces)
     try:
-        _write_all(descriptor, pieces)
         return DupFd(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _anonymous_file() -> int:
-    """A file without a name, in memory where the system has such (Linux). Raises OSError."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("maskstream-batch", os.MFD_CLOEXEC)
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
-
-
-def _write_all(descriptor: int, pieces: Sequence[memoryview | bytes]) -> None:
-    """Written, not mapped and copied: where memory is short, writing is an error and touching a page is a crash."""
-    left = [memoryview(piece) for piece in pieces if len(piece)]
-    while left:
-        written = os.writev(descriptor, left[:_IOV_MAX])
-        while left and written >= len(left[0]):
-            written -= len(left.pop(0))
-        if written:
-            left[0] = left[0][written:]
 
 
 def _from_file(places: Packable, descriptor: Any) -> Any:

@@ -94,9 +94,10 @@ def _predict_one(pretrained: Pretrained, path: Path, output: Path) -> None:
     from PIL import Image
 
     from shards.picture import overlay, save_picture
+    from shards.plain_file import LARGEST_PICTURE, read_plain
     from shards.sample import decode_upright
 
-    pixels = decode_upright(path.read_bytes(), str(path))
+    pixels = decode_upright(read_plain(path, LARGEST_PICTURE), str(path))
     label_map = pretrained.predict(pixels)
     map_name, overlay_name = output_names(path)
     colors = [info.color for info in pretrained.classes]

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from shards.config_file import config_to_dict, override_config, without_places
 from shards.errors import ConfigError
 from shards.manifest import ClassInfo
+from shards.plain_file import LARGEST_PICTURE, read_plain
 from shards.sample import decode_upright
 from trainer.build import model_from_weights, restore_model
 from trainer.checkpoint import Checkpoint, open_checkpoint
@@ -51,7 +52,7 @@ class Pretrained:
         A JPEG or PNG file is turned first as its EXIF orientation says. Raises CorruptShardError when it is unreadable.
         """
         if isinstance(image, str | Path):
-            image = decode_upright(Path(image).read_bytes(), str(image))
+            image = decode_upright(read_plain(image, LARGEST_PICTURE), str(image))
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"image is {image.dtype} {image.shape}, legal: uint8 [H, W, 3]")
         predict = Predictor(self.model, self.config, len(self.classes), self.device)

@@ -15,7 +15,7 @@ from shards.manifest import Manifest
 from shards.plan import TrainPlan
 from shards.shown_text import masked_value, shown
 from shards.storage import open_storage
-from trainer.build import build_criterion, build_model, has_batch_norm, size_divisor
+from trainer.build import build_criterion, build_model, check_crop_size
 from trainer.checkpoint import Checkpoint, class_table, load_latest, numbered, versions
 from trainer.config import RunConfig, load_run_config
 from trainer.criterion import Criterion
@@ -77,17 +77,9 @@ def open_crops(config: RunConfig, manifest: Manifest) -> TrainCrops:
     reader = open_reader(config.data, config.data.train_split, manifest)
     plan = TrainPlan([shard.samples for shard in reader.info.shards], config.train.micro_batch_size, config.seed,
                      config.data.lanes, config.data.span_samples)
-    crops = TrainCrops(reader, plan, config.data)
+    crops = TrainCrops(reader, plan, config.data, global_batch_size=config.train.global_batch_size)
     height, width = crops[0].images.shape[2:]
-    divisor, micro_batch = size_divisor(config), config.train.micro_batch_size
-    if height % divisor or width % divisor:
-        raise ConfigError(f"training crops are {height}x{width} pixels, legal for decoder_head.type "
-                          f"{config.decoder_head.type}: multiples of {divisor}. Set data.crop_size, or shard again "
-                          "with another crops.size")
-    if height * width * micro_batch == divisor**2 and has_batch_norm(config):
-        raise ConfigError(f"training crops are {height}x{width} pixels, one cell of the head's coarsest map, "
-                          "and train.micro_batch_size is 1, of which batch norm can learn nothing; legal: crops of at "
-                          f"least {height}x{2 * width} pixels, or train.micro_batch_size=2")
+    check_crop_size(config, height, width)
     return crops
 
 

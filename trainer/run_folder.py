@@ -13,7 +13,7 @@ from typing import IO
 
 from shards.atomic import naming, remove_leftovers
 from shards.errors import ConfigError, RunError
-from shards.locks import try_lock, warn_unlocked
+from shards.locks import open_lock, try_lock, warn_unlocked
 from trainer.run_state import RunState, read_state, write_state
 
 LOCK_NAME = ".lock"
@@ -33,7 +33,7 @@ def only_run_in(folder: Path, patience: float = _PATIENCE, setting: str = "outpu
     which says to change `setting`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_NAME).open("a+", encoding="utf-8") as file:
+    with open_lock(folder / LOCK_NAME) as file:
         if _lock(file, folder, time.monotonic() + patience, setting):
             remove_leftovers(folder)
         yield
@@ -59,7 +59,8 @@ def _lock(file: IO[str], folder: Path, deadline: float, setting: str) -> bool:
         warn_unlocked(folder, reason)
         return False
     with naming(folder / LOCK_NAME):
-        file.truncate(0)
+        file.seek(0)
+        file.truncate()
         print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
     return True
 

@@ -1,4 +1,4 @@
-"""Mirroring, colour augmentation and normalisation of whole batches, on the device that trains.
+"""Mirroring, colour augmentation and normalisation of whole batches, on the device that trains; windows, on workers.
 
 Random numbers are drawn on the loader's workers, one small vector per sample, and applied here to all samples at
 once: a sample's result depends on its own vector only, and nothing waits for the device.
@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+
+from shards.errors import ConfigError
 
 PHOTOMETRIC_PARAMETERS = ("brightness", "contrast", "saturation", "hue", "contrast_last")
 LUMINANCE = (0.2989, 0.587, 0.114)  # torchvision's; ITU-R BT.601 but for a ten-thousandth of red
@@ -114,3 +116,18 @@ def _rotate_hue(pixels: Tensor, turn: Tensor) -> Tensor:
         around = (sixths - primary).remainder(6.0)
         lacks.append(torch.minimum(around, 6.0 - around).sub(1.0).clamp(0.0, 1.0))
     return _FROM_UNIT * value - (_FROM_UNIT * chroma) * torch.cat(lacks, dim=1)  # [B, 3, H, W]
+
+
+def random_window(rng: np.random.Generator, size: tuple[int, ...], valid: tuple[int, int], side: int,
+                  key: str) -> tuple[tuple[slice, slice], tuple[int, int]]:
+    """A random `side` x `side` window of a stored crop, and how much of it is no padding.
+
+    It holds as much of what is no padding as fits, as if that was cropped and then padded again. Raises ConfigError
+    when the crop is smaller.
+    """
+    height, width = size
+    if height < side or width < side:
+        raise ConfigError(f"data.crop_size is {side}, but the stored crop {key} is {height}x{width}; "
+                          "legal: at most the stored size")
+    top, left = (int(rng.integers(0, max(0, part - side) + 1)) for part in valid)
+    return (slice(top, top + side), slice(left, left + side)), (min(side, valid[0]), min(side, valid[1]))

@@ -143,8 +143,8 @@ def _why_unreadable(path: Path, error: Exception) -> str:
 
 
 def _check_content(content: Any) -> None:
-    """Raise _ContentRefused for tensors that claim more numbers than the file has, and for containers nested without end:
-    copying or comparing them would take all memory, or Python's stack."""
+    """Raise _ContentRefused for tensors that claim more numbers than the file has, and for containers nested without
+    end: copying or comparing them would take all memory, or Python's stack."""
     level: list[Any] = [content]
     seen = set[int]()
     for _ in range(_DEEPEST):
