@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from preprocess.pairs import _by_stem
+from preprocess.layouts import _by_stem
 from shards.class_list import parse_classes
 from shards.config_file import load_config
 from shards.errors import ConfigError, CorruptShardError, MaskStreamError
