@@ -101,8 +101,8 @@ def _predict_one(pretrained: Pretrained, path: Path, output: Path) -> None:
     label_map = pretrained.predict(pixels)
     map_name, overlay_name = output_names(path)
     colors = [info.color for info in pretrained.classes]
-    save_picture(Image.fromarray(label_map), output / map_name, format="PNG")  # "...jpg" gives a name without suffix
-    save_picture(Image.fromarray(overlay(pixels, label_map, colors)), output / overlay_name, format="PNG")
+    save_picture(Image.fromarray(label_map), output / map_name)
+    save_picture(Image.fromarray(overlay(pixels, label_map, colors)), output / overlay_name)
 
 
 if __name__ == "__main__":
