@@ -185,3 +185,14 @@ def test_a_file_that_was_written_again_is_read_again(tmp_path: Path) -> None:
     storage.write("x", b"new")
     assert storage.read("x", 0, 3) == b"new"
     storage.close()
+
+
+def test_a_pipe_in_the_place_of_a_run_s_files_hangs_nobody(tmp_path: Path) -> None:
+    from trainer.run_folder import is_used
+    from trainer.run_state import read_state
+
+    for name in ("state.json", ".lock"):
+        os.mkfifo(tmp_path / name)
+    assert is_used(tmp_path) is None
+    with pytest.raises(StorageError, match=r"state\.json is a named pipe, legal: a regular file"):
+        read_state(tmp_path)

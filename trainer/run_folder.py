@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import IO
 
 from shards.atomic import naming, remove_leftovers
-from shards.errors import ConfigError, RunError
+from shards.errors import ConfigError, RunError, StorageError
 from shards.locks import open_lock, try_lock, warn_unlocked
+from shards.plain_file import open_plain
 from trainer.run_state import RunState, read_state, write_state
 
 LOCK_NAME = ".lock"
@@ -68,11 +69,11 @@ def _lock(file: IO[str], folder: Path, deadline: float, setting: str) -> bool:
 def is_used(folder: Path) -> bool | None:
     """Whether a run is in the folder now; None when that cannot be told (there is no lock, or none can be had)."""
     try:
-        with (folder / LOCK_NAME).open("rb") as file:
+        with os.fdopen(open_plain(folder / LOCK_NAME), "rb") as file:
             return None if try_lock(file, shared=True) else False
     except BlockingIOError:
         return True
-    except OSError:
+    except (OSError, StorageError):
         return None
 
 
@@ -100,5 +101,5 @@ def start_noted(folder: Path, total_steps: int, world_size: int) -> Iterator[Non
 def _state_of(folder: Path) -> RunState | None:
     try:
         return read_state(folder)
-    except (ConfigError, OSError):  # damaged; it is only for looking at
+    except (ConfigError, StorageError, OSError):  # damaged; it is only for looking at
         return None

@@ -15,10 +15,12 @@ from typing import Any
 from shards.atomic import write_atomically
 from shards.errors import ConfigError
 from shards.outside_json import parse_json
+from shards.plain_file import read_plain
 from shards.shown_text import masked_value
 from shards.strict_json import to_json
 
 STATE_NAME = "state.json"
+_LARGEST = 16 << 20  # bytes
 STATUSES = ("running", "stopped", "failed", "finished")
 _MOST = 10**12  # of any number in it
 _QUIET_SECONDS = 1800  # an evaluation or a compilation may take so long, and says nothing meanwhile
@@ -73,10 +75,11 @@ def write_state(run: Path, state: RunState) -> None:
 
 
 def read_state(run: Path) -> RunState | None:
-    """The state of a run; None when the folder has none. Raises ConfigError when the file is malformed."""
+    """The state of a run; None when the folder has none. Raises ConfigError when the file is malformed, StorageError
+    when it is no plain file, or too large to be one of ours."""
     path = run / STATE_NAME
     try:
-        content = parse_json(path.read_bytes(), str(path))
+        content = parse_json(read_plain(path, _LARGEST), str(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
     known = typing.get_type_hints(RunState)
