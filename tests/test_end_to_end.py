@@ -22,6 +22,7 @@ from PIL import Image
 from shards.errors import ConfigError
 from shards.manifest import load_manifest
 from tests.conftest import REPOSITORY
+from tests.zygote import run_forked
 from trainer.build import build_model, restore_model
 from trainer.checkpoint import load_checkpoint, load_latest
 from trainer.config import RunConfig, load_run_config
@@ -51,6 +52,8 @@ def losses(run: Path) -> list[dict[str, float]]:
 def run_program(program: str, *arguments: object, ranks: int = 0,
                 limit: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
     """Run an entry point, under torchrun when `ranks` is given; `limit` is called in its process first."""
+    if not ranks and limit is None:
+        return run_forked(REPOSITORY / program, *arguments)
     launcher = [sys.executable]
     if ranks:
         launcher = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", str(ranks)]
