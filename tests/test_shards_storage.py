@@ -161,7 +161,8 @@ def test_writes_are_whole_and_created_only_once(s3: FaultyProxy, s3_root: str, t
     assert len(parts) > 1, "in parts"
 
 
-def _read_in_child(root: str, answers: multiprocessing.Queue) -> None:  # type: ignore[type-arg]
+def _read_in_child(root: str, environment: dict[str, str], answers: multiprocessing.Queue) -> None:  # type: ignore[type-arg]
+    os.environ.update(environment)  # the fork server may have been started by another test
     try:
         answers.put(load_manifest(root).dataset)
     except ShardError as error:
@@ -174,7 +175,7 @@ def test_processes_started_after_use_answer_or_say_why_not(s3_shards: str, metho
     dataset = load_manifest(s3_shards).dataset
     context = multiprocessing.get_context(method)
     answers = context.Queue()
-    child = context.Process(target=_read_in_child, args=(s3_shards, answers))
+    child = context.Process(target=_read_in_child, args=(s3_shards, dict(os.environ), answers))
     child.start()
     answer = answers.get(timeout=60)
     child.join(60)

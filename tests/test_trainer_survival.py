@@ -288,6 +288,14 @@ def test_a_launcher_that_dies_while_ranks_load_leaves_nothing(scene_shards: Path
     assert "is in use by a run" not in again.text
 
 
+def test_a_start_that_died_before_its_first_word_is_lost(tmp_path: Path) -> None:
+    assert run_status(tmp_path) == 2
+    (tmp_path / ".lock").touch()
+    assert run_status(tmp_path) == EXIT_TO_BE_CONTINUED
+    with only_run_in(tmp_path):
+        assert run_status(tmp_path) == 0
+
+
 def run_status(folder: Path) -> int:
     return subprocess.run([sys.executable, str(REPOSITORY / "trainer/status.py"), str(folder)], check=False).returncode
 

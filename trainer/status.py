@@ -18,7 +18,7 @@ from shards.command_line import run_entry_point
 from shards.errors import ConfigError
 from shards.shown_text import shown
 from shards.strict_json import to_json
-from trainer.run_folder import is_used
+from trainer.run_folder import LOCK_NAME, is_used
 from trainer.run_logger import METRICS_NAME, read_metrics
 from trainer.run_state import STATE_NAME, RunState, format_duration, read_state
 
@@ -33,7 +33,7 @@ def main() -> int:
     arguments = parser.parse_args()
     state = read_state(arguments.run)
     if state is None:
-        raise ConfigError(f"{arguments.run / STATE_NAME} does not exist: no run was started in {arguments.run}")
+        return _before_the_first_word(arguments.run, arguments.json)
     records, now = read_metrics(arguments.run), time.time()
     try:
         is_lost = state.is_lost(_steps_between_updates(records), now, is_used(arguments.run))
@@ -46,6 +46,17 @@ def main() -> int:
         print(to_json(dataclasses.asdict(state) | {"status": status}, indent=1))
     else:
         print("\n".join(map(shown, lines)))  # JSON may hold anything
+    return EXIT_CODES[status]
+
+
+def _before_the_first_word(run: Path, as_json: bool) -> int:
+    """A start that has locked the folder and has not written its state yet, or died there."""
+    if not (run / LOCK_NAME).exists():
+        raise ConfigError(f"{run / STATE_NAME} does not exist: no run was started in {run}")
+    status = "running" if is_used(run) else "lost"
+    said = {"running": "running: it has just begun",
+            "lost": "lost: it was killed before it had written its state; give the same command again"}[status]
+    print(to_json({"status": status}, indent=1) if as_json else f"{run}: {said}")
     return EXIT_CODES[status]
 
 
