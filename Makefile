@@ -1,11 +1,11 @@
-# make install | demo | test | lint | figure | clean
+# make install | demo | test | stress | lint | figure | clean
 # Every target makes .venv first when it is not there. PYTHON picks the interpreter (3.11 or newer).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 
-.PHONY: install demo test lint figure clean
+.PHONY: install demo test stress lint figure clean
 
 install: $(VENV)/.installed
 
@@ -19,6 +19,9 @@ demo: install
 
 test: install
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal
+
+stress: install
+	$(BIN)/python -m pytest -m stress -n 0
 
 lint: install
 	$(BIN)/ruff check .

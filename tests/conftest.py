@@ -19,6 +19,7 @@ SHARED = Path(os.environ.get("MASKSTREAM_SHARED", str(REPOSITORY.parent / "share
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: trains or starts several processes")
+    config.addinivalue_line("markers", "stress: takes minutes; `make stress` runs these, `make test` does not")
 
 
 @pytest.fixture

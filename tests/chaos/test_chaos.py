@@ -1,4 +1,5 @@
-"""The short version of `python tests/chaos/chaos.py --kills 50`."""
+"""The short version of `python tests/chaos/chaos.py --kills 50`: four minutes. Each kind alone is in
+tests/test_trainer_survival.py and tests/test_trainer_checkpoints.py, which CI runs."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from tests.chaos.chaos import KINDS, chaos
 LATER = ("first seconds", "evaluation")  # they take long; tests/test_trainer_survival.py has one of each
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_a_disturbed_run_ends_like_an_undisturbed_one(scene_shards: Path, tmp_path: Path) -> None:
     kinds = tuple(kind for kind in KINDS if kind not in LATER)
     account = chaos(scene_shards, tmp_path, kills=5, steps=260, seed=3, kinds=kinds)
