@@ -365,7 +365,7 @@ def test_a_single_process_that_hangs_ends(monkeypatch: pytest.MonkeyPatch) -> No
     assert ended[0] == EXIT_HUNG
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_other_nodes_continue_the_same_batches(scene_shards: Path, tmp_path: Path) -> None:
     """`torchrun --nnodes 1:2`: two nodes begin, one is lost, the other goes on alone with twice the accumulation."""
     import socket
