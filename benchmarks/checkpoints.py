@@ -22,11 +22,11 @@ from preprocess.pairs import open_dataset
 from preprocess.pipeline import write_shards
 from shards.config_file import load_config
 from shards.manifest import load_manifest
-from trainer.checkpoint_writer import CheckpointWriter
 from trainer.config import load_run_config
 from trainer.distributed import DistContext
 from trainer.loop import train_step
-from trainer.run import Run, build_run, open_crops, snapshot
+from trainer.run.checkpoint_writer import CheckpointWriter
+from trainer.run.run import Run, build_run, open_crops, snapshot
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 

@@ -33,10 +33,10 @@ from shards.plan import TrainPlan
 from shards.reader import ShardReader
 from shards.sample import decode_by_pillow, decode_image
 from shards.workers import keep_freed_memory
-from tests.object_storage import KEY, SECRET, FaultyProxy, s3_server
+from tests.support.object_storage import KEY, SECRET, FaultyProxy, s3_server
 from trainer.config import DataConfig
-from trainer.data import Batch, TrainCrops, augmented_images, open_reader
-from trainer.loader import train_loader
+from trainer.data.crops import Batch, TrainCrops, augmented_images, open_reader
+from trainer.data.loader import train_loader
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ONLINE_SHARE = 10  # a sample of it takes as long as dozens of the others

@@ -31,10 +31,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Mask2FormerConfig
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
-from trainer import mask_classification_loss, matcher
-from trainer.mask_classification_loss import MaskClassificationLoss
-from trainer.point_sampling import point_sample
-from trainer.targets import PackedTargets, dense_masks
+from trainer.data.targets import PackedTargets, dense_masks
+from trainer.loss import mask_classification_loss, matcher
+from trainer.loss.mask_classification_loss import MaskClassificationLoss
+from trainer.loss.point_sampling import point_sample
 
 RUNS = ("transformers, to masks", "ours, to masks", "transformers, to features", "ours, to features")
 STEADY = 1.3  # quartiles of the same work may be so many times apart

@@ -23,7 +23,7 @@ from transformers import Mask2FormerConfig
 
 from trainer.build import build_criterion, build_model
 from trainer.config import RunConfig, load_run_config
-from trainer.targets import dense_masks
+from trainer.data.targets import dense_masks
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 VIT_S = ["backbone.random.hidden_size=384", "backbone.random.num_hidden_layers=12",

@@ -38,8 +38,8 @@ from shards.rle import encode_rle
 from shards.sample import encode_sample
 from shards.writer import ShardWriter
 from trainer.config import DataConfig
-from trainer.data import TrainCrops, open_reader
-from trainer.loader import train_loader
+from trainer.data.crops import TrainCrops, open_reader
+from trainer.data.loader import train_loader
 
 SIDE, BATCH = 64, 4
 

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from shards.sample import CropSample
 from trainer.config import IMAGENET_MEAN, IMAGENET_STD
-from trainer.transforms import draw_photometric, normalize, photometric_distort
+from trainer.data.transforms import draw_photometric, normalize, photometric_distort
 
 Sample = tuple[Tensor, dict[str, Tensor]]
 Batches = Callable[[], Iterable[tuple[Tensor, list[dict[str, Tensor]]]]]

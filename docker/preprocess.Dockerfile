@@ -11,7 +11,6 @@ COPY pyproject.toml constraints.txt LICENSE README.md ./
 COPY shards/__init__.py shards/
 COPY preprocess/__init__.py preprocess/
 COPY trainer/__init__.py trainer/
-COPY trainer/models/__init__.py trainer/models/
 RUN pip install --constraint constraints.txt --editable .
 
 COPY shards shards

@@ -13,9 +13,9 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from shards.atomic import write_atomically
 from shards.command_line import run_entry_point
 from shards.errors import ConfigError
+from shards.files.atomic import write_atomically
 from shards.picture import save_picture
 
 # name, base colour of the drawn surface, colour in overlays

@@ -28,14 +28,14 @@ from preprocess.config import PreprocessConfig
 from preprocess.pairs import Dataset
 from preprocess.publish import publish
 from preprocess.source_tree import HashedTree
-from shards.atomic import remove_leftovers, write_atomically
 from shards.errors import ConfigError, DatasetError
-from shards.locks import only_writer
+from shards.files.atomic import remove_leftovers, write_atomically
+from shards.files.locks import only_writer
+from shards.files.storage import LocalStorage, Storage, is_remote, open_storage
+from shards.files.strict_json import to_json
 from shards.manifest import MANIFEST_NAME, Manifest, hash_of, load_manifest
 from shards.mirror import copy_set, files_of
 from shards.shown_text import masked_value
-from shards.storage import LocalStorage, Storage, is_remote, open_storage
-from shards.strict_json import to_json
 from shards.workers import exit_with_parent, use_own_temporary_folder
 
 _PROGRESS_FOLDER = ".progress"

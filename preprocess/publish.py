@@ -13,9 +13,9 @@ import numpy as np
 from preprocess.blocks import Block, producer
 from preprocess.config import PreprocessConfig
 from preprocess.pairs import Dataset
-from shards.atomic import write_atomically
 from shards.config_file import config_to_dict
 from shards.errors import DatasetError
+from shards.files.atomic import write_atomically
 from shards.manifest import INDEX_DTYPE, MANIFEST_NAME, IndexInfo, Manifest, ShardInfo, SplitInfo, manifest_bytes
 
 _NAMED = 20  # classes, in one remark

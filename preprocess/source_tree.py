@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple, Protocol
 
 from shards.errors import DatasetError, StorageError
-from shards.plain_file import LARGEST_PICTURE, read_plain
+from shards.files.plain_file import LARGEST_PICTURE, read_plain
 
 _MOST_LINKS = 40  # that one path may lead through, as in Linux
 _log = logging.getLogger(__name__)

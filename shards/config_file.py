@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import yaml
 
 from shards.errors import ConfigError
-from shards.outside_json import LARGEST_INTEGER
+from shards.files.outside_json import LARGEST_INTEGER
 from shards.shown_text import masked_value, shown
 
 ConfigT = TypeVar("ConfigT")

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from shards.errors import CorruptShardError, FormatVersionError, ShardError
-from shards.outside_json import built, parse_json
+from shards.files.outside_json import built, parse_json
+from shards.files.storage import ObjectStorage, Storage, open_storage, read_checked
 from shards.rle import MAX_CLASSES, MAX_SIDE, ignore_value
 from shards.shown_text import has_control_characters, shown
-from shards.storage import ObjectStorage, Storage, open_storage, read_checked
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"

@@ -8,11 +8,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from shards.atomic import naming, remove_leftovers
 from shards.errors import ConfigError, CorruptShardError, ShardError, StorageError
-from shards.locks import among_writers
+from shards.files.atomic import naming, remove_leftovers
+from shards.files.locks import among_writers
+from shards.files.storage import LocalStorage, Storage, open_storage
 from shards.manifest import MANIFEST_NAME, IndexInfo, Manifest, ShardInfo, load_manifest, manifest_bytes
-from shards.storage import LocalStorage, Storage, open_storage
 
 _PIECE = 8 << 20
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageOps
 
-from shards.atomic import naming
+from shards.files.atomic import naming
 
 Pixels = npt.NDArray[np.uint8]
 Colors = Sequence[tuple[int, int, int]]

@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from shards.cache import DiskCache
 from shards.errors import CorruptShardError, ShardError, StorageError
+from shards.files.cache import DiskCache
+from shards.files.plain_file import LARGEST_PICTURE
+from shards.files.storage import LARGEST_WHOLE, READS_OF_DAMAGED, LocalStorage, Storage, open_storage, read_checked
 from shards.manifest import INDEX_DTYPE, Manifest, ShardInfo, SplitInfo, load_manifest
-from shards.plain_file import LARGEST_PICTURE
 from shards.rle import MAX_SIDE
 from shards.sample import IMAGE_SUFFIXES, CropSample, decode_sample
 from shards.shard_table import ShardTable
-from shards.storage import LARGEST_WHOLE, READS_OF_DAMAGED, LocalStorage, Storage, open_storage, read_checked
 
 _BLOCK = 512
 _NAME, _SIZE, _KIND = 100, slice(124, 136), slice(156, 157)  # where a tar header keeps what we read

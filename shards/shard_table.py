@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shards.anonymous_file import write_anonymous_file
+from shards.files.anonymous_file import write_anonymous_file
 from shards.manifest import ShardInfo
 
 _ALIGNMENT = 64  # bytes between the starts of arrays

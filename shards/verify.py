@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from shards.errors import MaskStreamError, StorageError
+from shards.files.storage import Storage, open_storage
 from shards.manifest import MANIFEST_NAME, Manifest, ShardInfo, SplitInfo, load_manifest, manifest_bytes
 from shards.reader import load_index, parse_span
 from shards.sample import CropSample
-from shards.storage import Storage, open_storage
 
 _END_OF_ARCHIVE = bytes(1024)
 _PIECE = 8 << 20  # bytes read at once

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from shards.errors import ConfigError
-from shards.locks import open_lock, try_lock
+from shards.files.locks import open_lock, try_lock
 
 _PREFIX, _LOCK = "mstream-", "lock"
 _SEMAPHORES = Path("/dev/shm")  # where Linux keeps named ones

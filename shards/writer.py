@@ -13,9 +13,9 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from shards.atomic import naming, sync_folder, temporary_name
+from shards.files.atomic import naming, sync_folder, temporary_name
+from shards.files.plain_file import LARGEST_PICTURE
 from shards.manifest import INDEX_DTYPE, ShardInfo
-from shards.plain_file import LARGEST_PICTURE
 from shards.sample import IMAGE_SUFFIXES, member_stem
 
 _BLOCK = 512

@@ -11,10 +11,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from tests.object_storage import FaultyProxy, S3Server
+    from tests.support.object_storage import FaultyProxy, S3Server
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("MASKSTREAM_SHARED", str(REPOSITORY.parent / "shared")))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    # pytest takes an existing folder after an option that it does not know yet for a folder of tests: name another too.
+    parser.addoption("--golden", default=None, metavar="DIR",
+                     help="folder of golden files (default: $MASKSTREAM_SHARED/golden); prints how far each test was "
+                     "from its file. Use as: pytest tests/golden --golden DIR")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -116,7 +123,7 @@ def make_shards(output: Path, root: Path, *overrides: str) -> Path:
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
     """A real S3 server of this test process."""
-    from tests.object_storage import s3_server
+    from tests.support.object_storage import s3_server
 
     with s3_server() as server:
         yield server
@@ -125,7 +132,7 @@ def s3_server() -> Iterator[S3Server]:
 @pytest.fixture
 def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
     """Credentials in the environment, and a proxy before the server that makes faults when told to."""
-    from tests.object_storage import KEY, SECRET, FaultyProxy
+    from tests.support.object_storage import KEY, SECRET, FaultyProxy
 
     proxy = FaultyProxy(s3_server.port)
     for name, value in (("ACCESS_KEY_ID", KEY), ("SECRET_ACCESS_KEY", SECRET), ("REGION", "us-east-1"),

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import NamedTuple
 
-import torch
-
 from shards.errors import ConfigError
-from trainer.checkpoint import Checkpoint
-from trainer.config import RandomBackboneConfig, RunConfig
-from trainer.criterion import MaskCriterion, PixelCriterion
+from trainer.config import RunConfig
+from trainer.loss.criterion import MaskCriterion, PixelCriterion
 from trainer.models import Segmenter, build_eomt, build_linear, build_mask2former
 from trainer.models.recompute import set_gradient_checkpointing
-from trainer.models.weights import WeightsFile
 
 
 class HeadKind(NamedTuple):
@@ -81,34 +76,3 @@ def check_crop_size(config: RunConfig, height: int, width: int) -> None:
             f"decoder_head.type {kind} has one value per {divisor}x{divisor} pixels, and needs two. Legal: crops of at "
             f"least {2 * divisor}x{2 * divisor}, or a train.micro_batch_size of at least 2"
         )
-
-
-def restore_model(checkpoint: Checkpoint, backbone_source: str | None, device: torch.device) -> Segmenter:
-    """The trained network of a checkpoint, in eval mode. `backbone_source` tells where the ViT lies now.
-
-    Raises ConfigError when that ViT's weights are not those the head was trained on.
-    """
-    config = checkpoint.run_config
-    if backbone_source is not None:
-        backbone = replace(config.backbone, source=backbone_source, random=RandomBackboneConfig())
-        config = replace(config, backbone=backbone)
-    model = build_model(config, len(checkpoint.classes))
-    found = model.backbone.weights_sha256()
-    if found != checkpoint.backbone_sha256 and not config.backbone.trainable:  # a trained ViT is in the checkpoint
-        raise ConfigError(
-            f"the backbone's weights have sha256 {found[:16]}, the head was trained on "
-            f"{checkpoint.backbone_sha256[:16]}; set backbone.source to the ViT used in training "
-            "(random backbones also depend on the torch version)"
-        )
-    model.load_trainable_state_dict(checkpoint.model)
-    return model.eval().to(device)
-
-
-def model_from_weights(weights: WeightsFile, config: RunConfig, num_classes: int, device: torch.device) -> Segmenter:
-    """The configured network with adapter and head that another program trained, complete, in eval mode.
-
-    Raises ConfigError when the weights do not fit it; `load.ignore` has no say, as nothing may stay random.
-    """
-    model = build_model(config, num_classes)
-    model.load_weights(weights)
-    return model.eval().to(device)

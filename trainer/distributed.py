@@ -7,7 +7,8 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -30,7 +31,6 @@ class DistContext:
     rank: int
     world_size: int
     device: torch.device
-    store_prefix: str | None = None  # of this start's keys in the launcher's store; None without a launcher
     watchdog: Watchdog | None = None
 
     @property
@@ -60,13 +60,6 @@ class DistContext:
         if dist.is_available() and dist.is_initialized():
             dist.barrier()
 
-    def connect_store(self) -> dist.Store | None:
-        """A connection of its own (for a thread) to the store that this start's ranks share; None without one."""
-        if self.store_prefix is None:
-            return None
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return dist.PrefixStore(self.store_prefix, dist.TCPStore(address, port, timeout=JOIN_TIMEOUT))
-
 
 @contextmanager
 def distributed(device: str, hang_timeout: float = JOIN_TIMEOUT.total_seconds()) -> Iterator[DistContext]:
@@ -79,15 +72,13 @@ def distributed(device: str, hang_timeout: float = JOIN_TIMEOUT.total_seconds())
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = pick_device(device, local_rank)
     if not is_launched():
-        alone = DistContext(rank=0, world_size=1, device=chosen)
-        with Watchdog(alone, hang_timeout) as watchdog:
-            yield replace(alone, watchdog=watchdog)
+        with Watchdog(0, 1, None, hang_timeout) as watchdog:
+            yield DistContext(rank=0, world_size=1, device=chosen, watchdog=watchdog)
         return
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     store, rank, world_size, prefix = _join(datetime.timedelta(seconds=max(hang_timeout, _SHORTEST_JOIN)))
-    context = DistContext(rank=rank, world_size=world_size, device=chosen, store_prefix=prefix)
-    with Watchdog(context, hang_timeout) as watchdog:
+    with Watchdog(rank, world_size, partial(_connect_store, prefix), hang_timeout) as watchdog:
         dist.init_process_group(
             "nccl" if chosen.type == "cuda" else "gloo",
             store=dist.PrefixStore(prefix, store), rank=rank, world_size=world_size,
@@ -95,9 +86,15 @@ def distributed(device: str, hang_timeout: float = JOIN_TIMEOUT.total_seconds())
             device_id=chosen if chosen.type == "cuda" else None,
         )
         try:
-            yield replace(context, watchdog=watchdog)
+            yield DistContext(rank=rank, world_size=world_size, device=chosen, watchdog=watchdog)
         finally:
             dist.destroy_process_group()
+
+
+def _connect_store(prefix: str) -> dist.Store:
+    """A connection of its own (for a thread) to the store that this start's ranks share."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.PrefixStore(prefix, dist.TCPStore(address, port, timeout=JOIN_TIMEOUT))
 
 
 def is_launched() -> bool:

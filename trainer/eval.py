@@ -11,10 +11,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from shards.atomic import write_atomically
 from shards.command_line import add_overrides, config_files, config_parser, run_entry_point
 from shards.errors import ConfigError
-from shards.strict_json import to_json
+from shards.files.atomic import write_atomically
+from shards.files.strict_json import to_json
 from trainer.config import RunConfig, load_run_config
 from trainer.stopping import die_with_launcher
 
@@ -39,12 +39,12 @@ def main() -> int:
 
 def _evaluate(config: RunConfig, checkpoint_path: Path, output: Path) -> int:
     from shards.picture import save_picture
-    from trainer.checkpoint import open_checkpoint
-    from trainer.data import open_reader
+    from trainer.data.crops import open_reader
     from trainer.distributed import distributed
-    from trainer.evaluation import evaluate, format_metrics
+    from trainer.evaluation.evaluation import evaluate, format_metrics
     from trainer.models.weights import WeightsFile
     from trainer.pretrained import adopt, load_pretrained
+    from trainer.run.checkpoint import open_checkpoint
 
     if config.data.root is None:
         raise ConfigError("data.root is not set. Type for example: python trainer/eval.py "

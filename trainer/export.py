@@ -15,7 +15,7 @@ from pathlib import Path
 
 from shards.command_line import run_entry_point
 from shards.errors import ConfigError
-from trainer.checkpoint_options import add_checkpoint_options, open_pretrained
+from trainer.model_options import add_checkpoint_options, open_pretrained
 
 FORMATS = ("directory", "meta", "program")
 
@@ -36,7 +36,7 @@ def main() -> int:
 def _export(arguments: argparse.Namespace, output: Path) -> int:
     from tqdm import tqdm
 
-    from trainer.exporting import write_directory, write_meta_files, write_program
+    from trainer.export_formats import write_directory, write_meta_files, write_program
 
     writers = {"directory": write_directory, "meta": write_meta_files, "program": write_program}
     arguments.overrides = ["device=cpu", *arguments.overrides]

@@ -11,8 +11,8 @@ from torch.utils.data import IterableDataset
 
 from shards.plan import MicroBatchNumbers, TrainPlan
 from trainer.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
-from trainer.data import TrainCrops, normalized_images, open_reader, read_samples, share_of_worker
-from trainer.targets import to_dense
+from trainer.data.crops import TrainCrops, normalized_images, open_reader, read_samples, share_of_worker
+from trainer.data.targets import to_dense
 
 
 class SampleStream(IterableDataset[dict[str, Any]]):

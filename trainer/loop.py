@@ -14,28 +14,32 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from shards.atomic import write_atomically
 from shards.config_file import config_to_dict, config_to_yaml
+from shards.files.atomic import write_atomically
+from shards.files.strict_json import to_json
 from shards.manifest import load_manifest
 from shards.plan import MicroBatchNumbers, accumulation_for
 from shards.reader import ShardReader
-from shards.strict_json import to_json
-from trainer.checkpoint import load_latest
-from trainer.checkpoint_writer import CheckpointWriter
 from trainer.config import RunConfig
-from trainer.data import Batch, TrainCrops, augmented_images, normalized_images, open_reader
+from trainer.data.crops import Batch, TrainCrops, augmented_images, normalized_images, open_reader
+from trainer.data.loader import train_loader
 from trainer.distributed import DistContext
-from trainer.evaluation import Evaluation, EvaluationStopped, evaluate, format_metrics
-from trainer.failures import named_failures
-from trainer.loader import train_loader
-from trainer.matcher import count_masks
-from trainer.non_finite import NonFiniteGuard, NonFiniteStepError, RollBack, TrainingDiverged
+from trainer.evaluation.evaluation import Evaluation, EvaluationStopped, evaluate, format_metrics
+from trainer.evaluation.predictor import autocast
+from trainer.loss.matcher import count_masks
 from trainer.optimizer import clip_gradients, set_learning_rates
-from trainer.plots import batch_panel, draw_curves
-from trainer.predictor import autocast
-from trainer.progress import Progress
-from trainer.report import write_report
-from trainer.run import (
+from trainer.reporting.plots import batch_panel, draw_curves
+from trainer.reporting.report import write_report
+from trainer.reporting.run_logger import RunLogger
+from trainer.reporting.wandb_run import WandbRun
+from trainer.run.checkpoint import load_latest
+from trainer.run.checkpoint_writer import CheckpointWriter
+from trainer.run.failures import named_failures
+from trainer.run.folder import only_run_in, start_noted
+from trainer.run.identity import only_run_at
+from trainer.run.non_finite import NonFiniteGuard, NonFiniteStepError, RollBack, TrainingDiverged
+from trainer.run.progress import Progress
+from trainer.run.run import (
     Run,
     build_run,
     check_ranks_agree,
@@ -46,12 +50,8 @@ from trainer.run import (
     snapshot,
     take_over,
 )
-from trainer.run_folder import only_run_in, start_noted
-from trainer.run_identity import only_run_at
-from trainer.run_logger import RunLogger
 from trainer.seeding import seed_micro_batch
 from trainer.stopping import RunStopped, stop_on_signals
-from trainer.wandb_run import WandbRun
 
 SKIPPED_NAME = "skipped-samples.jsonl"
 

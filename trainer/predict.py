@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from shards.atomic import write_atomically
 from shards.command_line import run_entry_point
 from shards.errors import ConfigError, MaskStreamError, RunError
-from shards.strict_json import to_json
-from trainer.checkpoint_options import add_checkpoint_options, open_pretrained
+from shards.files.atomic import write_atomically
+from shards.files.strict_json import to_json
+from trainer.model_options import add_checkpoint_options, open_pretrained
 
 if TYPE_CHECKING:
     from trainer.pretrained import Pretrained
@@ -93,8 +93,8 @@ def _predict(arguments: argparse.Namespace, images: list[Path]) -> int:
 def _predict_one(pretrained: Pretrained, path: Path, output: Path) -> None:
     from PIL import Image
 
+    from shards.files.plain_file import LARGEST_PICTURE, read_plain
     from shards.picture import overlay, save_picture
-    from shards.plain_file import LARGEST_PICTURE, read_plain
     from shards.sample import decode_upright
 
     pixels = decode_upright(read_plain(path, LARGEST_PICTURE), str(path))

@@ -18,17 +18,17 @@ from numpy.typing import NDArray
 
 from shards.config_file import config_to_dict, override_config, without_places
 from shards.errors import ConfigError
+from shards.files.plain_file import LARGEST_PICTURE, read_plain
 from shards.manifest import ClassInfo
-from shards.plain_file import LARGEST_PICTURE, read_plain
 from shards.sample import decode_upright
-from trainer.build import model_from_weights, restore_model
-from trainer.checkpoint import Checkpoint, open_checkpoint
+from trainer.build import build_model
 from trainer.config import BackboneConfig, LoadConfig, RandomBackboneConfig, RunConfig, run_config_from_dict
 from trainer.distributed import pick_device
+from trainer.evaluation.predictor import Predictor
 from trainer.models import Segmenter
 from trainer.models.integrity import sealed_config
 from trainer.models.weights import EXPORT_MODEL_TYPE, WeightsFile
-from trainer.predictor import Predictor
+from trainer.run.checkpoint import Checkpoint, open_checkpoint
 
 EXPORT_FORMAT = 1
 
@@ -89,6 +89,37 @@ def adopt(weights: WeightsFile, config: RunConfig, classes: Sequence[ClassInfo],
     """Weights that another program trained, with the settings and classes they need. Raises ConfigError."""
     return Pretrained(model=model_from_weights(weights, config, len(classes), device), config=config,
                       classes=list(classes))
+
+
+def restore_model(checkpoint: Checkpoint, backbone_source: str | None, device: torch.device) -> Segmenter:
+    """The trained network of a checkpoint, in eval mode. `backbone_source` tells where the ViT lies now.
+
+    Raises ConfigError when that ViT's weights are not those the head was trained on.
+    """
+    config = checkpoint.run_config
+    if backbone_source is not None:
+        backbone = replace(config.backbone, source=backbone_source, random=RandomBackboneConfig())
+        config = replace(config, backbone=backbone)
+    model = build_model(config, len(checkpoint.classes))
+    found = model.backbone.weights_sha256()
+    if found != checkpoint.backbone_sha256 and not config.backbone.trainable:  # a trained ViT is in the checkpoint
+        raise ConfigError(
+            f"the backbone's weights have sha256 {found[:16]}, the head was trained on "
+            f"{checkpoint.backbone_sha256[:16]}; set backbone.source to the ViT used in training "
+            "(random backbones also depend on the torch version)"
+        )
+    model.load_trainable_state_dict(checkpoint.model)
+    return model.eval().to(device)
+
+
+def model_from_weights(weights: WeightsFile, config: RunConfig, num_classes: int, device: torch.device) -> Segmenter:
+    """The configured network with adapter and head that another program trained, complete, in eval mode.
+
+    Raises ConfigError when the weights do not fit it; `load.ignore` has no say, as nothing may stay random.
+    """
+    model = build_model(config, num_classes)
+    model.load_weights(weights)
+    return model.eval().to(device)
 
 
 def export_config(pretrained: Pretrained) -> dict[str, Any]:

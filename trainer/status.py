@@ -16,11 +16,11 @@ from typing import Any
 
 from shards.command_line import run_entry_point
 from shards.errors import ConfigError
+from shards.files.strict_json import to_json
 from shards.shown_text import shown
-from shards.strict_json import to_json
-from trainer.run_folder import LOCK_NAME, is_used
-from trainer.run_logger import METRICS_NAME, read_metrics
-from trainer.run_state import STATE_NAME, RunState, format_duration, read_state
+from trainer.reporting.run_logger import METRICS_NAME, read_metrics
+from trainer.reporting.state import STATE_NAME, RunState, format_duration, read_state
+from trainer.run.folder import LOCK_NAME, is_used
 
 EXIT_CODES = {"running": 0, "finished": 0, "failed": 1, "stopped": 75, "lost": 75}  # 75: EX_TEMPFAIL of sysexits.h
 _EVENTS_SHOWN = 3

@@ -29,9 +29,9 @@ def main() -> int:
 
 def _train(config: RunConfig) -> int:
     from trainer.distributed import distributed  # torch takes seconds to import; --help need not wait
-    from trainer.evaluation import format_metrics
+    from trainer.evaluation.evaluation import format_metrics
     from trainer.loop import train
-    from trainer.run import required_folders
+    from trainer.run.run import required_folders
 
     root, folder = required_folders(config)
     with distributed(config.device, config.train.hang_timeout) as context:
@@ -48,8 +48,8 @@ def _dry_run(config: RunConfig) -> int:
     from shards.manifest import load_manifest
     from shards.plan import accumulation_for
     from shards.shown_text import shown
-    from trainer.data import open_reader
-    from trainer.run import open_crops, required_folders
+    from trainer.data.crops import open_reader
+    from trainer.run.run import open_crops, required_folders
 
     root, _ = required_folders(config)
     if os.environ.get("RANK", "0") != "0":

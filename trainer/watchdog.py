@@ -15,16 +15,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch.distributed as dist
 
-from shards.strict_json import to_json
-
-if TYPE_CHECKING:
-    from trainer.distributed import DistContext
+from shards.files.strict_json import to_json
 
 EXIT_HUNG = 70  # EX_SOFTWARE
 PHASES = ("loading", "evaluation", "checkpoint", "waiting for data", "counting masks", "forward pass", "backward pass")
@@ -46,14 +43,18 @@ class LastHeard(NamedTuple):
 
 
 class Watchdog:
-    """Context manager around all that ranks do. On a hang it prints what each was doing and ends the process."""
+    """Context manager around all that a rank does. On a hang it prints what each rank was doing and ends the process.
 
-    def __init__(self, context: DistContext, timeout: float) -> None:
-        self.context, self.timeout = context, timeout
+    `connect_store` opens a connection to the store that the ranks share; None without a launcher.
+    """
+
+    def __init__(self, rank: int, world_size: int, connect_store: Callable[[], dist.Store] | None,
+                 timeout: float) -> None:
+        self.rank, self.world_size, self.connect_store, self.timeout = rank, world_size, connect_store, timeout
         self.period = min(_LONGEST_PERIOD, timeout / 4)
         self._at, self._since = (0, 0), time.monotonic()
         self._published = 0
-        self._launcher = os.getppid() if context.store_prefix is not None else None
+        self._launcher = os.getppid() if connect_store is not None else None
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -74,7 +75,7 @@ class Watchdog:
         self._thread.join(self.period)
 
     def _watch(self) -> None:
-        store = self.context.connect_store()
+        store = self.connect_store() if self.connect_store is not None else None
         suspected: tuple[float, dict[int, LastHeard]] | None = None  # since when, and what all had published then
         while not self._done.wait(self.period if self._published else 0):
             if self._launcher is not None and os.getppid() != self._launcher:
@@ -82,7 +83,7 @@ class Watchdog:
             self._published += 1
             if store is not None:
                 try:
-                    store.set(f"progress/{self.context.rank}", to_json(self._own()))
+                    store.set(f"progress/{self.rank}", to_json(self._own()))
                 except RuntimeError as error:  # the node that holds the store is gone; torch's errors are of that kind
                     if not self._done.is_set():
                         _end(f"the launcher's store does not answer ({str(error).splitlines()[0]})")
@@ -103,13 +104,13 @@ class Watchdog:
 
     def _own(self) -> LastHeard:
         age = time.monotonic() - self._since
-        return LastHeard(self.context.rank, socket.gethostname(), *self._at, age, self._published)
+        return LastHeard(self.rank, socket.gethostname(), *self._at, age, self._published)
 
     def _progress_of_all(self, store: dist.Store | None) -> dict[int, LastHeard]:
         if store is None:
             return {0: self._own()}
         found = {}
-        for rank in range(self.context.world_size):
+        for rank in range(self.world_size):
             found[rank] = LastHeard(rank, "an unknown host", 0, 0, self.timeout, 0)
             if store.check([f"progress/{rank}"]):
                 found[rank] = LastHeard(*json.loads(store.get(f"progress/{rank}")))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from shards.errors import ConfigError
-from shards.outside_json import parse_json
+from shards.files.outside_json import parse_json
 from trainer.models.integrity import check_folder
 
 WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")

@@ -20,7 +20,7 @@ def predicted_masks(embeddings: Tensor, features: Tensor, matched_gradients: boo
     """{"pred_masks": logits [B, Q, h, w]}, products of embeddings [B, Q, D] and features [B, D, h, w].
 
     With `matched_gradients` the masks are no part of the graph; the two factors come along as mask_embeddings and
-    mask_features, and `trainer.mask_gradients` gives them the gradient of the few masks that are matched.
+    mask_features, and `trainer.loss.mask_gradients` gives them the gradient of the few masks that are matched.
     """
     with torch.set_grad_enabled(torch.is_grad_enabled() and not matched_gradients):
         masks = {"pred_masks": torch.einsum("bqd,bdhw->bqhw", embeddings, features)}

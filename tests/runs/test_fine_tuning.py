@@ -1,0 +1,126 @@
+"""Runs that start from a trained head, and evaluation and prediction with heads that other programs saved."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from shards.errors import ConfigError
+from shards.manifest import load_manifest
+from tests.runs.test_end_to_end import ALONE, TINY, one_line_error, run_program, tiny
+from trainer.build import build_model
+from trainer.run.checkpoint import load_latest
+from trainer.loop import train
+from trainer.run.run import Run, build_run, resume
+
+
+def started(root: Path, folder: Path, *overrides: str) -> Run:
+    """A run as `train` has it before its first step."""
+    run = build_run(tiny(root, folder, *overrides), ALONE, load_manifest(root), folder)
+    resume(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def pretrained(scene_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps; its checkpoint is what the others start from."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    train(tiny(scene_shards, folder, "train.total_steps=2"), ALONE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def full_model(scene_shards: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model as one file in Meta's layout, as another program would have saved it."""
+    path = tmp_path_factory.mktemp("foreign") / "model_final.pth"
+    checkpoint = load_latest(pretrained / "checkpoints")
+    assert checkpoint is not None
+    model = build_model(tiny(scene_shards, pretrained), len(checkpoint.classes))
+    model.load_trainable_state_dict(checkpoint.model)
+    torch.save({"model": model.meta_state_dict(), "optimizer": {}}, path)
+    return path
+
+
+def test_a_new_run_starts_from_the_weights_and_a_continued_one_does_not(
+    scene_shards: Path, pretrained: Path, full_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = load_latest(pretrained / "checkpoints")
+    assert checkpoint is not None
+    for source in (pretrained / "checkpoints/best.pt", full_model):
+        run = started(scene_shards, tmp_path / "new", f"load.weights={source}")
+        assert run.step == 0 and not run.optimizer.state
+        state = run.model.trainable_state_dict()
+        assert all(torch.equal(state[key], value) for key, value in checkpoint.model.items())
+        assert f"{source}: loaded {len(state)} tensors of adapter and head\n" in capsys.readouterr().out
+    run = started(scene_shards, pretrained, "load.weights=/nowhere.pth")  # it has a checkpoint: nothing else is read
+    assert run.step == 2
+
+
+def test_ignored_weights_are_announced_and_random(
+    scene_shards: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = (f"load.weights={pretrained / 'checkpoints/best.pt'}", "load.ignore=['*.class_embed.*']")
+    state = started(scene_shards, tmp_path, *weights).model.trainable_state_dict()
+    printed = capsys.readouterr().out
+    fresh = started(scene_shards, tmp_path).model.trainable_state_dict()
+    key = "segmentation_model.1.predictor.class_embed.weight"
+    assert f"left random, as load.ignore says: {key.replace('weight', 'bias')}, {key}" in printed
+    assert torch.equal(state[key], fresh[key])
+    loaded = key.replace("class_embed", "query_feat")
+    assert not torch.equal(state[loaded], fresh[loaded])
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["load.weights=/nowhere.pth"], r"nowhere\.pth does not exist"),
+    (["load.ignore=['*']"], r"load\.weights is not set"),
+    (["load.weights={}", "load.ignore=['*classembed*']"], "matches no key"),
+    (["load.weights={}", "decoder_head.num_queries=9"], r"of another shape: .*query_embed\.weight \(8, 32\) instead"),
+    (["load.weights={}", "backbone.random.seed=1"], "trained on another ViT"),
+    (["load.weights={}", "decoder_head.type=linear"], "missing: .*unexpected: "),
+])
+def test_weights_that_do_not_fit_stop_the_run(
+    scene_shards: Path, pretrained: Path, tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    best = pretrained / "checkpoints/best.pt"
+    with pytest.raises(ConfigError, match=message):
+        started(scene_shards, tmp_path, *(override.format(best) for override in overrides))
+
+
+@pytest.mark.slow
+def test_evaluate_and_predict_with_a_head_of_another_program(
+    scenes: Path, scene_shards: Path, pretrained: Path, full_model: Path, tmp_path: Path
+) -> None:
+    found: list[dict[str, Any]] = []
+    for name, checkpoint in (("ours", pretrained / "checkpoints/best.pt"), ("theirs", full_model)):
+        result = run_program("trainer/eval.py", "--config", TINY, "--checkpoint", checkpoint, "--output",
+                             tmp_path / name, f"data.root={scene_shards}")
+        assert result.returncode == 0, result.stderr
+        found.append(json.loads((tmp_path / name / "metrics.json").read_text()))
+    assert found[0]["per_class_iou"] == found[1]["per_class_iou"] and found[1]["step"] is None
+
+    image = sorted((scenes / "images/val").iterdir())[0]
+    foreign = ("--checkpoint", full_model, "--output", tmp_path / "theirs", image)
+    result = run_program("trainer/predict.py", *foreign, "--config", TINY, "--classes", scenes / "classes.txt")
+    assert result.returncode == 0, result.stderr
+    result = run_program("trainer/predict.py", "--checkpoint", pretrained / "checkpoints/best.pt", "--output",
+                         tmp_path / "ours", image)
+    assert result.returncode == 0, result.stderr
+    for name in (f"{image.stem}.png", f"{image.stem}-overlay.png"):
+        with Image.open(tmp_path / "ours" / name) as ours, Image.open(tmp_path / "theirs" / name) as theirs:
+            assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+    classes = [json.loads((tmp_path / name / "classes.json").read_text()) for name in ("ours", "theirs")]
+    assert classes[0] == classes[1]
+    assert "holds weights only; also give --config" in one_line_error(run_program("trainer/predict.py", *foreign))
+
+
+@pytest.mark.slow
+def test_settings_of_a_foreign_head_are_refused_for_ours(pretrained: Path, tmp_path: Path) -> None:
+    result = run_program("trainer/predict.py", "--checkpoint", pretrained / "checkpoints/best.pt", "--output", tmp_path,
+                         "--config", TINY, TINY)
+    assert "brings its own settings and classes; leave out --config" in one_line_error(result)

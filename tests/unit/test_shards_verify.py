@@ -1,0 +1,198 @@
+"""Files that are not what they should be, and sets that are large: an error at once, bounded memory, no hang."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import tracemalloc
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from preprocess.pairs import open_dataset
+from shards.errors import CorruptShardError, DatasetError, ShardError, StorageError
+from shards.files.plain_file import read_plain
+from shards.files.storage import LocalStorage
+from shards.manifest import INDEX_DTYPE, MANIFEST_NAME, load_manifest
+from shards.mirror import copy_set
+from shards.reader import ShardReader, iter_samples
+from shards.verify import verify
+from tests.conftest import make_shards
+from tests.support.hand_made import jpeg, write_manifest, write_set
+
+MEGABYTE = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def no_hang() -> Iterator[None]:
+    def give_up(*_: object) -> None:
+        raise TimeoutError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
+def damaged(scene_shards: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(scene_shards, tmp_path / "set"))
+
+
+def make_sparse(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(60 << 30)
+
+
+ODD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "pipe": (os.mkfifo, "is a named pipe, legal: a regular file"),
+    "folder": (Path.mkdir, "is a folder, legal: a regular file"),
+    "device": (lambda path: path.symlink_to("/dev/zero"), "is a device, legal: a regular file"),
+    "sparse": (make_sparse, f"has {60 << 30} bytes"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("name", [MANIFEST_NAME, "train.index", "train-000001.tar"])
+def test_no_reader_opens_what_is_no_file_of_its_size(damaged: Path, tmp_path: Path, name: str, kind: str) -> None:
+    make, message = ODD[kind]
+    (damaged / name).unlink()
+    make(damaged / name)
+    tracemalloc.start()
+    try:
+        assert any(name in problem and message in problem for problem in verify(damaged))
+        with pytest.raises(ShardError, match=name.replace(".", r"\.")):
+            list(iter_samples(damaged, "train"))
+        with pytest.raises(ShardError, match=message):
+            copy_set(damaged, tmp_path / "mirror")
+        if name == MANIFEST_NAME:
+            with pytest.raises(StorageError, match=message):
+                load_manifest(damaged)
+        assert tracemalloc.get_traced_memory()[1] < 40 * MEGABYTE
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_pipe_among_source_images_is_named(scenes: Path, tmp_path: Path) -> None:
+    from preprocess.config import DatasetConfig
+    from preprocess.pairs import read_pair
+
+    root = Path(shutil.copytree(scenes, tmp_path / "scenes"))
+    first = sorted((root / "images" / "train").iterdir())[0]
+    first.unlink()
+    os.mkfifo(first)
+    dataset = open_dataset(DatasetConfig(kind="folder", root=str(root)), "fail")
+    with pytest.raises(DatasetError, match=rf"{first.name} is a named pipe"):
+        read_pair(dataset, dataset.splits["train"][0])
+    with pytest.raises(DatasetError, match="is a named pipe"):
+        make_shards(tmp_path / "set", root)
+
+
+def test_a_whole_file_has_a_limit(tmp_path: Path) -> None:
+    make_sparse(tmp_path / "photo.jpg")
+    with pytest.raises(StorageError, match=rf"photo\.jpg has {60 << 30} bytes, legal for a file read whole: at most 9"):
+        read_plain(tmp_path / "photo.jpg", 9)
+
+
+def test_verify_holds_a_piece_and_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    padded = jpeg(64, 64) + bytes(2 * MEGABYTE)  # decoders stop at the image's end
+    write_set(tmp_path, [[padded] * 32])
+    monkeypatch.setattr(sys.modules["shards.verify"], "_PIECE", 4 * MEGABYTE)  # `shards.verify` is the function
+    asked: list[int] = []
+
+    class Watched(LocalStorage):
+        def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+            if name.endswith(".tar"):
+                assert length is not None
+                asked.append(length)
+            return super().read(name, offset, length)
+
+    tracemalloc.start()
+    try:
+        assert verify(Watched(tmp_path)) == []
+        assert tracemalloc.get_traced_memory()[1] < 16 * MEGABYTE
+    finally:
+        tracemalloc.stop()
+    assert max(asked) == 4 * MEGABYTE and sum(asked) == (tmp_path / "train-000000.tar").stat().st_size > 64 * MEGABYTE
+
+
+@pytest.mark.parametrize(("shift", "message"), [
+    (512, "the index leaves a hole or an overlap at byte"),
+    (-512, "the index leaves a hole or an overlap at byte"),
+])
+def test_verify_in_one_pass_finds_holes_and_overlaps(tmp_path: Path, shift: int, message: str) -> None:
+    write_set(tmp_path, [[jpeg(64, 64)] * 3])
+    manifest = load_manifest(tmp_path)
+    index = np.fromfile(tmp_path / "train.index", INDEX_DTYPE)
+    index["offset"][1] = int(index["offset"][1]) + shift
+    write_manifest(tmp_path, manifest.splits["train"].shards, index.tobytes(), 3, (64, 64))
+    problems = verify(tmp_path)
+    assert "sample 1 (offset" in problems[0] and message in problems[0]
+    assert not any("sample 0" in problem or "another sha256" in problem for problem in problems)
+
+
+def test_samples_beyond_four_gigabytes_are_read(tmp_path: Path) -> None:
+    write_set(tmp_path, [[jpeg(64, 64)] * 2])
+    path, manifest = tmp_path / "train-000000.tar", load_manifest(tmp_path)
+    (shard,), index = manifest.splits["train"].shards, np.fromfile(tmp_path / "train.index", INDEX_DTYPE)
+    content, far = path.read_bytes(), 5 << 30
+    with path.open("r+b") as file:  # sparse
+        file.truncate(far)
+        file.seek(far)
+        file.write(content)
+    index["offset"] += far
+    write_manifest(tmp_path, [replace(shard, bytes=far + len(content))], index.tobytes(), 2, (64, 64))
+    reader = ShardReader(tmp_path, "train")
+    assert [reader.read(number).key for number in (1, 0)] == ["0-1", "0-0"]
+    assert reader.place(1).offset > 2**32
+    reader.close()
+
+
+def test_an_index_with_a_sample_that_nothing_can_hold_is_refused(tmp_path: Path) -> None:
+    write_set(tmp_path, [[jpeg(64, 64)] * 2])
+    path, manifest = tmp_path / "train-000000.tar", load_manifest(tmp_path)
+    os.truncate(path, 60 << 30)
+    index = np.fromfile(tmp_path / "train.index", INDEX_DTYPE)
+    index["length"][1] = 3 << 30
+    shard = replace(manifest.splits["train"].shards[0], bytes=60 << 30)
+    write_manifest(tmp_path, [shard], index.tobytes(), 2, (64, 64))
+    with pytest.raises(CorruptShardError, match=rf"train\.index: sample 1 has length {3 << 30}, legal: at most"):
+        ShardReader(tmp_path, "train")
+
+
+def test_tar_sizes_that_our_writer_never_makes_are_refused(tmp_path: Path) -> None:
+    """Base-256 is what other writers use from 8 GiB on; no sample is so large."""
+    from shards.reader import parse_span
+
+    write_set(tmp_path, [[jpeg(64, 64)]])
+    span = bytearray((tmp_path / "train-000000.tar").read_bytes()[:-1024])
+    for size in (b"\x80" + (9 << 30).to_bytes(11, "big"), b"\xff" * 12, b"77777777777\0", b"-0000000001\0"):
+        span[124:136] = size
+        with pytest.raises(CorruptShardError, match=r"bad tar header|is not whole"):
+            parse_span(bytes(span), "here")
+
+
+def test_a_file_that_was_written_again_is_read_again(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    storage.write("x", b"old")
+    assert storage.read("x", 0, 3) == b"old"
+    storage.write("x", b"new")
+    assert storage.read("x", 0, 3) == b"new"
+    storage.close()
+
+
+def test_a_pipe_in_the_place_of_a_run_s_files_hangs_nobody(tmp_path: Path) -> None:
+    from trainer.reporting.state import read_state
+    from trainer.run.folder import is_used
+
+    for name in ("state.json", ".lock"):
+        os.mkfifo(tmp_path / name)
+    assert is_used(tmp_path) is None
+    with pytest.raises(StorageError, match=r"state\.json is a named pipe, legal: a regular file"):
+        read_state(tmp_path)

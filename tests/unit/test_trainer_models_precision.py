@@ -1,0 +1,173 @@
+"""Forward passes never wait for the device, and run each part in the precision it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.conftest import REPOSITORY
+from trainer.build import build_model
+from trainer.config import load_run_config
+from trainer.models import Segmenter
+from trainer.models.deform_attn import MSDeformAttn
+
+aten = torch.ops.aten
+WAITING = {aten._local_scalar_dense, aten.nonzero, aten.nonzero_numpy, aten.masked_select, aten._unique2,
+           aten.unique_dim, aten.equal, aten.is_nonzero, aten.bincount, aten.repeat_interleave,
+           aten.lift_fresh}  # torch.tensor(...): data that comes from the host
+HEADS = {"m2f": (), "linear": ("decoder_head.use_cls_token=true",),
+         "eomt": ("decoder_head.num_blocks=2", "backbone.trainable=true")}
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails at what a GPU's host would have to wait for: scalars read back, sizes that depend on data."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        indices: Sequence[Any] = args[1] if func.overloadpacket in (aten.index, aten.index_put, aten.index_put_) else ()
+        if any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in indices):
+            raise AssertionError(f"{func} with a mask waits for the device")
+        if func.overloadpacket in WAITING:
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+def model_of(head: str, *overrides: str) -> Segmenter:
+    torch.manual_seed(0)
+    settings = [f"decoder_head.type={head}", *HEADS[head], *overrides]
+    return build_model(load_run_config(REPOSITORY / "tests" / "support" / "tiny.yaml", settings), 5)
+
+
+def images(batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+
+
+def loss_of(outputs: dict[str, Any]) -> Tensor:
+    """Something to differentiate, from every prediction."""
+    predictions = [outputs, *outputs.get("aux_outputs", ())]
+    return torch.stack([value.float().square().mean() for item in predictions for name, value in item.items()
+                        if name != "aux_outputs"]).sum()
+
+
+@pytest.mark.parametrize("waits", [
+    lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: x.nonzero(), lambda x: bool(x.any()), lambda x: float(x[0]),
+    lambda x: x.new_tensor([1.0, 2.0]), lambda x: x.masked_select(x > 0), lambda x: torch.where(x > 0),
+], ids=["item", "mask", "nonzero", "bool", "float", "tensor", "masked_select", "where"])
+def test_the_detector_detects(waits: Any) -> None:
+    with pytest.raises(AssertionError, match="waits for the device"), NoWaiting():
+        waits(torch.ones(3))
+
+
+@pytest.mark.parametrize("recompute", ["false", "true"])
+@pytest.mark.parametrize("head", HEADS)
+def test_no_forward_or_backward_pass_waits(head: str, recompute: str) -> None:
+    model = model_of(head, f"train.gradient_checkpointing={recompute}")
+    model.head.set_progress(0.3, 1)  # EoMT: some queries masked, some not
+    with NoWaiting():
+        loss_of(model.train()(images())).backward()
+        with torch.no_grad():
+            model.semantic_logits(model.eval()(images()), (64, 96))
+        model.head.set_progress(0.5, 1)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_every_tensor_is_made_where_the_model_is(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device a tensor that was made on the CPU by mistake cannot be mixed in."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # meta has none
+    model = model_of(head).to("meta")
+    outputs = model.train()(images().to("meta"))
+    assert model.semantic_logits(outputs, (64, 96)).shape == (2, 5, 64, 96)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's compiler looks at it
+@pytest.mark.parametrize("head", HEADS)
+def test_the_head_compiles_in_one_graph(head: str) -> None:
+    """Traced whole (fullgraph), forward and backward; EoMT not anew for every step of its annealing."""
+    torch._dynamo.reset()
+    plain, compiled = (model_of(head, "adapter.drop_path=0", "decoder_head.dropout=0").train() for _ in range(2))
+    graphs = 0
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph
+
+    compiled.head.compile(backend=backend, fullgraph=True)
+    for progress in (0.3, 0.31, 0.32):
+        for model in (plain, compiled):
+            torch.manual_seed(0)
+            model.head.set_progress(progress, 1)
+            loss_of(model(images())).backward()
+    assert graphs == 1
+    for parameter, other in zip(plain.parameters(), compiled.parameters(), strict=True):
+        if parameter.grad is not None:
+            torch.testing.assert_close(other.grad, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+class Dtypes:
+    """The dtypes that parts of a model put out, by name of the part."""
+
+    def __init__(self, model: Segmenter, **parts: nn.Module) -> None:
+        self.seen: dict[str, set[torch.dtype]] = {}
+        for name, part in parts.items():
+            part.register_forward_hook(self._hook(name))
+
+    def _hook(self, name: str) -> Any:
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            tensors = [item for item in torch.utils._pytree.tree_leaves(output) if isinstance(item, Tensor)]
+            self.seen.setdefault(name, set()).update(tensor.dtype for tensor in tensors)
+        return note
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+def test_each_part_of_mask2former_runs_in_its_precision(autocast: bool) -> None:
+    model = model_of("m2f").train()
+    features, head = model.segmentation_model
+    deformable = next(module for module in features.modules() if isinstance(module, MSDeformAttn))
+    dtypes = Dtypes(model, vit=model.backbone.vit.model.layer[1].mlp.up_proj, spatial_prior=features.spm.conv2[0],
+                    deformable=deformable, pixel_decoder=head.pixel_decoder, predictor=head.predictor.mask_embed)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        outputs = model(images())
+    loss_of(outputs).backward()
+    low = {torch.bfloat16 if autocast else torch.float32}
+    assert dtypes.seen == {"vit": low, "spatial_prior": low, "predictor": low,
+                           "deformable": {torch.float32}, "pixel_decoder": {torch.float32}}
+    scores = model.semantic_logits(outputs, (64, 96))
+    assert scores.dtype == torch.float32
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters() if parameter.grad is not None)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_bf16_stays_close_to_fp32(head: str) -> None:
+    model = model_of(head).eval()
+    with torch.no_grad():
+        exact = model.semantic_logits(model(images()), (64, 96))
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = model(images())
+        rounded = model.semantic_logits(outputs, (64, 96))
+    assert (rounded - exact).abs().max() < 0.05 * exact.abs().max()
+    assert not torch.equal(rounded, exact)
+
+
+@pytest.mark.parametrize("head", ["m2f", "eomt"])
+def test_recomputing_saves_activations(head: str) -> None:
+    saved = []
+    for setting in ("false", "true"):
+        model = model_of(head, f"train.gradient_checkpointing={setting}").train()
+        count = 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal count
+            count += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(images())
+        saved.append(count)
+    assert saved[1] < 0.8 * saved[0]  # what is left: predictions, which the loss needs, and convolutions

@@ -1,0 +1,358 @@
+"""From shards to batches: workers read, decode and crop; the training device does the rest.
+
+A worker hands over few, packed tensors (uint8 pixels and segment maps): dense masks would be 10 to 40 times
+the bytes, and the hand-off, not the decoding, would then set the pace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from shards.errors import ConfigError, CorruptShardError
+from shards.files.cache import DiskCache
+from shards.files.storage import Patience, open_storage
+from shards.manifest import Manifest
+from shards.plan import TrainPlan
+from shards.read_ahead import ReadAhead, look_ahead
+from shards.reader import ShardReader
+from shards.rle import ignore_value
+from shards.sample import CropSample
+from trainer.config import DataConfig
+from trainer.data.targets import Target, dense_masks
+from trainer.data.transforms import (
+    draw_photometric,
+    mirror_left,
+    normalize,
+    paddings,
+    photometric_distort,
+    random_window,
+)
+from trainer.seeding import sample_rng
+
+_IMAGES_AHEAD = 8  # whole ones whose bytes a loader process asks object storage for before it needs them
+
+
+class _Crop(NamedTuple):
+    """One sample of a micro-batch, but for its pixels."""
+
+    key: str
+    segment_map: npt.NDArray[Any]  # [H, W]
+    labels: npt.NDArray[np.int64]  # [N]
+    valid: tuple[int, int]  # height and width of what is no padding; that lies right and below
+    mirrored: bool
+    photometric: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One micro-batch. `labels` of all images are concatenated; `counts` says how many belong to each."""
+
+    number: int  # of the micro-batch in the run
+    keys: list[str]
+    images: Tensor  # uint8 [B, 3, H, W], in memory as [B, H, W, 3], as decoded: transposing is for the device
+    segment_maps: Tensor | None  # uint8 (int32 beyond 255 labels) [B, H, W]; None with dense targets
+    masks: list[Tensor] | None  # bool [N, H, W] per image; None with segment maps
+    labels: Tensor  # int64 [sum of counts]
+    counts: list[int]  # N per image
+    photometric: Tensor | None  # float32 [B, K], parameters of `transforms.photometric_distort`
+    valid: list[tuple[int, int]]  # per image: height and width of what is no padding; that lies right and below
+    mirrored: list[bool]  # per image: still to be mirrored, with its targets, by `to`
+    skipped: list[str]  # what was wrong with samples that could not be used
+
+    def targets(self) -> list[Target]:
+        """Per image `{"segment_map" [H, W], "labels" [N]}`, or `{"masks" [N, H, W], "labels" [N]}` if dense."""
+        labels = self.labels.split(self.counts)
+        if self.masks is not None:
+            return [{"masks": masks, "labels": own} for masks, own in zip(self.masks, labels, strict=True)]
+        assert self.segment_maps is not None
+        return [{"segment_map": segments, "labels": own} for segments, own in zip(self.segment_maps, labels,
+                                                                                 strict=True)]
+
+    def to(self, device: torch.device) -> Batch:
+        """Copy to the device without waiting for it (from pinned memory on CUDA), and mirror there what is to be."""
+        moved = self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        return moved._mirrored() if any(self.mirrored) else moved
+
+    def _mirrored(self) -> Batch:
+        widths = [width if flip else 0 for (_, width), flip in zip(self.valid, self.mirrored, strict=True)]
+
+        def mirror(pictures: Iterable[Tensor], dim: int) -> list[Tensor]:
+            return [mirror_left(picture, width, dim) for picture, width in zip(pictures, widths, strict=True)]
+
+        return replace(
+            self,
+            images=torch.stack(mirror(self.images.permute(0, 2, 3, 1), 1)).permute(0, 3, 1, 2),
+            segment_maps=None if self.segment_maps is None else torch.stack(mirror(self.segment_maps, 1)),
+            masks=None if self.masks is None else mirror(self.masks, 2),
+            mirrored=[False] * len(self.mirrored),
+        )
+
+    def pin_memory(self) -> Batch:
+        """Called by the DataLoader's pinning thread."""
+        return self.map_tensors(Tensor.pin_memory)
+
+    def map_tensors(self, change: Callable[[Any], Any]) -> Batch:
+        """A copy with `change` applied to each tensor."""
+        return replace(
+            self,
+            images=change(self.images),
+            segment_maps=None if self.segment_maps is None else change(self.segment_maps),
+            masks=None if self.masks is None else [change(masks) for masks in self.masks],
+            labels=change(self.labels),
+            photometric=None if self.photometric is None else change(self.photometric),
+        )
+
+
+def augmented_images(batch: Batch) -> Tensor:
+    """uint8 `[B,3,H,W]` with the batch's colour augmentation, if it carries any; padding keeps its colour."""
+    if batch.photometric is None:
+        return batch.images
+    distorted = photometric_distort(batch.images, batch.photometric)
+    for padding in paddings(distorted, batch.valid):
+        distorted[padding] = batch.images[padding]
+    return distorted
+
+
+def normalized_images(batch: Batch, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Float32 `[B,3,H,W]`, colour-augmented and normalised; padding is 0, as the reference pads what is normalised."""
+    images = normalize(augmented_images(batch), mean, std)
+    for padding in paddings(images, batch.valid):
+        images[padding].zero_()
+    return images
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledImage:
+    """A whole validation image."""
+
+    number: int  # in its split
+    key: str
+    image: Tensor  # uint8 [3, H, W]
+    label_map: Tensor  # uint8 (uint16 with more than 255 classes) [H, W], class ids and ignore_index
+
+    def pin_memory(self) -> LabelledImage:
+        """Called by the DataLoader's pinning thread."""
+        return self.map_tensors(Tensor.pin_memory)
+
+    def map_tensors(self, change: Callable[[Any], Any]) -> LabelledImage:
+        """A copy with `change` applied to each tensor."""
+        return replace(self, image=change(self.image), label_map=change(self.label_map))
+
+
+def open_reader(config: DataConfig, split: str, manifest: Manifest | None = None) -> ShardReader:
+    """The samples of a split of `data.root`, with its cache and patience.
+
+    Raises ShardError, and ConfigError for a split without a labelled pixel, as there is nothing to learn or measure;
+    and for a cache that is not this user's alone.
+    """
+    assert config.root is not None
+    storage = open_storage(config.root, Patience(tries=config.tries, timeout=config.timeout))
+    cache = None if config.cache_dir is None else DiskCache.in_folder(config.cache_dir, int(config.cache_gb * 1e9))
+    reader = ShardReader(storage, split, manifest, cache)
+    if not reader.info.labelled_pixels:
+        raise ConfigError(f"{config.root}: split {split!r} has no labelled pixel in its {len(reader)} samples; shard "
+                          "the dataset again with label values that fit, or name another split "
+                          "(data.train_split, data.val_split)")
+    return reader
+
+
+class TrainCrops(IterableDataset[Batch]):
+    """Micro-batches of the plan. Number m is a pure function of (shards, configuration, seed, m).
+
+    `global_batch_size` is needed for data.on_corrupt "skip"; by default a micro-batch is all there is.
+    """
+
+    def __init__(self, reader: ShardReader, plan: TrainPlan, config: DataConfig, numbers: Iterable[int] = (),
+                 global_batch_size: int | None = None) -> None:
+        self.reader, self.plan, self.config, self.numbers = reader, plan, config, numbers
+        self.global_batch_size = global_batch_size or plan.micro_batch_size
+
+    def __getitem__(self, number: int) -> Batch:
+        return self._batch(number, None)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The micro-batches of `numbers`; of several loader processes each makes its share."""
+        if self.reader.is_local:
+            yield from map(self.__getitem__, share_of_worker(self.numbers))
+            return
+        ahead = ReadAhead(self.reader, self.config.read_ahead_mb << 20)
+        # Lanes come to the ends of their spans together: what is needed next then is a span of every lane.
+        batches_ahead = -(-self.plan.lanes // self.plan.micro_batch_size)
+        try:
+            for number in look_ahead(share_of_worker(self.numbers), batches_ahead,
+                                     lambda number: self._ask(number, ahead)):
+                yield self._batch(number, ahead)
+        finally:
+            ahead.close()
+
+    def _ask(self, number: int, ahead: ReadAhead) -> None:
+        for span in map(self.plan.span, self.plan.positions(number)):
+            ahead.ask(span, partial(self.plan.samples, span))
+
+    def _batch(self, number: int, ahead: ReadAhead | None) -> Batch:
+        images = _Images(self.plan.micro_batch_size)
+        samples, skipped = self._readable(number, ahead, images)
+        keys, segment_maps, labels, valid, mirrored, photometric = zip(*samples, strict=True)  # of each _Crop
+        maps = stack_segment_maps(segment_maps)
+        counts = [own.size for own in labels]
+        dense = self.config.targets == "dense"
+        return Batch(
+            number=number,
+            keys=list(keys),
+            images=images.pixels.permute(0, 3, 1, 2),
+            segment_maps=None if dense else maps,
+            masks=[dense_masks(segments, count) for segments, count in zip(maps, counts, strict=True)] if dense
+            else None,
+            labels=torch.from_numpy(np.concatenate(labels)),
+            counts=counts,
+            photometric=torch.from_numpy(np.stack(photometric)) if self.config.photometric else None,
+            valid=list(valid),
+            mirrored=list(mirrored),
+            skipped=skipped,
+        )
+
+    def _readable(self, number: int, ahead: ReadAhead | None, images: _Images) -> tuple[list[_Crop], list[str]]:
+        """The samples of a micro-batch, and why some could not be used (data.on_corrupt "skip").
+
+        In its place comes the next one of its global batch that can be, so that batches keep their size, ranks stay in
+        step, and a step trains on the same samples for any number of ranks, workers and samples per micro-batch.
+        """
+        found: list[_Crop] = []
+        skipped: list[str] = []
+        for position in self.plan.positions(number):
+            try:
+                found.append(self._sample(position, ahead, images))
+            except CorruptShardError as error:
+                if self.config.on_corrupt == "fail":
+                    raise
+                skipped.append(str(error))
+                found.append(self._substitute(position, images, error))
+        return found, skipped
+
+    def _substitute(self, position: int, images: _Images, error: CorruptShardError) -> _Crop:
+        size = self.global_batch_size
+        place = position % size
+        for other in range(place + 1, place + size):
+            with contextlib.suppress(CorruptShardError):  # whose turn it is will tell
+                return self._sample(position - place + other % size, None, images)
+        raise CorruptShardError(f"no sample of the global batch {position // size} can be used: {error}")
+
+    def _sample(self, position: int, ahead: ReadAhead | None, images: _Images) -> _Crop:
+        draw = self.plan.draw(position)
+        data = None
+        if ahead is not None:
+            span = self.plan.span(position)
+            data = ahead.take(span, partial(self.plan.samples, span), draw.sample)
+        sample = self.reader.read(draw.sample, data)
+        check_labels(sample, self.reader.num_classes)
+        rng = sample_rng(self.plan.seed, draw.epoch, draw.sample)
+        segment_map, labels, window, valid = sample.segment_map, sample.labels, None, sample.valid_size
+        if self.config.crop_size is not None:
+            window, valid = random_window(rng, segment_map.shape, valid, self.config.crop_size, sample.key)
+            segment_map, labels = drop_absent_labels(segment_map[window], labels)
+        images.add(sample, segment_map.shape, window)
+        mirrored = bool(rng.random() < self.config.hflip)
+        return _Crop(sample.key, segment_map, labels, valid, mirrored,
+                     draw_photometric(rng, self.config.hue_degrees))
+
+
+class _Images:
+    """The images of a micro-batch, `pixels` a tensor uint8 [B, H, W, 3]: each is decoded where it stays."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch, self.count, self.first = batch, 0, ""
+
+    def add(self, sample: CropSample, size: tuple[int, ...], window: tuple[slice, slice] | None) -> None:
+        """The next image, or a window of it. Raises CorruptShardError, ConfigError for another size than the first."""
+        if not self.count:
+            self.pixels, self.first = torch.empty((self.batch, *size, 3), dtype=torch.uint8), sample.key
+        height, width = self.pixels.shape[1:3]
+        if size != (height, width):
+            raise ConfigError(f"samples of one batch differ in size: {self.first} {height}x{width}, {sample.key} "
+                              f"{size[0]}x{size[1]}. Train on a split of crops, or set data.crop_size")
+        if window is None:
+            sample.decode_into(self.pixels[self.count].numpy())
+        else:
+            self.pixels[self.count].numpy()[:] = sample.image[window]
+        self.count += 1
+
+
+class WholeImages(IterableDataset[LabelledImage]):
+    """Validation images of the given numbers. A damaged one is always an error: a metric over fewer images lies."""
+
+    def __init__(self, reader: ShardReader, config: DataConfig, numbers: Iterable[int] = ()) -> None:
+        self.reader, self.config, self.numbers = reader, config, numbers
+
+    def __getitem__(self, number: int) -> LabelledImage:
+        return self._image(number, self.reader.read(number))
+
+    def __iter__(self) -> Iterator[LabelledImage]:
+        numbers = list(share_of_worker(self.numbers))
+        samples = read_samples(self.reader, numbers, self.config.read_ahead_mb << 20)
+        yield from map(self._image, numbers, samples)
+
+    def _image(self, number: int, sample: CropSample) -> LabelledImage:
+        check_labels(sample, self.reader.num_classes)
+        return LabelledImage(
+            number=number,
+            key=sample.key,
+            image=torch.from_numpy(sample.image.transpose(2, 0, 1).copy()),
+            label_map=torch.from_numpy(sample.label_map()),
+        )
+
+
+def read_samples(reader: ShardReader, numbers: Iterable[int], budget: int) -> Iterator[CropSample]:
+    """Samples in the given order; from object storage with some read ahead, `budget` bytes of them at most."""
+    if reader.is_local:
+        yield from map(reader.read, numbers)
+        return
+    ahead = ReadAhead(reader, budget)
+    try:
+        for number in look_ahead(numbers, _IMAGES_AHEAD, lambda number: ahead.ask(number, partial(list, [number]))):
+            yield reader.read(number, ahead.take(number, partial(list, [number]), number))
+    finally:
+        ahead.close()
+
+
+def share_of_worker(numbers: Iterable[int]) -> Iterable[int]:
+    """Of n loader processes, each takes every n-th number; DataLoader asks them in turn, which restores the order."""
+    worker = get_worker_info()
+    return numbers if worker is None else islice(numbers, worker.id, None, worker.num_workers)
+
+
+def check_labels(sample: CropSample, num_classes: int) -> None:
+    """Raise CorruptShardError for a label outside the class table, here where it costs the device nothing."""
+    if sample.labels.size and sample.labels[-1] >= num_classes:  # ascending
+        raise CorruptShardError(f"sample {sample.key} holds the label {sample.labels[-1]}, "
+                                f"legal: 0..{num_classes - 1}")
+
+
+def drop_absent_labels(
+    segment_map: npt.NDArray[Any], labels: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    """Renumber a cut segment map so that it has one label per class still present."""
+    present = np.bincount(segment_map.reshape(-1), minlength=labels.size)[: labels.size] > 0
+    kept = labels[present]
+    table = np.full(np.iinfo(segment_map.dtype).max + 1, ignore_value(kept.size), np.uint16)
+    table[np.flatnonzero(present)] = np.arange(kept.size)
+    return table[segment_map].astype(np.uint8 if kept.size <= 255 else np.uint16), kept
+
+
+def stack_segment_maps(segment_maps: Sequence[npt.NDArray[Any]]) -> Tensor:
+    """uint8 [B, H, W]; int32 (ignored: 65535) when one of the crops has more labels than uint8 tells apart."""
+    if all(segments.dtype == np.uint8 for segments in segment_maps):
+        return torch.from_numpy(np.stack(segment_maps))
+    wide = [np.where(segments == np.iinfo(segments.dtype).max, 65535, segments.astype(np.int32))
+            for segments in segment_maps]
+    return torch.from_numpy(np.stack(wide).astype(np.int32))

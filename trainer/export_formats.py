@@ -1,0 +1,124 @@
+"""The formats that `trainer/export.py` writes. Each file is complete or not there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, export
+from torch.fx import GraphModule
+
+from shards.errors import MaskStreamError
+from shards.files.atomic import naming, write_atomically
+from shards.files.strict_json import to_json
+from trainer.data.transforms import normalize
+from trainer.models import Segmenter
+from trainer.models.integrity import SealedFile, safetensors_metadata, seal_safetensors, write_hash_beside
+from trainer.pretrained import Pretrained, export_config
+
+SIZE_DIVISOR = 32  # of the sides of images that the exported program takes
+MAX_SIDE = 16_384  # pixels
+_TRACED = (2, 3, 96, 160)  # two images, not square: traced with other numbers than 1, which export takes for constants
+_CHECKED = (1, 3, 128, 64)
+
+
+class ExportError(MaskStreamError):
+    """What was written does not give the model's numbers."""
+
+
+def write_directory(pretrained: Pretrained, folder: Path) -> list[Path]:
+    """config.json and model.safetensors (the whole model, keys as in Meta's layout); the first is written last."""
+    state = _plain(pretrained.model.meta_state_dict())
+
+    def write(path: Path) -> None:
+        save_file(state, path, safetensors_metadata(metadata.version("maskstream")))
+        seal_safetensors(path)
+
+    weights = _written(folder / "model.safetensors", write)
+    config = folder / "config.json"
+    write_atomically(config, to_json(export_config(pretrained), indent=1).encode())
+    return [weights, config]
+
+
+def write_meta_files(pretrained: Pretrained, folder: Path) -> list[Path]:
+    """meta/head.pth, bare like Meta's release (adapter and head), and meta/backbone.pth, like Meta's ViTs."""
+    head = _plain(pretrained.model.head_state_dict())
+    vit = _plain(pretrained.model.backbone.meta_state_dict())
+    return [_written(folder / "meta" / "head.pth", lambda path: _save_sealed(head, path)),
+            _written(folder / "meta" / "backbone.pth", lambda path: _save_sealed(vit, path))]
+
+
+def write_program(pretrained: Pretrained, folder: Path) -> list[Path]:
+    """program.pt2, compared with the model on an image of another size before it is put in place. ExportError if other.
+
+    Reading it back needs torch alone: `torch.export.load(path).module()(images)`.
+    """
+    program = inference_program(pretrained)
+    images = torch.randint(0, 256, _CHECKED, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    with torch.no_grad():
+        found, expected = program.module()(images), InferenceGraph(pretrained)(images)
+    difference = (found - expected).abs().max().item()
+    if not difference <= 1e-4 * max(1.0, expected.abs().max().item()):
+        raise ExportError(f"the exported program differs from the model by {difference}")
+    return [_written(folder / "program.pt2", lambda path: torch.export.save(program, path))]
+
+
+class InferenceGraph(nn.Module):
+    """The network from pixels to scores, as one module."""
+
+    def __init__(self, pretrained: Pretrained) -> None:
+        super().__init__()
+        self.model: Segmenter = pretrained.model
+        self.mean = list(pretrained.config.backbone.image_mean)
+        self.std = list(pretrained.config.backbone.image_std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """RGB uint8 [B, 3, H, W] -> scores per class float32 [B, C, H, W]; argmax over C gives class ids."""
+        outputs = self.model(normalize(images, self.mean, self.std))
+        return self.model.semantic_logits(outputs, (images.shape[2], images.shape[3]))
+
+
+def inference_program(pretrained: Pretrained) -> ExportedProgram:
+    """`InferenceGraph` traced with any batch size, and any H and W that are multiples of 32, from 64."""
+    rows, columns = (Dim(name, min=2, max=MAX_SIDE // SIZE_DIVISOR) for name in ("rows", "columns"))
+    sizes = {0: Dim("batch", min=1, max=1024), 2: SIZE_DIVISOR * rows, 3: SIZE_DIVISOR * columns}
+    with torch.no_grad():
+        program = export(InferenceGraph(pretrained).eval(), (torch.zeros(_TRACED, dtype=torch.uint8),),
+                         dynamic_shapes={"images": sizes})
+    for module in program.graph_module.modules():
+        if isinstance(module, GraphModule):
+            for node in module.graph.nodes:
+                node.meta.pop("stack_trace", None)  # it names files of this machine
+    return program
+
+
+def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor.detach().contiguous() for key, tensor in state.items()}
+
+
+def _save_sealed(state: dict[str, Tensor], path: Path) -> None:
+    with path.open("wb") as file:
+        sealed = SealedFile(file)
+        torch.save(state, sealed)  # type: ignore[arg-type]  # only written to
+        sealed.seal()
+
+
+def _written(path: Path, write: Callable[[Path], object]) -> Path:
+    """Write to a temporary name, flush to disk, rename; its sha256 comes beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        with naming(path):
+            write(partial)
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    write_hash_beside(path)
+    return path

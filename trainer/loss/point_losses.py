@@ -1,0 +1,81 @@
+"""Mask and dice loss on sampled points, and their gradients in closed form.
+
+For logits x, truth y in 0..1, probabilities s = sigmoid(x), and v = 1 where a point counts (else 0), V = sum v:
+
+    mask   sum v (softplus(x) - x y) / V                        d/dx  v (s - y) / V
+    dice   1 - (2 A + 1) / D,  A = sum v s y,                   d/dx  v s (1 - s) ((2 A + 1) / D - 2 y) / D
+           D = sum v s + sum v y + 1   (V-Net, arXiv:1606.04797, smoothed by one)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trainer.loss.point_sampling import sampling_grid
+
+
+class SampledPoints(NamedTuple):
+    """M masks at P points of their own."""
+
+    points: Tensor  # [M, P, 2], (x, y) in 0..1
+    logits: Tensor  # [M, P]
+    truth: Tensor  # [M, P], 0..1
+    counted: Tensor | None  # [M, P]: 1 for points that count, 0 for others; None: all count
+
+
+class _Sums(NamedTuple):
+    """What both the losses and their gradients need."""
+
+    probabilities: Tensor  # [M, P]
+    both: Tensor  # [M], A above
+    size: Tensor  # [M], D above
+    number: Tensor | float  # [M] or the same for all, V above
+
+
+def point_losses(sampled: SampledPoints) -> tuple[Tensor, Tensor]:
+    """Binary cross-entropy [M] and dice loss [M], differentiable in the logits."""
+    return _losses(sampled, _sums(sampled))
+
+
+def losses_and_gradients(
+    sampled: SampledPoints, mask_coefficient: float, dice_coefficient: float
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """`point_losses`, and the gradient [M, P] of their sum with these coefficients in each mask's logits."""
+    _, _, truth, counted = sampled
+    sums = _sums(sampled)
+    probabilities, size = sums.probabilities, sums.size[:, None]
+    number = sums.number[:, None] if isinstance(sums.number, Tensor) else sums.number
+    ratio = (2.0 * sums.both + 1.0)[:, None] / size
+    gradient = probabilities * (1.0 - probabilities) * (ratio - 2.0 * truth) * (dice_coefficient / size)
+    gradient = gradient + (probabilities - truth) * (mask_coefficient / number)
+    return _losses(sampled, sums), gradient if counted is None else gradient * counted
+
+
+def _sums(sampled: SampledPoints) -> _Sums:
+    _, logits, truth, counted = sampled
+    probabilities = logits.sigmoid()
+    some, true = (probabilities, truth) if counted is None else (probabilities * counted, truth * counted)
+    number = float(logits.shape[1]) if counted is None else counted.sum(1).clamp(min=1.0)
+    return _Sums(probabilities, (some * true).sum(1), some.sum(1) + true.sum(1) + 1.0, number)
+
+
+def _losses(sampled: SampledPoints, sums: _Sums) -> tuple[Tensor, Tensor]:
+    _, logits, truth, counted = sampled
+    mask = F.softplus(logits) - logits * truth
+    summed = mask.sum(1) if counted is None else (mask * counted).sum(1)
+    return summed / sums.number, 1.0 - (2.0 * sums.both + 1.0) / sums.size
+
+
+def spread_to_pixels(at_points: Tensor, points: Tensor, size: torch.Size) -> Tensor:
+    """What gradients [M, P] at points [M, P, 2] mean for maps of `size` (h, w) that were read there: [M, h, w].
+
+    The transpose of `trainer.loss.point_sampling.point_sample`.
+    """
+    maps = at_points.new_empty(()).expand(len(points), 1, *size)  # only its shape is read
+    gradient, _ = torch.ops.aten.grid_sampler_2d_backward(  # 0, 0, False: bilinear, zeros outside, not aligned
+        at_points[:, None, :, None], maps, sampling_grid(points), 0, 0, False, [True, False])
+    return gradient[:, 0]

@@ -1,0 +1,144 @@
+"""What a run leaves behind for people: metrics.jsonl (the record), TensorBoard, W&B, pictures. Rank 0 only."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from shards.files.atomic import write_atomically
+from shards.files.outside_json import parse_json
+from shards.files.strict_json import nan_for_null, to_json
+from shards.shown_text import masked
+from trainer.reporting.wandb_run import WandbRun
+
+_log = logging.getLogger(__name__)
+METRICS_NAME = "metrics.jsonl"
+EVALUATION_NAME = "evaluation.json"
+PICTURES_NAME = "pictures"
+_BOARD_SECONDS = 20.0  # that TensorBoard may take to close
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The records of a run in order; lines that are none, such as one cut short by a kill, are left out.
+
+    A number that is not finite was written as null, and is NaN here.
+    """
+    path = run / METRICS_NAME
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and type(record.get("step")) is int and "kind" in record:
+            records.append(nan_for_null(record))
+    return records
+
+
+def read_evaluation(run: Path) -> dict[str, Any] | None:
+    """The last validation in full, with its step; None when there was none. Raises ConfigError when it is malformed."""
+    path = run / EVALUATION_NAME
+    try:
+        found: dict[str, Any] = nan_for_null(parse_json(path.read_bytes(), str(path)))
+    except FileNotFoundError:
+        return None
+    return found
+
+
+class RunLogger:
+    """Appends to the run's record from `step` on; what a killed run had logged beyond it is dropped, but events stay.
+
+    `wandb`: the run in Weights & Biases that gets the same scalars and pictures.
+    """
+
+    def __init__(self, run: Path, step: int, wandb: WandbRun | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # torch takes seconds to import; reading a record needs none
+
+        self.run, self.wandb = run, wandb
+        kept = [record for record in read_metrics(run) if record["step"] <= step or record["kind"] == "event"]
+        write_atomically(run / METRICS_NAME, "".join(to_json(record) + "\n" for record in kept).encode())
+        self._file = (run / METRICS_NAME).open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        self._excepthook, threading.excepthook = threading.excepthook, self._thread_failed
+
+    def scalars(self, step: int, kind: str, values: dict[str, float]) -> None:
+        """One record, e.g. kind "train" or "val"."""
+        with self._or_warn():
+            self._record({"step": step, "kind": kind, **values})
+            for name, value in values.items():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+        if self.wandb is not None:
+            self.wandb.log(step, {f"{kind}/{name}": value for name, value in values.items()})
+
+    def evaluation(self, step: int, metrics: dict[str, Any]) -> None:
+        """One record of the means, kind "val"; and all of it, classes and pairs too, in `<run>/evaluation.json`."""
+        self.scalars(step, "val", {name: value for name, value in metrics.items() if isinstance(value, float)})
+        with self._or_warn():
+            write_atomically(self.run / EVALUATION_NAME, to_json({"step": step, **metrics}, indent=1).encode())
+
+    def event(self, step: int, what: str) -> None:
+        """Something out of the ordinary that a reader of the curves should know, e.g. a restart or a skipped batch."""
+        with self._or_warn():
+            what = masked(what)
+            self._record({"step": step, "kind": "event", "what": what})
+            self._board.add_text("events", what, step)
+
+    def picture(self, step: int, name: str, picture: Image.Image) -> None:
+        """A picture: `<run>/pictures/<name>-<step>.png`, in TensorBoard and in W&B."""
+        folder = self.run / PICTURES_NAME
+        with self._or_warn():
+            folder.mkdir(exist_ok=True)
+            png = io.BytesIO()
+            picture.save(png, "PNG")
+            write_atomically(folder / f"{name}-{step:08d}.png", png.getvalue())
+            self._board.add_image(name, np.asarray(picture), step, dataformats="HWC")
+        if self.wandb is not None:
+            self.wandb.picture(step, name, picture)
+
+    def close(self) -> None:
+        with self._or_warn():
+            self._file.close()
+        # A full disk kills TensorBoard's own thread, and closing then waits for it for ever.
+        board = threading.Thread(target=self._close_board, daemon=True)
+        board.start()
+        board.join(_BOARD_SECONDS)
+        threading.excepthook = self._excepthook
+        if self.wandb is not None:
+            self.wandb.close()
+
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        """A full disk ends TensorBoard's thread: one line of warning instead of its traceback."""
+        if type(failure.thread).__module__.startswith("tensorboard") and isinstance(failure.exc_value, OSError):
+            _log.warning("warning: TensorBoard files in %s are no longer written: %s. Training goes on", self.run,
+                         failure.exc_value)
+        else:
+            self._excepthook(failure)
+
+    def _close_board(self) -> None:
+        with suppress(OSError):
+            self._board.close()
+
+    @contextmanager
+    def _or_warn(self) -> Iterator[None]:
+        """A full disk costs records, not the run."""
+        try:
+            yield
+        except OSError as error:
+            place, reason = error.filename or self.run, error.strerror or error
+            warnings.warn(f"the record in {place} could not be written: {reason}. Training goes on", stacklevel=4)
+
+    def _record(self, record: dict[str, Any]) -> None:
+        self._file.write(to_json(record) + "\n")
+        self._file.flush()
