@@ -21,12 +21,11 @@ from preprocess.make_scenes import write_scenes
 from preprocess.pairs import open_dataset
 from preprocess.pipeline import write_shards
 from shards.config_file import load_config
-from shards.manifest import load_manifest
 from trainer.config import load_run_config
 from trainer.distributed import DistContext
 from trainer.loop import train_step
 from trainer.run.checkpoint_writer import CheckpointWriter
-from trainer.run.run import Run, build_run, open_crops, snapshot
+from trainer.run.run import Run, build_run, run_places
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -50,16 +49,15 @@ def make_run(folder: Path) -> Run:
     settings = load_run_config(CONFIGS / "demo.yaml", [f"data.root={folder / 'set'}", f"output_dir={folder / 'run'}",
                                                        "data.workers=0"])
     alone = DistContext(rank=0, world_size=1, device=torch.device("cpu"))
-    return build_run(settings, alone, load_manifest(folder / "set"), folder / "run")
+    return build_run(settings, alone, run_places(settings))
 
 
 def measure(folder: Path, run: Run, steps: int, blocks: int) -> None:
-    crops = open_crops(run.config, run.manifest)
-    batches = [[crops[2 * number], crops[2 * number + 1]] for number in range(4)]
+    batches = [[run.crops[2 * number], run.crops[2 * number + 1]] for number in range(4)]
     writer = CheckpointWriter(folder / "checkpoints", folder, 2, None)
 
     def save() -> None:
-        writer.save(snapshot(run), is_best=False)
+        writer.save(run.snapshot(), is_best=False)
 
     def save_and_wait() -> None:
         save()

@@ -31,9 +31,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Mask2FormerConfig
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
-from trainer.data.targets import PackedTargets, dense_masks
+from trainer.data.targets import dense_masks
 from trainer.loss import mask_classification_loss, matcher
 from trainer.loss.mask_classification_loss import MaskClassificationLoss
+from trainer.loss.packed_targets import PackedTargets
 from trainer.loss.point_sampling import point_sample
 
 RUNS = ("transformers, to masks", "ours, to masks", "transformers, to features", "ours, to features")

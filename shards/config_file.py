@@ -26,6 +26,7 @@ from shards.files.outside_json import LARGEST_INTEGER
 from shards.shown_text import masked_value, shown
 
 ConfigT = TypeVar("ConfigT")
+_COMMAND_LINE = "command line"  # the source of layers that were typed
 _MAX_SHOWN = 80  # characters of a wrong value that an error repeats
 _REPR = reprlib.Repr()  # of YAML's aliases and of a checkpoint, whose ten lines may stand for a gigabyte of text
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 3, 10_000, 10_000
@@ -51,12 +52,14 @@ class _TextLoader(yaml.SafeLoader):
 
 
 def knob(default: Any, help: str, *, choices: Sequence[str] = (), minimum: float | None = None,
-         maximum: float | None = None) -> Any:
+         maximum: float | None = None, only_for: Sequence[str] = ()) -> Any:
     """A documented field: `help` says meaning and unit; `choices` or a range are checked by `check_knobs`.
 
+    `only_for`: values of the section's field `type` that read this one; with another type it may not be set.
     Lists, dicts and dataclass instances become a `default_factory`, as dataclasses demand.
     """
-    metadata = {"help": help, "choices": tuple(choices), "minimum": minimum, "maximum": maximum}
+    metadata = {"help": help, "choices": tuple(choices), "minimum": minimum, "maximum": maximum,
+                "only_for": tuple(only_for)}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     if dataclasses.is_dataclass(default) and isinstance(default, type):
@@ -115,22 +118,27 @@ def load_config(schema: type[ConfigT], paths: str | Path | Sequence[str | Path] 
     """
     files = [paths] if isinstance(paths, str | Path) else paths or []
     layers = [(f"configuration {path}", _read_yaml(path)) for path in files]
-    layers += [("command line", _nested(name.split("."), value)) for name, value in (named or {}).items()]
-    layers += [("command line", _read_override(schema, override)) for override in overrides]
+    layers += [(_COMMAND_LINE, _nested(name.split("."), value)) for name, value in (named or {}).items()]
+    layers += [(_COMMAND_LINE, _read_override(schema, override)) for override in overrides]
     return _build(schema, layers)
 
 
 def override_config(config: ConfigT, overrides: Sequence[str]) -> ConfigT:
     """`config` with `key=value` overrides. Raises ConfigError like `load_config`."""
     schema = type(config)
-    layers = [("command line", _read_override(schema, override)) for override in overrides]
+    layers = [(_COMMAND_LINE, _read_override(schema, override)) for override in overrides]
     values = dataclasses.asdict(typing.cast(Any, config))
     return _build(schema, [("the configuration", values), *layers])
 
 
 def config_from_dict(schema: type[ConfigT], values: Mapping[str, Any], source: str) -> ConfigT:
-    """Inverse of `config_to_dict`; `source` is named in errors. Raises ConfigError like `load_config`."""
-    return _build(schema, [(source, dict(values))])
+    """Inverse of `config_to_dict`; `source` is named in errors. Raises ConfigError like `load_config`.
+
+    Older versions stored settings of other types too, which nothing read: they are dropped.
+    """
+    types_again = {name: {"type": section["type"]} for name, _ in _typed_sections(schema)
+                   if isinstance(section := values.get(name), Mapping) and "type" in section}
+    return _build(schema, [(source, dict(values)), (source, types_again)])
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
@@ -163,22 +171,25 @@ def describe_config(schema: type[Any], prefix: str = "") -> Iterator[str]:
         choices = field.metadata.get("choices", ())
         shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
         suffix = f" [{' | '.join(choices)}]" if choices else ""
+        suffix += f" (type {' and '.join(readers)} only)" if (readers := field.metadata.get("only_for")) else ""
         yield f"  {name} = {shown}\n      {field.metadata.get('help', '')}{suffix}"
 
 
-def _build(schema: type[ConfigT], layers: Sequence[tuple[str, dict[str, Any]]]) -> ConfigT:
+def _build(schema: type[ConfigT], layers: _Layers) -> ConfigT:
     """Lay the layers over each other and make the configuration they describe."""
     from pydantic import TypeAdapter, ValidationError  # a third of a second that --help need not wait for
 
     merged: dict[str, Any] = {}
     for source, layer in layers:
         _check_names(schema, layer, source)
+    for _, layer in _without_other_types(schema, layers):
         merged = _overlay(merged, layer)
     try:
         config: ConfigT = TypeAdapter(schema).validate_python(merged)
     except ValidationError as error:
         raise _explain(error.errors()[0], layers) from error
     check_knobs(config)
+    _refuse_other_types(config, layers)
     return config
 
 
@@ -195,6 +206,50 @@ def _check_names(schema: Any, layer: Mapping[Any, Any], source: str, prefix: str
                 raise ConfigError(f"{source}: {prefix}{key} is {_shown(value)}, legal: {_EXPECTED['dataclass']} "
                                   f"({', '.join(_field_types(fields[key]))})")
             _check_names(fields[key], value, source, f"{prefix}{key}.")
+
+
+_Layers = Sequence[tuple[str, dict[str, Any]]]  # (where it comes from, settings), the lowest first
+
+
+def _without_other_types(schema: Any, layers: _Layers) -> _Layers:
+    """The layers without the settings that do not apply (`only_for`) and that nobody meant to apply.
+
+    Those are settings below the layer that chooses the `type`, and of files above it, which may serve several types.
+    """
+    kept = [(source, dict(layer)) for source, layer in layers]
+    for name, section in _typed_sections(schema):
+        choosing = max((number for number, (_, layer) in enumerate(layers) if "type" in layer.get(name, {})),
+                       default=-1)
+        chosen = layers[choosing][1][name]["type"] if choosing >= 0 else section().type
+        for number, (source, layer) in enumerate(kept):
+            if name in layer and (number < choosing or (number > choosing and source != _COMMAND_LINE)):
+                layer[name] = {key: value for key, value in layer[name].items() if _applies(section, key, chosen)}
+    return kept
+
+
+def _refuse_other_types(config: Any, layers: _Layers) -> None:
+    """Raise ConfigError for a setting that the chosen `type` of its section does not read, unless it is the default."""
+    for name, kind in _typed_sections(type(config)):
+        section, default = getattr(config, name), kind()
+        for field in dataclasses.fields(kind):
+            value = getattr(section, field.name)
+            if not _applies(kind, field.name, section.type) and value != getattr(default, field.name):
+                source = next(source for source, layer in reversed(layers) if _holds(layer, [name, field.name]))
+                readers = " and ".join(field.metadata["only_for"])
+                raise ConfigError(f"{source}: {name}.{field.name} is {_shown(value)}; only {name}.type {readers} reads "
+                                  f"it, and {name}.type is {section.type}: remove it")
+
+
+def _typed_sections(schema: Any) -> Iterator[tuple[str, Any]]:
+    """Sections with settings that only some values of their `type` read."""
+    for name, kind in _field_types(schema).items():
+        if dataclasses.is_dataclass(kind) and any(field.metadata.get("only_for") for field in dataclasses.fields(kind)):
+            yield name, kind
+
+
+def _applies(section: Any, key: str, chosen: Any) -> bool:
+    readers = next((field.metadata["only_for"] for field in dataclasses.fields(section) if field.name == key), ())
+    return not readers or chosen in readers
 
 
 def _field_types(schema: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,18 @@ class ClassInfo:
             raise ValueError(f"a class is named '{shown(self.name)}', legal: text without control characters")
         if not all(type(value) is int and 0 <= value <= 255 for value in self.color):
             raise ValueError(f"colour {self.color}, legal: three integers from 0 to 255")
+
+
+def class_table(classes: Sequence[ClassInfo]) -> list[dict[str, Any]]:
+    """Classes as plain containers, for files of other kinds."""
+    return [{"name": info.name, "color": list(info.color)} for info in classes]
+
+
+def classes_from_table(table: Any) -> list[ClassInfo]:
+    """Inverse of `class_table`. Raises ValueError naming the class that is malformed."""
+    if not isinstance(table, list):
+        raise ValueError(f"the class table is a {type(table).__name__}, legal: a list")
+    return [built(ClassInfo, item, f"class {number}") for number, item in enumerate(table)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,8 @@ import numpy.typing as npt
 from shards.errors import CorruptShardError
 
 MAX_SIDE = 16384  # pixels; keeps every offset inside int32 and a map inside 256 MiB
-MAX_CLASSES = 65535  # ids 0 .. 65534; 65535 is the ignore value of 16-bit maps
+IGNORE_8_BIT, IGNORE_16_BIT = 255, 65535  # "ignored" in segment maps of uint8 and of wider types
+MAX_CLASSES = IGNORE_16_BIT  # ids 0 .. 65534; 65535 is the ignore value of 16-bit maps
 ZLIB_LEVEL = 6
 _PIECE = 1 << 20  # pixels counted at once
 
@@ -59,7 +60,7 @@ class Runs(NamedTuple):
 
 def ignore_value(num_labels: int) -> int:
     """The 'ignored' value of a segment map of `num_labels` classes: 255 (uint8) or 65535 (uint16)."""
-    return 255 if num_labels <= 255 else 65535
+    return IGNORE_8_BIT if num_labels <= IGNORE_8_BIT else IGNORE_16_BIT
 
 
 def count_values(label_map: IntArray, least: int = 0) -> npt.NDArray[np.int64]:

@@ -17,27 +17,23 @@ class HeadKind(NamedTuple):
 
     model: Callable[[RunConfig, int], Segmenter]
     criterion: Callable[[RunConfig, int, int], MaskCriterion | PixelCriterion]
-    size_divisor: int  # height and width of training crops must be multiples of it
-    has_batch_norm: Callable[[RunConfig], bool]  # over a map of one value for each size_divisor x size_divisor pixels
+    has_batch_norm: Callable[[RunConfig], bool]  # over a map with one value for each cell of its size divisor
 
 
 HEADS = {
     "m2f": HeadKind(
         model=lambda config, classes: build_mask2former(config.backbone, config.adapter, config.decoder_head, classes),
         criterion=lambda config, classes, ignore_index: MaskCriterion(config.loss, classes),
-        size_divisor=32,  # the adapter's coarsest map
         has_batch_norm=lambda config: True,
     ),
     "linear": HeadKind(
         model=lambda config, classes: build_linear(config.backbone, config.decoder_head, classes),
         criterion=lambda config, classes, ignore_index: PixelCriterion(ignore_index),
-        size_divisor=16,  # the ViT's patches
         has_batch_norm=lambda config: config.decoder_head.use_batchnorm,
     ),
     "eomt": HeadKind(
         model=lambda config, classes: build_eomt(config.backbone, config.decoder_head, classes),
         criterion=lambda config, classes, ignore_index: MaskCriterion(config.loss, classes),
-        size_divisor=16,
         has_batch_norm=lambda config: False,
     ),
 }
@@ -56,17 +52,12 @@ def build_criterion(config: RunConfig, num_classes: int, ignore_index: int) -> M
     return HEADS[config.decoder_head.type].criterion(config, num_classes, ignore_index)
 
 
-def size_divisor(config: RunConfig) -> int:
-    """What height and width of training crops must be multiples of."""
-    return HEADS[config.decoder_head.type].size_divisor
-
-
 def check_crop_size(config: RunConfig, height: int, width: int) -> None:
     """Raise ConfigError for training crops whose size does not suit the head, or gives batch norm one value only.
 
     On CUDA several ranks share their statistics, but a configuration is to run on one, too.
     """
-    kind, divisor = config.decoder_head.type, size_divisor(config)
+    kind, divisor = config.decoder_head.type, config.decoder_head.size_divisor
     if height % divisor or width % divisor:
         raise ConfigError(f"training crops are {height}x{width} pixels, legal for decoder_head.type {kind}: multiples "
                           f"of {divisor}. Set data.crop_size, or shard again with another crops.size")

@@ -102,33 +102,49 @@ class AdapterConfig:
                                "width; the result must be a multiple of deform_num_heads", minimum=0.01, maximum=16)
 
 
+SIZE_DIVISORS = {"m2f": 32, "linear": 16, "eomt": 16}
+"""What the sides of images must be multiples of: the adapter's coarsest map, or the ViT's grid of tokens."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecoderHeadConfig:
     """The segmentation head; `type` routes in `trainer.build`, nowhere else."""
 
     type: str = knob("m2f", "head kind", choices=("m2f", "linear", "eomt"))
-    hidden_dim: int = knob(256, "m2f: width of pixel decoder, queries and mask features (multiple of 32)", minimum=32,
-                           maximum=4096)
-    num_queries: int = knob(100, "m2f, eomt: mask queries", minimum=1, maximum=65536)
-    nheads: int = knob(16, "m2f: attention heads (must divide hidden_dim)", minimum=1, maximum=512)
-    enc_layers: int = knob(6, "m2f: deformable encoder layers of the pixel decoder", minimum=1, maximum=64)
-    enc_ffn: int = knob(4096, "m2f: FFN width of the pixel decoder's encoder", minimum=1, maximum=65536)
-    dec_layers: int = knob(9, "m2f: masked-attention decoder layers (dec_layers + 1 predictions)", minimum=1,
-                           maximum=64)
-    dec_ffn: int = knob(4096, "m2f: FFN width of the mask decoder", minimum=1, maximum=65536)
-    dropout: float = knob(0.1, "linear: probability of dropping a feature channel", minimum=0, maximum=0.99)
-    use_batchnorm: bool = knob(True, "linear: batch norm on the features")
-    use_cls_token: bool = knob(False, "linear: concatenate the class token to every patch feature")
-    use_backbone_norm: bool = knob(True, "linear: pass the tapped tokens through the ViT's final norm")
-    num_blocks: int = knob(4, "eomt: last blocks of the ViT that the queries run through (num_blocks + 1 predictions)",
-                           minimum=1, maximum=256)
-    num_upscale_blocks: int = knob(2, "eomt: doublings of the patch grid; 2 give masks at stride 4", minimum=0,
-                                   maximum=4)
-    mask_annealing: list[float] = knob([0.125, 0.8125], "eomt: part of the run in which masked attention fades out, "
-                                       "as two fractions of train.total_steps", minimum=0, maximum=1)
-    mask_annealing_starts: list[int] = knob([], "eomt: steps at which masked attention begins to fade out, one for "
-                                            "each of num_blocks blocks; empty: as mask_annealing says", minimum=0)
-    mask_annealing_ends: list[int] = knob([], "eomt: steps at which it has faded out, one for each block", minimum=1)
+    num_queries: int = knob(100, "mask queries", minimum=1, maximum=65536, only_for=("m2f", "eomt"))
+    # Mask2Former
+    hidden_dim: int = knob(256, "width of pixel decoder, queries and mask features (multiple of 32)", minimum=32,
+                           maximum=4096, only_for=("m2f",))
+    nheads: int = knob(16, "attention heads (must divide hidden_dim)", minimum=1, maximum=512, only_for=("m2f",))
+    enc_layers: int = knob(6, "deformable encoder layers of the pixel decoder", minimum=1, maximum=64,
+                           only_for=("m2f",))
+    enc_ffn: int = knob(4096, "FFN width of the pixel decoder's encoder", minimum=1, maximum=65536, only_for=("m2f",))
+    dec_layers: int = knob(9, "masked-attention decoder layers (dec_layers + 1 predictions)", minimum=1, maximum=64,
+                           only_for=("m2f",))
+    dec_ffn: int = knob(4096, "FFN width of the mask decoder", minimum=1, maximum=65536, only_for=("m2f",))
+    # linear
+    dropout: float = knob(0.1, "probability of dropping a feature channel", minimum=0, maximum=0.99,
+                          only_for=("linear",))
+    use_batchnorm: bool = knob(True, "batch norm on the features", only_for=("linear",))
+    use_cls_token: bool = knob(False, "concatenate the class token to every patch feature", only_for=("linear",))
+    use_backbone_norm: bool = knob(True, "pass the tapped tokens through the ViT's final norm", only_for=("linear",))
+    # EoMT
+    num_blocks: int = knob(4, "last blocks of the ViT that the queries run through (num_blocks + 1 predictions)",
+                           minimum=1, maximum=256, only_for=("eomt",))
+    num_upscale_blocks: int = knob(2, "doublings of the patch grid; 2 give masks at stride 4", minimum=0, maximum=4,
+                                   only_for=("eomt",))
+    mask_annealing: list[float] = knob([0.125, 0.8125], "part of the run in which masked attention fades out, as two "
+                                       "fractions of train.total_steps", minimum=0, maximum=1, only_for=("eomt",))
+    mask_annealing_starts: list[int] = knob([], "steps at which masked attention begins to fade out, one for each of "
+                                            "num_blocks blocks; empty: as mask_annealing says", minimum=0,
+                                            only_for=("eomt",))
+    mask_annealing_ends: list[int] = knob([], "steps at which it has faded out, one for each block", minimum=1,
+                                          only_for=("eomt",))
+
+    @property
+    def size_divisor(self) -> int:
+        """What height and width of the network's images must be multiples of."""
+        return SIZE_DIVISORS[self.type]
 
     def __post_init__(self) -> None:
         if self.type == "m2f" and self.nheads > 0 and (self.hidden_dim % 32 or self.hidden_dim % self.nheads):
@@ -265,7 +281,8 @@ class EvalConfig:
                      choices=("slide", "whole"))
     resize_short_side: int | None = knob(None, "short side in pixels the image is resized to first; null: as it is",
                                          minimum=32, maximum=16384)
-    crop_size: int = knob(512, "slide: window side in pixels (multiple of 32)", minimum=64, maximum=16384)
+    crop_size: int = knob(512, "slide: window side in pixels, a multiple of what the head takes (m2f: 32, linear "
+                          "and eomt: 16)", minimum=64, maximum=16384)
     stride: int = knob(341, "slide: step between windows in pixels", minimum=1)
     tta_ratios: list[float] = knob([], "scales of resize_short_side to average over, e.g. [0.9, 1.0, 1.1]; empty: one",
                                    minimum=0.1, maximum=10)
@@ -278,8 +295,6 @@ class EvalConfig:
     panels: int = knob(4, "pictures (image, truth, prediction) written per evaluation", minimum=0)
 
     def __post_init__(self) -> None:
-        if self.crop_size % 32:
-            raise ConfigError(f"eval.crop_size is {self.crop_size}, legal: a multiple of 32")
         if self.stride > self.crop_size and self.reference != "eomt":
             raise ConfigError(f"eval.stride is {self.stride}, legal: at most eval.crop_size ({self.crop_size}), "
                               "or pixels between windows would never be seen")
@@ -318,6 +333,10 @@ class RunConfig:
     eval: EvalConfig = knob(EvalConfig, "")
 
     def __post_init__(self) -> None:
+        head = self.decoder_head
+        if head.type in SIZE_DIVISORS and self.eval.crop_size % head.size_divisor:
+            raise ConfigError(f"eval.crop_size is {self.eval.crop_size}, legal with decoder_head.type {head.type}: a "
+                              f"multiple of {head.size_divisor}")
         if not self.backbone.trainable:
             for name, value, neutral in (("layer_decay", self.optimizer.layer_decay, 1.0),
                                          ("backbone_warmup_steps", self.optimizer.backbone_warmup_steps, 0)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -14,14 +13,13 @@ from torch.export import Dim, ExportedProgram, export
 from torch.fx import GraphModule
 
 from shards.errors import MaskStreamError
-from shards.files.atomic import naming, write_atomically
+from shards.files.atomic import atomic_path, write_atomically
 from shards.files.strict_json import to_json
 from trainer.data.transforms import normalize
 from trainer.models import Segmenter
 from trainer.models.integrity import SealedFile, safetensors_metadata, seal_safetensors, write_hash_beside
 from trainer.pretrained import Pretrained, export_config
 
-SIZE_DIVISOR = 32  # of the sides of images that the exported program takes
 MAX_SIDE = 16_384  # pixels
 _TRACED = (2, 3, 96, 160)  # two images, not square: traced with other numbers than 1, which export takes for constants
 _CHECKED = (1, 3, 128, 64)
@@ -65,7 +63,12 @@ def write_program(pretrained: Pretrained, folder: Path) -> list[Path]:
     difference = (found - expected).abs().max().item()
     if not difference <= 1e-4 * max(1.0, expected.abs().max().item()):
         raise ExportError(f"the exported program differs from the model by {difference}")
-    return [_written(folder / "program.pt2", lambda path: torch.export.save(program, path))]
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:  # a name would have to end in .pt2
+            torch.export.save(program, file)
+
+    return [_written(folder / "program.pt2", write)]
 
 
 class InferenceGraph(nn.Module):
@@ -84,9 +87,10 @@ class InferenceGraph(nn.Module):
 
 
 def inference_program(pretrained: Pretrained) -> ExportedProgram:
-    """`InferenceGraph` traced with any batch size, and any H and W that are multiples of 32, from 64."""
-    rows, columns = (Dim(name, min=2, max=MAX_SIDE // SIZE_DIVISOR) for name in ("rows", "columns"))
-    sizes = {0: Dim("batch", min=1, max=1024), 2: SIZE_DIVISOR * rows, 3: SIZE_DIVISOR * columns}
+    """`InferenceGraph` traced with any batch size, and any H and W of two or more times the model's size divisor."""
+    divisor = pretrained.config.decoder_head.size_divisor
+    rows, columns = (Dim(name, min=2, max=MAX_SIDE // divisor) for name in ("rows", "columns"))
+    sizes = {0: Dim("batch", min=1, max=1024), 2: divisor * rows, 3: divisor * columns}
     with torch.no_grad():
         program = export(InferenceGraph(pretrained).eval(), (torch.zeros(_TRACED, dtype=torch.uint8),),
                          dynamic_shapes={"images": sizes})
@@ -109,16 +113,9 @@ def _save_sealed(state: dict[str, Tensor], path: Path) -> None:
 
 
 def _written(path: Path, write: Callable[[Path], object]) -> Path:
-    """Write to a temporary name, flush to disk, rename; its sha256 comes beside it."""
+    """Publish a file and its sha256 beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
-        with naming(path):
-            write(partial)
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_path(path) as temporary:
+        write(temporary)
     write_hash_beside(path)
     return path

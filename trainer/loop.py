@@ -1,265 +1,99 @@
-"""The training loop: `train` sets the stage, `train_step` is the whole of one optimiser update."""
+"""The training loop: `train` -> `run_steps` -> `train_step`, which is the whole of one optimiser update."""
 
 from __future__ import annotations
 
 import math
-import warnings
-from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import islice
-from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from shards.config_file import config_to_dict, config_to_yaml
-from shards.files.atomic import write_atomically
-from shards.files.strict_json import to_json
-from shards.manifest import load_manifest
-from shards.plan import MicroBatchNumbers, accumulation_for
-from shards.reader import ShardReader
+from shards.plan import MicroBatchNumbers
 from trainer.config import RunConfig
-from trainer.data.crops import Batch, TrainCrops, augmented_images, normalized_images, open_reader
+from trainer.data.crops import Batch, normalized_images
 from trainer.data.loader import train_loader
 from trainer.distributed import DistContext
-from trainer.evaluation.evaluation import Evaluation, EvaluationStopped, evaluate, format_metrics
+from trainer.evaluation.evaluation import EvaluationStopped, evaluate
 from trainer.evaluation.predictor import autocast
 from trainer.loss.matcher import count_masks
 from trainer.optimizer import clip_gradients, set_learning_rates
-from trainer.reporting.plots import batch_panel, draw_curves
-from trainer.reporting.report import write_report
-from trainer.reporting.run_logger import RunLogger
-from trainer.reporting.wandb_run import WandbRun
-from trainer.run.checkpoint import load_latest
-from trainer.run.checkpoint_writer import CheckpointWriter
-from trainer.run.failures import named_failures
-from trainer.run.folder import only_run_in, start_noted
-from trainer.run.identity import only_run_at
-from trainer.run.non_finite import NonFiniteGuard, NonFiniteStepError, RollBack, TrainingDiverged
-from trainer.run.progress import Progress
-from trainer.run.run import (
-    Run,
-    build_run,
-    check_ranks_agree,
-    checkpoint_place,
-    open_crops,
-    required_folders,
-    resume,
-    snapshot,
-    take_over,
-)
+from trainer.run.failures import explain_failures
+from trainer.run.non_finite import NonFiniteGuard, NonFiniteStep, RollBack
+from trainer.run.reporter import RunReporter, report_on
+from trainer.run.run import Run
+from trainer.run.start import lock_run, roll_back, start_run
 from trainer.seeding import seed_micro_batch
 from trainer.stopping import RunStopped, stop_on_signals
 
-SKIPPED_NAME = "skipped-samples.jsonl"
 
-
-def train(config: RunConfig, context: DistContext) -> dict[str, Any]:
-    """Train to `train.total_steps` (continuing a run that is there), evaluate, and return the last metrics.
+def train(config: RunConfig, context: DistContext) -> Run:
+    """Train to `train.total_steps`, resuming a run that is there, and evaluate; returns the finished run.
 
     Raises RunStopped after a signal that asks for it (see `trainer.stopping`), and other RunErrors and ConfigErrors.
     """
-    root, folder = required_folders(config)
-    if not context.is_main:  # these meet rank 0 where DDP wraps the model, before they look for a checkpoint
-        return _train(config, context, root, folder)
-    with (only_run_in(folder), start_noted(folder, config.train.total_steps, context.world_size),
-          only_run_at(checkpoint_place(config), folder)):
-        return _train(config, context, root, folder)
-
-
-def _train(config: RunConfig, context: DistContext, root: str, folder: Path) -> dict[str, Any]:
-    accumulation_for(config.train.global_batch_size, config.train.micro_batch_size, context.world_size)  # or an error
-    # -- data ---------------------------------------------------------------------------------------------
-    manifest = load_manifest(root)
-    crops = open_crops(config, manifest)
-    val_reader = open_reader(config.data, config.data.val_split, manifest)
-    # -- model --------------------------------------------------------------------------------------------
-    run = build_run(config, context, manifest, folder)
-    resume(run)
-    check_ranks_agree(run)
-    # -- loop ---------------------------------------------------------------------------------------------
-    logger = _start_logging(run) if context.is_main else None
-    writer = CheckpointWriter(checkpoint_place(config), folder, config.train.keep_checkpoints, config.train.keep_every)
-    try:
-        with (closing(logger) if logger is not None else nullcontext(), Progress(run, logger, writer) as progress,
-              writer):
-            loop = _Loop(run, crops, val_reader, logger, writer, progress)
-            with stop_on_signals(run.stop), named_failures(run):
-                while not loop.is_done():
+    with lock_run(config, context) as places:
+        run = start_run(config, context, places)
+        with report_on(run) as reporter, run.writer:
+            with stop_on_signals(run.stop), explain_failures(run):
+                while not run.is_finished:
                     try:
-                        loop.go_on()
+                        run_steps(run, reporter)
                     except RollBack as reason:
-                        loop.roll_back(str(reason))
-                metrics = loop.metrics or loop.evaluate_finished_run()
-            writer.close()
-    finally:
-        if context.is_main:
-            draw_curves(folder)
-            write_report(folder, config, manifest, context)
-    return metrics
+                        roll_back(run, str(reason))
+                        reporter.announce(f"rolled back to step {run.step}: {reason}")
+                if run.metrics is None:  # the same command again, after the end
+                    evaluate_finished_run(run, reporter)
+            run.writer.close()
+    return run
 
 
-class _Loop:
-    """What `train` does over and over, with what it needs for that."""
-
-    def __init__(self, run: Run, crops: TrainCrops, val_reader: ShardReader, logger: RunLogger | None,
-                 writer: CheckpointWriter, progress: Progress) -> None:
-        self.run, self.crops, self.val_reader, self.logger, self.writer = run, crops, val_reader, logger, writer
-        self.progress = progress
-        self.settings = run.config.train
-        self.guard = NonFiniteGuard(run)
-        self.metrics: dict[str, Any] = {}
-
-    def is_done(self) -> bool:
-        return self.run.step == self.settings.total_steps and self.run.evaluated
-
-    def go_on(self) -> None:
-        """From the run's step to the end. Raises RollBack to be called again at another step."""
-        run = self.run
-        if not run.evaluated:  # a signal came in between
-            self.finish_step()
-        accumulation = accumulation_for(self.settings.global_batch_size, self.settings.micro_batch_size,
-                                        run.context.world_size)
-        numbers = MicroBatchNumbers(first_step=run.step, last_step=self.settings.total_steps, rank=run.context.rank,
-                                    world_size=run.context.world_size, accumulation=accumulation)
-        batches = train_loader(self.crops, numbers, run.context.device)
-        with tqdm(total=self.settings.total_steps, initial=run.step, desc="training", unit="step",
-                  disable=None if run.context.is_main else True) as bar:
-            while run.step < self.settings.total_steps:
-                run.beat("waiting for data")
-                with self.progress.waiting():
-                    micro_batches = list(islice(batches, accumulation))
-                losses = self.step(micro_batches)
-                run.step += 1
-                bar.update()
-                self.finish_step(losses)
-
-    def step(self, micro_batches: list[Batch]) -> dict[str, float] | None:
-        """One step; None when it is left out for numbers that are not finite."""
-        run = self.run
-        if run.step == 0 and self.logger is not None:
-            first = micro_batches[0].to(torch.device("cpu"))
-            self.logger.picture(0, "first-batch", batch_panel(augmented_images(first), first, run.manifest))
-        self.record_skipped(micro_batches)
-        if run.step + 1 in run.skipped_steps:
-            return None
-        self.guard.before_step()
-        before = run.criterion.unmatched
-        try:
-            losses = train_step(run, micro_batches)
-            if before == 0 < run.criterion.unmatched:
-                self.say(f"step {run.step + 1}: {run.criterion.unmatched} targets stayed unmatched, of images with "
-                         "more classes than decoder_head.num_queries; this is said once")
-            return losses
-        except NonFiniteStepError as error:
-            self.guard.after(error, micro_batches)
-            self.say(f"step {run.step + 1} left out: {error}")
-            return None
-
-    def finish_step(self, losses: dict[str, float] | None = None) -> None:
-        """Log, evaluate and save what is due at the run's step, and stop if a rank was asked to."""
-        run, settings = self.run, self.settings
-        is_last = run.step == settings.total_steps
-        due = is_last or run.step % settings.eval_every == 0
-        if losses is not None:
-            self.progress.step_done(losses)
-        run.evaluated = not due
-        if due and not run.stop.agreed:
-            with suppress(EvaluationStopped), self.progress.paused():
-                self.metrics = self.evaluate()
-                run.evaluated = True
-        stops = run.stop.agreed or not run.evaluated
-        if due or stops or run.step % settings.checkpoint_every == 0:
-            self.save()
-        if stops:
-            self.writer.close()
-            raise RunStopped(f"{run.stop.signal_name or 'a signal to another rank'}: stopped after step {run.step} of "
-                             f"{settings.total_steps}; its checkpoint is written, and the same command goes on from it")
-
-    def evaluate(self) -> dict[str, Any]:
-        """Metrics of the model as it is. Raises EvaluationStopped."""
-        run = self.run
-
-        def go_on() -> bool:
-            self.progress.still_alive()
-            return not run.stop.requested
-
-        # Without synchronised batch norm (CPU) each rank has statistics of its own batches; rank 0's are those saved.
-        run.context.broadcast(run.model.buffers())
-        result = evaluate(run.model, self.val_reader, run.config, run.context, run.config.eval.max_images,
-                          go_on)
-        if self.logger is not None:
-            _log_evaluation(run, result, self.logger)
-        return result.metrics
-
-    def evaluate_finished_run(self) -> dict[str, Any]:
-        """For a command given again after the end."""
-        try:
-            self.metrics = self.evaluate()
-        except EvaluationStopped:
-            raise RunStopped("stopped while evaluating a run that is complete") from None
-        if self.run.best_miou is None:  # its last checkpoint was an ordinary one, of a run that should have been longer
-            self.save()
-        return self.metrics
-
-    def save(self) -> None:
-        """Rank 0 writes, in the background; all ranks know the best mIoU."""
-        run = self.run
-        miou = self.metrics.get("mIoU") if run.evaluated else None
-        is_best = miou is not None and math.isfinite(miou) and (run.best_miou is None or miou > run.best_miou)
-        if is_best:
-            run.best_miou = miou
-        if run.context.is_main:
-            self.writer.save(snapshot(run), is_best=is_best)
-
-    def record_skipped(self, micro_batches: list[Batch]) -> None:
-        """Damaged samples that data.on_corrupt left out, of every rank in one file. Shard and number name them: a key
-        is inside of what is damaged."""
-        step, rank = self.run.step + 1, self.run.context.rank
-        problems = [problem for batch in micro_batches for problem in batch.skipped]
-        if self.logger is not None:
-            for problem in problems:
-                self.logger.event(step, f"left out a damaged sample: {problem}")
-        if problems:
-            lines = [to_json({"step": step, "rank": rank, "sample": problem}) for problem in problems]
-            try:
-                with (self.run.folder / SKIPPED_NAME).open("a", encoding="utf-8") as file:
-                    file.write("\n".join([*lines, ""]))
-            except OSError as error:
-                warnings.warn(f"{SKIPPED_NAME} could not be written: {error}. Training goes on", stacklevel=2)
-
-    def roll_back(self, reason: str) -> None:
-        """Become what the last checkpoint says, but for the steps that are left out."""
-        run, left_out = self.run, self.run.skipped_steps
-        if run.context.is_main:
-            self.writer.wait()
-        run.context.barrier()
-        checkpoint = load_latest(checkpoint_place(run.config))
-        if checkpoint is None:
-            raise TrainingDiverged(f"{reason}. There is no checkpoint yet to roll back to; lower "
-                                   f"train.checkpoint_every (now {self.settings.checkpoint_every})")
-        take_over(run, checkpoint)
-        check_ranks_agree(run)
-        run.skipped_steps = sorted({*run.skipped_steps, *left_out})
-        self.metrics = {}  # of weights that are gone
-        self.say(f"rolled back to step {run.step}: {reason}")
-
-    def say(self, what: str) -> None:
-        """Tell people of something that does not happen every day."""
-        if self.logger is not None:
-            tqdm.write(what)
-            self.logger.event(self.run.step, what)
+def run_steps(run: Run, reporter: RunReporter) -> None:
+    """From the run's step to the last one. After RollBack, restore a checkpoint and call it again."""
+    settings, guard = run.config.train, NonFiniteGuard(run)
+    if not run.evaluated:  # a signal interrupted the evaluation
+        finish_step(run, reporter)
+    numbers = MicroBatchNumbers(first_step=run.step, last_step=settings.total_steps, rank=run.context.rank,
+                                world_size=run.context.world_size, accumulation=run.accumulation)
+    batches = train_loader(run.crops, numbers, run.context.device)
+    with tqdm(total=settings.total_steps, initial=run.step, desc="training", unit="step",
+              disable=None if run.context.is_main else True) as bar:
+        while run.step < settings.total_steps:
+            run.beat("waiting for data")
+            with reporter.waiting():
+                micro_batches = list(islice(batches, run.accumulation))
+            reporter.batches_loaded(micro_batches)
+            result = None
+            if run.step + 1 not in run.skipped_steps:
+                guard.before_step()
+                result = train_step(run, micro_batches)
+                reporter.unmatched_targets(result.unmatched)
+                if result.non_finite is not None:
+                    guard.leave_out(result.non_finite, micro_batches)
+                    reporter.announce(f"step {run.step + 1} left out: {result.non_finite.reason}")
+            run.step += 1
+            bar.update()
+            finish_step(run, reporter, result)
 
 
-def train_step(run: Run, micro_batches: list[Batch]) -> dict[str, float]:
-    """One optimiser update on this rank's share of a global batch.
+class StepResult(NamedTuple):
+    """What one step came to, the same on all ranks except for `unmatched` and this rank's part of `non_finite`."""
 
-    Returns the losses averaged over the whole global batch, their weighted total as "loss". Mask losses are
-    divided by the number of masks in the whole global batch, so the update does not depend on how ranks and
-    accumulation share it. Raises NonFiniteStepError on all ranks alike before the weights would be touched. Sets
-    `run.stop.agreed` when any rank was asked to stop.
+    losses: dict[str, float]  # means over the global batch, "loss" (their weighted total) and "grad_norm"
+    stop_requested: bool  # whether a rank was asked to stop
+    unmatched: int  # targets of this rank that no query was left for
+    non_finite: NonFiniteStep | None = None  # then the weights were not updated
+
+
+def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepResult:
+    """One optimiser update from this rank's share of a global batch.
+
+    Mask losses are divided by the number of masks in the whole global batch, so the update does not depend on how
+    ranks and accumulation share it. Waits for the device twice: for the matching, and for the losses.
     """
     config, context = run.config, run.context
     run.beat("counting masks")
@@ -267,8 +101,9 @@ def train_step(run: Run, micro_batches: list[Batch]) -> dict[str, float]:
     run.model.head.set_progress(run.step, config.train.total_steps)
     set_learning_rates(run.optimizer, run.step, config.optimizer, config.train.total_steps)
     run.optimizer.zero_grad(set_to_none=True)
-    local: list[dict[str, Tensor]] = []  # of each micro-batch of this rank
+    local: list[dict[str, Tensor]] = []  # losses of each micro-batch of this rank
     problems: list[str | None] = []
+    unmatched = 0
     for position, host_batch in enumerate(micro_batches):
         batch = host_batch.to(context.device)
         generator = seed_micro_batch(config.seed, batch.number, context.device)
@@ -276,18 +111,19 @@ def train_step(run: Run, micro_batches: list[Batch]) -> dict[str, float]:
             run.beat("forward pass")
             with autocast(config, context.device):
                 outputs = run.wrapped(prepare_images(batch, config))
-            total, losses, problem = run.criterion(outputs, batch.targets(), num_masks, generator)
+            loss = run.criterion(outputs, batch.targets(), num_masks, generator)
             run.beat("backward pass")
-            (total / len(micro_batches)).backward()
-        local.append({**losses, "loss": total.detach()})
-        problems.append(problem)
+            (loss.total / len(micro_batches)).backward()
+        local.append({**loss.losses, "loss": loss.total.detach()})
+        problems.append(loss.problem)
+        unmatched += loss.unmatched
     parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
     grad_norm = clip_gradients(parameters, config.optimizer.clip_grad_norm)
-    values = _over_ranks(run, local, grad_norm)
-    if not all(map(math.isfinite, values.values())):
-        raise NonFiniteStepError(values, local, problems)
+    losses, stop_requested = _mean_over_global_batch(local, grad_norm, run.stop.requested, context)
+    if not all(map(math.isfinite, losses.values())):
+        return StepResult(losses, stop_requested, unmatched, NonFiniteStep(losses, local, problems))
     run.optimizer.step()
-    return values
+    return StepResult(losses, stop_requested, unmatched)
 
 
 def prepare_images(batch: Batch, config: RunConfig) -> Tensor:
@@ -295,7 +131,56 @@ def prepare_images(batch: Batch, config: RunConfig) -> Tensor:
     return normalized_images(batch, config.backbone.image_mean, config.backbone.image_std)
 
 
-def _count_masks(micro_batches: list[Batch], config: RunConfig, context: DistContext) -> Tensor:
+def finish_step(run: Run, reporter: RunReporter, result: StepResult | None = None) -> None:
+    """Log the step, and evaluate and save what is due after it. Raises RunStopped if a rank was asked to stop.
+
+    `result` is None for a step that was left out before, and when an interrupted evaluation is made up for.
+    """
+    settings = run.config.train
+    stop_requested = result is not None and result.stop_requested
+    if result is not None and result.non_finite is None:
+        reporter.step_done(result.losses)
+    due = run.step == settings.total_steps or run.step % settings.eval_every == 0
+    run.evaluated = not due
+    if due and not stop_requested:
+        with suppress(EvaluationStopped):
+            evaluate_run(run, reporter)
+    stops = stop_requested or not run.evaluated
+    if due or stops or run.step % settings.checkpoint_every == 0:
+        run.save_checkpoint()
+    if stops:
+        run.writer.close()
+        raise RunStopped(f"{run.stop.signal_name or 'a signal to another rank'}: stopped after step {run.step} of "
+                         f"{settings.total_steps}; its checkpoint is written, and the same command continues from it")
+
+
+def evaluate_run(run: Run, reporter: RunReporter) -> None:
+    """Evaluate the model as it is, on all ranks. Raises EvaluationStopped when a rank was asked to stop."""
+
+    def should_continue() -> bool:
+        reporter.still_alive()
+        return not run.stop.requested
+
+    # Without synchronised batch norm (CPU) each rank has statistics of its own batches; rank 0's are those saved.
+    run.context.broadcast(run.model.buffers())
+    with reporter.paused():
+        result = evaluate(run.model, run.val_reader, run.config, run.context, run.config.eval.max_images,
+                          should_continue)
+        run.metrics, run.evaluated = result.metrics, True
+        reporter.evaluation_done(result)
+
+
+def evaluate_finished_run(run: Run, reporter: RunReporter) -> None:
+    """Metrics for a command that is given again after the end."""
+    try:
+        evaluate_run(run, reporter)
+    except EvaluationStopped:
+        raise RunStopped("stopped while evaluating a run that is complete") from None
+    if run.best_miou is None:  # its last checkpoint was an ordinary one, of a run that should have been longer
+        run.save_checkpoint()
+
+
+def _count_masks(micro_batches: Sequence[Batch], config: RunConfig, context: DistContext) -> Tensor:
     """Masks per micro-batch, averaged over the global batch, at least 1; one all-reduce per step."""
     masks = sum(count_masks(batch.counts, config.decoder_head.num_queries, config.loss.num_masks_counts)
                 for batch in micro_batches)
@@ -311,38 +196,12 @@ def _gradient_sync(wrapped: nn.Module, is_last: bool) -> AbstractContextManager[
     return nullcontext()
 
 
-def _over_ranks(run: Run, local: list[dict[str, Tensor]], grad_norm: Tensor) -> dict[str, float]:
-    """Means over the global batch, the same on all ranks; whether a rank was asked to stop comes along."""
+def _mean_over_global_batch(local: list[dict[str, Tensor]], grad_norm: Tensor, stop_requested: bool,
+                            context: DistContext) -> tuple[dict[str, float], bool]:
+    """Losses and gradient norm, the same on all ranks, and whether any rank was asked to stop: one all-reduce."""
     logged = {name: torch.stack([losses[name] for losses in local]).mean() for name in local[0]}
     logged["grad_norm"] = grad_norm
-    logged["stop"] = torch.full((), float(run.stop.requested), device=run.context.device)
-    summed = run.context.all_reduce_sum(torch.stack(list(logged.values())))
-    values = dict(zip(logged, (summed / run.context.world_size).tolist(), strict=True))  # the step's one wait
-    run.stop.agreed = values.pop("stop") > 0
-    return values
-
-
-def _start_logging(run: Run) -> RunLogger:
-    run.folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(run.folder / "config.yaml", config_to_yaml(run.config).encode())
-    trainable = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
-    frozen = sum(parameter.numel() for parameter in run.model.parameters()) - trainable
-    start = f"continuing at step {run.step}" if run.step else "new run"
-    print(f"{run.folder}: {start}; {trainable / 1e6:.2f} M trainable and {frozen / 1e6:.2f} M frozen parameters; "
-          f"{run.context.world_size} rank(s) on {run.context.device.type}", flush=True)
-    project = run.config.train.wandb_project
-    wandb = None if project is None else WandbRun(run.folder, project, config_to_dict(run.config))
-    logger = RunLogger(run.folder, run.step, wandb)
-    if run.changes:
-        print(f"settings changed since: {'; '.join(run.changes)}", flush=True)
-    if run.step:
-        logger.event(run.step, "; ".join([f"continued with {run.context.world_size} rank(s)", *run.changes]))
-    return logger
-
-
-def _log_evaluation(run: Run, result: Evaluation, logger: RunLogger) -> None:
-    logger.evaluation(run.step, result.metrics)
-    if result.panels is not None:
-        logger.picture(run.step, "val-panels", result.panels)
-    tqdm.write(f"step {run.step}: val {format_metrics(result.metrics, run.manifest.classes).splitlines()[0]}")
-    write_report(run.folder, run.config, run.manifest, run.context)
+    stop = torch.full((), float(stop_requested), device=context.device)
+    summed = context.all_reduce_sum(torch.stack([*logged.values(), stop]))
+    *means, stops = (summed / context.world_size).tolist()  # waits for the device
+    return dict(zip(logged, means, strict=True)), stops > 0

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from shards.config_file import config_to_dict, override_config, without_places
 from shards.errors import ConfigError
 from shards.files.plain_file import LARGEST_PICTURE, read_plain
-from shards.manifest import ClassInfo
+from shards.manifest import ClassInfo, class_table, classes_from_table
 from shards.sample import decode_upright
 from trainer.build import build_model
 from trainer.config import BackboneConfig, LoadConfig, RandomBackboneConfig, RunConfig, run_config_from_dict
@@ -129,7 +129,7 @@ def export_config(pretrained: Pretrained) -> dict[str, Any]:
     return sealed_config({
         "model_type": EXPORT_MODEL_TYPE, "format": EXPORT_FORMAT,
         "layer_norm_eps": pretrained.model.backbone.layer_norm_eps,
-        "classes": [asdict(item) | {"color": list(item.color)} for item in pretrained.classes],
+        "classes": class_table(pretrained.classes),
         "settings": config_to_dict(config),
     })  # fmt: skip
 
@@ -141,7 +141,7 @@ def _exported_settings(weights: WeightsFile) -> tuple[RunConfig, list[ClassInfo]
         raise ConfigError(f"{weights.path}/config.json: format is {content.get('format')!r}, legal: {EXPORT_FORMAT}; "
                           "it was written by another version of MaskStream")
     try:
-        classes = [ClassInfo(name=item["name"], color=tuple(item["color"])) for item in content["classes"]]
+        classes = classes_from_table(content["classes"])
         settings = run_config_from_dict(content["settings"])
     except ConfigError:
         raise

@@ -24,22 +24,20 @@ def main() -> int:
     add_overrides(parser)
     arguments = parser.parse_intermixed_args()
     config = load_run_config(config_files(arguments), arguments.overrides)
-    return _dry_run(config) if arguments.dry_run else _train(config)
+    if arguments.dry_run:
+        return _dry_run(config)
 
-
-def _train(config: RunConfig) -> int:
     from trainer.distributed import distributed  # torch takes seconds to import; --help need not wait
     from trainer.evaluation.evaluation import format_metrics
     from trainer.loop import train
-    from trainer.run.run import required_folders
+    from trainer.run.run import run_places
 
-    root, folder = required_folders(config)
+    folder = run_places(config).folder  # an error now, before ranks wait for each other
     with distributed(config.device, config.train.hang_timeout) as context:
-        metrics = train(config, context)
+        run = train(config, context)
         if context.is_main:
-            from shards.manifest import load_manifest
-
-            print(format_metrics(metrics, load_manifest(root).classes))
+            assert run.metrics is not None
+            print(format_metrics(run.metrics, run.manifest.classes))
             print(f"checkpoints, report.html, metrics.jsonl, pictures and curves.png are in {folder}")
     return 0
 
@@ -49,9 +47,9 @@ def _dry_run(config: RunConfig) -> int:
     from shards.plan import accumulation_for
     from shards.shown_text import shown
     from trainer.data.crops import open_reader
-    from trainer.run.run import open_crops, required_folders
+    from trainer.run.run import open_crops, run_places
 
-    root, _ = required_folders(config)
+    root = run_places(config).root
     if os.environ.get("RANK", "0") != "0":
         return 0  # under torchrun, one rank tells
     print(config_to_yaml(config))

@@ -67,13 +67,23 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 def _publish(path: Path, fill: Callable[[BinaryIO], object], create: bool = False) -> None:
+    with atomic_path(path, create=create) as temporary, temporary.open("xb") as file:
+        fill(file)
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path, *, create: bool = False) -> Iterator[Path]:
+    """A temporary name to write to, for libraries that want a name; at the end it is synced and becomes `path`.
+
+    After an error nothing is left. `create` as in `write_atomically`.
+    """
     temporary = temporary_name(path)
     try:
         temporary.unlink(missing_ok=True)  # of a killed process of the same number; or a link, which is not followed
-        with naming(path), temporary.open("xb") as file:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
+        with naming(path):
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
         if create:
             _link(temporary, path)
         else:

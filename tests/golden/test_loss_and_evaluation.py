@@ -13,10 +13,10 @@ from torch import Tensor
 from tests.support.mutations import mutate
 from tests.support.replay import ReplayedLoss, in_drawing_order, replay
 from trainer.config import EvalConfig, RunConfig
-from trainer.data.targets import pack_targets
 from trainer.evaluation.metrics import ConfusionMatrix
 from trainer.evaluation.predictor import Predictor
 from trainer.loss.matcher import HungarianMatcher, Prediction
+from trainer.loss.packed_targets import pack_targets
 from trainer.loss.pixel_loss import pixel_cross_entropy
 from trainer.models.heads import LinearHead, MaskClassificationHead
 from trainer.optimizer import one_cycle, one_cycle_beta1
@@ -120,7 +120,7 @@ def test_golden_mask_loss_of_all_predictions_at_once(mask_loss: MaskLossCase) ->
     matcher_points = [p for layer in case.layers for p in case.matcher_points(layer)]
     loss.recorded = in_drawing_order(matcher_points, candidates, rests)
     items = [{"pred_logits": p.class_logits, "pred_masks": p.mask_logits} for p in map(case.prediction, case.layers)]
-    total, _ = loss.step(items[0] | {"aux_outputs": items[1:]}, case.targets)
+    total, *_ = loss.step(items[0] | {"aux_outputs": items[1:]}, case.targets)
     torch.testing.assert_close(total, case.tensors["losses/sum_over_layers"][0], **LOSS)
     gradients = torch.autograd.grad(total, [item[name] for item in items for name in ("pred_logits", "pred_masks")])
     for layer, class_grad, mask_grad in zip(case.layers, gradients[::2], gradients[1::2], strict=True):

@@ -29,8 +29,8 @@ from trainer.run.checkpoint import load_checkpoint, load_latest
 from trainer.config import RunConfig, load_run_config
 from trainer.distributed import DistContext
 from trainer.loop import train, train_step
-from trainer.run.non_finite import NonFiniteGuard, NonFiniteStepError, TrainingDiverged
-from trainer.run.run import build_run, open_crops
+from trainer.run.non_finite import NonFiniteGuard, TrainingDiverged
+from trainer.run.run import build_run, run_places
 from trainer.reporting.run_logger import read_metrics
 
 TINY = REPOSITORY / "tests" / "support" / "tiny.yaml"
@@ -120,7 +120,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_loudly(scene_shards: Path, f
 
 def test_a_complete_run_is_only_evaluated_again(scene_shards: Path, finished: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "again"))
-    metrics = train(tiny(scene_shards, run), ALONE)
+    metrics = train(tiny(scene_shards, run), ALONE).metrics
     assert metrics["mIoU"] >= 0 and losses(run) == losses(finished)
 
 
@@ -275,15 +275,9 @@ def test_training_learns_two_crops_by_heart(scenes: Path, tmp_path: Path) -> Non
 
 
 def step_setup(root: Path, folder: Path, *overrides: str) -> tuple[Any, list[Any]]:
-    from shards.plan import TrainPlan
-    from shards.reader import ShardReader
-    from trainer.data.crops import TrainCrops
-
     config = tiny(root, folder, *overrides)
-    reader = ShardReader(root, "train")
-    plan = TrainPlan([shard.samples for shard in reader.info.shards], 2, 0)
-    crops = TrainCrops(reader, plan, config.data)
-    return build_run(config, ALONE, reader.manifest, folder), [crops[0], crops[1]]
+    run = build_run(config, ALONE, run_places(config))
+    return run, [run.crops[0], run.crops[1]]
 
 
 def test_a_step_moves_every_trainable_weight_and_no_frozen_one(scene_shards: Path, tmp_path: Path) -> None:
@@ -306,12 +300,11 @@ def test_a_step_moves_every_trainable_weight_and_no_frozen_one(scene_shards: Pat
 def test_a_whole_run_leaves_the_frozen_vit_alone(scene_shards: Path, finished: Path, tmp_path: Path) -> None:
     checkpoint = load_latest(finished / "checkpoints")
     assert checkpoint is not None and not [key for key in checkpoint.model if ".backbone." in key]
-    manifest = load_manifest(scene_shards)
-    run = build_run(tiny(scene_shards, tmp_path), ALONE, manifest, tmp_path)
+    config = tiny(scene_shards, tmp_path)
+    run = build_run(config, ALONE, run_places(config))
     before = run.model.backbone.weights_sha256()
-    crops = open_crops(run.config, manifest)
     for number in range(3):
-        train_step(run, [crops[2 * number], crops[2 * number + 1]])
+        train_step(run, [run.crops[2 * number], run.crops[2 * number + 1]])
         run.model.train()
     assert run.model.backbone.weights_sha256() == before == checkpoint.backbone_sha256
 
@@ -319,7 +312,8 @@ def test_a_whole_run_leaves_the_frozen_vit_alone(scene_shards: Path, finished: P
 def test_ddp_holds_trainable_weights_only(scene_shards: Path, tmp_path: Path) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
-        run = build_run(tiny(scene_shards, tmp_path), ALONE, load_manifest(scene_shards), tmp_path)
+        config = tiny(scene_shards, tmp_path)
+        run = build_run(config, ALONE, run_places(config))
         trainable = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
         reduced = run.wrapped._get_ddp_logging_data()  # type: ignore[operator]
         assert reduced["num_parameter_tensors"] == len(trainable) < len(list(run.model.parameters()))
@@ -334,10 +328,10 @@ def test_non_finite_numbers_stop_the_run_before_the_weights_change(scene_shards:
     with torch.no_grad():
         weight[0, 0] = float("nan")
     before = run.model.trainable_state_dict()["segmentation_model.1.predictor.mask_embed.layers.0.weight"].clone()
-    with pytest.raises(NonFiniteStepError, match="the final prediction holds NaN") as caught:
-        train_step(run, batches)
+    found = train_step(run, batches).non_finite
+    assert found is not None and "the final prediction holds NaN" in found.reason
     with pytest.raises(TrainingDiverged, match=r"step 1, rank 0: .*samples: scene_train_\d+-00\d, scene_train"):
-        NonFiniteGuard(run).after(caught.value, batches)
+        NonFiniteGuard(run).leave_out(found, batches)
     after = run.model.trainable_state_dict()["segmentation_model.1.predictor.mask_embed.layers.0.weight"]
     assert torch.equal(before, after)
 
@@ -345,8 +339,10 @@ def test_non_finite_numbers_stop_the_run_before_the_weights_change(scene_shards:
 def test_an_infinite_gradient_stops_the_run(scene_shards: Path, tmp_path: Path) -> None:
     run, batches = step_setup(scene_shards, tmp_path)
     run.model.head.predictor.query_feat.weight.register_hook(lambda gradient: gradient * float("inf"))
-    with pytest.raises(NonFiniteStepError, match="grad_norm is"):
-        train_step(run, batches)
+    weights = [parameter.detach().clone() for parameter in run.model.parameters()]
+    found = train_step(run, batches).non_finite
+    assert found is not None and found.reason.startswith("grad_norm is")
+    assert all(torch.equal(before, after) for before, after in zip(weights, run.model.parameters(), strict=True))
 
 
 # -- several processes and the command line -----------------------------------------------------------------

@@ -17,14 +17,14 @@ from tests.runs.test_end_to_end import ALONE, TINY, one_line_error, run_program,
 from trainer.build import build_model
 from trainer.run.checkpoint import load_latest
 from trainer.loop import train
-from trainer.run.run import Run, build_run, resume
+from trainer.run.run import Run, run_places
+from trainer.run.start import start_run
 
 
 def started(root: Path, folder: Path, *overrides: str) -> Run:
     """A run as `train` has it before its first step."""
-    run = build_run(tiny(root, folder, *overrides), ALONE, load_manifest(root), folder)
-    resume(run)
-    return run
+    config = tiny(root, folder, *overrides)
+    return start_run(config, ALONE, run_places(config))
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from shards.files.storage import LocalStorage
 from shards.verify import verify
 from shards.writer import ShardWriter
 from tests.conftest import REPOSITORY, make_shards
-from trainer.run.folder import is_used, only_run_in
+from trainer.run.folder import is_used, lock_run_folder
 
 NO_LOCKS = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP]
 
@@ -49,7 +49,7 @@ def test_where_files_cannot_be_locked_all_go_on_with_a_warning(scenes: Path, tmp
     with pytest.warns(UserWarning, match=r"mirror cannot be locked"):
         assert copy_set(tmp_path / "set", tmp_path / "mirror") == 7
     assert verify(tmp_path / "set") == verify(tmp_path / "mirror") == []
-    with pytest.warns(UserWarning, match=r"run cannot be locked"), only_run_in(tmp_path / "run"):
+    with pytest.warns(UserWarning, match=r"run cannot be locked"), lock_run_folder(tmp_path / "run"):
         assert is_used(tmp_path / "run") is None
     cache = DiskCache(folder=tmp_path / "cache", limit=1000)
     with pytest.warns(UserWarning, match=r"cache cannot be locked"):

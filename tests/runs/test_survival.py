@@ -25,12 +25,13 @@ from tests.support.training_run import TINY, TrainingRun, assert_equal_states, a
 from trainer import loop
 from trainer.config import load_run_config
 from trainer.distributed import DistContext, agree_on_start
-from trainer.run.failures import RankLost, named_failures
+from trainer.run.failures import RankLost, explain_failures
 from trainer.data.loader import LoaderError
 from trainer.loop import train
 from trainer.run.non_finite import TrainingDiverged
 from trainer.out_of_memory import OutOfMemory
-from trainer.run.folder import FolderInUse, only_run_in, start_noted
+from trainer.run.run import build_run, run_places
+from trainer.run.folder import FolderInUse, lock_run_folder, record_start
 from trainer.reporting.run_logger import read_metrics
 from trainer.reporting.state import STATE_NAME, read_state
 from trainer.stopping import EXIT_TO_BE_CONTINUED, RunStopped, StopRequest, stop_on_signals
@@ -292,7 +293,7 @@ def test_a_start_that_died_before_its_first_word_is_lost(tmp_path: Path) -> None
     assert run_status(tmp_path) == 2
     (tmp_path / ".lock").touch()
     assert run_status(tmp_path) == EXIT_TO_BE_CONTINUED
-    with only_run_in(tmp_path):
+    with lock_run_folder(tmp_path):
         assert run_status(tmp_path) == 0
 
 
@@ -423,22 +424,19 @@ def test_errors_name_rank_host_step_and_what_to_turn(scene_shards: Path, tmp_pat
 
     run = tiny_run(scene_shards, tmp_path)
     run.step = 7
-    with pytest.raises(kind, match=f"rank 0 on {socket.gethostname()}, step 8: .*") as caught, named_failures(run):
+    with pytest.raises(kind, match=f"rank 0 on {socket.gethostname()}, step 8: .*") as caught, explain_failures(run):
         raise error
     assert caught.match(text) and getattr(caught.value, "exit_code", None) == 1
 
 
 def test_other_errors_pass_as_they_are(scene_shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"^a bug$"), named_failures(tiny_run(scene_shards, tmp_path)):
+    with pytest.raises(RuntimeError, match=r"^a bug$"), explain_failures(tiny_run(scene_shards, tmp_path)):
         raise RuntimeError("a bug")
 
 
 def tiny_run(root: Path, folder: Path) -> Any:
-    from shards.manifest import load_manifest
-    from trainer.run.run import build_run
-
     config = load_run_config(TINY, [f"data.root={root}", f"output_dir={folder / 'run'}"])
-    return build_run(config, ALONE, load_manifest(root), folder / "run")
+    return build_run(config, ALONE, run_places(config))
 
 
 # Numbers that are not finite
@@ -560,10 +558,10 @@ def test_states_that_differ_are_noticed() -> None:
 def test_a_folder_holds_one_run_at_a_time(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     holder = f"process {os.getpid()} on .*choose another output_dir"
-    with only_run_in(folder), pytest.raises(FolderInUse, match=holder), only_run_in(folder, patience=0.7):
+    with lock_run_folder(folder), pytest.raises(FolderInUse, match=holder), lock_run_folder(folder, patience=0.7):
         pytest.fail("two runs in one folder")
     assert capfd.readouterr().out.count("waiting for its end") == 1
-    with only_run_in(folder, patience=0.0):
+    with lock_run_folder(folder, patience=0.0):
         pass  # let go
 
 
@@ -571,32 +569,32 @@ def test_a_run_waits_for_the_one_before_to_end(tmp_path: Path) -> None:
     entered = threading.Event()
 
     def first() -> None:
-        with only_run_in(tmp_path):
+        with lock_run_folder(tmp_path):
             entered.set()
             time.sleep(0.3)
 
     thread = threading.Thread(target=first)
     thread.start()
     entered.wait(10)
-    with only_run_in(tmp_path, patience=60):
+    with lock_run_folder(tmp_path, patience=60):
         assert not thread.is_alive() or thread.join(10) is None
     thread.join()
 
 
 def test_what_happens_while_a_run_starts_is_in_its_state(tmp_path: Path) -> None:
-    with start_noted(tmp_path, 10, 2):
+    with record_start(tmp_path, 10, 2):
         state = read_state(tmp_path)
         assert state is not None and (state.status, state.step, state.total_steps) == ("running", 0, 10)
-    with pytest.raises(ConfigError), start_noted(tmp_path, 10, 2):
+    with pytest.raises(ConfigError), record_start(tmp_path, 10, 2):
         raise ConfigError("no such data")
     state = read_state(tmp_path)
     assert state is not None and (state.status, state.message) == ("failed", "ConfigError: no such data")
-    with pytest.raises(KeyboardInterrupt), start_noted(tmp_path, 10, 2):
+    with pytest.raises(KeyboardInterrupt), record_start(tmp_path, 10, 2):
         raise KeyboardInterrupt
     state = read_state(tmp_path)
     assert state is not None and state.status == "stopped"
     (tmp_path / STATE_NAME).write_text("damaged")
-    with start_noted(tmp_path, 10, 2):
+    with record_start(tmp_path, 10, 2):
         assert read_state(tmp_path) is not None
 
 

@@ -36,9 +36,9 @@ from trainer.distributed import DistContext
 from trainer.evaluation.evaluation import Predictor
 from trainer.loop import train
 from trainer.reporting.plots import draw_curves
-from trainer.run.progress import Progress, interval_line
+from trainer.run.reporter import RunReporter, interval_line
 from trainer.reporting.report import write_report
-from trainer.run.folder import only_run_in
+from trainer.run.folder import lock_run_folder
 from trainer.reporting.run_logger import RunLogger, read_evaluation, read_metrics
 from trainer.reporting.state import STATE_NAME, RunState, format_duration, read_state, write_state
 from trainer.reporting.svg_chart import Series, line_chart, ticks
@@ -108,7 +108,7 @@ def test_a_held_lock_means_that_it_runs(host: str, in_use: bool | None, old: boo
 def test_a_run_that_evaluates_for_hours_is_not_lost(tmp_path: Path) -> None:
     """What a script that queues jobs is told."""
     state = dataclasses.replace(STATE, status="running", host=socket.gethostname(), pid=os.getpid(), updated=1e9)
-    with only_run_in(tmp_path):
+    with lock_run_folder(tmp_path):
         write_state(tmp_path, state)
         result = run_program("trainer/status.py", tmp_path)
         assert result.returncode == 0 and "running" in result.stdout
@@ -120,15 +120,16 @@ def test_a_run_that_evaluates_for_hours_is_not_lost(tmp_path: Path) -> None:
 
 
 def test_waiting_refreshes_the_state_now_and_then(tmp_path: Path) -> None:
-    run = SimpleNamespace(step=3, config=tiny(tmp_path, tmp_path), context=ALONE, folder=tmp_path, best_miou=None)
+    run = SimpleNamespace(step=3, config=tiny(tmp_path, tmp_path), context=ALONE, folder=tmp_path, best_miou=None,
+                          writer=SimpleNamespace(newest=None))
     logger, now = RunLogger(tmp_path, 0), [100.0]
-    progress = Progress(run, logger, SimpleNamespace(newest=None), clock=lambda: now[0])
+    reporter = RunReporter(run, logger, clock=lambda: now[0])
     (tmp_path / "state.json").unlink()
     for now[0] in (100.0, 110.0, 129.9):
-        progress.still_alive()
+        reporter.still_alive()
     assert read_state(tmp_path) is None, "writing it costs something"
     now[0] = 130.0
-    progress.still_alive()
+    reporter.still_alive()
     state = read_state(tmp_path)
     assert state is not None and (state.status, state.step) == ("running", 3)
     logger.close()
@@ -137,17 +138,18 @@ def test_waiting_refreshes_the_state_now_and_then(tmp_path: Path) -> None:
 def test_an_interval_is_timed_without_the_evaluation_and_the_eta_with_it(tmp_path: Path) -> None:
     config = tiny(tmp_path, tmp_path, "train.log_every=2", "train.total_steps=10")
     run = SimpleNamespace(step=0, config=config, context=ALONE, folder=tmp_path, best_miou=None,
+                          writer=SimpleNamespace(newest="step-00000001.pt"),
                           optimizer=SimpleNamespace(param_groups=[{"lr": 0.5}]))
     logger, now = RunLogger(tmp_path, 0), [100.0]
-    progress = Progress(run, logger, SimpleNamespace(newest="step-00000001.pt"), clock=lambda: now[0])
+    reporter = RunReporter(run, logger, clock=lambda: now[0])
     for number in range(4):
-        with progress.waiting():
+        with reporter.waiting():
             now[0] += 1
         now[0] += 3
         run.step += 1
-        progress.step_done({"loss": 1.0, "grad_norm": 2.0})
+        reporter.step_done({"loss": 1.0, "grad_norm": 2.0})
         if number == 2:
-            with progress.paused():
+            with reporter.paused():
                 now[0] += 24
     logger.close()
     first, second = read_metrics(tmp_path)
@@ -279,7 +281,7 @@ def test_status_tells_people_and_scripts(tmp_path: Path, changes: dict[str, Any]
 def test_a_process_that_has_the_number_of_a_dead_run_is_not_the_run(tmp_path: Path) -> None:
     write_state(tmp_path, dataclasses.replace(STATE, pid=1, started=time.time(), updated=time.time()))
     assert status_of(tmp_path).returncode == 0
-    with only_run_in(tmp_path):
+    with lock_run_folder(tmp_path):
         assert status_of(tmp_path).returncode == 0
     assert status_of(tmp_path).returncode == 75
 

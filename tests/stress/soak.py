@@ -59,12 +59,12 @@ def train_and_note(root: str, folder: Path) -> None:
         "train.log_every=50"])
     whole_step = loop.train_step
 
-    def noted(run: Any, micro_batches: list[Any]) -> dict[str, float]:
-        losses = whole_step(run, micro_batches)
+    def noted(run: Any, micro_batches: list[Any]) -> loop.StepResult:
+        result = whole_step(run, micro_batches)
         with (folder / "keys.jsonl").open("a") as lines:
             print(json.dumps({"step": run.step, "keys": [batch.keys for batch in micro_batches],
-                              "loss": losses["loss"]}), file=lines, flush=True)
-        return losses
+                              "loss": result.losses["loss"]}), file=lines, flush=True)
+        return result
 
     loop.train_step = noted
     loop.train(config, DistContext(rank=0, world_size=1, device=torch.device("cpu")))

@@ -72,10 +72,10 @@ def test_no_lock_follows_a_link(tmp_path: Path, precious: Path, opened: Callable
 
 
 def test_a_run_empties_no_file_that_its_lock_leads_to(tmp_path: Path, precious: Path) -> None:
-    from trainer.run.folder import only_run_in
+    from trainer.run.folder import lock_run_folder
 
     (tmp_path / ".lock").symlink_to(precious)
-    with pytest.raises(ConfigError, match="remove it"), only_run_in(tmp_path):
+    with pytest.raises(ConfigError, match="remove it"), lock_run_folder(tmp_path):
         pass
     assert precious.read_bytes() == PRECIOUS
 

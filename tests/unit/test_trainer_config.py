@@ -13,7 +13,7 @@ from preprocess.config import PreprocessConfig
 from shards.config_file import config_changes, config_to_dict, config_to_yaml, load_config, override_config
 from shards.errors import ConfigError
 from tests.conftest import REPOSITORY
-from trainer.config import RunConfig, load_run_config, run_config_from_dict
+from trainer.config import DecoderHeadConfig, RunConfig, load_run_config, run_config_from_dict
 
 M2F = REPOSITORY / "configs" / "config-ade20k-m2f-training.yaml"
 
@@ -50,7 +50,7 @@ def test_the_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:
         ("decoder_head.type=m2", "decoder_head.type is 'm2', legal: m2f, linear, eomt; did you mean 'm2f'"),
         ("decoder_head.hidden_dim=100", "hidden_dim is 100, legal: a multiple of 32"),
         ("backbone.random.hidden_size=64", "both set"),
-        ("eval.crop_size=500", "eval.crop_size is 500, legal: a multiple of 32"),
+        ("eval.crop_size=500", "eval.crop_size is 500, legal with decoder_head.type m2f: a multiple of 32"),
         ("eval.stride=600", "eval.stride is 600, legal: at most"),
         ("decoder_head.nheads=0", "decoder_head.nheads is 0, legal: from 1"),
         ("eval.tta_ratios=[[1]]", r"eval.tta_ratios\[0\] is \['1'\], legal: a number"),
@@ -152,3 +152,39 @@ def test_changes_between_configurations_are_named() -> None:
     now = override_config(before, ["optimizer.lr=0.5", "data.root=elsewhere"])
     assert sorted(config_changes(before, now)) == ["data.root was None and is elsewhere",
                                                    f"optimizer.lr was {before.optimizer.lr} and is 0.5"]
+
+
+# -- settings that only one kind of head reads --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["decoder_head.dropout=0.2"], "dropout is 0.2; only decoder_head.type linear reads it, and .*type is m2f: remove"),
+    (["decoder_head.type=linear", "decoder_head.hidden_dim=64"], "hidden_dim is 64; only decoder_head.type m2f reads"),
+    (["decoder_head.num_queries=8", "decoder_head.type=linear", "decoder_head.num_queries=9"],
+     "num_queries is 9; only decoder_head.type m2f and eomt reads it"),
+])  # fmt: skip
+def test_a_setting_of_another_head_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"command line: decoder_head.{message}"):
+        load_run_config(None, overrides)
+
+
+def test_choosing_another_head_drops_what_was_set_for_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "m2f.yaml"
+    path.write_text("decoder_head: {type: m2f, hidden_dim: 64, num_queries: 7}\n")
+    linear = load_run_config(path, ["decoder_head.type=linear", "decoder_head.dropout=0.2"])
+    assert linear.decoder_head == DecoderHeadConfig(type="linear", dropout=0.2)
+    assert load_run_config(path, ["decoder_head.type=eomt"]).decoder_head.num_queries == 7, "EoMT reads that too"
+    both = tmp_path / "vits.yaml"
+    both.write_text("decoder_head: {hidden_dim: 96, num_blocks: 2}\n")
+    assert load_run_config([path, both], []).decoder_head.hidden_dim == 96, "a file for several heads"
+    assert load_run_config([path, both], ["decoder_head.type=eomt"]).decoder_head.num_blocks == 2
+    saved = tmp_path / "config.yaml"
+    saved.write_text(config_to_yaml(linear))
+    assert load_run_config(saved, []) == linear, "it names all settings; those of other heads are the defaults"
+
+
+def test_a_stored_configuration_may_hold_settings_that_nothing_read() -> None:
+    """Versions before this rule stored them."""
+    values = config_to_dict(load_run_config(None, ["decoder_head.type=linear"]))
+    values["decoder_head"]["hidden_dim"] = 64
+    assert run_config_from_dict(values).decoder_head == DecoderHeadConfig(type="linear")

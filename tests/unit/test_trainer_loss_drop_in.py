@@ -22,10 +22,11 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerHung
 from shards.errors import ConfigError
 from tests.unit.test_trainer_loss_mask_classification_loss import CLASSES, CPU, SETTINGS, outputs_of, seeded, targets_of
 from trainer.config import load_run_config
-from trainer.data.targets import SoftTargets, pack_targets, to_dense
+from trainer.data.targets import to_dense
 from trainer.loop import _count_masks
 from trainer.loss.mask_classification_loss import MaskClassificationLoss
 from trainer.loss.matcher import NonFiniteLossError
+from trainer.loss.packed_targets import SoftTargets, pack_targets
 
 Targets = Sequence[dict[str, Any]]
 
@@ -98,7 +99,7 @@ def test_every_path_divides_by_the_masks_that_were_matched(form: str, ignore: st
         loss = MaskClassificationLoss(**SETTINGS, ignore=ignore, num_masks_counts=rule)
         torch.manual_seed(0)
         single = loss(outputs["pred_masks"], targets, outputs["pred_logits"])
-        _, step = loss.step(outputs, targets, generator=seeded())
+        _, step, *_ = loss.step(outputs, targets, generator=seeded())
         found[rule] = [single["loss_mask"], single["loss_dice"], step["loss_mask"], step["loss_dice_0"]]
     for matched, of_all in zip(found["matched"], found["all"], strict=True):
         torch.testing.assert_close(matched, 4 * of_all)

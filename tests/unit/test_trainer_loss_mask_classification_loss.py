@@ -22,10 +22,11 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerForU
 from tests.support.mutations import mutate
 from tests.support.replay import ReplayedLoss, in_drawing_order
 from tests.unit.test_trainer_models_precision import WAITING, images, model_of
-from trainer.data.targets import pack_targets, to_dense
-from trainer.loss import mask_gradients, point_losses, point_sampling
+from trainer.data.targets import to_dense
+from trainer.loss import cpu_kernels, mask_gradients, point_losses, point_sampling
 from trainer.loss.mask_classification_loss import MaskClassificationLoss, StepLoss
 from trainer.loss.matcher import HungarianMatcher, Prediction
+from trainer.loss.packed_targets import pack_targets
 from trainer.loss.point_losses import SampledPoints, losses_and_gradients
 
 CLASSES = 6
@@ -97,7 +98,7 @@ def test_a_step_equals_transformers_loss(
     rounds = [recorded[start:start + len(counts) + 2] for start in range(0, len(recorded), len(counts) + 2)]
     loss.recorded = in_drawing_order([points for one in rounds for points in one[:-2]], [one[-2] for one in rounds],
                                      [one[-1] for one in rounds])
-    total, ours = loss.step(outputs, targets)
+    total, ours, *_ = loss.step(outputs, targets)
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name].detach().reshape(()), rtol=2e-5, atol=2e-6)
@@ -133,7 +134,7 @@ def test_one_prediction_alone_equals_its_part_of_a_step(counts: list[int], ignor
     torch.manual_seed(0)
     single = loss(outputs["pred_masks"], targets, outputs["pred_logits"])
     torch.manual_seed(0)
-    total, losses = loss.step(outputs, targets)
+    total, losses, *_ = loss.step(outputs, targets)
     for name, value in losses.items():
         torch.testing.assert_close(value, single[name].detach(), rtol=1e-6, atol=1e-7)
     leaves = [outputs["pred_masks"], outputs["pred_logits"]]
@@ -191,7 +192,7 @@ def test_only_matched_queries_carry_the_same_gradients(counts: list[int], shared
             masks = torch.einsum("bqd,bdhw->bqhw", item["mask_embeddings"], item["mask_features"])
             items.append({**item, "pred_masks": masks.detach()} if matched else
                          {"pred_logits": item["pred_logits"], "pred_masks": masks})
-        total, _ = MaskClassificationLoss(**SETTINGS).step({**items[0], "aux_outputs": items[1:]}, targets,
+        total, *_ = MaskClassificationLoss(**SETTINGS).step({**items[0], "aux_outputs": items[1:]}, targets,
                                                            generator=seeded())
         found.append((total, torch.autograd.grad(total, leaves)))
     (total, gradients), (again, others) = found
@@ -233,7 +234,7 @@ def test_dense_targets_and_segment_maps_agree_to_the_last_bit(ignore: str) -> No
     outputs, maps = outputs_of(3, 7, (6, 8)), targets_of([4, 0, 9], (24, 32))
     found = []
     for targets in (maps, [to_dense(target) for target in maps]):
-        total, losses = MaskClassificationLoss(**SETTINGS, ignore=ignore).step(outputs, targets, generator=seeded())
+        total, losses, *_ = MaskClassificationLoss(**SETTINGS, ignore=ignore).step(outputs, targets, generator=seeded())
         found.append((total, *losses.values()))
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
@@ -262,7 +263,7 @@ def test_excluded_pixels_do_not_count() -> None:
             with torch.no_grad():
                 outputs["pred_masks"][..., 9:] = value  # column 8 is read by points of column 7 too
             loss = MaskClassificationLoss(**{**SETTINGS, "importance_sample_ratio": 0.0}, ignore=ignore)
-            total, _ = loss.step(outputs, targets, generator=seeded())
+            total, *_ = loss.step(outputs, targets, generator=seeded())
             (gradient,) = torch.autograd.grad(total, outputs["pred_masks"])
             totals.append(total.detach())
             assert (gradient[..., 9:].abs().max() == 0) == same
@@ -332,7 +333,7 @@ class Operations(TorchDispatchMode):
 
 def on_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the branches that other devices than the CPU take."""
-    monkeypatch.setattr(point_sampling, "_is_on_host", lambda values: False)
+    monkeypatch.setattr(cpu_kernels, "serve", lambda values: False)
 
 
 def whole_step(counts: Sequence[int], *, dense: bool = False, ignore: str = "background") -> Callable[[], StepLoss]:
@@ -518,7 +519,7 @@ def test_a_trained_model_is_matched_alike_in_bf16_and_in_float32() -> None:
     loss = MaskClassificationLoss(**SETTINGS | {"num_points": 256, "num_labels": 5})
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
     for step in range(30):
-        total, losses = loss.step(model(pixels), targets, generator=seeded(step))
+        total, losses, *_ = loss.step(model(pixels), targets, generator=seeded(step))
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
@@ -529,7 +530,7 @@ def test_a_trained_model_is_matched_alike_in_bf16_and_in_float32() -> None:
     for enabled in (False, True):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             outputs = model(pixels)
-            _, losses = loss.step(outputs, targets, generator=seeded())
+            _, losses, *_ = loss.step(outputs, targets, generator=seeded())
             predictions = [Prediction(item["pred_logits"], item["pred_masks"]) for item in items_of(outputs)]
             draw = point_sampling.uniform_draw(CPU, seeded())
             matches.append(loss.matcher.match(predictions, pack_targets(targets, CPU), draw))
@@ -586,7 +587,7 @@ def _rank_loss(rank: int, store: str, folder: str, divisor: str) -> None:
         return all_reduce(*args, **kwargs)
 
     dist.all_reduce = counting
-    total, losses = loss.step(model(outputs, mine), targets[mine])
+    total, losses, *_ = loss.step(model(outputs, mine), targets[mine])
     assert reductions == (divisor == "the mean")
     total.backward()
     found = {name: value for name, value in losses.items() if "cross" not in name}
@@ -616,7 +617,7 @@ def test_two_ranks_add_up_to_the_joined_batch(divisor: str, tmp_path: Any) -> No
     outputs, targets = _joined([*RANKS[0], *RANKS[1]])
     loss, model = ReplayedLoss(**{**SETTINGS, "class_coefficient": 0.0}), Scaled()
     loss.recorded = _points(None)
-    total, joined = loss.step(model(outputs, slice(None)), targets)
+    total, joined, *_ = loss.step(model(outputs, slice(None)), targets)
     total.backward()
     right = divisor == "the mean"
     for name, value in first.items():

@@ -22,11 +22,11 @@ import pytest
 import torch
 
 from shards.errors import ConfigError
+from trainer.run import checkpoint_writer
 from trainer.run.checkpoint import Checkpoint, load_checkpoint, load_latest
 from trainer.run.checkpoint_writer import CheckpointError, CheckpointWriter, TakenOver
-from trainer.run.folder import FolderInUse, only_run_in
-from trainer.run.identity import check_identity, only_run_at, run_id
-from trainer.run.run import checkpoint_writer
+from trainer.run.folder import FolderInUse, lock_run_folder
+from trainer.run.identity import check_identity, lock_checkpoints, run_id
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
@@ -294,7 +294,7 @@ def test_what_killed_writers_left_is_removed_by_the_next_start(tmp_path: Path) -
     for name in (".best.pt.4711.tmp", ".step-00000001.pt.sha256.12.tmp", ".checkpoint.tmp", ".mine.tmp"):
         (place / name).write_bytes(b"half")
     (tmp_path / ".state.json.99.tmp").write_bytes(b"half")
-    with only_run_in(tmp_path), only_run_at(place, tmp_path):
+    with lock_run_folder(tmp_path), lock_checkpoints(place, tmp_path):
         assert names(place) == [".lock", ".mine.tmp", "owner.json"]
         assert names(tmp_path) == [".lock", "checkpoints", "run-id"]
 
@@ -310,7 +310,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def run_at(place: str, folder: Path, step: int) -> str:
     """A start of the run in `folder`, which writes a checkpoint; its identity."""
     folder.mkdir(exist_ok=True)
-    with only_run_at(place, folder):
+    with lock_checkpoints(place, folder):
         checkpoint = state(step)
         checkpoint.run_id = run_id(folder)
         with CheckpointWriter(place, folder, 2, None) as writer:
@@ -337,13 +337,13 @@ def test_a_run_keeps_its_place_and_others_are_refused_by_name(place: str, tmp_pa
 def test_a_place_without_checkpoints_may_change_hands(place: str, tmp_path: Path) -> None:
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
-        with only_run_at(place, tmp_path / name):
+        with lock_checkpoints(place, tmp_path / name):
             pass
     assert run_id(tmp_path / "one") != run_id(tmp_path / "other")
 
 
 def test_a_start_that_was_killed_is_taken_over_and_cannot_write_any_more(s3_root: str, tmp_path: Path) -> None:
-    killed, writer = only_run_at(s3_root, tmp_path), CheckpointWriter(s3_root, tmp_path, 2, None)
+    killed, writer = lock_checkpoints(s3_root, tmp_path), CheckpointWriter(s3_root, tmp_path, 2, None)
     killed.__enter__()  # and never leaves: kill -9, or a node that was cut off
     with writer:
         writer.save(state(1), is_best=False)
@@ -359,9 +359,9 @@ def test_a_start_that_was_killed_is_taken_over_and_cannot_write_any_more(s3_root
 
 def test_a_folder_of_checkpoints_is_locked(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
-    with only_run_at(tmp_path / "shared", tmp_path / "one"), \
+    with lock_checkpoints(tmp_path / "shared", tmp_path / "one"), \
             pytest.raises(FolderInUse, match=r"shared is in use by a run \(process .* another train\.checkpoint_dir"), \
-            only_run_in(tmp_path / "shared", 0.1, "train.checkpoint_dir"):
+            lock_run_folder(tmp_path / "shared", 0.1, "train.checkpoint_dir"):
         pytest.fail("it is locked")
 
 
@@ -375,5 +375,5 @@ def test_a_checkpoint_of_another_run_among_ones_own_is_refused() -> None:
 def test_a_malformed_owner_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "owner.json").write_text('{"run_id": ' + "9" * 5000 + "}")
     with pytest.raises(ConfigError, match=r"owner\.json does not say whose checkpoints these are: .*remove it"), \
-            only_run_at(tmp_path, tmp_path):
+            lock_checkpoints(tmp_path, tmp_path):
         pytest.fail("whose is it?")

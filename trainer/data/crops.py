@@ -26,7 +26,7 @@ from shards.manifest import Manifest
 from shards.plan import TrainPlan
 from shards.read_ahead import ReadAhead, look_ahead
 from shards.reader import ShardReader
-from shards.rle import ignore_value
+from shards.rle import IGNORE_16_BIT, ignore_value
 from shards.sample import CropSample
 from trainer.config import DataConfig
 from trainer.data.targets import Target, dense_masks
@@ -353,6 +353,6 @@ def stack_segment_maps(segment_maps: Sequence[npt.NDArray[Any]]) -> Tensor:
     """uint8 [B, H, W]; int32 (ignored: 65535) when one of the crops has more labels than uint8 tells apart."""
     if all(segments.dtype == np.uint8 for segments in segment_maps):
         return torch.from_numpy(np.stack(segment_maps))
-    wide = [np.where(segments == np.iinfo(segments.dtype).max, 65535, segments.astype(np.int32))
+    wide = [np.where(segments == np.iinfo(segments.dtype).max, IGNORE_16_BIT, segments.astype(np.int32))
             for segments in segment_maps]
     return torch.from_numpy(np.stack(wide).astype(np.int32))

@@ -31,17 +31,17 @@ class Evaluation(NamedTuple):
 
 
 class EvaluationStopped(Exception):
-    """Some rank was told not to go on. Raised on every rank alike."""
+    """A rank was asked to stop. Raised on every rank alike."""
 
 
 def evaluate(
     model: Segmenter, reader: ShardReader, config: RunConfig, context: DistContext, images: int | None = None,
-    go_on: Callable[[], bool] = lambda: True,
+    should_continue: Callable[[], bool] = lambda: True,
 ) -> Evaluation:
     """Every image exactly once over all ranks; counts are summed once, after the loop.
 
-    `images` limits the number of images. The model's training mode is restored afterwards. `go_on` is asked before
-    each image; raises EvaluationStopped on all ranks when it said no on one.
+    `images` limits the number of images. The model's training mode is restored afterwards. `should_continue` is asked
+    before each image; raises EvaluationStopped on all ranks when it said no on one.
     """
     manifest, was_training = reader.manifest, model.training
     model.eval()
@@ -57,7 +57,7 @@ def evaluate(
     for item in tqdm(loader, total=len(numbers), desc="evaluating", unit="img", leave=False,
                      disable=None if context.is_main else True):
         context.beat("evaluation")
-        stopped = not go_on()
+        stopped = not should_continue()
         if stopped:
             break
         prediction = predict(item.image)

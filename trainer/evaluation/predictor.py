@@ -18,7 +18,7 @@ from torch import Tensor
 from shards.errors import ConfigError
 from trainer.config import RunConfig
 from trainer.data.transforms import normalize
-from trainer.evaluation.sliding_window import ADAPTER_DIVISOR, Size, covering_size, slide_inference, view_size
+from trainer.evaluation.sliding_window import Size, covering_size, slide_inference, view_size
 from trainer.models import Segmenter
 from trainer.out_of_memory import OutOfMemory, allocator_error
 
@@ -28,7 +28,7 @@ class Predictor:
 
     def __init__(self, model: Segmenter, config: RunConfig, num_classes: int, device: torch.device) -> None:
         self.model, self.config, self.num_classes, self.device = model, config, num_classes, device
-        self.settings = config.eval
+        self.settings, self.size_divisor = config.eval, config.decoder_head.size_divisor
 
     def __call__(self, image: Tensor) -> Tensor:
         """uint8 [3, H, W] on any device -> int64 [H, W] class ids on the model's device.
@@ -87,7 +87,7 @@ class Predictor:
         scores = slide_inference(
             self._window_scores, view, self.num_classes, None if settings.mode == "whole" else settings.crop_size,
             None if settings.reference == "eomt" else settings.stride,
-            size_divisor=ADAPTER_DIVISOR if settings.reference is None else None)
+            size_divisor=self.size_divisor if settings.reference is None else None)
         resized = F.interpolate(scores, size, mode="bilinear", align_corners=False)
         return resized.flip(3) if mirrored else resized
 
@@ -98,7 +98,7 @@ class Predictor:
         except ValueError as error:  # our own windows always fit
             raise ConfigError(f"eval.reference={self.settings.reference} cuts a window that the network refuses: "
                               f"{error}. Set eval.crop_size and eval.resize_short_side to multiples of "
-                              f"{ADAPTER_DIVISOR} as published, or eval.reference=null") from error
+                              f"{self.size_divisor} as published, or eval.reference=null") from error
         dtype = torch.bfloat16 if self.settings.reference == "dinov3" else torch.float32
         return self.model.semantic_logits(outputs, (window.shape[2], window.shape[3]), dtype)
 

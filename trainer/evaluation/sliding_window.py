@@ -18,8 +18,7 @@ Predict = Callable[[Tensor], Tensor]
 Size = tuple[int, int]
 """Height and width in pixels."""
 
-ADAPTER_DIVISOR = 32
-"""The adapter accepts only heights and widths that are multiples of this."""
+_VIEW_MULTIPLE = 32  # the reference rounds the short side of views below scale 1 up to it, whatever the head
 
 
 def window_grid(size: Size, crop: Size, stride: Size | None) -> list[tuple[int, int, int, int]]:
@@ -78,7 +77,7 @@ def window_size(size: Size, crop: Size | None, size_divisor: int | None) -> Size
 
 @torch.no_grad()
 def slide_inference(predict: Predict, image: Tensor, num_classes: int, crop_size: Size | int | None,
-                    stride: Size | int | None, *, size_divisor: int | None = ADAPTER_DIVISOR) -> Tensor:
+                    stride: Size | int | None, *, size_divisor: int | None) -> Tensor:
     """Scores float32 [1, C, H, W] of a normalised image [1, 3, H, W]: the mean over all windows that see a pixel.
 
     `crop_size` None takes one window over the whole image. Where a window is larger than the image (see
@@ -113,7 +112,7 @@ def view_size(size: Size, short_side: int | None, ratio: float | None) -> Size:
     if ratio is not None:
         short = max(1, int(short * ratio))
         if ratio < 1:
-            short = math.ceil(short / ADAPTER_DIVISOR) * ADAPTER_DIVISOR
+            short = math.ceil(short / _VIEW_MULTIPLE) * _VIEW_MULTIPLE
     long = int(short * max(size) / min(size) + 0.5)
     return (short, long) if size[0] <= size[1] else (long, short)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -13,6 +13,7 @@ from trainer.data.targets import Target, label_map_from_segments, segment_map_fr
 from trainer.loss.mask_classification_loss import MaskClassificationLoss
 from trainer.loss.matcher import NonFiniteLossError
 from trainer.loss.pixel_loss import pixel_cross_entropy
+from trainer.models.outputs import MaskOutputs, MaskPrediction, PixelOutputs
 
 
 class CriterionLoss(NamedTuple):
@@ -20,18 +21,15 @@ class CriterionLoss(NamedTuple):
 
     total: Tensor
     losses: dict[str, Tensor]
-    problem: str | None = None  # why they are NaN, where something is known about it
+    unmatched: int = 0  # targets that no query was left for
+    problem: str | None = None  # why the losses are NaN, where that is known
 
 
 class Criterion(Protocol):
     """Losses of one micro-batch."""
 
-    @property
-    def unmatched(self) -> int:
-        """Targets so far that no query was left for."""
-
     def __call__(
-        self, outputs: Mapping[str, Any], targets: Sequence[Target], num_masks: Tensor, generator: torch.Generator
+        self, outputs: Any, targets: Sequence[Target], num_masks: Tensor, generator: torch.Generator
     ) -> CriterionLoss:
         """What is differentiated, and named losses; `num_masks` is the number that mask losses are divided by."""
 
@@ -55,39 +53,33 @@ class MaskCriterion(nn.Module):
         )
 
     def forward(
-        self, outputs: Mapping[str, Any], targets: Sequence[Target], num_masks: Tensor, generator: torch.Generator
+        self, outputs: MaskOutputs, targets: Sequence[Target], num_masks: Tensor, generator: torch.Generator
     ) -> CriterionLoss:
         try:
             return CriterionLoss(*self.loss.step(outputs, targets, num_masks, generator))
         except NonFiniteLossError as error:
             return self._poisoned(outputs, str(error))
 
-    @property
-    def unmatched(self) -> int:
-        return self.loss.matcher.unmatched
-
-    def _poisoned(self, outputs: Mapping[str, Any], problem: str) -> CriterionLoss:
+    def _poisoned(self, outputs: MaskOutputs, problem: str) -> CriterionLoss:
         """NaN for everything: this rank can match nothing, but the others wait for its gradients all the same, and so
         learn of it. `NonFiniteGuard` then decides for all ranks alike."""
-        items = [outputs, *outputs.get("aux_outputs", ())]
+        items: list[MaskPrediction] = [outputs, *outputs.get("aux_outputs", ())]
         reached = [tensor for item in items for tensor in item.values()
                    if isinstance(tensor, Tensor) and tensor.requires_grad]
         total = torch.stack([tensor.float().sum() for tensor in reached]).sum() * torch.nan
         losses = dict.fromkeys(self.loss.loss_names(len(items)), total.detach())
-        return CriterionLoss(total, losses, problem)
+        return CriterionLoss(total, losses, problem=problem)
 
 
 class PixelCriterion(nn.Module):
     """Per-pixel cross-entropy (linear head)."""
-
-    unmatched = 0
 
     def __init__(self, ignore_index: int) -> None:
         super().__init__()
         self.ignore_index = ignore_index
 
     def forward(
-        self, outputs: Mapping[str, Any], targets: Sequence[Target], num_masks: Tensor, generator: torch.Generator
+        self, outputs: PixelOutputs, targets: Sequence[Target], num_masks: Tensor, generator: torch.Generator
     ) -> CriterionLoss:
         label_maps = torch.stack([self._label_map(target) for target in targets])  # [B, H, W]
         loss = pixel_cross_entropy(outputs["logits"], label_maps, self.ignore_index)

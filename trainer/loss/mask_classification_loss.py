@@ -14,11 +14,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
-from trainer.data.targets import ReadableTargets, Target, pack_targets, to_dense
+from trainer.data.targets import Target, to_dense
 from trainer.loss.mask_gradients import with_gradients
 from trainer.loss.matcher import HungarianMatcher, Prediction, count_masks, in_chunks
+from trainer.loss.packed_targets import ReadableTargets, pack_targets
 from trainer.loss.point_losses import SampledPoints, losses_and_gradients, point_losses, spread_to_pixels
 from trainer.loss.point_sampling import Draw, point_sample, sample_uncertain_points, uniform_draw
+from trainer.models.outputs import MaskOutputs, MaskPrediction
 
 Indices = Sequence[tuple[Tensor, Tensor]]
 """Matches in transformers' form: (queries, targets) of each image, int64 [min(Q, N)] each."""
@@ -31,6 +33,7 @@ class StepLoss(NamedTuple):
 
     total: Tensor
     losses: dict[str, Tensor]
+    unmatched: int  # targets that no query was left for, where images have more of them than there are queries
 
 
 class MaskClassificationLoss(Mask2FormerLoss):
@@ -119,7 +122,7 @@ class MaskClassificationLoss(Mask2FormerLoss):
         divisor = self._mean_over_ranks(sum(map(len, counted)))
         return {name: loss / divisor for name, loss in sums.items()}
 
-    def step(self, outputs: Mapping[str, Any], targets: Sequence[Target], num_masks: Tensor | float | None = None,
+    def step(self, outputs: MaskOutputs, targets: Sequence[Target], num_masks: Tensor | float | None = None,
              generator: torch.Generator | None = None) -> StepLoss:
         """The weighted total of all predictions' losses, and the single losses: `loss_mask` is the final one's,
         `loss_mask_3` that of `aux_outputs[3]`; likewise `loss_dice` and `loss_cross_entropy`.
@@ -132,7 +135,7 @@ class MaskClassificationLoss(Mask2FormerLoss):
         Draws the matcher's points of all predictions first, then those of the losses, a few predictions at a time.
         Raises as `forward`.
         """
-        items = [outputs, *outputs.get("aux_outputs", ())]
+        items: list[MaskPrediction] = [outputs, *outputs.get("aux_outputs", ())]
         predictions = [Prediction(item["pred_logits"], item["pred_masks"]) for item in items]
         self._check_shapes(predictions, targets)
         device = predictions[0].class_logits.device
@@ -148,7 +151,9 @@ class MaskClassificationLoss(Mask2FormerLoss):
             total = with_gradients(value, items, matches, gradients)
             total = total + self.coefficients["loss_cross_entropy"] * class_losses.sum()
         named = torch.cat([mask_losses, class_losses.detach()[:, None]], dim=1)  # [L, 3]
-        return StepLoss(total, dict(zip(self.loss_names(len(items)), named.flatten().unbind(), strict=True)))
+        num_queries = predictions[0].mask_logits.shape[1]
+        return StepLoss(total, dict(zip(self.loss_names(len(items)), named.flatten().unbind(), strict=True)),
+                        sum(max(0, count - num_queries) for count in packed.counts))
 
     def loss_names(self, predictions: int) -> list[str]:
         """Names of what `step` returns for so many predictions, the final one's first."""

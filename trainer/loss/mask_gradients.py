@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from trainer.models.outputs import MaskPrediction
 
-def with_gradients(value: Tensor, items: Sequence[Mapping[str, Any]], matches: Tensor, gradients: Tensor) -> Tensor:
+
+def with_gradients(value: Tensor, items: Sequence[MaskPrediction], matches: Tensor, gradients: Tensor) -> Tensor:
     """`value`, a scalar, with the gradients that the predictions' matched masks have under it.
 
     items        the L predictions; see `MaskClassificationLoss.step`

@@ -16,8 +16,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerHungarianMatcher
 
-from trainer.data.targets import ReadableTargets
-from trainer.loss.point_sampling import Draw, in_reading_order, point_sample
+from trainer.loss import cpu_kernels
+from trainer.loss.packed_targets import ReadableTargets
+from trainer.loss.point_sampling import Draw, point_sample
 
 LAYERS_AT_ONCE = 2
 
@@ -27,7 +28,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 class Prediction(NamedTuple):
-    """What one decoder layer says."""
+    """Logits of one decoder layer."""
 
     class_logits: Tensor  # [B, Q, C + 1], the last class is "no object"
     mask_logits: Tensor  # [B, Q, h, w]
@@ -43,24 +44,22 @@ class HungarianMatcher(Mask2FormerHungarianMatcher):
                  class_coefficient: float) -> None:
         super().__init__(cost_class=class_coefficient, cost_mask=mask_coefficient, cost_dice=dice_coefficient,
                          num_points=num_points)
-        self.unmatched = 0  # targets so far that were more than there are queries
 
     @torch.no_grad()
     def match(self, predictions: Sequence[Prediction], targets: ReadableTargets, draw: Draw) -> Tensor:
         """Matches int64 [L, 3, M] on the predictions' device; the three rows are image, query and target index.
 
         `predictions` holds the final one first, then the auxiliary ones. Per prediction, matches are ordered by image,
-        then by query; image b has min(Q, N_b) of them: with more targets than queries the dearest targets stay
-        unmatched, and are counted in `unmatched`. Draws [L * B, P, 2] once. Raises NonFiniteLossError; ValueError for
-        a label outside [0, C).
+        then by query; image b has min(Q, N_b) of them: with more targets than queries the costliest targets stay
+        unmatched. Draws [L * B, P, 2] once. Raises NonFiniteLossError; ValueError for a label outside [0, C).
         """
         device, batch = predictions[0].class_logits.device, len(targets.counts)
         with torch.autocast(device.type, enabled=False):
-            points = in_reading_order(draw((len(predictions) * batch, self.num_points, 2)))
+            points = draw((len(predictions) * batch, self.num_points, 2))
+            points = cpu_kernels.sort_by_location(points) if cpu_kernels.serve(points) else points
             points = points.unflatten(0, (-1, batch))  # [L, B, P, 2]
             costs = self.costs(predictions, targets, points)
         on_host = costs.cpu().numpy()  # the one wait for the device
-        self.unmatched += sum(max(0, count - on_host.shape[2]) for count in targets.counts)
         _check_finite(on_host, targets, num_labels=predictions[0].class_logits.shape[-1] - 1)
         matches = np.stack([_assign(prediction, targets.counts) for prediction in on_host])  # [L, 3, M]
         return torch.from_numpy(matches).to(device, non_blocking=True)

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainer.loss import cpu_kernels
+
 Draw = Callable[[tuple[int, ...]], Tensor]
 """The only source of randomness here: shape -> float32 tensor of that shape, uniform in [0, 1)."""
-
-_CELLS = 128  # of each side, to order points by
-_EVERY = 16  # a value in so many is looked at before all are
 
 
 def uniform_draw(device: torch.device, generator: torch.Generator | None) -> Draw:
@@ -42,16 +39,6 @@ def point_sample(maps: Tensor, points: Tensor) -> Tensor:
 def sampling_grid(points: Tensor) -> Tensor:
     """Points [N, P, 2] in [0, 1] as the grid [N, P, 1, 2] in [-1, 1] that grid_sample wants, in one pass."""
     return torch.add(points.new_full((), -1.0), points[:, :, None], alpha=2)
-
-
-def in_reading_order(points: Tensor) -> Tensor:
-    """The same points float32 [..., P, 2] of [0, 1], on a host ordered by place, roughly: their order means nothing,
-    and maps are read there two or three times as fast. A device reads many at once and keeps them as they are."""
-    if not _is_on_host(points):
-        return points
-    x, y = (points * _CELLS).to(torch.int16).clamp_(0, _CELLS - 1).unbind(-1)
-    order = np.argsort((y * _CELLS + x).numpy(), axis=-1, kind="stable")  # of 16 bits, and so without comparisons
-    return torch.view_as_real(torch.view_as_complex(points).gather(-1, torch.from_numpy(order)))
 
 
 @torch.no_grad()
@@ -80,30 +67,6 @@ def sample_uncertain_points(mask_logits: Tensor, num_points: int, oversample_rat
 
 def smallest(values: Tensor, count: int) -> Tensor:
     """Indices int64 [N, count] of each row's `count` smallest values [N, S], in no order; ties go to any of them."""
-    if _is_on_host(values) and 0 < count < values.shape[1]:
-        return torch.from_numpy(_smallest_on_host(values.numpy(), count))
+    if cpu_kernels.serve(values) and 0 < count < values.shape[1]:
+        return cpu_kernels.smallest(values, count)
     return values.topk(count, dim=1, largest=False, sorted=False).indices
-
-
-def _smallest_on_host(values: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.int64]:
-    """A part of each row suggests bounds that the largest value wanted lies between, with four standard deviations'
-    certainty. Only what is between them has to be sorted, partially: a third of the time of partially sorting all,
-    which is left for rows where this finds too few or too many (a wrong suggestion, equal values, NaN)."""
-    part, share = -(-values.shape[1] // _EVERY), count / values.shape[1]
-    margin = 4.0 * (part * share * (1.0 - share)) ** 0.5 + 1.0
-    ranks = np.clip([int(part * share - margin), int(part * share + margin)], 0, part - 1)
-    found = np.empty((len(values), count), np.int64)
-    for places, row in zip(found, values, strict=True):
-        low, high = np.partition(row[::_EVERY], ranks)[ranks]
-        candidates = np.flatnonzero(row <= high)
-        few = row[candidates]
-        between = few[np.flatnonzero(few >= low)]
-        missing = count - (len(few) - len(between))
-        if 0 < missing <= len(between):
-            candidates = candidates[few <= np.partition(between, missing - 1)[missing - 1]]
-        places[:] = candidates if len(candidates) == count else np.argpartition(row, count - 1)[:count]
-    return found
-
-
-def _is_on_host(values: Tensor) -> bool:
-    return values.device.type == "cpu"

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shards.errors import ConfigError
-from trainer.config import AdapterConfig
+from trainer.config import SIZE_DIVISORS, AdapterConfig
 from trainer.models.backbone import DINOv3Backbone
 from trainer.models.deform_attn import MSDeformAttn, pixel_centers
 from trainer.models.recompute import RecomputingModule
@@ -182,8 +182,9 @@ class DINOv3Adapter(RecomputingModule):
         Raises ValueError when H or W is no multiple of 32 (the strides would not nest).
         """
         height, width = images.shape[-2:]
-        if height % 32 or width % 32:
-            raise ValueError(f"image is {height}x{width}, legal: height and width multiples of 32")
+        divisor = SIZE_DIVISORS["m2f"]
+        if height % divisor or width % divisor:
+            raise ValueError(f"image is {height}x{width}, legal: height and width multiples of {divisor}")
         # A single decoded picture, permuted, is laid out like the transposed views explained in _pyramid.
         c1, c2, c3, c4 = self.spm(images.contiguous())
         shapes = [(height // stride, width // stride) for stride in (8, 16, 32)]

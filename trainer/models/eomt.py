@@ -18,6 +18,7 @@ from shards.errors import ConfigError
 from trainer.models.backbone import DINOv3Backbone
 from trainer.models.heads import MaskClassificationHead
 from trainer.models.mask_decoder import blocked_positions, predicted_masks
+from trainer.models.outputs import MaskOutputs, MaskPrediction, PredictedMasks
 from trainer.models.vit_keys import PATCH_SIZE
 
 _ANNEALING_POWER = 0.9
@@ -160,7 +161,7 @@ class EomtHead(MaskClassificationHead):
         for entry, share in zip(self.attn_mask_probs.unbind(), shares, strict=True):
             entry.fill_(share)  # a copy from a new host tensor would wait for the device
 
-    def forward(self, features: SharedBlocks, with_aux: bool = False) -> dict[str, Any]:
+    def forward(self, features: SharedBlocks, with_aux: bool = False) -> MaskOutputs:
         """-> pred_logits [B, Q, C + 1] and pred_masks [B, Q, h * 2^u, w * 2^u], of u upscale layers over the grid.
 
         In training, or on request, also aux_outputs: the same two as predicted before each of the shared blocks.
@@ -169,7 +170,7 @@ class EomtHead(MaskClassificationHead):
         masked_blocks = self._masked_in_training if self.training else self._masked_in_evaluation
         queries = self.query.weight.expand(features.tokens.shape[0], -1, -1)
         tokens = torch.cat((queries.to(features.tokens.dtype), features.tokens), dim=1)  # [B, T, D]
-        aux_outputs = []
+        aux_outputs: list[MaskPrediction] = []
         for block, masked, share in zip(features.blocks, masked_blocks, self.attn_mask_probs.unbind(), strict=True):
             allowed = None
             if with_aux or masked:
@@ -181,8 +182,10 @@ class EomtHead(MaskClassificationHead):
                     allowed = self._allowed(masks["pred_masks"], tokens.shape[1], features.grid, share)
             tokens = block(tokens, allowed)
         normed = features.norm(tokens)
-        outputs = {"pred_logits": self._classes(normed), **self._masks(normed, features.grid)}
-        return outputs | {"aux_outputs": aux_outputs} if with_aux else outputs
+        outputs: MaskOutputs = {"pred_logits": self._classes(normed), **self._masks(normed, features.grid)}
+        if with_aux:
+            outputs["aux_outputs"] = aux_outputs
+        return outputs
 
     def _note_masked_blocks(self, shares: Sequence[float]) -> None:
         """What the buffer says, readable without waiting for the device."""
@@ -192,7 +195,7 @@ class EomtHead(MaskClassificationHead):
     def _classes(self, normed: Tensor) -> Tensor:
         return self.class_predictor(normed[:, : self.query.num_embeddings])
 
-    def _masks(self, normed: Tensor, grid: tuple[int, int]) -> dict[str, Tensor]:
+    def _masks(self, normed: Tensor, grid: tuple[int, int]) -> PredictedMasks:
         patches = normed[:, -(grid[0] * grid[1]):].transpose(1, 2).unflatten(2, grid)  # [B, D, h, w]
         # Contiguous, or the depthwise weight's gradient comes out channels-last, which DDP has to copy.
         upscaled = self.upscale_block(patches.contiguous())

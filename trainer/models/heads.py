@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +14,17 @@ from torch import Tensor, nn
 
 from trainer.models.backbone import PATCH_SIZE, DINOv3Backbone
 from trainer.models.mask_decoder import MaskedTransformerDecoder
+from trainer.models.outputs import MaskOutputs, PixelOutputs
 from trainer.models.pixel_decoder import MSDeformAttnPixelDecoder
 
+OutputsT = TypeVar("OutputsT", MaskOutputs, PixelOutputs)
 
-class SegmentationHead(nn.Module, ABC):
+
+class SegmentationHead(nn.Module, ABC, Generic[OutputsT]):
     """What every head can do."""
 
     @abstractmethod
-    def semantic_logits(self, outputs: dict[str, Any], size: tuple[int, int],
+    def semantic_logits(self, outputs: OutputsT, size: tuple[int, int],
                         dtype: torch.dtype = torch.float32) -> Tensor:
         """Per-class scores [B, C, H, W] at `size`, from what `forward` returned.
 
@@ -33,13 +36,13 @@ class SegmentationHead(nn.Module, ABC):
 
 
     def set_matched_gradients(self, enabled: bool) -> None:
-        """Heads with masks: keep masks out of the graph and give the loss what they are products of, instead."""
+        """Heads with masks: detach pred_masks, and return the embeddings and features they are products of."""
 
 
-class MaskClassificationHead(SegmentationHead):
+class MaskClassificationHead(SegmentationHead[MaskOutputs]):
     """A head whose queries each predict a mask and a class: outputs are pred_logits, pred_masks and aux_outputs."""
 
-    def semantic_logits(self, outputs: dict[str, Any], size: tuple[int, int],
+    def semantic_logits(self, outputs: MaskOutputs, size: tuple[int, int],
                         dtype: torch.dtype = torch.float32) -> Tensor:
         """Per-class scores [B, C, H, W] at `size`: masks weighted by their class probabilities, summed.
 
@@ -83,7 +86,7 @@ class Mask2FormerHead(MaskClassificationHead):
         """See `mask_decoder.predicted_masks`."""
         self.predictor.matched_gradients = enabled
 
-    def forward(self, features: dict[str, Tensor], with_aux: bool = False) -> dict[str, Any]:
+    def forward(self, features: dict[str, Tensor], with_aux: bool = False) -> MaskOutputs:
         """Features {"1".."4"}: [B, D, H/s, W/s] -> pred_logits [B, Q, C + 1] and pred_masks [B, Q, H/4, W/4].
 
         In training, or on request, also aux_outputs: the same two for each of the dec_layers earlier predictions.
@@ -111,7 +114,7 @@ class LinearBackbone(nn.Module):
                 for patch_tokens, cls_token in self.feature_model(images)]
 
 
-class LinearHead(SegmentationHead):
+class LinearHead(SegmentationHead[PixelOutputs]):
     """Linear probe: dropout of whole channels, batch norm, 1x1 convolution (DINOv2, arXiv:2304.07193 sec. 7.4)."""
 
     def __init__(
@@ -127,7 +130,7 @@ class LinearHead(SegmentationHead):
         assert self.conv.bias is not None
         nn.init.zeros_(self.conv.bias)
 
-    def forward(self, features: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    def forward(self, features: list[tuple[Tensor, Tensor]]) -> PixelOutputs:
         """Patch map [B, D, h, w] and class token [B, D] per layer -> {"logits": [B, C, h, w]}.
 
         h and w are those of the first layer's map. Class tokens are read only when the head was built with them.
@@ -142,7 +145,7 @@ class LinearHead(SegmentationHead):
         stacked = torch.cat(maps, dim=1).contiguous()  # [B, sum D, h, w]
         return {"logits": self.conv(self.batchnorm_layer(self.dropout(stacked)))}
 
-    def semantic_logits(self, outputs: dict[str, Any], size: tuple[int, int],
+    def semantic_logits(self, outputs: PixelOutputs, size: tuple[int, int],
                         dtype: torch.dtype = torch.float32) -> Tensor:
         """Class logits float32 [B, C, H, W], resized bilinearly to `size`."""
         return F.interpolate(outputs["logits"].float(), size=size, mode="bilinear", align_corners=False)

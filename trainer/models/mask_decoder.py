@@ -6,25 +6,26 @@ positive. Parameter names equal the reference's.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.models.outputs import MaskOutputs, MaskPrediction, PredictedMasks
 from trainer.models.pixel_decoder import NUM_LEVELS, sine_position_code
 from trainer.models.recompute import RecomputingModule
 
 
-def predicted_masks(embeddings: Tensor, features: Tensor, matched_gradients: bool) -> dict[str, Tensor]:
-    """{"pred_masks": logits [B, Q, h, w]}, products of embeddings [B, Q, D] and features [B, D, h, w].
+def predicted_masks(embeddings: Tensor, features: Tensor, matched_gradients: bool) -> PredictedMasks:
+    """Mask logits [B, Q, h, w], products of embeddings [B, Q, D] and features [B, D, h, w].
 
     With `matched_gradients` the masks are no part of the graph; the two factors come along as mask_embeddings and
     mask_features, and `trainer.loss.mask_gradients` gives them the gradient of the few masks that are matched.
     """
     with torch.set_grad_enabled(torch.is_grad_enabled() and not matched_gradients):
-        masks = {"pred_masks": torch.einsum("bqd,bdhw->bqhw", embeddings, features)}
-    return masks | {"mask_embeddings": embeddings, "mask_features": features} if matched_gradients else masks
+        masks = PredictedMasks(pred_masks=torch.einsum("bqd,bdhw->bqhw", embeddings, features))
+    if matched_gradients:
+        masks["mask_embeddings"], masks["mask_features"] = embeddings, features
+    return masks
 
 
 def blocked_positions(pred_masks: Tensor, size: tuple[int, int]) -> Tensor:
@@ -144,7 +145,7 @@ class MaskedTransformerDecoder(RecomputingModule):
         self.class_embed = nn.Linear(hidden_dim, num_classes + 1)
         self.mask_embed = MLP(hidden_dim)
 
-    def forward(self, multi_scale: list[Tensor], mask_features: Tensor, with_aux: bool) -> dict[str, Any]:
+    def forward(self, multi_scale: list[Tensor], mask_features: Tensor, with_aux: bool) -> MaskOutputs:
         """Predictions from three maps [B, D, h, w] (coarse to fine) and mask features [B, D, H/4, W/4].
 
         Returns pred_logits [B, Q, C + 1] and pred_masks [B, Q, H/4, W/4] (raw logits); with `with_aux` also
@@ -154,7 +155,7 @@ class MaskedTransformerDecoder(RecomputingModule):
         levels = [self._keys_and_values(level, features) for level, features in enumerate(multi_scale)]
         x = self.query_feat.weight.expand(mask_features.shape[0], -1, -1)  # [B, Q, D]
         query_embed = self.query_embed.weight  # [Q, D]
-        aux_outputs = []
+        aux_outputs: list[MaskPrediction] = []
         blocks = zip(self.transformer_cross_attention_layers, self.transformer_self_attention_layers,
                      self.transformer_ffn_layers, strict=True)
         for layer, (cross_attention, self_attention, ffn) in enumerate(blocks):
@@ -167,8 +168,10 @@ class MaskedTransformerDecoder(RecomputingModule):
             x = self.run(cross_attention, x, query_embed, key, value, allowed)
             x = self.run(lambda x, attend=self_attention, ffn=ffn: ffn(attend(x, query_embed)), x)
         normed = self.post_norm(x)
-        outputs = {"pred_logits": self.class_embed(normed), **self._masks(normed, mask_features)}
-        return outputs | {"aux_outputs": aux_outputs} if with_aux else outputs
+        outputs: MaskOutputs = {"pred_logits": self.class_embed(normed), **self._masks(normed, mask_features)}
+        if with_aux:
+            outputs["aux_outputs"] = aux_outputs
+        return outputs
 
     def _keys_and_values(self, level: int, features: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """One level's [B, D, h, w] as keys and values [B, hw, D]; only keys carry the position."""
@@ -176,5 +179,5 @@ class MaskedTransformerDecoder(RecomputingModule):
         value = features.flatten(2).transpose(1, 2) + self.level_embed.weight[level]
         return value + sine_position_code(height, width, dim, features.device), value, (height, width)
 
-    def _masks(self, normed: Tensor, mask_features: Tensor) -> dict[str, Tensor]:
+    def _masks(self, normed: Tensor, mask_features: Tensor) -> PredictedMasks:
         return predicted_masks(self.mask_embed(normed), mask_features, self.matched_gradients and self.training)

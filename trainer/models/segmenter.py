@@ -14,6 +14,7 @@ from trainer.models.backbone import DINOv3Backbone
 from trainer.models.eomt import PartialBackbone
 from trainer.models.fitting import check_fit
 from trainer.models.heads import LinearBackbone, SegmentationHead
+from trainer.models.outputs import Outputs
 from trainer.models.weights import WeightsFile, weights_in
 
 Features = DINOv3Adapter | LinearBackbone | PartialBackbone
@@ -24,26 +25,26 @@ _ADVICE = "Check backbone, adapter and decoder_head settings against those of th
 class Segmenter(nn.Module):
     """Keys start with `segmentation_model.0.` (features, with the ViT inside) and `segmentation_model.1.` (head)."""
 
-    def __init__(self, features: Features, head: SegmentationHead) -> None:
+    def __init__(self, features: Features, head: SegmentationHead[Any]) -> None:
         super().__init__()
         self.segmentation_model = nn.ModuleList([features, head])
 
     @property
-    def head(self) -> SegmentationHead:
+    def head(self) -> SegmentationHead[Any]:
         """The segmentation head."""
-        return cast(SegmentationHead, self.segmentation_model[1])
+        return cast(SegmentationHead[Any], self.segmentation_model[1])
 
     @property
     def backbone(self) -> DINOv3Backbone:
         """The ViT."""
         return cast(Features, self.segmentation_model[0]).backbone
 
-    def forward(self, images: Tensor) -> dict[str, Any]:
+    def forward(self, images: Tensor) -> Outputs:
         """Normalised images [B, 3, H, W] -> the head's outputs. ValueError for sizes that the features refuse."""
         features, head = self.segmentation_model
         return head(features(images))
 
-    def semantic_logits(self, outputs: dict[str, Any], size: tuple[int, int],
+    def semantic_logits(self, outputs: Outputs, size: tuple[int, int],
                         dtype: torch.dtype = torch.float32) -> Tensor:
         """Per-class scores [B, C, H, W] at `size`, from what `forward` returned; `dtype`: see the head's."""
         return self.head.semantic_logits(outputs, size, dtype)

@@ -7,7 +7,7 @@ import json
 import logging
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ _log = logging.getLogger(__name__)
 METRICS_NAME = "metrics.jsonl"
 EVALUATION_NAME = "evaluation.json"
 PICTURES_NAME = "pictures"
+SKIPPED_NAME = "skipped-samples.jsonl"
 _BOARD_SECONDS = 20.0  # that TensorBoard may take to close
 
 
@@ -55,6 +56,21 @@ def read_evaluation(run: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     return found
+
+
+def append_skipped_samples(run: Path, step: int, rank: int, problems: Sequence[str]) -> None:
+    """Add to `<run>/skipped-samples.jsonl`, which all ranks write, the damaged samples that a step left out.
+
+    Each problem names shard and number: the key is inside what is damaged.
+    """
+    if not problems:
+        return
+    lines = [to_json({"step": step, "rank": rank, "sample": problem}) for problem in problems]
+    try:
+        with (run / SKIPPED_NAME).open("a", encoding="utf-8") as file:
+            file.write("\n".join([*lines, ""]))
+    except OSError as error:
+        warnings.warn(f"{SKIPPED_NAME} could not be written: {error}. Training continues", stacklevel=2)
 
 
 class RunLogger:

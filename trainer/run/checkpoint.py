@@ -10,16 +10,15 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from shards.errors import ConfigError, StorageError
-from shards.files.outside_json import built
 from shards.files.storage import LocalStorage, Storage, open_storage
-from shards.manifest import ClassInfo, Manifest
+from shards.manifest import ClassInfo, classes_from_table
 from trainer.config import RunConfig, run_config_from_dict
 from trainer.models.integrity import HASH_SUFFIX
 from trainer.models.weights import WeightsFile, names_directory, read_file, read_weights, weights_in
@@ -63,14 +62,9 @@ class Checkpoint:
     def class_infos(self) -> list[ClassInfo]:
         """Raises ConfigError when they are none."""
         try:
-            return [built(ClassInfo, item, f"class {number}") for number, item in enumerate(self.classes)]
+            return classes_from_table(self.classes)
         except ValueError as error:
             raise ConfigError(f"the checkpoint's classes are damaged: {error}") from error
-
-
-def class_table(manifest: Manifest) -> list[dict[str, Any]]:
-    """The manifest's classes as plain containers."""
-    return [asdict(item) | {"color": list(item.color)} for item in manifest.classes]
 
 
 def checkpoint_name(step: int) -> str:
@@ -112,7 +106,7 @@ def _is_ours(content: Any) -> bool:
 def load_latest(place: str | Path) -> Checkpoint | None:
     """The newest sound checkpoint in a folder or at a URL; damaged ones are passed over with a warning; None: no file.
 
-    The best one comes last: a kill during the first writing, or a tidy person, may leave no other. Raises ConfigError
+    best.pt comes last: a kill during the first save, or manual cleanup, may leave only that. Raises ConfigError
     when there are checkpoints but none is sound: starting anew would overwrite the run.
     """
     storage = open_storage(place)

@@ -1,4 +1,4 @@
-"""Errors of the machine, in the words of someone who has to mend them: what, where, at which step, which knob."""
+"""Turn hardware and network failures into one-line errors that name rank, host, step and the settings to change."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class RankLost(RunError):
 
 
 @contextmanager
-def named_failures(run: Run) -> Iterator[None]:
+def explain_failures(run: Run) -> Iterator[None]:
     """Turn errors of memory, network and loader processes into one line that names rank, host and step."""
     try:
         yield
@@ -31,10 +31,10 @@ def named_failures(run: Run) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         text = str(error)
         if (line := allocator_error(error)) is not None:
-            raise OutOfMemory(f"{_where(run)}: out of memory ({line}). {_knobs(run)}") from error
+            raise OutOfMemory(f"{_where(run)}: out of memory ({line}). {_settings(run)}") from error
         if any(sign in text for sign in _LOST_RANK):
             raise RankLost(f"{_where(run)}: another rank died or was cut off ({_first_line(text)}); its own output "
-                           "says why. The same command goes on from the newest checkpoint") from error
+                           "says why. The same command continues from the newest checkpoint") from error
         raise
 
 
@@ -47,7 +47,7 @@ def _first_line(text: str) -> str:
     return line.partition(". This is")[0][:300]  # what follows are gloo's guesses
 
 
-def _knobs(run: Run) -> str:
+def _settings(run: Run) -> str:
     config = run.config
     crop = config.data.crop_size or "as stored"
     return (

@@ -27,7 +27,7 @@ class FolderInUse(RunError):
 
 
 @contextmanager
-def only_run_in(folder: Path, patience: float = _PATIENCE, setting: str = "output_dir") -> Iterator[None]:
+def lock_run_folder(folder: Path, patience: float = _PATIENCE, setting: str = "output_dir") -> Iterator[None]:
     """Keep other runs out of `folder`, which is made, until the end or this process's death.
 
     Waits `patience` seconds for one that is there, then removes what killed ones left half-written. Raises FolderInUse,
@@ -78,7 +78,7 @@ def is_used(folder: Path) -> bool | None:
 
 
 @contextmanager
-def start_noted(folder: Path, total_steps: int, world_size: int) -> Iterator[None]:
+def record_start(folder: Path, total_steps: int, world_size: int) -> Iterator[None]:
     """The run's state from before its data and model are there: a death while they load is not "no run was started",
     and an error then is not "stopped". What the loop says later stays."""
     before, now = _state_of(folder), time.time()

@@ -26,7 +26,7 @@ from shards.files.storage import LocalStorage, Patience, Storage, open_storage
 from shards.files.strict_json import to_json
 from trainer.reporting.state import process_exists
 from trainer.run.checkpoint import OWNER_NAME, has_checkpoints
-from trainer.run.folder import only_run_in
+from trainer.run.folder import lock_run_folder
 
 ID_NAME = "run-id"
 _RELEASE_PATIENCE = Patience(tries=2, timeout=5.0)  # the run has ended; the next start does without it
@@ -53,7 +53,7 @@ def run_id(folder: Path) -> str:
 
 
 @contextmanager
-def only_run_at(place: str | Path, folder: Path) -> Iterator[None]:
+def lock_checkpoints(place: str | Path, folder: Path) -> Iterator[None]:
     """Make `place` that of the checkpoints of the run in `folder`, which is locked, and keep other runs out.
 
     Gives the run its identity if it has none. Raises ConfigError when the place belongs to another run, FolderInUse
@@ -61,7 +61,7 @@ def only_run_at(place: str | Path, folder: Path) -> Iterator[None]:
     """
     storage = open_storage(place)
     lock = isinstance(storage, LocalStorage) and storage.folder.resolve() != folder.resolve()
-    with only_run_in(Path(place), setting="train.checkpoint_dir") if lock else nullcontext():
+    with lock_run_folder(Path(place), setting="train.checkpoint_dir") if lock else nullcontext():
         owner = _claim(storage, folder)
         try:
             yield

@@ -1,4 +1,4 @@
-"""What becomes of a run when a loss or gradient is NaN or infinite: a record for people, then `train.on_non_finite`."""
+"""When a loss or gradient is NaN or infinite: a record to find the cause, then what `train.on_non_finite` says."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import socket
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,40 +24,47 @@ class TrainingDiverged(RunError):
     """A loss or gradient is not finite; the message names step, what is not, and samples."""
 
 
-class NonFiniteStepError(Exception):
-    """Losses or gradients of a step are not finite, seen by all ranks alike, before the weights were touched."""
+@dataclass(frozen=True)
+class NonFiniteStep:
+    """Losses or gradients of a step that are not finite, seen by all ranks alike, before the weights were touched."""
 
-    def __init__(self, values: Mapping[str, float], local: Sequence[Mapping[str, Tensor]],
-                 problems: Sequence[str | None]) -> None:
-        """`values` are those of the whole global batch, `local` those of each of this rank's micro-batches."""
-        bad = next(name for name, value in values.items() if not math.isfinite(value))
-        super().__init__(next(filter(None, problems), f"{bad} is {values[bad]}"))
-        self.values, self.local, self.problems = values, local, problems
+    global_losses: Mapping[str, float]  # of the whole global batch
+    losses: Sequence[Mapping[str, Tensor]]  # of each of this rank's micro-batches
+    problems: Sequence[str | None]  # of each of them: what the loss found
+
+    @property
+    def reason(self) -> str:
+        """What is not finite, in a few words."""
+        bad = next(name for name, value in self.global_losses.items() if not math.isfinite(value))
+        return next(filter(None, self.problems), f"{bad} is {self.global_losses[bad]}")
 
 
 class RollBack(Exception):
-    """The run is to go on from its last checkpoint."""
+    """The run is to continue from its last checkpoint."""
 
 
 class NonFiniteGuard:
-    """Decides, on all ranks alike, how a run goes on after a NonFiniteStepError."""
+    """Applies `train.on_non_finite` after a step with NaN or infinity, on all ranks alike."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self._buffers: list[Tensor] = []
 
     def before_step(self) -> None:
-        """A forward pass moves batch norm's statistics, which a skipped step must not have done."""
+        """Keep batch norm's statistics: a forward pass updates them, and a skipped step must not have done so."""
         if self.run.config.train.on_non_finite == "skip":
             self._buffers = [buffer.clone() for buffer in self.run.model.buffers()]
 
-    def after(self, error: NonFiniteStepError, micro_batches: Sequence[Batch]) -> None:
-        """Write the record; return when the step is to be left out. Raises RollBack; TrainingDiverged to stop."""
+    def leave_out(self, step: NonFiniteStep, micro_batches: Sequence[Batch]) -> None:
+        """Write the record, and return if the run may continue without the step.
+
+        Raises RollBack, or TrainingDiverged to stop.
+        """
         run, settings = self.run, self.run.config.train
         policy = settings.on_non_finite
-        self._write_record(error, micro_batches)
+        write_record(run, step, micro_batches)
         keys = [key for batch in micro_batches for key in batch.keys]
-        where = f"step {run.step + 1}, rank {run.context.rank}: {error}; samples: {', '.join(keys)}"
+        where = f"step {run.step + 1}, rank {run.context.rank}: {step.reason}; samples: {', '.join(keys)}"
         if policy == "stop":
             raise TrainingDiverged(f"{where}. The weights were not updated; {run.folder / RECORD_FOLDER} says more. "
                                    "Lower optimizer.lr, set optimizer.clip_grad_norm, look at these samples, or set "
@@ -71,25 +79,26 @@ class NonFiniteGuard:
             for buffer, before in zip(run.model.buffers(), self._buffers, strict=True):
                 buffer.copy_(before)
 
-    def _write_record(self, error: NonFiniteStepError, micro_batches: Sequence[Batch]) -> None:
-        run = self.run
-        record = {
-            "step": run.step + 1, "rank": run.context.rank, "host": socket.gethostname(),
-            "policy": run.config.train.on_non_finite, "what": str(error),
-            "global_losses": dict(error.values),
-            "micro_batches": [
-                {"number": batch.number, "keys": batch.keys, "problem": problem,
-                 "losses": {name: float(loss) for name, loss in losses.items()}}
-                for batch, losses, problem in zip(micro_batches, error.local, error.problems, strict=True)],
-            "gradient_norms": _gradient_norms(run),
-        }  # fmt: skip
-        folder = run.folder / RECORD_FOLDER
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / f"step-{run.step + 1:08d}-rank-{run.context.rank}.json",
-                             to_json(record, indent=1, not_finite=str).encode())
-        except OSError as problem:  # a full disk is no reason to end a run that is to go on
-            warnings.warn(f"what was not finite could not be written to {folder}: {problem}", stacklevel=2)
+
+def write_record(run: Run, step: NonFiniteStep, micro_batches: Sequence[Batch]) -> None:
+    """`<run>/non-finite/step-N-rank-R.json`: samples, losses and gradient norms, to find the cause."""
+    record = {
+        "step": run.step + 1, "rank": run.context.rank, "host": socket.gethostname(),
+        "policy": run.config.train.on_non_finite, "what": step.reason,
+        "global_losses": dict(step.global_losses),
+        "micro_batches": [
+            {"number": batch.number, "keys": batch.keys, "problem": problem,
+             "losses": {name: float(loss) for name, loss in losses.items()}}
+            for batch, losses, problem in zip(micro_batches, step.losses, step.problems, strict=True)],
+        "gradient_norms": _gradient_norms(run),
+    }
+    folder = run.folder / RECORD_FOLDER
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / f"step-{run.step + 1:08d}-rank-{run.context.rank}.json",
+                         to_json(record, indent=1, not_finite=str).encode())
+    except OSError as error:  # a full disk must not end a run that is to continue
+        warnings.warn(f"the record of non-finite numbers could not be written to {folder}: {error}", stacklevel=2)
 
 
 def _gradient_norms(run: Run) -> dict[str, float]:

@@ -1,0 +1,144 @@
+"""How a run starts: its folders are locked, and it begins at step 0 or resumes from its newest checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from shards.config_file import config_changes
+from shards.errors import ConfigError
+from shards.files.storage import open_storage
+from shards.shown_text import masked_value, shown
+from trainer.config import RunConfig, load_run_config
+from trainer.distributed import DistContext
+from trainer.models.weights import read_weights
+from trainer.run.checkpoint import load_latest, numbered
+from trainer.run.folder import lock_run_folder, record_start
+from trainer.run.identity import check_identity, lock_checkpoints
+from trainer.run.non_finite import TrainingDiverged
+from trainer.run.run import Run, RunPlaces, build_run, run_places
+
+
+@contextmanager
+def lock_run(config: RunConfig, context: DistContext) -> Iterator[RunPlaces]:
+    """Where the run reads and writes, with output_dir and checkpoint folder locked by rank 0 for all ranks.
+
+    The other ranks meet rank 0 where DDP wraps the model, before they look for a checkpoint. Raises ConfigError,
+    FolderInUse.
+    """
+    places = run_places(config)
+    if not context.is_main:
+        yield places
+        return
+    with (lock_run_folder(places.folder), record_start(places.folder, config.train.total_steps, context.world_size),
+          lock_checkpoints(places.checkpoints, places.folder)):
+        yield places
+
+
+def start_run(config: RunConfig, context: DistContext, places: RunPlaces) -> Run:
+    """A new run, or one that continues from its newest checkpoint. Raises ConfigError as `build_run` and `resume`."""
+    run = build_run(config, context, places)
+    resume(run)
+    check_ranks_agree(run)
+    return run
+
+
+def resume(run: Run) -> None:
+    """Continue from the newest checkpoint; a run that has none starts from `load.weights`, if set.
+
+    Raises ConfigError when `resume` forbids it, or when the checkpoint belongs to another run, other data, another
+    backbone or another sequence of global batches.
+    """
+    if run.config.resume == "never" and (run.folder / "config.yaml").exists():
+        raise ConfigError(f"{run.folder} holds a run and resume is 'never'; "
+                          "choose another output_dir, or set resume=auto to continue it")
+    checkpoint = load_latest(run.places.checkpoints)
+    if checkpoint is None:
+        _refuse_moved_checkpoints(run)
+        _start_from_weights(run)
+        return
+    old, new = checkpoint.run_config, run.config
+    check_identity(run.run_id, run.folder, checkpoint.run_id, old.output_dir)
+    identities = [f"{name} was {before} and is {now}" for name, before, now in (
+        ("the data (manifest_sha256)", checkpoint.data_hash, run.manifest.sha256),
+        ("the backbone's weights (sha256)", checkpoint.backbone_sha256, run.backbone_sha256)) if before != now]
+    changes = [*identities, *config_changes(_resume_invariants(old), _resume_invariants(new))]
+    if changes:
+        raise ConfigError(f"cannot continue {run.folder}: {'; '.join(changes)}; restore that, or choose another "
+                          "output_dir")
+    if checkpoint.step > new.train.total_steps:
+        raise ConfigError(f"train.total_steps is {new.train.total_steps}, but {run.folder} has been trained for "
+                          f"{checkpoint.step} steps; legal: at least that, or another output_dir")
+    run.changes = config_changes(replace(old, output_dir=new.output_dir), new)  # a folder may have been moved
+    run.restore(checkpoint)
+
+
+def roll_back(run: Run, reason: str) -> None:
+    """Restore the last checkpoint, but keep leaving out the steps that were left out since.
+
+    Raises TrainingDiverged when there is no checkpoint yet. Call it on all ranks.
+    """
+    skipped_steps = run.skipped_steps
+    if run.context.is_main:
+        run.writer.wait()
+    run.context.barrier()
+    checkpoint = load_latest(run.places.checkpoints)
+    if checkpoint is None:
+        raise TrainingDiverged(f"{reason}. There is no checkpoint yet to roll back to; lower train.checkpoint_every "
+                               f"(now {run.config.train.checkpoint_every})")
+    run.restore(checkpoint)
+    check_ranks_agree(run)
+    run.skipped_steps = sorted({*run.skipped_steps, *skipped_steps})
+
+
+def check_ranks_agree(run: Run) -> None:
+    """Raise ConfigError unless all ranks are at the same step: a node that does not see the run's folder would start
+    anew, alone."""
+    steps = run.context.all_reduce_sum(torch.tensor([run.step, run.step**2], device=run.context.device)).tolist()
+    if steps[1] * run.context.world_size != steps[0] ** 2:  # Cauchy-Schwarz: equal only if all are equal
+        raise ConfigError(f"rank {run.context.rank} found a checkpoint of step {run.step} in {run.folder}, other ranks "
+                          "found others; output_dir must be one folder that all nodes see")
+
+
+def _resume_invariants(config: RunConfig) -> RunConfig:
+    """The settings that determine the network and the sequence of batches; all others have their defaults."""
+    default = RunConfig()
+    return replace(
+        default, seed=config.seed, backbone=replace(config.backbone, source=None),
+        adapter=replace(config.adapter, drop_path=default.adapter.drop_path),
+        decoder_head=replace(config.decoder_head, dropout=default.decoder_head.dropout,
+                             **{name: getattr(default.decoder_head, name) for name in
+                                ("mask_annealing", "mask_annealing_starts", "mask_annealing_ends")}),
+        data=replace(default.data, **{name: getattr(config.data, name)
+                                      for name in ("train_split", "crop_size", "lanes", "span_samples")}),
+        train=replace(default.train, global_batch_size=config.train.global_batch_size),
+        optimizer=replace(default.optimizer, decay_all=config.optimizer.decay_all),
+    )
+
+
+def _refuse_moved_checkpoints(run: Run) -> None:
+    """Refuse to restart at step 0 when train.checkpoint_dir changed and the old one still holds the checkpoints."""
+    try:
+        before = load_run_config(run.folder / "config.yaml", [])
+    except ConfigError:  # there is none, or another version wrote it
+        return
+    old = run_places(replace(before, data=run.config.data, output_dir=str(run.folder))).checkpoints
+    new = run.places.checkpoints
+    if masked_value(old) != masked_value(new) and numbered(open_storage(old)):
+        raise ConfigError(f"{run.folder} holds a run with checkpoints in {old}, but there are none in {new}; set "
+                          "train.checkpoint_dir as it was, copy them there, or choose another output_dir")
+
+
+def _start_from_weights(run: Run) -> None:
+    """Fine-tuning: load adapter and head from `load.weights`, if set. Raises ConfigError when they do not fit."""
+    settings = run.config.load
+    if settings.weights is None:
+        return
+    left = run.model.load_weights(read_weights(settings.weights), settings.ignore)
+    if run.context.is_main:
+        loaded = len(run.model.trainable_state_dict()) - len(left)
+        random = f"; left random, as load.ignore says: {', '.join(left)}" if left else ""
+        print(f"{shown(settings.weights)}: loaded {loaded} tensors of adapter and head{random}", flush=True)
