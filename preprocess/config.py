@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shards.config_file import knob
 from shards.errors import ConfigError
+from shards.settings import knob
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shards.config_file import describe_config
 from shards.errors import MaskStreamError
 from shards.files.atomic import naming
+from shards.settings import describe_config
 from shards.shown_text import shown
 
 EXIT_BAD_INPUT = 2

@@ -11,25 +11,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
-import reprlib
 import types
 import typing
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
 from shards.errors import ConfigError
-from shards.files.outside_json import LARGEST_INTEGER
-from shards.shown_text import masked_value, shown
+from shards.settings import ConfigT, check_knobs, shown_value
+from shards.shown_text import masked_value
 
-ConfigT = TypeVar("ConfigT")
 _COMMAND_LINE = "command line"  # the source of layers that were typed
-_MAX_SHOWN = 80  # characters of a wrong value that an error repeats
-_REPR = reprlib.Repr()  # of YAML's aliases and of a checkpoint, whose ten lines may stand for a gigabyte of text
-_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 3, 10_000, 10_000
 _EXPECTED = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text",
              "list": "a list, e.g. [a, b]", "dict": "a mapping, e.g. {a: b}", "dataclass": "a section of settings"}
 
@@ -49,64 +43,6 @@ class _TextLoader(yaml.SafeLoader):
             if names.count(name) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"found duplicate key {name}", node.start_mark)
         return super().construct_mapping(node, deep)
-
-
-def knob(default: Any, help: str, *, choices: Sequence[str] = (), minimum: float | None = None,
-         maximum: float | None = None, only_for: Sequence[str] = ()) -> Any:
-    """A documented field: `help` says meaning and unit; `choices` or a range are checked by `check_knobs`.
-
-    `only_for`: values of the section's field `type` that read this one; with another type it may not be set.
-    Lists, dicts and dataclass instances become a `default_factory`, as dataclasses demand.
-    """
-    metadata = {"help": help, "choices": tuple(choices), "minimum": minimum, "maximum": maximum,
-                "only_for": tuple(only_for)}
-    if isinstance(default, list | dict):
-        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
-    if dataclasses.is_dataclass(default) and isinstance(default, type):
-        return dataclasses.field(default_factory=default, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def place(help: str) -> Any:
-    """A `knob` that names a folder, file, URL or account of whoever runs this: unset by default, never given away."""
-    field: Any = knob(None, help)
-    return dataclasses.field(default=None, metadata={**field.metadata, "is_place": True})
-
-
-def without_places(config: ConfigT) -> ConfigT:
-    """The configuration with each `place` unset, at any depth, for what is given to others."""
-    changes: dict[str, Any] = {}
-    for field in dataclasses.fields(typing.cast(Any, config)):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            changes[field.name] = without_places(value)
-        elif field.metadata.get("is_place"):
-            changes[field.name] = None
-    return typing.cast(ConfigT, dataclasses.replace(typing.cast(Any, config), **changes))
-
-
-def check_knobs(config: Any, prefix: str = "") -> None:
-    """Raise ConfigError when a field (at any depth) lies outside its documented choices or range."""
-    for field in dataclasses.fields(config):
-        name, value = f"{prefix}{field.name}", getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            check_knobs(value, f"{name}.")
-            continue
-        choices = field.metadata.get("choices", ())
-        if choices and value not in choices and not (value is None and field.default is None):
-            near = difflib.get_close_matches(str(value), choices, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{name} is {_shown(value)}, legal: {', '.join(choices)}{hint}")
-        low, high = field.metadata.get("minimum"), field.metadata.get("maximum")
-        for number in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(number, bool) or not isinstance(number, int | float):
-                continue
-            if isinstance(number, int):
-                low, high = (-LARGEST_INTEGER if low is None else low), (LARGEST_INTEGER if high is None else high)
-            in_range = (low is None or number >= low) and (high is None or number <= high)
-            if not in_range or not math.isfinite(number):
-                legal = f"from {low if low is not None else '-inf'} to {high if high is not None else 'inf'}"
-                raise ConfigError(f"{name} is {_shown(value)}, legal: {legal}")
 
 
 def load_config(schema: type[ConfigT], paths: str | Path | Sequence[str | Path] | None,
@@ -160,21 +96,6 @@ def config_to_yaml(config: Any) -> str:
     return text
 
 
-def describe_config(schema: type[Any], prefix: str = "") -> Iterator[str]:
-    """One line per setting, as `--help` prints them: `key = default   meaning (unit)`."""
-    instance = schema()
-    for field in dataclasses.fields(schema):
-        value, name = getattr(instance, field.name), f"{prefix}{field.name}"
-        if dataclasses.is_dataclass(value):
-            yield from describe_config(type(value), f"{name}.")
-            continue
-        choices = field.metadata.get("choices", ())
-        shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-        suffix = f" [{' | '.join(choices)}]" if choices else ""
-        suffix += f" (type {' and '.join(readers)} only)" if (readers := field.metadata.get("only_for")) else ""
-        yield f"  {name} = {shown}\n      {field.metadata.get('help', '')}{suffix}"
-
-
 def _build(schema: type[ConfigT], layers: _Layers) -> ConfigT:
     """Lay the layers over each other and make the configuration they describe."""
     from pydantic import TypeAdapter, ValidationError  # a third of a second that --help need not wait for
@@ -203,7 +124,7 @@ def _check_names(schema: Any, layer: Mapping[Any, Any], source: str, prefix: str
             raise ConfigError(f"{source}: unknown key {f'{prefix}{key}'!r}{hint}; legal: {', '.join(fields)}")
         if dataclasses.is_dataclass(fields[key]):
             if not isinstance(value, Mapping):
-                raise ConfigError(f"{source}: {prefix}{key} is {_shown(value)}, legal: {_EXPECTED['dataclass']} "
+                raise ConfigError(f"{source}: {prefix}{key} is {shown_value(value)}, legal: {_EXPECTED['dataclass']} "
                                   f"({', '.join(_field_types(fields[key]))})")
             _check_names(fields[key], value, source, f"{prefix}{key}.")
 
@@ -236,8 +157,8 @@ def _refuse_other_types(config: Any, layers: _Layers) -> None:
             if not _applies(kind, field.name, section.type) and value != getattr(default, field.name):
                 source = next(source for source, layer in reversed(layers) if _holds(layer, [name, field.name]))
                 readers = " and ".join(field.metadata["only_for"])
-                raise ConfigError(f"{source}: {name}.{field.name} is {_shown(value)}; only {name}.type {readers} reads "
-                                  f"it, and {name}.type is {section.type}: remove it")
+                raise ConfigError(f"{source}: {name}.{field.name} is {shown_value(value)}; only {name}.type {readers} "
+                                  f"reads it, and {name}.type is {section.type}: remove it")
 
 
 def _typed_sections(schema: Any) -> Iterator[tuple[str, Any]]:
@@ -275,7 +196,7 @@ def _explain(problem: Any, layers: Sequence[tuple[str, Mapping[str, Any]]]) -> C
     source = next((source for source, layer in reversed(layers) if _holds(layer, place)), "the configuration")
     kind = problem["type"].partition("_")[0]
     legal = _EXPECTED.get(kind, problem["msg"])
-    return ConfigError(f"{source}: {name} is {_shown(problem['input'])}, legal: {legal}")
+    return ConfigError(f"{source}: {name} is {shown_value(problem['input'])}, legal: {legal}")
 
 
 def _holds(layer: Any, place: Sequence[str | int]) -> bool:
@@ -286,12 +207,6 @@ def _holds(layer: Any, place: Sequence[str | int]) -> bool:
             return False
         layer = layer[part]
     return True
-
-
-def _shown(value: Any) -> str:
-    short = repr(masked_value(value)) if isinstance(value, str) else _REPR.repr(value)
-    text = shown(short)  # before it is cut, or a mask might not see the end
-    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}… ({len(text)} characters)"
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -327,14 +242,14 @@ def _read_override(schema: Any, override: str) -> dict[str, Any]:
     """`key=value` as a nested mapping; the field's type says whether the value is text."""
     name, equals, text = override.partition("=")
     if not equals:
-        raise ConfigError(f"override {_shown(override)} is not of the form key=value (for example seed=1)")
+        raise ConfigError(f"override {shown_value(override)} is not of the form key=value (for example seed=1)")
     path = name.split(".")
     if _is_text(schema, path):
         return _nested(path, None if text in ("", "null") else text)
     try:
         return _nested(path, _parse(text))
     except ValueError as error:
-        raise ConfigError(f"command line: cannot read {_shown(override)}: {error}") from error
+        raise ConfigError(f"command line: cannot read {shown_value(override)}: {error}") from error
 
 
 def _is_text(schema: Any, path: Sequence[str]) -> bool:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shards.config_file import config_from_dict, knob, load_config, place
+from shards.config_file import config_from_dict, load_config
 from shards.errors import ConfigError
+from shards.settings import knob, place
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

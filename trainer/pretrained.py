@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shards.config_file import config_to_dict, override_config, without_places
+from shards.config_file import config_to_dict, override_config
 from shards.errors import ConfigError
 from shards.files.plain_file import LARGEST_PICTURE, read_plain
 from shards.manifest import ClassInfo, class_table, classes_from_table
 from shards.sample import decode_upright
+from shards.settings import without_places
 from trainer.build import build_model
 from trainer.config import BackboneConfig, LoadConfig, RandomBackboneConfig, RunConfig, run_config_from_dict
 from trainer.distributed import pick_device

@@ -1,0 +1,100 @@
+"""Settings: fields of frozen dataclasses with a meaning, a unit and a legal range, for `shards.config_file` to read."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import reprlib
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+from shards.errors import ConfigError
+from shards.files.outside_json import LARGEST_INTEGER
+from shards.shown_text import masked_value, shown
+
+ConfigT = TypeVar("ConfigT")
+_MAX_SHOWN = 80  # characters of a wrong value that an error repeats
+_REPR = reprlib.Repr()  # YAML's aliases, or a checkpoint, may spell a gigabyte of text in ten lines
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 3, 10_000, 10_000
+
+
+def knob(default: Any, help: str, *, choices: Sequence[str] = (), minimum: float | None = None,
+         maximum: float | None = None, only_for: Sequence[str] = ()) -> Any:
+    """A documented field: `help` says meaning and unit; `choices` or a range are checked by `check_knobs`.
+
+    `only_for`: values of the section's field `type` that read this one; with another type it may not be set.
+    Lists, dicts and dataclass instances become a `default_factory`, as dataclasses demand.
+    """
+    metadata = {"help": help, "choices": tuple(choices), "minimum": minimum, "maximum": maximum,
+                "only_for": tuple(only_for)}
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    if dataclasses.is_dataclass(default) and isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def place(help: str) -> Any:
+    """A `knob` that names a folder, file, URL or account of whoever runs this: unset by default, never given away."""
+    field: Any = knob(None, help)
+    return dataclasses.field(default=None, metadata={**field.metadata, "is_place": True})
+
+
+def without_places(config: ConfigT) -> ConfigT:
+    """The configuration with each `place` unset, at any depth, for what is given to others."""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(typing.cast(Any, config)):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            changes[field.name] = without_places(value)
+        elif field.metadata.get("is_place"):
+            changes[field.name] = None
+    return typing.cast(ConfigT, dataclasses.replace(typing.cast(Any, config), **changes))
+
+
+def check_knobs(config: Any, prefix: str = "") -> None:
+    """Raise ConfigError when a field (at any depth) lies outside its documented choices or range."""
+    for field in dataclasses.fields(config):
+        name, value = f"{prefix}{field.name}", getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            check_knobs(value, f"{name}.")
+            continue
+        choices = field.metadata.get("choices", ())
+        if choices and value not in choices and not (value is None and field.default is None):
+            near = difflib.get_close_matches(str(value), choices, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{name} is {shown_value(value)}, legal: {', '.join(choices)}{hint}")
+        low, high = field.metadata.get("minimum"), field.metadata.get("maximum")
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            if isinstance(number, int):
+                low, high = (-LARGEST_INTEGER if low is None else low), (LARGEST_INTEGER if high is None else high)
+            in_range = (low is None or number >= low) and (high is None or number <= high)
+            if not in_range or not math.isfinite(number):
+                legal = f"from {low if low is not None else '-inf'} to {high if high is not None else 'inf'}"
+                raise ConfigError(f"{name} is {shown_value(value)}, legal: {legal}")
+
+
+def describe_config(schema: type[Any], prefix: str = "") -> Iterator[str]:
+    """One line per setting, as `--help` prints them: `key = default   meaning (unit)`."""
+    instance = schema()
+    for field in dataclasses.fields(schema):
+        value, name = getattr(instance, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from describe_config(type(value), f"{name}.")
+            continue
+        choices = field.metadata.get("choices", ())
+        shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        suffix = f" [{' | '.join(choices)}]" if choices else ""
+        suffix += f" (type {' and '.join(readers)} only)" if (readers := field.metadata.get("only_for")) else ""
+        yield f"  {name} = {shown}\n      {field.metadata.get('help', '')}{suffix}"
+
+
+def shown_value(value: Any) -> str:
+    """A wrong value as an error repeats it: short, without control characters and secrets."""
+    short = repr(masked_value(value)) if isinstance(value, str) else _REPR.repr(value)
+    text = shown(short)  # before it is cut, or a mask might not see the end
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}… ({len(text)} characters)"
