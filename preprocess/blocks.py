@@ -12,7 +12,7 @@ import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
@@ -47,6 +47,14 @@ class Block:
     @property
     def name(self) -> str:
         return f"{self.split}-{self.number:06d}"
+
+
+class Job(NamedTuple):
+    """What every block of one shard set is made from, and the folder it is written to."""
+
+    config: PreprocessConfig
+    dataset: Dataset
+    output: Path
 
 
 class Interrupted(Exception):
@@ -144,16 +152,13 @@ def encode_crop(
     return key, buffer.getvalue(), encode_sample(key, encode_rle(labels, dataset.ignore_index), meta), labels
 
 
-def write_block(
-    config: PreprocessConfig, dataset: Dataset, block: Block, stop: Any = None, images_done: Any = None
-) -> dict[str, Any]:
+def write_block(job: Job, block: Block, stop: Any = None, images_done: Any = None) -> dict[str, Any]:
     """Write the shards of one block; returns its record (JSON types): shards, index, sources, class counts, skips."""
-    assert config.output is not None
-    tree = HashedTree(dataset.tree)
-    dataset = replace(dataset, tree=tree)
+    config, tree = job.config, HashedTree(job.dataset.tree)
+    dataset = replace(job.dataset, tree=tree)
     stats = _BlockStats(len(dataset.classes))
     with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(ShardWriter(Path(config.output) / name)) for name in block.shard_names]
+        writers = [stack.enter_context(ShardWriter(job.output / name)) for name in block.shard_names]
         for pair in block.pairs:
             _check_stop(stop)
             try:

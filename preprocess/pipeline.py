@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from preprocess.blocks import Block, block_fingerprint, config_hash, hash_sources, plan_blocks, write_block
+from preprocess.blocks import Block, Job, block_fingerprint, config_hash, hash_sources, plan_blocks, write_block
 from preprocess.config import PreprocessConfig
 from preprocess.pairs import Dataset
 from preprocess.publish import publish
@@ -54,13 +54,13 @@ def write_shards(config: PreprocessConfig, dataset: Dataset) -> tuple[Manifest, 
     if not config.output:
         raise ConfigError("output is not set: give --output <dir or URL>, the place for the shards")
     if not is_remote(config.output):
-        return _write_to_folder(config, dataset, Path(config.output))
+        return _write_to_folder(Job(config, dataset, Path(config.output)))
     destination, folder = open_storage(config.output), staging_folder(config)
     blocks = plan_blocks(config, dataset)
     _, set_hash = _fingerprints(config, dataset, blocks)
     if _is_there(destination):
-        return _existing_set(config, dataset, blocks, destination, set_hash), False
-    manifest, _ = _write_to_folder(replace(config, output=str(folder)), dataset, folder)
+        return _existing_set(Job(config, dataset, folder), blocks, destination, set_hash), False
+    manifest, _ = _write_to_folder(Job(config, dataset, folder))
     with tqdm(total=sum(file.bytes for file in files_of(manifest)), unit="B", unit_scale=True, disable=None,
               desc="uploading") as bar:
         copy_set(folder, destination, lambda file: bar.update(file.bytes))
@@ -73,18 +73,19 @@ def staging_folder(config: PreprocessConfig) -> Path:
     return Path(config.staging) / hash_of(masked_value(config.output))[:16]
 
 
-def _write_to_folder(config: PreprocessConfig, dataset: Dataset, output: Path) -> tuple[Manifest, bool]:
+def _write_to_folder(job: Job) -> tuple[Manifest, bool]:
+    config, dataset, output = job
     blocks = plan_blocks(config, dataset)
     fingerprints, set_hash = _fingerprints(config, dataset, blocks)
     progress_folder = output / _PROGRESS_FOLDER
     if (output / MANIFEST_NAME).exists():
         _remove_progress(progress_folder)
-        return _existing_set(config, dataset, blocks, LocalStorage(output), set_hash), False
+        return _existing_set(job, blocks, LocalStorage(output), set_hash), False
     if output.exists() and not progress_folder.exists() and any(output.iterdir()):
         raise ConfigError(f"{output} is not empty and holds no unfinished shard set; give another --output")
     progress_folder.mkdir(parents=True, exist_ok=True)
     with only_writer(progress_folder / "lock", output):
-        manifest = _write_missing(config, dataset, blocks, fingerprints, set_hash)
+        manifest = _write_missing(job, blocks, fingerprints, set_hash)
         shutil.rmtree(progress_folder)
     return manifest, True
 
@@ -112,38 +113,35 @@ def _fingerprints(config: PreprocessConfig, dataset: Dataset, blocks: list[Block
     return fingerprints, hash_of([fingerprint, sorted(fingerprints.items())])
 
 
-def _write_missing(
-    config: PreprocessConfig, dataset: Dataset, blocks: list[Block], fingerprints: dict[str, str], set_hash: str
-) -> Manifest:
-    assert config.output is not None
-    output = Path(config.output)
-    records = {block.name: _load_record(output, block, fingerprints[block.name], config) for block in blocks}
+def _write_missing(job: Job, blocks: list[Block], fingerprints: dict[str, str], set_hash: str) -> Manifest:
+    output = job.output
+    records = {block.name: _load_record(output, block, fingerprints[block.name], job.config) for block in blocks}
     finished = [block for block in blocks if records[block.name] is not None]
-    for block in _changed(config, dataset, finished, {name: record["sources"] for name, record in records.items()
-                                                      if record is not None}):
+    for block in _changed(job, finished, {name: record["sources"] for name, record in records.items()
+                                        if record is not None}):
         records[block.name] = None
     missing = [block for block in blocks if records[block.name] is None]
     _remove_leftovers(output, blocks)
     images = sum(len(block.pairs) for block in blocks)
     done = images - sum(len(block.pairs) for block in missing)
     with tqdm(total=images, initial=done, unit="img", disable=None, desc="sharding") as bar:
-        for block, record in _run_blocks(config, dataset, missing, bar, _write):
+        for block, record in _run_blocks(job, missing, bar, _write):
             record["fingerprint"] = fingerprints[block.name]
             write_atomically(_record_path(output, block), to_json(record).encode())
             records[block.name] = record
-    return publish(config, dataset, blocks, records, set_hash)
+    return publish(job, blocks, records, set_hash)
 
 
-def _changed(config: PreprocessConfig, dataset: Dataset, blocks: list[Block], known: dict[str, str]) -> list[Block]:
+def _changed(job: Job, blocks: list[Block], known: dict[str, str]) -> list[Block]:
     """The blocks whose source files have another content than the hashes in `known` say."""
     with tqdm(total=sum(len(block.pairs) for block in blocks), unit="img", disable=None, desc="checking sources",
               leave=False) as bar:
-        found = {block.name: sources for block, sources in _run_blocks(config, dataset, blocks, bar, _hash)}
+        found = {block.name: sources for block, sources in _run_blocks(job, blocks, bar, _hash)}
     return [block for block in blocks if found[block.name] != known.get(block.name)]
 
 
 def _run_blocks(
-    config: PreprocessConfig, dataset: Dataset, blocks: list[Block], bar: tqdm[Any], task: Callable[[Block], _Result]
+    job: Job, blocks: list[Block], bar: tqdm[Any], task: Callable[[Block], _Result]
 ) -> Iterator[tuple[Block, _Result]]:
     """Yield (block, what `task` made of it in a worker) in any order. Stops all workers on an error or Ctrl-C."""
     if not blocks:
@@ -151,10 +149,10 @@ def _run_blocks(
     use_own_temporary_folder()
     context = multiprocessing.get_context("spawn")  # image libraries may hold threads that do not survive a fork
     stop, images_done = context.Event(), context.Value("q", 0)
-    workers = min(config.workers or os.cpu_count() or 1, len(blocks))
-    without_pairs = replace(dataset, splits={}, skipped={})  # a worker gets those of its blocks
+    workers = min(job.config.workers or os.cpu_count() or 1, len(blocks))
+    without_pairs = job._replace(dataset=replace(job.dataset, splits={}, skipped={}))  # a worker gets its blocks' pairs
     with ProcessPoolExecutor(
-        workers, context, _start_worker, (config, without_pairs, stop, images_done)
+        workers, context, _start_worker, (without_pairs, stop, images_done)
     ) as pool, _interrupt_on_sigterm():
         try:
             waiting: dict[Future[_Result], Block] = {pool.submit(task, block): block for block in blocks}
@@ -176,25 +174,24 @@ def _run_blocks(
             raise
 
 
-_worker_state: tuple[PreprocessConfig, Dataset, Any, Any]
+_worker_state: tuple[Job, Any, Any]
 
 
-def _start_worker(config: PreprocessConfig, dataset: Dataset, stop: Any, images_done: Any) -> None:
+def _start_worker(job: Job, stop: Any, images_done: Any) -> None:
     """Runs once in each worker: remember the job, leave Ctrl-C to the parent, die with the parent."""
     global _worker_state
-    _worker_state = (config, dataset, stop, images_done)
+    _worker_state = (job, stop, images_done)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     exit_with_parent()
 
 
 def _write(block: Block) -> dict[str, Any]:
-    config, dataset, stop, images_done = _worker_state
-    return write_block(config, dataset, block, stop, images_done)
+    return write_block(_worker_state[0], block, *_worker_state[1:])
 
 
 def _hash(block: Block) -> str:
-    _, dataset, stop, images_done = _worker_state
-    return hash_sources(HashedTree(dataset.tree), block, stop, images_done)
+    job, stop, images_done = _worker_state
+    return hash_sources(HashedTree(job.dataset.tree), block, stop, images_done)
 
 
 @contextlib.contextmanager
@@ -230,9 +227,7 @@ def _load_record(output: Path, block: Block, fingerprint: str, config: Preproces
     return record if is_right else None
 
 
-def _existing_set(
-    config: PreprocessConfig, dataset: Dataset, blocks: list[Block], place: Storage, set_hash: str
-) -> Manifest:
+def _existing_set(job: Job, blocks: list[Block], place: Storage, set_hash: str) -> Manifest:
     """The manifest of a set that is there, if this command would make the same one."""
     manifest, output = load_manifest(place), place.root
     if manifest.config_hash != set_hash:
@@ -244,7 +239,7 @@ def _existing_set(
     if not manifest.sources:
         _log.warning("%s was made by an older version: its sources are compared by name and size only", output)
         return manifest
-    changed = _changed(config, dataset, blocks, manifest.sources)
+    changed = _changed(job, blocks, manifest.sources)
     if changed:
         first, more = changed[0], f" and of {len(changed) - 1} more blocks" if len(changed) > 1 else ""
         raise ConfigError(

@@ -10,9 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.blocks import Block, producer
-from preprocess.config import PreprocessConfig
-from preprocess.pairs import Dataset
+from preprocess.blocks import Block, Job, producer
 from shards.config_file import config_to_dict
 from shards.errors import DatasetError
 from shards.files.atomic import write_atomically
@@ -21,12 +19,9 @@ from shards.manifest import INDEX_DTYPE, MANIFEST_NAME, IndexInfo, Manifest, Sha
 _NAMED = 20  # classes, in one remark
 
 
-def publish(
-    config: PreprocessConfig, dataset: Dataset, blocks: list[Block], records: dict[str, Any], set_hash: str
-) -> Manifest:
+def publish(job: Job, blocks: list[Block], records: dict[str, Any], set_hash: str) -> Manifest:
     """Put the records of all finished blocks together and write indexes and manifest."""
-    assert config.output is not None
-    output = Path(config.output)
+    config, dataset, output = job
     splits = {}
     for split in dataset.splits:
         mine = [records[block.name] for block in blocks if block.split == split]
