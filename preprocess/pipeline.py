@@ -161,7 +161,7 @@ def _run_blocks(
                 finished, _ = wait(waiting, _POLL_SECONDS, FIRST_COMPLETED)
                 bar.update(images_done.value - seen)
                 seen = images_done.value
-                for future in finished:
+                for future in sorted(finished, key=lambda future: future.exception() is not None):  # keep what is done
                     yield waiting.pop(future), future.result()
         except BrokenProcessPool as error:
             raise DatasetError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -21,6 +22,7 @@ from shards.workers import die_with_parent
 
 EXIT_TO_BE_CONTINUED = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_ANSWER_SECONDS = 5.0
 _SAME_KEYPRESS = 1.0  # seconds; a terminal and torchrun may both pass on one Ctrl-C
 
 
@@ -43,10 +45,29 @@ class StopRequest:
         return self.signal_name is not None
 
 
+class LauncherGone(RunError):
+    """The launcher died before this rank had begun."""
+
+
 def die_with_launcher() -> None:
-    """Call first in a program: a rank ends with the torchrun that started it, however that died."""
-    if "LOCAL_RANK" in os.environ:
-        die_with_parent()
+    """Call first in a program: a rank ends with the torchrun that started it, however that died.
+
+    Raises LauncherGone when it has died already, before the kernel was asked to watch it: on the node whose launcher
+    holds the store, nobody listens there any more.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        return
+    die_with_parent()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return  # the store is rank 0's, which may start later
+    address, port = os.environ.get("MASTER_ADDR", "localhost"), os.environ.get("MASTER_PORT", "0")
+    try:
+        socket.create_connection((address, int(port)), timeout=_ANSWER_SECONDS).close()
+    except ConnectionRefusedError:
+        raise LauncherGone(f"rank {os.environ.get('RANK')} ends: the launcher (torchrun) is gone, nobody answers at "
+                           f"{address}:{port}") from None
+    except (OSError, ValueError):
+        pass  # a slow or odd network is for joining the other ranks to report
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from shards.errors import ConfigError, RunError
 from tests.conftest import REPOSITORY
 from tests.support.training_run import TINY, TrainingRun, assert_equal_states, assert_same_end, final_state, newest_step
-from trainer import loop
+from trainer import loop, stopping
 from trainer.config import load_run_config
 from trainer.distributed import DistContext, agree_on_start
 from trainer.run.failures import RankLost, explain_failures
@@ -318,8 +319,6 @@ def test_a_rank_that_is_stopped_while_loading_is_named(scene_shards: Path, tmp_p
 
 
 def test_a_store_that_cannot_be_reached_ends_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    import socket
-
     from trainer.distributed import _join
 
     with socket.socket() as free:
@@ -329,6 +328,20 @@ def test_a_store_that_cannot_be_reached_ends_the_rank(monkeypatch: pytest.Monkey
         monkeypatch.setenv(name, value)
     with pytest.raises(RunError, match=rf"rank 1 could not join .* store at localhost:{port} within 2 s"):
         _join(datetime.timedelta(seconds=2))
+
+
+def test_a_rank_whose_launcher_died_before_it_began_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the kernel was asked to watch the launcher: nobody listens at its store any more."""
+    monkeypatch.setattr(stopping, "die_with_parent", lambda: None)
+    with socket.create_server(("localhost", 0)) as store:
+        for name, value in (("LOCAL_RANK", "0"), ("RANK", "0"), ("TORCHELASTIC_USE_AGENT_STORE", "True"),
+                            ("MASTER_ADDR", "localhost"), ("MASTER_PORT", str(store.getsockname()[1]))):
+            monkeypatch.setenv(name, value)
+        stopping.die_with_launcher()
+    with pytest.raises(stopping.LauncherGone, match=r"rank 0 ends: the launcher \(torchrun\) is gone, nobody answers"):
+        stopping.die_with_launcher()
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    stopping.die_with_launcher()  # rank 0 holds the store, and may start later than this one
 
 
 @pytest.mark.slow
@@ -369,8 +382,6 @@ def test_a_single_process_that_hangs_ends(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.stress
 def test_other_nodes_continue_the_same_batches(scene_shards: Path, tmp_path: Path) -> None:
     """`torchrun --nnodes 1:2`: two nodes begin, one is lost, the other goes on alone with twice the accumulation."""
-    import socket
-
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -420,8 +431,6 @@ def test_ranks_that_cannot_share_the_global_batch_are_refused_at_once(scene_shar
 ])
 def test_errors_name_rank_host_step_and_what_to_turn(scene_shards: Path, tmp_path: Path, error: Exception,
                                                      kind: type[Exception], text: str) -> None:
-    import socket
-
     run = tiny_run(scene_shards, tmp_path)
     run.step = 7
     with pytest.raises(kind, match=f"rank 0 on {socket.gethostname()}, step 8: .*") as caught, explain_failures(run):
