@@ -25,7 +25,8 @@ from torch import Tensor
 
 from tests.conftest import REPOSITORY
 from trainer.config import DataConfig
-from trainer.data.crops import Batch, LabelledImage, WholeImages, loader, open_reader, parcel
+from trainer.data import loader, parcel
+from trainer.data.crops import Batch, LabelledImage, WholeImages, open_reader
 from trainer.data.loader import LoaderError, validation_loader
 from trainer.data.parcel import Parcel
 

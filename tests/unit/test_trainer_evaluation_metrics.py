@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
-from trainer.evaluation.evaluation import metrics
+from trainer.evaluation import metrics
 from trainer.evaluation.metrics import ConfusionMatrix
 
 

@@ -22,11 +22,11 @@ import pytest
 import torch
 
 from shards.errors import ConfigError
+from trainer.run import checkpoint_writer
 from trainer.run.checkpoint import Checkpoint, load_checkpoint, load_latest
 from trainer.run.checkpoint_writer import CheckpointError, CheckpointWriter, TakenOver
 from trainer.run.folder import FolderInUse, only_run_in
 from trainer.run.identity import check_identity, only_run_at, run_id
-from trainer.run.run import checkpoint_writer
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
