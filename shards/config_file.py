@@ -27,8 +27,6 @@ from shards.shown_text import masked_value, shown
 
 ConfigT = TypeVar("ConfigT")
 _MAX_SHOWN = 80  # characters of a wrong value that an error repeats
-_REPR = reprlib.Repr()  # of YAML's aliases and of a checkpoint, whose ten lines may stand for a gigabyte of text
-_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 3, 10_000, 10_000
 _EXPECTED = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text",
              "list": "a list, e.g. [a, b]", "dict": "a mapping, e.g. {a: b}", "dataclass": "a section of settings"}
 
@@ -234,7 +232,9 @@ def _holds(layer: Any, place: Sequence[str | int]) -> bool:
 
 
 def _shown(value: Any) -> str:
-    short = repr(masked_value(value)) if isinstance(value, str) else _REPR.repr(value)
+    limited = reprlib.Repr()  # ten lines of YAML's aliases, or of a checkpoint, may stand for a gigabyte of text
+    limited.maxlevel, limited.maxstring, limited.maxother = 3, 10_000, 10_000
+    short = repr(masked_value(value)) if isinstance(value, str) else limited.repr(value)
     text = shown(short)  # before it is cut, or a mask might not see the end
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}… ({len(text)} characters)"
 
