@@ -41,14 +41,14 @@ LAYERS: dict[str, tuple[set[str], ...]] = {
         {"shown_text"},
         {"errors"},
         {"files"},
-        {"rle", "plan", "config_file", "workers"},
+        {"rle", "plan", "config_file", "workers", "recipes"},
         {"picture_file", "coco", "command_line", "picture"},
         {"sample", "manifest"},
         {"shard_table", "writer"},
         {"reader", "mirror", "class_list"},
         {"read_ahead", "audit", "verify"},
         {"__init__"},
-        {"__main__"},
+        {"__main__", "console"},
     ),
 }
 MOST_FILES, MOST_LINES, MOST_FUNCTION_LINES = 22, 360, 60
