@@ -62,7 +62,7 @@ def _named(arguments: Namespace) -> dict[str, Any]:
     named = {
         "dataset.kind": arguments.dataset, "dataset.root": arguments.root, "output": arguments.output,
         "workers": arguments.workers, "on_error": arguments.on_error,
-    }  # fmt: skip
+    }
     return {key: value for key, value in named.items() if value is not None}
 
 

@@ -36,7 +36,7 @@ def publish(
         dataset=dataset.kind, classes=dataset.classes, ignore_index=dataset.ignore_index, seed=config.seed,
         crops=settings["crops"], config=_portable(settings), config_hash=set_hash, producer=producer(), splits=splits,
         sources={block.name: records[block.name]["sources"] for block in blocks},
-    )  # fmt: skip
+    )
     write_atomically(output / MANIFEST_NAME, manifest_bytes(manifest))
     return manifest
 
