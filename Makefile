@@ -1,11 +1,11 @@
-# make install | demo | test | stress | lint | figure | clean
+# make install | demo | test | test-fast | check | stress | lint | figure | clean
 # Every target makes .venv first when it is not there. PYTHON picks the interpreter (3.11 or newer).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 
-.PHONY: install demo test stress lint figure clean
+.PHONY: install demo test test-fast check stress lint figure clean
 
 install: $(VENV)/.installed
 
@@ -17,8 +17,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	$(BIN)/python benchmarks/demo.py --output $(DEMO)
 
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal
+
 test: install
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal
+	$(PYTEST)
+
+# Under a minute on two cores: no processes, no training.
+test-fast: install
+	$(PYTEST) -r fE --fast tests/unit
+
+# What CI does.
+check: lint test
 
 stress: install
 	$(BIN)/python -m pytest -m stress -n 0

@@ -9,6 +9,7 @@ WORKDIR /app
 # Dependencies first, so that editing code does not reinstall them.
 COPY pyproject.toml constraints.txt LICENSE README.md ./
 COPY shards/__init__.py shards/
+COPY shards/console shards/console
 COPY preprocess/__init__.py preprocess/
 COPY trainer/__init__.py trainer/
 RUN pip install --constraint constraints.txt --editable .

@@ -75,7 +75,7 @@ def plan_blocks(config: PreprocessConfig, dataset: Dataset) -> list[Block]:
             first, last = number * len(pairs) // count, (number + 1) * len(pairs) // count
             names = [f"{split}-{number * per_block + k:06d}.tar" for k in range(per_block)]
             blocks.append(Block(split=split, number=number, pairs=pairs[first:last], shard_names=names,
-                                is_crops=is_crops))  # fmt: skip
+                                is_crops=is_crops))
     return blocks
 
 

@@ -120,7 +120,7 @@ def _place(rng: np.random.Generator, scaled: tuple[int, int], window: int) -> Cr
         scaled_height=scaled[0], scaled_width=scaled[1],
         top=int(rng.integers(0, scaled[0] - height + 1)), left=int(rng.integers(0, scaled[1] - width + 1)),
         height=height, width=width,
-    )  # fmt: skip
+    )
 
 
 def _label_counts(labels: npt.NDArray[Any], ignore_index: int) -> npt.NDArray[np.int64]:

@@ -113,7 +113,7 @@ def pair_files(tree: SourceTree, image_folder: str, label_folder: str) -> tuple[
         Pair(key=key, image_path=images[key][0], label_path=labels[partner[key]][0],
              fingerprint=f"{images[key][1]}+{labels[partner[key]][1]}")
         for key in sorted(partner)
-    ]  # fmt: skip
+    ]
     return pairs, unpaired
 
 

@@ -13,10 +13,14 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from shards.command_line import run_entry_point
-from shards.errors import ConfigError
-from shards.files.atomic import write_atomically
-from shards.picture import save_picture
+try:
+    from shards.command_line import run_entry_point
+    from shards.errors import ConfigError
+    from shards.files.atomic import write_atomically
+    from shards.picture import save_picture
+except ImportError as error:
+    raise SystemExit(f"error: {error}; is MaskStream installed here (pip install -e .), and is there no other package "
+                     "called shards or preprocess?") from None
 
 # name, base colour of the drawn surface, colour in overlays
 CLASSES = (

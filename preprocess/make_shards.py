@@ -7,22 +7,25 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
-from preprocess.blocks import encode_crop, plan_blocks
-from preprocess.config import PreprocessConfig
-from preprocess.pairs import Dataset, open_dataset, read_pair
-from preprocess.pipeline import write_shards
-from preprocess.publish import remarks
-from shards.command_line import add_overrides, config_files, config_parser, run_entry_point
-from shards.config_file import config_to_yaml, load_config
-from shards.manifest import Manifest
-from shards.rle import decode_header, encode_rle
-from shards.sample import read_header
-from shards.shown_text import masked_value, shown
+try:
+    from preprocess.blocks import encode_crop, plan_blocks
+    from preprocess.config import PreprocessConfig
+    from preprocess.pairs import Dataset, open_dataset, read_pair
+    from preprocess.pipeline import write_shards
+    from preprocess.publish import remarks
+    from shards.command_line import add_overrides, config_files, config_parser, run_entry_point
+    from shards.config_file import config_to_yaml, load_config
+    from shards.manifest import Manifest
+    from shards.rle import decode_header, encode_rle
+    from shards.sample import read_header
+    from shards.shown_text import masked_value, shown
+except ImportError as error:
+    raise SystemExit(f"error: {error}; is MaskStream installed here (pip install -e .), and is there no other package "
+                     "called shards or preprocess?") from None
 
-DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "ade20k-shards.yaml"
+DEFAULT_RECIPE = "ade20k-shards"
 
 
 def main() -> int:
@@ -41,7 +44,7 @@ def main() -> int:
 
 
 def _parse() -> tuple[PreprocessConfig, bool]:
-    parser = config_parser(str(__doc__), PreprocessConfig, DEFAULT_CONFIG)
+    parser = config_parser(str(__doc__), PreprocessConfig, DEFAULT_RECIPE)
     parser.add_argument("--dataset", default=None, help="layout of the source: ade20k, camvid or folder (dataset.kind)")
     parser.add_argument("--root", default=None, help="the dataset's folder, or the ADE20K .zip (dataset.root)")
     parser.add_argument("--output", default=None, help="folder or URL for the shard set (output)")
@@ -59,7 +62,7 @@ def _named(arguments: Namespace) -> dict[str, Any]:
     named = {
         "dataset.kind": arguments.dataset, "dataset.root": arguments.root, "output": arguments.output,
         "workers": arguments.workers, "on_error": arguments.on_error,
-    }  # fmt: skip
+    }
     return {key: value for key, value in named.items() if value is not None}
 
 

@@ -23,7 +23,7 @@ from shards.sample import decode_image
 
 CAMVID_CLASSES = (
     "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist",
-)  # fmt: skip
+)
 _LABEL_MODES = ("1", "L", "P", "I", "I;16")  # single-channel values; palettes hold the index
 
 
@@ -84,7 +84,7 @@ def open_dataset(config: DatasetConfig, on_error: str) -> Dataset:
         kind=config.kind, tree=tree, classes=classes, ignore_index=ignore_value(len(classes)),
         ignore_labels=ignore_labels, reduce_zero_label=reduce, exif_orientation=config.exif_orientation,
         splits=splits, skipped=skipped,
-    )  # fmt: skip
+    )
 
 
 def read_pair(dataset: Dataset, pair: Pair, *, keeps_file: bool = True) -> SourcePair:

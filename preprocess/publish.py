@@ -31,7 +31,7 @@ def publish(job: Job, blocks: list[Block], records: dict[str, Any], set_hash: st
         dataset=dataset.kind, classes=dataset.classes, ignore_index=dataset.ignore_index, seed=config.seed,
         crops=settings["crops"], config=_portable(settings), config_hash=set_hash, producer=producer(), splits=splits,
         sources={block.name: records[block.name]["sources"] for block in blocks},
-    )  # fmt: skip
+    )
     write_atomically(output / MANIFEST_NAME, manifest_bytes(manifest))
     return manifest
 

@@ -1,6 +1,7 @@
 """The shard format: sparse per-class RLE masks beside images, in plain WebDataset tar files.
 
-Needs numpy, pillow and msgpack; never torch.
+Reading a folder needs numpy, pillow, msgpack and simplejpeg. A set on object storage needs obstore and tenacity too,
+which are imported when the first URL is opened. Never torch.
 """
 
 from shards.errors import (

@@ -6,6 +6,7 @@ A root is a folder or an s3://, gs://, az:// or https:// URL.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,8 @@ from shards.verify import verify
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m shards", description=__doc__)
+    prog = sys.argv[0] if sys.argv[0].startswith("maskstream ") else "python -m shards"
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     info = commands.add_parser("info", help="what the set holds: splits, sizes, classes")
     check = commands.add_parser("verify", help="read every byte and every sample; exit code 1 when something is wrong")

@@ -7,11 +7,11 @@ import io
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from shards.errors import MaskStreamError
 from shards.files.atomic import naming
+from shards.recipes import file_or_recipe, recipe_path
 from shards.settings import describe_config
 from shards.shown_text import shown
 
@@ -20,8 +20,8 @@ EXIT_INTERRUPTED = 130
 _OUTPUT = "standard output"
 
 
-def config_parser(description: str, schema: type[Any], default_config: Path) -> argparse.ArgumentParser:
-    """A parser with `--config` (default: a file of configs/) whose `--help` lists every setting of `schema`."""
+def config_parser(description: str, schema: type[Any], default_recipe: str) -> argparse.ArgumentParser:
+    """A parser with `--config` (default: a recipe) whose `--help` lists every setting of `schema`."""
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -29,15 +29,17 @@ def config_parser(description: str, schema: type[Any], default_config: Path) -> 
         + "\n".join(describe_config(schema)),
     )
     parser.add_argument("--config", action="append", metavar="FILE", dest="configs",
-                        help=f"YAML file of settings (default: configs/{default_config.name}); given again, a file is "
-                        "laid over the ones before")
-    parser.set_defaults(default_config=default_config)
+                        help="YAML file of settings, or the name of a recipe, which `maskstream recipes` lists "
+                        f"(default: {default_recipe}); given again, a file is laid over the ones before")
+    parser.set_defaults(default_recipe=default_recipe)
     return parser
 
 
 def config_files(arguments: argparse.Namespace) -> list[str]:
     """The files that `--config` names, or the default one."""
-    return arguments.configs or [str(arguments.default_config)]
+    if not arguments.configs:
+        return [str(recipe_path(arguments.default_recipe))]
+    return [file_or_recipe(given) for given in arguments.configs]
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +62,8 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # the reader of our output (head, less) went away: not an error
         _drop_output()
         code = 0
+    except ModuleNotFoundError as error:  # torch, say, which comes with the extra
+        code = _complain(f"{error}; training, evaluation, prediction and export need: pip install 'maskstream[train]'")
     except OSError as error:  # a folder that cannot be written, a full disk
         code = _complain(f"{error.filename or type(error).__name__}: {error.strerror or error}")
         if error.filename == _OUTPUT:

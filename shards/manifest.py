@@ -20,7 +20,7 @@ import numpy as np
 
 from shards.errors import CorruptShardError, FormatVersionError, ShardError
 from shards.files.outside_json import built, parse_json
-from shards.files.storage import ObjectStorage, Storage, open_storage, read_checked
+from shards.files.storage import LocalStorage, Storage, open_storage, read_checked
 from shards.rle import MAX_CLASSES, MAX_SIDE, ignore_value
 from shards.shown_text import has_control_characters, shown
 
@@ -194,7 +194,7 @@ def load_manifest(root: str | Path | Storage) -> Manifest:
     try:
         return read_checked(storage, MANIFEST_NAME, lambda data: parse_manifest(data, path), _LARGEST)
     except (FileNotFoundError, NotADirectoryError) as error:
-        missing = isinstance(storage, ObjectStorage) and f" ({error})"
+        missing = not isinstance(storage, LocalStorage) and f" ({error})"
         raise ShardError(
             f"{path} does not exist: {storage.root} is not a shard set, or writing it did not finish{missing or ''}. "
             "Rerun the same preprocess/make_shards.py command to complete it."

@@ -16,8 +16,6 @@ from shards.shown_text import masked_value, shown
 
 ConfigT = TypeVar("ConfigT")
 _MAX_SHOWN = 80  # characters of a wrong value that an error repeats
-_REPR = reprlib.Repr()  # YAML's aliases, or a checkpoint, may spell a gigabyte of text in ten lines
-_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 3, 10_000, 10_000
 
 
 def knob(default: Any, help: str, *, choices: Sequence[str] = (), minimum: float | None = None,
@@ -95,6 +93,8 @@ def describe_config(schema: type[Any], prefix: str = "") -> Iterator[str]:
 
 def shown_value(value: Any) -> str:
     """A wrong value as an error repeats it: short, without control characters and secrets."""
-    short = repr(masked_value(value)) if isinstance(value, str) else _REPR.repr(value)
+    limited = reprlib.Repr()  # YAML's aliases, or a checkpoint, may spell a gigabyte of text in ten lines
+    limited.maxlevel, limited.maxstring, limited.maxother = 3, 10_000, 10_000
+    short = repr(masked_value(value)) if isinstance(value, str) else limited.repr(value)
     text = shown(short)  # before it is cut, or a mask might not see the end
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}… ({len(text)} characters)"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing.process
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,8 @@ SHARED = Path(os.environ.get("MASKSTREAM_SHARED", str(REPOSITORY.parent / "share
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="leave out what is marked slow, and skip every test at the "
+                     "moment it starts a process; `make test-fast` runs tests/unit so")
     # pytest takes an existing folder after an option that it does not know yet for a folder of tests: name another too.
     parser.addoption("--golden", default=None, metavar="DIR",
                      help="folder of golden files (default: $MASKSTREAM_SHARED/golden); prints how far each test was "
@@ -25,8 +29,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: trains or starts several processes")
+    config.addinivalue_line("markers", "slow: takes seconds; `make test-fast` leaves these out")
     config.addinivalue_line("markers", "stress: takes minutes; `make stress` runs these, `make test` does not")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--fast"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
+@pytest.fixture(autouse=True)
+def no_processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --fast nothing has to be marked for starting processes: it is skipped when it does."""
+    if request.config.getoption("--fast"):
+        monkeypatch.setattr(subprocess.Popen, "__init__", _skip)
+        monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", _skip)
+
+
+def _skip(*_: object, **__: object) -> None:
+    pytest.skip("starts a process, which --fast leaves out")
 
 
 @pytest.fixture
@@ -121,8 +144,10 @@ def make_shards(output: Path, root: Path, *overrides: str) -> Path:
 
 
 @pytest.fixture(scope="session")
-def s3_server() -> Iterator[S3Server]:
+def s3_server(request: pytest.FixtureRequest) -> Iterator[S3Server]:
     """A real S3 server of this test process."""
+    if request.config.getoption("--fast"):
+        _skip()
     from tests.support.object_storage import s3_server
 
     with s3_server() as server:

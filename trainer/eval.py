@@ -11,19 +11,23 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from shards.command_line import add_overrides, config_files, config_parser, run_entry_point
-from shards.errors import ConfigError
-from shards.files.atomic import write_atomically
-from shards.files.strict_json import to_json
-from trainer.config import RunConfig, load_run_config
-from trainer.stopping import die_with_launcher
+try:
+    from shards.command_line import add_overrides, config_files, config_parser, run_entry_point
+    from shards.errors import ConfigError
+    from shards.files.atomic import write_atomically
+    from shards.files.strict_json import to_json
+    from trainer.config import RunConfig, load_run_config
+    from trainer.stopping import die_with_launcher
+except ImportError as error:
+    raise SystemExit(f"error: {error}; is MaskStream installed here (pip install -e .), and is there no other package "
+                     "called shards or trainer?") from None
 
-DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "config-ade20k-m2f-inference.yaml"
+DEFAULT_RECIPE = "config-ade20k-m2f-inference"
 
 
 def main() -> int:
     die_with_launcher()
-    parser = config_parser(str(__doc__), RunConfig, DEFAULT_CONFIG)
+    parser = config_parser(str(__doc__), RunConfig, DEFAULT_RECIPE)
     parser.add_argument("--checkpoint", required=True, help="checkpoint file, e.g. <run>/checkpoints/best.pt, or "
                         "another program's head")
     parser.add_argument("--output", default=None, help="folder for metrics and pictures "

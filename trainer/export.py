@@ -13,9 +13,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from shards.command_line import run_entry_point
-from shards.errors import ConfigError
-from trainer.model_options import add_checkpoint_options, open_pretrained
+try:
+    from shards.command_line import run_entry_point
+    from shards.errors import ConfigError
+    from trainer.model_options import add_checkpoint_options, open_pretrained
+except ImportError as error:
+    raise SystemExit(f"error: {error}; is MaskStream installed here (pip install -e .), and is there no other package "
+                     "called shards or trainer?") from None
 
 FORMATS = ("directory", "meta", "program")
 

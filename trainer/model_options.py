@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from shards.class_list import parse_classes
 from shards.errors import ConfigError
+from shards.recipes import file_or_recipe
 from trainer.config import load_run_config
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
                         help="change a setting of the run, e.g. --set eval.tta_flip=true (repeatable; settings as in "
                         "trainer/eval.py --help; default: as trained)")
     parser.add_argument("--config", action="append", metavar="FILE", dest="configs", help="another program's weights "
-                        "only: YAML file of settings with the network's sizes (repeatable: laid over one another)")
+                        "only: YAML file, or recipe, of settings with the network's sizes (repeatable: laid over one "
+                        "another)")
     parser.add_argument("--classes", help="another program's weights only: text file with one class name per line, in "
                         "id order, e.g. preprocess/ade20k_classes.txt")
 
@@ -47,5 +49,5 @@ def open_pretrained(arguments: argparse.Namespace) -> Pretrained:
         text = Path(arguments.classes).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--classes {arguments.classes} cannot be read: {error}") from error
-    config = load_run_config(arguments.configs, arguments.overrides)
+    config = load_run_config([file_or_recipe(given) for given in arguments.configs], arguments.overrides)
     return adopt(found, config, parse_classes(text, arguments.classes), pick_device(config.device))

@@ -15,11 +15,15 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from shards.command_line import run_entry_point
-from shards.errors import ConfigError, MaskStreamError, RunError
-from shards.files.atomic import write_atomically
-from shards.files.strict_json import to_json
-from trainer.model_options import add_checkpoint_options, open_pretrained
+try:
+    from shards.command_line import run_entry_point
+    from shards.errors import ConfigError, MaskStreamError, RunError
+    from shards.files.atomic import write_atomically
+    from shards.files.strict_json import to_json
+    from trainer.model_options import add_checkpoint_options, open_pretrained
+except ImportError as error:
+    raise SystemExit(f"error: {error}; is MaskStream installed here (pip install -e .), and is there no other package "
+                     "called shards or trainer?") from None
 
 if TYPE_CHECKING:
     from trainer.pretrained import Pretrained

@@ -14,13 +14,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from shards.command_line import run_entry_point
-from shards.errors import ConfigError
-from shards.files.strict_json import to_json
-from shards.shown_text import shown
-from trainer.reporting.run_logger import METRICS_NAME, read_metrics
-from trainer.reporting.state import STATE_NAME, RunState, format_duration, read_state
-from trainer.run.folder import LOCK_NAME, is_used
+try:
+    from shards.command_line import run_entry_point
+    from shards.errors import ConfigError
+    from shards.files.strict_json import to_json
+    from shards.shown_text import shown
+    from trainer.reporting.run_logger import METRICS_NAME, read_metrics
+    from trainer.reporting.state import STATE_NAME, RunState, format_duration, read_state
+    from trainer.run.folder import LOCK_NAME, is_used
+except ImportError as error:
+    raise SystemExit(f"error: {error}; is MaskStream installed here (pip install -e .), and is there no other package "
+                     "called shards or trainer?") from None
 
 EXIT_CODES = {"running": 0, "finished": 0, "failed": 1, "stopped": 75, "lost": 75}  # 75: EX_TEMPFAIL of sysexits.h
 _EVENTS_SHOWN = 3

@@ -7,19 +7,22 @@ example: torchrun --standalone --nproc-per-node 2 trainer/train.py --config conf
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
-from shards.command_line import add_overrides, config_files, config_parser, run_entry_point
-from shards.config_file import config_to_yaml
-from trainer.config import RunConfig, load_run_config
-from trainer.stopping import die_with_launcher
+try:
+    from shards.command_line import add_overrides, config_files, config_parser, run_entry_point
+    from shards.config_file import config_to_yaml
+    from trainer.config import RunConfig, load_run_config
+    from trainer.stopping import die_with_launcher
+except ImportError as error:
+    raise SystemExit(f"error: {error}; is MaskStream installed here (pip install -e .), and is there no other package "
+                     "called shards or trainer?") from None
 
-DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "config-ade20k-m2f-training.yaml"
+DEFAULT_RECIPE = "config-ade20k-m2f-training"
 
 
 def main() -> int:
     die_with_launcher()
-    parser = config_parser(str(__doc__), RunConfig, DEFAULT_CONFIG)
+    parser = config_parser(str(__doc__), RunConfig, DEFAULT_RECIPE)
     parser.add_argument("--dry-run", action="store_true", help="print settings, counts and one sample, train nothing")
     add_overrides(parser)
     arguments = parser.parse_intermixed_args()

@@ -55,14 +55,19 @@ def start(temporary: Path, *command: object) -> subprocess.Popen[str]:
 
 
 def kill_all(process: subprocess.Popen[str]) -> None:
-    """kill -9 of the group, and of the loaders' fork server, which has a group of its own."""
-    servers = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True,
-                             check=False).stdout.split()
+    """kill -9 of the group, and of loader processes, each of which has a group of its own."""
+    children = children_of(process.pid)
+    loaders = [loader for child in children for loader in children_of(child)]
     os.killpg(process.pid, signal.SIGKILL)
-    for server in servers:
+    for loader in loaders:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(int(server), signal.SIGKILL)
+            os.kill(loader, signal.SIGKILL)
     process.communicate()
+
+
+def children_of(pid: int) -> list[int]:
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
+    return [int(child) for child in found.stdout.split()]
 
 
 def semaphores(temporary: Path) -> set[Path]:

@@ -143,7 +143,7 @@ def picture(path: Path) -> None:
     (shard, "fsync"),
     (lambda path: LocalStorage(path.parent).upload(path.name, Path(__file__)), "fsync"),
     (lambda path: (path.write_bytes(b"x"), LocalStorage(path.parent).read(path.name, 0, 1)), "pread"),
-])  # fmt: skip
+])
 def test_errors_of_files_name_them(tmp_path: Path, what: Callable[[Path], object], broken: str,
                                    monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, broken, full)
@@ -172,7 +172,7 @@ def test_an_error_without_a_number_gets_a_name_that_survives_another_process(tmp
     (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),
      "error: BlockingIOError: Resource temporarily unavailable"),
     (OSError("odd"), "error: OSError: odd"),
-])  # fmt: skip
+])
 def test_the_entry_point_never_says_input_or_output(error: OSError, line: str,
                                                     capsys: pytest.CaptureFixture[str]) -> None:
     def main() -> int:

@@ -180,7 +180,7 @@ def test_a_state_comes_back_as_it_was_written(tmp_path: Path) -> None:
     ({"seconds_per_step": float("inf")}, "legal: from 0 to"), ({"step": 10**400}, "field 'step' is 1000"),
     ({"updated": -1e308}, "legal: from 0 to"),
     ({"seconds_per_step": "x"}, r"legal: float \| None"), ({"pid": None}, "field 'pid' is None"),
-])  # fmt: skip
+])
 def test_a_malformed_state_is_one_clear_error(tmp_path: Path, content: Any, message: str) -> None:
     if isinstance(content, dict):
         content = json.dumps(dataclasses.asdict(STATE) | content).encode()
@@ -266,7 +266,7 @@ def gone_process() -> int:
     ({"status": "failed", "message": "loss is nan"}, 1, r"failed 1\ds ago: loss is nan"),
     ({"pid": "gone"}, 75, "lost: "),
     ({"host": "elsewhere", "updated": -5000}, 75, "silent for 1h23m; continue with the same command"),
-])  # fmt: skip
+])
 def test_status_tells_people_and_scripts(tmp_path: Path, changes: dict[str, Any], code: int, text: str) -> None:
     now = time.time()
     changes = {"started": now - 3600, "updated": now - 10, **changes}

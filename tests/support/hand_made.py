@@ -53,7 +53,7 @@ def write_manifest(root: Path, shards: list[ShardInfo], index: bytes, samples: i
         kind="crops", images=samples, samples=samples, shards=shards, class_pixels=[samples * size[0] * size[1], 0],
         class_samples=[samples, 0], ignored_pixels=0,
         index=IndexInfo(name="train.index", bytes=len(index), sha256=hashlib.sha256(index).hexdigest()),
-    )  # fmt: skip
+    )
     classes = [ClassInfo(name=name, color=(number, 0, 0)) for number, name in enumerate(("a", "b"))]
     manifest = Manifest(dataset="folder", classes=classes, ignore_index=255, seed=0, crops={}, config={},
                         config_hash="0" * 64, producer={}, splits={"train": split})

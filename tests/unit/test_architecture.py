@@ -41,14 +41,14 @@ LAYERS: dict[str, tuple[set[str], ...]] = {
         {"shown_text"},
         {"errors"},
         {"files"},
-        {"rle", "plan", "settings", "workers"},
+        {"rle", "plan", "settings", "workers", "recipes"},
         {"picture_file", "coco", "config_file", "picture"},
         {"sample", "manifest", "command_line"},
         {"shard_table", "writer"},
         {"reader", "mirror", "class_list"},
         {"read_ahead", "audit", "verify"},
         {"__init__"},
-        {"__main__"},
+        {"__main__", "console"},
     ),
 }
 MOST_FILES, MOST_LINES, MOST_FUNCTION_LINES = 22, 360, 60
@@ -183,10 +183,56 @@ def everything_public_has_a_docstring(root: Path) -> Iterator[str]:
                 yield f"{path}: {node.name} has no docstring"
 
 
+def importing_changes_nothing(root: Path) -> Iterator[str]:
+    """No module acts on the process, or on another module's things, because it was imported."""
+    for path in sources(root):
+        for node in run_on_import(tree_of(path).body):
+            if (isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant)) or isinstance(node, ACTS):
+                yield f"{path} does something when it is imported: {ast.unparse(node).splitlines()[0]}"
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", ast.Name("x"))]
+            if any(isinstance(part, ast.Attribute | ast.Subscript) for target in targets for part in ast.walk(target)):
+                yield f"{path} changes something when it is imported: {ast.unparse(node)}"
+            called = [call.func for call in calls_on_import(node)] + getattr(node, "decorator_list", [])
+            for name in map(ast.unparse, called):
+                if name.startswith(FORBIDDEN_ON_IMPORT):
+                    yield f"{path} calls {name} when it is imported"
+
+
+ACTS = (ast.For, ast.While, ast.With, ast.Delete)  # to raise is to end the import
+FORBIDDEN_ON_IMPORT = ("os.", "signal.", "atexit.", "warnings.", "faulthandler.", "multiprocessing.", "threading.",
+                       "subprocess.", "logging.basicConfig", "logging.captureWarnings", "sys.", "socket.", "open",
+                       "torch.set_", "torch.multiprocessing", "resource.", "gc.")
+
+
+def run_on_import(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements that an import runs: also those in classes and branches, but not what a program alone does."""
+    for node in body:
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("__name__ == '__main__'", "TYPE_CHECKING"):
+            continue
+        yield node
+        if isinstance(node, ast.ClassDef | ast.If | ast.Try | ast.With):
+            yield from run_on_import([part for part in ast.iter_child_nodes(node) if isinstance(part, ast.stmt)])
+            yield from run_on_import([part for handler in getattr(node, "handlers", []) for part in handler.body])
+
+
+def calls_on_import(node: ast.AST) -> Iterator[ast.Call]:
+    """The calls in a statement, but for those that a function in it would make; its defaults and decorators count."""
+    if isinstance(node, ast.Call):
+        yield node
+    is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+    for name, field in ast.iter_fields(node):
+        if is_function and name == "body":
+            continue
+        for part in field if isinstance(field, list) else [field]:
+            if isinstance(part, ast.AST):
+                yield from calls_on_import(part)
+
+
 Rule = Callable[[Path], Iterator[str]]
 RULES: tuple[Rule, ...] = (
     packages_meet_only_in_the_format, nobody_imports, imports_point_downwards, json_is_written_in_one_place,
     no_module_shadows_another, every_setting_is_read, everything_stays_readable, everything_public_has_a_docstring,
+    importing_changes_nothing,
 )
 
 
@@ -221,6 +267,16 @@ PLANTED: list[tuple[Rule, str, str]] = [
     (everything_stays_readable, "shards/planted.py", "def f():\n" + "    x = 1\n" * MOST_FUNCTION_LINES),
     (everything_public_has_a_docstring, "trainer/loss/planted.py", "class Loss:\n    pass"),
     (everything_public_has_a_docstring, "preprocess/planted.py", "def f():\n    pass"),
+    (importing_changes_nothing, "trainer/data/planted.py", "import os\nos.setsid()"),
+    (importing_changes_nothing, "trainer/planted.py", "import os\nos.environ['OMP_NUM_THREADS'] = '1'"),
+    (importing_changes_nothing, "trainer/planted.py", "import sys\nsys.excepthook: object = print"),
+    (importing_changes_nothing, "trainer/planted.py", "import torch\nif True:\n    torch.set_num_threads(1)"),
+    (importing_changes_nothing, "trainer/planted.py", "import torch\ntorch.backends.cudnn.benchmark = True"),
+    (importing_changes_nothing, "preprocess/planted.py", "import signal\nold = signal.signal(2, signal.SIG_IGN)"),
+    (importing_changes_nothing, "preprocess/planted.py", "import warnings\nwarnings.filterwarnings('ignore')"),
+    (importing_changes_nothing, "shards/planted.py", "import atexit\n@atexit.register\ndef f(x=1):\n    pass"),
+    (importing_changes_nothing, "shards/planted.py", "try:\n    x = 1\nexcept OSError:\n    del x"),
+    (importing_changes_nothing, "shards/planted.py", "class A:\n    x = open('/dev/null')"),
 ]
 
 

@@ -339,7 +339,7 @@ def test_an_unlabelled_image_gives_no_crop_and_is_counted(scenes: Path, tmp_path
 def test_padding_is_ignored() -> None:
     assert pad_labels(np.ones((2, 3), np.uint8), 4, 255).tolist() == [
         [1, 1, 1, 255], [1, 1, 1, 255], [255] * 4, [255] * 4,
-    ]  # fmt: skip
+    ]
 
 
 def test_stored_windows_may_be_larger_than_the_training_crop(scenes: Path, tmp_path: Path) -> None:

@@ -421,7 +421,7 @@ def test_sound_files_are_read_whatever_pillow_takes_for_a_bomb(tmp_path: Path, m
     (png(np.arange(4096).reshape(64, 64).astype(np.uint8), 8, 0)[:-40], r"damaged or cut short: .+"),
     (b"GIF89a" + bytes(20), r"not a readable PNG file of 26 bytes, it begins with b'GIF89a"),
     (b"\xff\xd8\xff\xe0" + bytes(20), r"is a JPEG file, legal: PNG"),
-])  # fmt: skip
+])
 def test_a_refusal_says_its_reason(tmp_path: Path, data: bytes, reason: str) -> None:
     root = write_pairs(tmp_path, ["train/x"])
     (root / "annotations/train/x.png").write_bytes(data)

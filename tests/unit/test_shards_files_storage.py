@@ -19,7 +19,8 @@ import pytest
 
 from shards.errors import ConfigError, CorruptShardError, FormatVersionError, ShardError, StorageError
 from shards.files.cache import DiskCache
-from shards.files.storage import LocalStorage, ObjectStorage, Patience, is_remote, open_storage
+from shards.files.object_storage import ObjectStorage
+from shards.files.storage import LocalStorage, Patience, is_remote, open_storage
 from shards.manifest import MANIFEST_NAME, load_manifest, manifest_bytes
 from shards.mirror import copy_set, files_of
 from shards.reader import ShardReader, iter_samples
@@ -96,7 +97,7 @@ def test_a_read_goes_on_from_the_byte_reached(
     s3.faults, s3.bytes = [fault], 0
     with caplog.at_level(logging.WARNING):
         assert storage.read("x", 1000, 150_000) == DATA[1000:151_000]
-    warned = [record for record in caplog.records if record.name == "shards.files.storage"]  # not that it is http://
+    warned = [record for record in caplog.records if record.name == "shards.files.object_storage"]  # not that it is http://
     assert [record.levelname for record in warned] == ["WARNING"]
     assert f"{s3_root}/x (offset 1000): try 1 of 5 failed" in caplog.text and "1 retries in this process" in caplog.text
     if fault is cut:
@@ -131,7 +132,7 @@ def test_lasting_errors_are_clear_and_quick(s3: FaultyProxy, s3_root: str, monke
 def test_large_objects_come_in_pieces_and_whole_ones_have_a_limit(
     s3: FaultyProxy, s3_root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from shards.files import storage as module
+    from shards.files import object_storage as module
 
     storage = open_storage(s3_root, HASTY)
     storage.write("x", DATA)

@@ -138,7 +138,7 @@ def test_a_cloud_endpoint_that_is_http_is_said_too(s3_shards: str, caplog: pytes
 def test_https_is_never_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """The client is told so too."""
     options: list[dict[str, object]] = []
-    monkeypatch.setattr("shards.files.storage.from_url",
+    monkeypatch.setattr("shards.files.object_storage.from_url",
                         lambda url, client_options, **_: options.append(client_options))
     for url in ("https://host/set", "http://host/set", "s3://bucket/set"):
         open_storage(url, Patience())._client()  # type: ignore[attr-defined]

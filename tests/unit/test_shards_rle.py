@@ -65,7 +65,7 @@ def test_the_record_is_what_the_docstring_draws() -> None:
     record = encode_rle(label_map, 255)
     assert {name: record[name] for name in record if name != "data"} == {
         "height": 2, "width": 4, "labels": [3, 7], "runs": [1, 2], "gap_bytes": 1, "length_bytes": 1,
-    }  # fmt: skip
+    }
     # class 3: pixels 3..4; class 7: pixels 0..1, then 5..7. Gaps 3 | 0 3, lengths 2 | 2 3.
     assert zlib.decompress(record["data"]) == bytes([3, 0, 3, 2, 2, 3])
     assert list(record)[-1] == "data"
@@ -228,7 +228,7 @@ def test_coco_count_strings_round_trip(counts: list[int]) -> None:
         ([{"category_id": 65535, "size": [2, 2], "counts": [4]}], "category_id are .65535., legal"),
         ([{"size": [2, 2], "counts": [4]}], "category_id are .None., legal"),
     ],
-)  # fmt: skip
+)
 def test_bad_coco_masks_are_refused(rles: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(CorruptShardError, match=message):
         from_coco_rle(rles)

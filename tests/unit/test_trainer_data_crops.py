@@ -37,7 +37,7 @@ def equal(first: Batch, second: Batch) -> bool:
         and torch.equal(first.images, second.images) and torch.equal(first.segment_maps, second.segment_maps)
         and torch.equal(first.labels, second.labels) and torch.equal(first.photometric, second.photometric)
         and first.mirrored == second.mirrored and first.valid == second.valid
-    )  # fmt: skip
+    )
 
 
 def slow_mirror(picture: torch.Tensor, width: int) -> torch.Tensor:

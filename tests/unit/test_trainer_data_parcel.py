@@ -40,7 +40,7 @@ def batch_of(*, dense: bool, labels: int = 3) -> Batch:
     return Batch(number=4, keys=["a", "b"], images=images, segment_maps=None if dense else maps,
                  masks=[torch.rand(labels, 5, 7) > 0.5 for _ in range(2)] if dense else None,
                  labels=torch.arange(2 * labels), counts=[labels, labels], photometric=torch.rand(2, 6),
-                 valid=[(5, 7), (4, 7)], mirrored=[True, False], skipped=[])  # fmt: skip
+                 valid=[(5, 7), (4, 7)], mirrored=[True, False], skipped=[])
 
 
 receive = pickle.loads  # as a queue does it

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from trainer.data.crops import Batch, LabelledImage, TrainCrops, WholeImages
 from trainer.data.parcel import Parcel, shared_memory_advice
 
 _log = logging.getLogger(__name__)
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _GRACE = 10  # seconds that a worker lives after SIGTERM, for the last step's batches
 
 
@@ -101,17 +102,29 @@ def _deaths(workers: Iterable[Any]) -> str:
 
 
 def _start_worker(number: int) -> None:
+    """Runs first in each loader process, which was born with _STOP_SIGNALS blocked (see `_start_helpers`)."""
+    for stop in _STOP_SIGNALS:
+        signal.signal(stop, signal.SIG_IGN)  # one that came already is dropped
+    os.setsid()  # what is sent to the trainer's group, as torchrun does, is no longer sent here
+    # A worker that is stuck must end with its DataLoader, which asks by SIGTERM.
+    signal.signal(signal.SIGTERM, lambda *_: threading.Timer(_GRACE, os._exit, [0]).start())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
     exit_with_parent()
     keep_freed_memory()
-    # Stop signals are ignored (see `forkserver_preload`), but a worker that is stuck must end with its DataLoader.
-    signal.signal(signal.SIGTERM, lambda *_: threading.Timer(_GRACE, os._exit, [0]).start())
 
 
-def _start_resource_tracker() -> None:
-    """Python's own helper process, which ignores all signals that stop a run but one: let it inherit that blocked."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+def _start_helpers() -> None:
+    """Start Python's own helper processes, the fork server and the resource tracker, with _STOP_SIGNALS blocked.
+
+    A signal that asks a run to stop often goes to all its processes (a terminal's Ctrl-C, torchrun, Slurm). The step
+    under way still needs its batches, so neither the helpers nor the loader processes may end by it. They inherit the
+    mask, so there is no moment in which they could; one that comes to the trainer meanwhile is kept until afterwards.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
-        resource_tracker.ensure_running()
+        for start in (resource_tracker.ensure_running, forkserver.ensure_running):
+            signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)  # each time: the tracker's start unblocks two
+            start()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -135,8 +148,8 @@ def _loader(dataset: TrainCrops | WholeImages, device: torch.device) -> DataLoad
     # A forked copy of a process with threads (autograd, NCCL, gloo) can deadlock. The fork server is a clean
     # process instead; it imports torch once, its children start in milliseconds.
     context = multiprocessing.get_context("forkserver")
-    _start_resource_tracker()
-    context.set_forkserver_preload(["trainer.data.forkserver_preload", "trainer.data.crops"])
+    context.set_forkserver_preload(["trainer.data.crops"])
+    _start_helpers()
     # No timeout: with one, torch no longer looks every five seconds whether its workers live.
     return DataLoader(_Parcels(dataset), batch_size=None, num_workers=workers,
                       prefetch_factor=dataset.config.prefetch_batches, multiprocessing_context=context,

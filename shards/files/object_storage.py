@@ -1,0 +1,204 @@
+"""Object storage and web servers through obstore: the `Storage` of s3://, gs://, az:// and https:// URLs.
+
+A read that is cut, stalls, trickles or meets a server error goes on from the byte reached, after a pause. One that
+cannot succeed (no such object, no permission) or has used up its tries raises StorageError naming object and offset.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import obstore
+from obstore import exceptions
+from obstore.store import from_url
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
+
+from shards.errors import ConfigError, StorageError
+from shards.files.atomic import opened
+from shards.files.plain_file import check_size
+from shards.files.storage import LARGEST_WHOLE, Patience
+from shards.files.storage_errors import brief, may_pass, refused_by
+from shards.files.web import check_redirects, say_if_unprotected
+from shards.shown_text import MASK, masked
+
+_PIECE = 8 << 20  # bytes asked for in one request, and held twice at most
+_SETTINGS = ("AWS_", "GOOGLE_", "AZURE_", "MASKSTREAM_")
+_log = logging.getLogger(__name__)
+_Value = TypeVar("_Value")
+
+
+class ObjectStorage:
+    """Object storage by URL. The client is made on first use, in each process; may be shared by threads."""
+
+    def __init__(self, url: str, patience: Patience) -> None:
+        location, _, self._query = url.partition("?")
+        self._url, self.patience = f"{location.rstrip('/')}{'?' if self._query else ''}{self._query}", patience
+        self._location = masked(location.rstrip("/"))
+        self._asked: set[str] = set()  # names whose redirects were looked at
+        self.retries = 0  # of this process, for the warnings
+        self._store: Any = None
+        # A loader's fork server may have been started before these were set, and its children have its environment.
+        self._settings = {name: value for name, value in os.environ.items() if name.startswith(_SETTINGS)}
+
+    def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+        received = bytearray()
+        if length is None:
+            length = self.size(name) - offset
+            check_size(self.where(name), length, LARGEST_WHOLE)
+        while len(received) < length:  # in pieces, so that no single request takes long
+            self._read_piece(name, offset, min(length, len(received) + _PIECE), received)
+        return bytes(received)
+
+    def size(self, name: str) -> int:
+        def head() -> int:
+            self._check_redirects(name)
+            return int(obstore.head(self._client(), name)["size"])
+
+        return self._patiently(name, 0, head)
+
+    def sizes(self) -> dict[str, int] | None:
+        if self._is_web:
+            return None
+        found: dict[str, int] = {}
+
+        def listed() -> None:
+            for batch in obstore.list(self._client()):
+                found.update({item["path"]: item["size"] for item in batch if "/" not in item["path"]})
+
+        self._patiently("", 0, listed)
+        return found
+
+    def write(self, name: str, data: bytes, *, create: bool = False) -> None:
+        self._check_writable()
+        try:
+            self._patiently(name, 0, lambda: obstore.put(self._client(), name, data, use_multipart=False,
+                                                         mode="create" if create else "overwrite"))
+        except exceptions.AlreadyExistsError as error:
+            raise StorageError(f"{self.where(name)} is there already") from error
+
+    def upload(self, name: str, source: Path | BinaryIO) -> None:
+        self._check_writable()
+
+        def put() -> None:
+            with opened(source) as file:
+                obstore.put(self._client(), name, file)  # in parts when it is large; visible when all are there
+
+        self._patiently(name, 0, put)
+
+    def delete(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._patiently(name, 0, lambda: obstore.delete(self._client(), name))
+
+    def where(self, name: str) -> str:
+        return f"{self._location}{f'/{name}' if name else ''}{f'?{MASK}' if self._query else ''}"
+
+    @property
+    def root(self) -> str:
+        """The URL without credentials."""
+        return self.where("")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_store": None}
+
+    @property
+    def _is_web(self) -> bool:
+        return self._url.startswith("http")
+
+    def _check_writable(self) -> None:
+        if self._is_web:
+            raise ConfigError(f"{self.root} can only be read; write to a path, or to s3://, gs:// or az://")
+
+    def _check_redirects(self, name: str) -> None:
+        if self._is_web and name not in self._asked:
+            location, mark, query = self._url.partition("?")
+            check_redirects(f"{location}/{name}{mark}{query}", self.patience.timeout)
+            self._asked.add(name)
+
+    def _read_piece(self, name: str, offset: int, end: int, received: bytearray) -> None:
+        """Append bytes of an object until there are `end`, counted from `offset`."""
+
+        def go_on() -> None:
+            self._check_redirects(name)
+            start = offset + len(received)
+            answer = obstore.get(self._client(), name, options={"range": (start, offset + end)})
+            if next(iter(answer.range)) != start:
+                raise exceptions.GenericError(f"asked for bytes from {start}, got {answer.range}")
+            for chunk in answer.stream(min_chunk_size=1):
+                received.extend(bytes(chunk)[: end - len(received)])
+            if len(received) < end:
+                raise exceptions.GenericError(f"the body ended after {len(received)} of {end} bytes")
+
+        self._patiently(name, offset, go_on, lambda: f" after {len(received)} of {end} bytes")
+
+    def _patiently(self, name: str, offset: int, call: Callable[[], _Value],
+                   reached: Callable[[], str] = lambda: "") -> _Value:
+        """`call`, again after failures that may pass. Raises FileNotFoundError; StorageError for all else."""
+        place = f"{self.where(name)} (offset {offset})"
+
+        def warn(state: RetryCallState) -> None:
+            self.retries += 1
+            cause = brief(state.outcome.exception() if state.outcome else None, self._url)
+            _log.warning("%s: try %d of %d failed%s: %s; going on from there (%d retries in this process so far)",
+                         place, state.attempt_number, self.patience.tries, reached(), cause, self.retries)
+
+        def pause(state: RetryCallState) -> float:
+            whole = min(self.patience.longest_pause, 0.2 * 2.0 ** (state.attempt_number - 1))
+            return whole * random.Random(f"{place} {os.getpid()} {state.attempt_number}").uniform(0.5, 1.0)
+
+        retrying = Retrying(stop=stop_after_attempt(self.patience.tries), wait=pause, before_sleep=warn, reraise=True,
+                            retry=retry_if_exception(may_pass))
+        try:
+            return retrying(call)
+        except FileNotFoundError as error:
+            said = brief(error, self._url)
+            raise FileNotFoundError(f"{place}: there is no such object or bucket: {said}") from error
+        except exceptions.AlreadyExistsError:
+            raise
+        except (exceptions.BaseError, OSError, ValueError) as error:
+            if refused_by(error) == "404":  # of a listing: no such bucket
+                raise FileNotFoundError(f"{place}: there is no such bucket: {brief(error, self._url)}") from error
+            times = f" after {self.patience.tries} tries{reached()}" if may_pass(error) else ""
+            raise StorageError(f"{place}: failed{times}: {brief(error, self._url)}") from error
+
+    def _client(self) -> Any:
+        if _fork_broke_clients:
+            raise StorageError(f"{self.root}: this process was forked from one that had used object storage, which "
+                               "would hang; start workers with multiprocessing_context='forkserver' or 'spawn'")
+        if self._store is None:
+            _note_client()
+            os.environ.update(self._settings)
+            pause = timedelta(seconds=self.patience.timeout)
+            say_if_unprotected(self._url)
+            options = {"timeout": pause, "connect_timeout": pause, "read_timeout": pause,
+                       "allow_http": not self._url.startswith("https:")}  # an endpoint in the environment may be one
+            try:
+                # Its own retries are off: ours go on from the byte reached, for every cause, and say so.
+                make: Callable[..., Any] = from_url
+                self._store = make(self._url, client_options=options,
+                                   retry_config={"max_retries": 0, "retry_timeout": pause})
+            except (exceptions.BaseError, ValueError) as error:
+                raise StorageError(f"{self.root}: {brief(error, self._url)}") from error
+        return self._store
+
+
+_clients_used = _fork_broke_clients = False
+
+
+def _note_client() -> None:
+    """From now on, a fork of this process has clients that hang."""
+    global _clients_used
+    if not _clients_used:
+        _clients_used = True
+        os.register_at_fork(after_in_child=_after_fork)
+
+
+def _after_fork() -> None:
+    global _fork_broke_clients
+    _fork_broke_clients = True

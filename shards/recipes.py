@@ -1,0 +1,72 @@
+"""The recipes: the YAML files of configs/, wherever MaskStream runs from, by name.
+
+In a checkout, `shards/configs` is a link to configs/ at its top; a wheel holds the files themselves there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from importlib import resources
+from pathlib import Path, PurePosixPath
+
+from shards.errors import ConfigError
+
+_SUFFIX = ".yaml"
+
+
+def recipe_folder() -> Path:
+    """The folder that holds the recipes: the only place that knows where it is."""
+    return Path(str(resources.files("shards"))) / "configs"
+
+
+def recipe_names() -> list[str]:
+    """`demo`, `backbones/vitb16` and so on, each as it is given to `--config`."""
+    folder = recipe_folder()
+    found = [path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob(f"*{_SUFFIX}")]
+    return sorted(found, key=lambda name: (name.count("/"), name))
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe. Raises ConfigError naming the nearest one."""
+    wanted = _plain(name)
+    if wanted not in recipe_names():
+        raise ConfigError(f"there is no recipe {name!r}; {_hint(wanted)}")
+    return recipe_folder() / f"{wanted}{_SUFFIX}"
+
+
+def file_or_recipe(given: str) -> str:
+    """What `--config` names: a file, or else the recipe of that name or of that path in a checkout.
+
+    Raises ConfigError when there is neither.
+    """
+    if Path(given).exists():
+        return given
+    if _plain(given) not in recipe_names():
+        raise ConfigError(f"configuration file {given} does not exist, nor does such a recipe; {_hint(_plain(given))}")
+    return str(recipe_path(given))
+
+
+def _hint(wanted: str) -> str:
+    names = recipe_names()
+    near = difflib.get_close_matches(wanted, names, n=1)
+    return f"{f'did you mean {near[0]!r}? ' if near else ''}legal: {', '.join(names)}"
+
+
+def _plain(name: str) -> str:
+    """`demo` of demo, demo.yaml, configs/demo.yaml."""
+    return str(PurePosixPath(name)).removeprefix("configs/").removesuffix(_SUFFIX)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="List the recipes that --config takes by name, or print one.")
+    parser.add_argument("name", nargs="?", help="the recipe to print, e.g. demo > my.yaml")
+    arguments = parser.parse_args()
+    if arguments.name is not None:
+        print(recipe_path(arguments.name).read_text(encoding="utf-8"), end="")
+        return 0
+    names = recipe_names()
+    for name in names:
+        with (recipe_folder() / f"{name}{_SUFFIX}").open(encoding="utf-8") as file:
+            print(f"{name:{max(map(len, names))}}  {file.readline().removeprefix('#').strip()}")
+    return 0
