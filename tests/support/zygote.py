@@ -20,14 +20,15 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
 
-def run_forked(program: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """As `subprocess.run([python, program, *arguments], capture_output=True, text=True)`."""
+def run_forked(program: Path, *arguments: object, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+    """As `subprocess.run([python, program, *arguments], cwd=cwd, capture_output=True, text=True)`."""
     command = [str(program), *map(str, arguments)]
     with tempfile.TemporaryDirectory() as folder:
         streams = [str(Path(folder, name)) for name in ("out", "err")]
         zygote = _zygote()
         assert zygote.stdin is not None and zygote.stdout is not None
-        request = {"argv": command, "environ": {**os.environ, "OMP_NUM_THREADS": "1"}, "streams": streams}
+        request = {"argv": command, "environ": {**os.environ, "OMP_NUM_THREADS": "1"}, "streams": streams,
+                   "cwd": str(cwd)}
         zygote.stdin.write(json.dumps(request) + "\n")
         zygote.stdin.flush()
         code = int(zygote.stdout.readline())
@@ -66,6 +67,7 @@ def _become(request: dict[str, Any]) -> None:
     sys.stdin = open(0, closefd=False)  # noqa: SIM115 - the zygote's had read ahead
     os.environ.clear()
     os.environ.update(request["environ"])
+    os.chdir(request["cwd"])
     sys.argv[:] = request["argv"]
     sys.path[0] = str(Path(sys.argv[0]).parent)
     runpy.run_path(sys.argv[0], run_name="__main__")  # ends with SystemExit
