@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from benchmarks import report, results
@@ -246,3 +247,15 @@ def test_the_site_is_built_without_broken_links(tmp_path: Path) -> None:
     loaded = {url for page in pages for url in re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="(https?://[^"]+)"',
                                                           page.read_text(encoding="utf-8"))}
     assert not loaded, "a page loads files from other hosts"
+
+
+def test_hooks_and_workflow_run_the_checks_of_make_lint() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    lint = re.search(r"^lint:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
+    assert lint is not None
+    wanted = [line.strip().replace("$(BIN)/", ".venv/bin/").removesuffix(" .") for line in lint[1].splitlines()]
+    hooks = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    assert [hook["entry"] for repo in hooks for hook in repo["hooks"]] == wanted
+    assert {repo["repo"] for repo in hooks} == {"local"}, "no hook is downloaded"
+    workflow = yaml.safe_load((REPOSITORY / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
+    assert ".ci/run" in [step.get("run") for step in workflow["jobs"]["check"]["steps"]]
