@@ -1,11 +1,11 @@
-# make install | demo | test | test-fast | check | stress | lint | figure | clean
+# make install | demo | test | test-fast | check | stress | lint | docs | benchmarks-page | figure | clean
 # Every target makes .venv first when it is not there. PYTHON picks the interpreter (3.11 or newer).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 
-.PHONY: install demo test test-fast check stress lint figure clean
+.PHONY: install demo test test-fast check stress lint docs benchmarks-page figure clean
 
 install: $(VENV)/.installed
 
@@ -35,6 +35,12 @@ stress: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: install
+	$(BIN)/zensical build --strict --clean
+
+benchmarks-page: install
+	$(BIN)/python -m benchmarks.report
 
 figure: demo
 	cp $(DEMO)/run/evaluation/panels.png benchmarks/figures/demo.png

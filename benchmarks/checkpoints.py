@@ -2,12 +2,11 @@
 
 Blocks of steps with one checkpoint each, interleaved, one thread for the steps; medians over the blocks.
 
-example: python benchmarks/checkpoints.py
+example: python -m benchmarks.checkpoints
 """
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from time import perf_counter
 import numpy as np
 import torch
 
+from benchmarks.results import Result, benchmark_parser, spread
 from preprocess.config import PreprocessConfig
 from preprocess.make_scenes import write_scenes
 from preprocess.pairs import open_dataset
@@ -31,14 +31,16 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--steps", type=int, default=20, help="steps for each checkpoint (default: 20)")
     parser.add_argument("--blocks", type=int, default=7, help="interleaved blocks of each kind (default: 7)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        measure(folder, make_run(folder), arguments.steps, arguments.blocks)
+        result = Result("checkpoints", arguments.results)
+        measure(folder, make_run(folder), arguments.steps, arguments.blocks, result)
+        result.save()
 
 
 def make_run(folder: Path) -> Run:
@@ -52,7 +54,7 @@ def make_run(folder: Path) -> Run:
     return build_run(settings, alone, run_places(settings))
 
 
-def measure(folder: Path, run: Run, steps: int, blocks: int) -> None:
+def measure(folder: Path, run: Run, steps: int, blocks: int, result: Result) -> None:
     batches = [[run.crops[2 * number], run.crops[2 * number + 1]] for number in range(4)]
     writer = CheckpointWriter(folder / "checkpoints", folder, 2, None)
 
@@ -81,12 +83,12 @@ def measure(folder: Path, run: Run, steps: int, blocks: int) -> None:
                 calls += [called] if kind == "beside training" else []
     writer.close()
     size = max(path.stat().st_size for path in (folder / "checkpoints").glob("*.pt"))
-    base = float(np.median(seconds["none"]))
-    print(f"checkpoints of {size / 1e6:.1f} MB, one in {steps} steps, {blocks} interleaved blocks, medians\n\n"
-          "| checkpoints | s/step | ratio |\n|---|---|---|")
+    base = np.array(seconds["none"])
+    table = result.table(f"Checkpoints of {size / 1e6:.1f} MB, one in {steps} steps, {blocks} interleaved blocks",
+                         "checkpoints", "seconds per step", "time relative to none, block by block")
     for kind, found in seconds.items():
-        print(f"| {kind} | {np.median(found) / steps:.4f} | {np.median(found) / base:.3f} |")
-    print(f"\nthe call that begins one takes {1000 * np.median(calls):.1f} ms (the copy)")
+        table.row(kind, spread(found, 1 / steps), spread(np.array(found) / base))
+    result.note(f"The call that starts a checkpoint (the copy) takes {1000 * np.median(calls):.1f} ms.")
 
 
 if __name__ == "__main__":

@@ -4,12 +4,11 @@ Crops are cut from the label maps below --data by the training transform. Every 
 thing, a segment map plus labels, and is checked against the crop. Times are medians of interleaved rounds in
 one process; compare rows, not runs.
 
-example: python benchmarks/codec.py --data ../shared/data/ade20k-sample
+example: python -m benchmarks.codec --data ../shared/data/ade20k-sample
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import time
 import zlib
@@ -22,6 +21,7 @@ import zstandard
 from PIL import Image
 from pycocotools import mask as coco
 
+from benchmarks.results import Result, benchmark_parser, spread
 from preprocess.config import CropConfig, DatasetConfig
 from preprocess.crops import crop_rng, cut_labels, draw_crop, pad_labels
 from preprocess.pairs import open_dataset, read_pair
@@ -32,7 +32,7 @@ Decode = Callable[[bytes], tuple[np.ndarray, np.ndarray]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--data", required=True, help="ADE20K folder (official layout)")
     parser.add_argument("--crops", type=int, default=4, help="crops per image (default: 4)")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: 7)")
@@ -40,14 +40,15 @@ def main() -> None:
     crops = load_crops(arguments.data, arguments.crops)
     runs = np.mean([sum(rle.encode_rle(crop)["runs"]) for crop in crops])
     classes = np.mean([len(rle.encode_rle(crop)["labels"]) for crop in crops])
-    print(f"{len(crops)} crops of 512x512, mean {classes:.1f} classes and {runs:.0f} runs\n")
     check(crops)
     times = measure(crops, arguments.rounds)
-    print("| layout | bytes per crop | encode ms | decode ms |\n|---|---|---|---|")
+    result = Result("codec", arguments.results)
+    table = result.table(f"{len(crops)} crops of 512x512, {classes:.1f} classes and {runs:.0f} runs on average",
+                         "layout", "bytes per crop", "encode, ms", "decode, ms")
     for name, (encode, _) in CANDIDATES.items():
-        size = np.mean([len(encode(crop)) for crop in crops])
-        encode_ms, decode_ms = (1000 * np.median(times[name, what]) / len(crops) for what in ("encode", "decode"))
-        print(f"| {name} | {size:,.0f} | {encode_ms:.2f} | {decode_ms:.2f} |")
+        size = round(np.mean([len(encode(crop)) for crop in crops]))
+        table.row(name, size, *(spread(times[name, what], 1000 / len(crops)) for what in ("encode", "decode")))
+    result.save()
 
 
 def load_crops(root: str, per_image: int) -> list[np.ndarray]:

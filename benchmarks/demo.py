@@ -2,7 +2,9 @@
 
 Runs the same commands a user would type, prints each of them, and says at the end what they cost: in steps,
 seconds, and in units of a fixed calibration loop timed in the same run (seconds alone mean little on a
-shared machine).
+shared machine). `--results` also saves the numbers for docs/benchmarks.md.
+
+example: python -m benchmarks.demo --output runs/demo --results benchmarks/results
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="folder for everything the demo makes (emptied first)")
     parser.add_argument("--steps", type=int, default=None, help="training steps (default: as configs/demo.yaml)")
+    parser.add_argument("--results", type=Path, default=None, help="folder for demo.json (default: not written; needs "
+                        "`python -m benchmarks.demo`)")
     arguments = parser.parse_args()
     output = Path(arguments.output).resolve()
     if output.exists() and not (output / "scenes").exists() and any(output.iterdir()):
@@ -37,6 +41,8 @@ def main() -> None:
     seconds = run_demo(output, arguments.steps)
     unit = (before + calibration_seconds()) / 2
     report(output, seconds, unit)
+    if arguments.results is not None:
+        save(output, seconds, unit, arguments.results)
 
 
 def run_demo(output: Path, steps: int | None) -> dict[str, float]:
@@ -76,6 +82,19 @@ def calibration_seconds() -> float:
             np.fft.fft2(matrix)
         times.append(time.perf_counter() - started)
     return float(np.median(times))
+
+
+def save(output: Path, seconds: dict[str, float], unit: float, folder: Path) -> None:
+    from benchmarks.results import Result  # not found by `python benchmarks/demo.py`, which saves nothing
+
+    metrics = json.loads((output / "run" / "evaluation" / "metrics.json").read_text())
+    result = Result("demo", folder)
+    table = result.table("Cost; a unit is the calibration loop", "step", "seconds", "units")
+    for name, value in {**seconds, "total": sum(seconds.values())}.items():
+        table.row(name, value, round(value / unit))
+    result.note(f"Validation mIoU {metrics['mIoU']:.3f} (best checkpoint, step {metrics['step']}); predicting the most "
+                f"frequent class everywhere gives {metrics['baseline_mIoU']:.3f}.")
+    result.save()
 
 
 def report(output: Path, seconds: dict[str, float], unit: float) -> None:

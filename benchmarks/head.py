@@ -5,12 +5,11 @@ in one process; a ratio is the median of the repetitions' own ratios. Training: 
 to weights and features. Inference: no gradients, classes of the last prediction only. Only transformers computes
 attention weights to return, masks per attention head and for a layer after the last, and tests for infinities.
 
-example: python benchmarks/head.py --size 512
+example: python -m benchmarks.head --size 512
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from timeit import timeit
@@ -24,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Mask2FormerConfig
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerPixelDecoder, Mask2FormerTransformerModule
 
+from benchmarks.results import Result, benchmark_parser, spread
 from trainer.models.heads import Mask2FormerHead
 
 CHANNELS, CLASSES = [384] * 4, 150  # the features of a ViT-S, the classes of ADE20K
@@ -104,14 +104,16 @@ def cost(part: Callable[[Any], list[Tensor]], head: nn.Module) -> list[int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--size", type=int, default=512, help="side of the images (default: 512)")
     parser.add_argument("--batch", type=int, default=1, help="images (default: 1)")
     parser.add_argument("--repetitions", type=int, default=7, help="interleaved repetitions (default: 7)")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     heads: list[Any] = [ours := OurHead(), TheirHead(ours)]
-    print("weights, ours and theirs:", *(f"{sum(x.numel() for x in head.parameters()):,}" for head in heads))
+    result = Result("head", arguments.results)
+    result.note("Weights, ours and theirs: "
+                + ", ".join(f"{sum(x.numel() for x in head.parameters()):,}" for head in heads))
     sides = [arguments.size // stride for stride in (4, 8, 16, 32)]
     features = [torch.randn(arguments.batch, CHANNELS[0], side, side, requires_grad=True) for side in sides]
     maps = [x.detach().requires_grad_() for x in ours.pixels(*features)]
@@ -134,15 +136,19 @@ def main() -> None:
             assert (x - y).norm() < 0.01 * y.norm(), f"{row}: not the same function"
     times = np.array([[[timeit(partial(run, *row, head), number=1) for head in heads] for row in rows]
                       for _ in range(arguments.repetitions)])
-    print("\n| | ours, ms | theirs, ms | ours / theirs | quartiles |\n|---|---|---|---|---|")
+    table = result.table(f"Images {arguments.size}x{arguments.size}, batch {arguments.batch}, {arguments.repetitions} "
+                         "interleaved repetitions", "part", "ours, ms", "transformers, ms", "ours / transformers")
     for (name, training), pairs in zip(rows, times.transpose(1, 0, 2), strict=True):
-        low, middle, high = np.quantile(np.c_[1000 * pairs, pairs[:, 0] / pairs[:, 1]], (0.25, 0.5, 0.75), axis=0)
-        noise = f" (identical work varied {spread:.1f}x)" if (spread := max(high[:2] / low[:2])) > 1.3 else ""
-        print(f"| {name}, {'training' if training else 'inference'} | {middle[0]:.0f} | {middle[1]:.0f} "
-              f"| {middle[2]:.2f} | {low[2]:.2f} to {high[2]:.2f}{noise} |")
-    print("\n| in training | operators forward, ours | theirs | MiB kept, ours | theirs |\n|---|---|---|---|---|")
+        ours, theirs = (spread(column, 1000) for column in pairs.T)
+        varied = max(one["high"] / one["low"] for one in (ours, theirs))
+        noise = f" (identical work varied {varied:.1f}x)" if varied > 1.3 else ""
+        table.row(f"{name}, {'training' if training else 'inference'}{noise}", ours, theirs,
+                  spread(pairs[:, 0] / pairs[:, 1]))
+    costs = result.table("A forward pass in training", "part", "operators, ours", "transformers",
+                         "kept for backward, ours, MiB", "transformers")
     for name, part in parts.items():
-        print(f"| {name} |", *(f"{x:,} |" for x in np.transpose([cost(part, head) for head in heads]).flat))
+        costs.row(name, *np.transpose([cost(part, head) for head in heads]).flat)
+    result.save()
 
 
 if __name__ == "__main__":

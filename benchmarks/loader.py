@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.peers import available, encoded, online_batches
+from benchmarks.results import Result, benchmark_parser, spread
 from shards.mirror import copy_set
 from shards.plan import TrainPlan
 from shards.reader import ShardReader
@@ -43,7 +44,7 @@ ONLINE_SHARE = 10  # a sample of it takes as long as dozens of the others
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--data", required=True, type=Path, help="ADE20K folder")
     parser.add_argument("--crops", type=int, default=60, help="crops per image (default: 60)")
     parser.add_argument("--batch", type=int, default=4, help="micro-batch size (default: 4)")
@@ -55,8 +56,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_crops(arguments.data, folder / "set", arguments.crops)
-        one_core(folder, arguments)
-        over_the_network(folder, arguments)
+        result = Result("loader", arguments.results)
+        one_core(folder, arguments, result)
+        over_the_network(folder, arguments, result)
+        result.save()
 
 
 def make_crops(data: Path, output: Path, per_image: int) -> None:
@@ -66,7 +69,7 @@ def make_crops(data: Path, output: Path, per_image: int) -> None:
                     "images_per_shard=8"], check=True)
 
 
-def one_core(folder: Path, arguments: argparse.Namespace) -> None:
+def one_core(folder: Path, arguments: argparse.Namespace, result: Result) -> None:
     """Tables 1 and 3."""
     keep_freed_memory()  # as loader processes do
     reader = ShardReader(folder / "set", "train")
@@ -90,15 +93,17 @@ def one_core(folder: Path, arguments: argparse.Namespace) -> None:
         rows[name] = (len(jpegs), consume(batches))
     rates = measured(rows, arguments.rounds)
     floor, own = (np.median(rates[f"decoding the JPEGs alone, {how}"]) for how in ("by Pillow", "as we do"))
-    print(f"\none core, {len(jpegs)} crops a round, {arguments.rounds} interleaved rounds, medians\n\n"
-          "| | samples/s | of Pillow's decoding | of our decoding | ours is faster by |\n|---|---|---|---|---|")
+    size = sum(map(len, jpegs)) / len(jpegs)
+    table = result.table(f"One core, CPU time, {len(jpegs)} crops of {size / 1000:.0f} KB a round, "
+                         f"{arguments.rounds} interleaved rounds", "loader", "samples/s", "of Pillow's decoding",
+                         "of our decoding", "ours is faster by")
     for name, values in rates.items():
         rate, ours = np.median(values), np.median(rates["ours"])
-        print(f"| {name} | {rate:.0f} | {rate / floor:.2f} | {rate / own:.2f} | {ours / rate:.1f} |")
-    print_sizes(list(packed))
+        table.row(name, spread(values), rate / floor, rate / own, ours / rate)
+    note_sizes(list(packed), result)
 
 
-def print_sizes(batches: list[Batch]) -> None:
+def note_sizes(batches: list[Batch], result: Result) -> None:
     """What goes from a loader process to the trainer, beside what dense masks would be."""
     count = sum(len(batch.keys) for batch in batches)
     ours = sum(batch.images.nbytes + batch.labels.nbytes + batch.photometric.nbytes + batch.segment_maps.nbytes
@@ -106,11 +111,11 @@ def print_sizes(batches: list[Batch]) -> None:
     images = sum(batch.images.nbytes for batch in batches) / count
     pixels = batches[0].segment_maps[0].numel()  # type: ignore[index]
     masks = sum(sum(batch.counts) for batch in batches) / count * pixels
-    print(f"\nbytes handed over per sample: ours {ours / 1e6:.2f} MB, with bool masks {(images + masks) / 1e6:.2f} MB, "
-          f"with float masks {(images + 4 * masks) / 1e6:.2f} MB")
+    result.note(f"A loader process hands over {ours / 1e6:.2f} MB a sample; with bool masks it would be "
+                f"{(images + masks) / 1e6:.2f} MB, with float masks {(images + 4 * masks) / 1e6:.2f} MB.")
 
 
-def over_the_network(folder: Path, arguments: argparse.Namespace) -> None:
+def over_the_network(folder: Path, arguments: argparse.Namespace, result: Result) -> None:
     """Table 2."""
     with s3_server() as server:
         proxy = FaultyProxy(server.port, arguments.delay)
@@ -127,14 +132,15 @@ def over_the_network(folder: Path, arguments: argparse.Namespace) -> None:
                 rate, first, memory = epoch(root, arguments.batch)
                 found[name].append((rate, first, memory, proxy.bytes - before))
         size = sum(path.stat().st_size for path in (folder / "set").rglob("*") if path.is_file())
-        print(f"\none loader process, an epoch, {arguments.rounds} interleaved rounds, medians; S3 with "
-              f"{1000 * arguments.delay:.0f} ms added to each request\n\n| from | samples/s | of a folder | first "
-              "batch after, s | its memory, MB | bytes read / bytes of the set |\n|---|---|---|---|---|---|")
+        table = result.table(f"One loader process, wall time, an epoch, {arguments.rounds} interleaved rounds; S3 with "
+                             f"{1000 * arguments.delay:.0f} ms added to each request", "from", "samples/s",
+                             "of a folder", "first batch after, s", "memory of the process, MB",
+                             "bytes read / bytes of the set")
         for name, rows in found.items():
-            rate, first, memory, read = np.median(np.array(rows), axis=0)
-            share = rate / np.median([row[0] for row in found["a folder"]])
-            print(f"| {name} | {rate:.0f} | {share:.2f} | {first:.2f} | {memory:.0f} | "
-                  f"{f'{read / size:.3f}' if read else ''} |")
+            rates, firsts, memories, reads = np.array(rows).T
+            share = np.median(rates) / np.median([row[0] for row in found["a folder"]])
+            table.row(name, spread(rates), share, spread(firsts), spread(memories),
+                      np.median(reads) / size if reads.any() else None)
         proxy.close()
 
 

@@ -9,7 +9,7 @@ gives freed memory back at once; in brackets with glibc's default, which by chan
 five).
 Operations: dispatched in the forward pass. Kept: bytes saved for the backward pass beyond the given tensors.
 
-example: python benchmarks/loss.py --batches 1 2 4 8 16 --repetitions 20
+example: python -m benchmarks.loss --batches 1 2 4 8 16 --repetitions 20
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Mask2FormerConfig
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
+from benchmarks.results import REPOSITORY, Result, Table, benchmark_parser, spread
 from trainer.data.targets import dense_masks
 from trainer.loss import mask_classification_loss, matcher
 from trainer.loss.mask_classification_loss import MaskClassificationLoss
@@ -120,7 +121,7 @@ class Case:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="images per step")
     parser.add_argument("--side", type=int, default=128, help="side of mask logits (default: 128; 224 for 896 pixels)")
     parser.add_argument("--repetitions", type=int, default=20, help="interleaved repetitions (default: 20)")
@@ -134,16 +135,21 @@ def main() -> None:
         for module, function in ((matcher, "sum_over_points"), (mask_classification_loss, "losses_and_gradients"),
                                  (PackedTargets, "_sample")):
             setattr(module, function, torch.compile(getattr(module, function), dynamic=False))
-    print("| images | | seconds, median (quartiles) | speed-up | memory, MB | of theirs | operations | kept, MB |\n"
-          "|---|---|---|---|---|---|---|---|")
-    steady = [report(batch, arguments.side, arguments.repetitions) for batch in arguments.batches]
-    if not all(steady):
+    result = Result(f"loss-{arguments.side}{'-compiled' if arguments.compile else ''}", arguments.results)
+    table = result.table(
+        f"Mask logits {arguments.side}x{arguments.side}, {arguments.repetitions} interleaved repetitions; memory in "
+        "brackets: with glibc's default allocator", "images", "loss", "seconds", "speed-up", "memory, MB",
+        "of transformers'", "operations", "kept for backward, MB")
+    steady = [report(table, batch, arguments.side, arguments.repetitions) for batch in arguments.batches]
+    if all(steady):
+        result.save()
+    else:
         raise SystemExit(f"rejected: quartiles of the same work are more than {STEADY} times apart (see \"unsteady\"); "
                          "run it again on a quieter machine")
 
 
-def report(batch: int, side: int, repetitions: int) -> bool:
-    """Print four rows of the table. Whether the same work took about the same time."""
+def report(table: Table, batch: int, side: int, repetitions: int) -> bool:
+    """Add five rows to the table. Whether the same work took about the same time."""
     case = Case(batch, side)
     seconds: dict[str, list[float]] = {name: [] for name in (*RUNS, FLOOR)}
     for repetition in range(repetitions + 1):
@@ -161,18 +167,16 @@ def report(batch: int, side: int, repetitions: int) -> bool:
     by_default = {name: in_own_process(name, batch, side, times=5) for name in RUNS}
     steady = True
     for name in RUNS:
-        low, median, high = np.percentile(seconds[name], [25, 50, 75])
+        taken = spread(seconds[name])
         reference = name.replace("ours", "transformers")
         speed = np.median(np.array(seconds[reference]) / np.array(seconds[name]))
         operations, kept = counts(case, name)
-        unsteady = " (unsteady)" if high > STEADY * low else ""
+        unsteady = " (unsteady)" if taken["high"] > STEADY * taken["low"] else ""
         steady = steady and not unsteady
-        cells = (batch, name, f"{median:.3f} ({low:.3f}, {high:.3f}){unsteady}", f"{speed:.2f}",
-                 f"{memory[name]:.0f} ({by_default[name]:.0f})", f"{memory[name] / memory[reference]:.2f} "
-                 f"({by_default[name] / by_default[reference]:.2f})", operations, f"{kept / 1e6:.0f}")
-        print(f"| {' | '.join(map(str, cells))} |", flush=True)
-    low, median, high = np.percentile(seconds[FLOOR], [25, 50, 75])
-    print(f"| {batch} | {FLOOR} | {median:.3f} ({low:.3f}, {high:.3f}) | | | | | |", flush=True)
+        table.row(batch, f"{name}{unsteady}", taken, speed, f"{memory[name]:.0f} ({by_default[name]:.0f})",
+                  f"{memory[name] / memory[reference]:.2f} ({by_default[name] / by_default[reference]:.2f})",
+                  operations, round(kept / 1e6))
+    table.row(batch, FLOOR, spread(seconds[FLOOR]), None, None, None, None, None)
     return steady
 
 
@@ -202,9 +206,10 @@ def counts(case: Case, name: str) -> tuple[int, int]:
 
 def in_own_process(name: str, batch: int, side: int, times: int = 1, **environment: str) -> float:
     """Megabytes, the median of so many fresh processes."""
-    command = [sys.executable, __file__, "--memory", name, "--batches", str(batch), "--side", str(side)]
-    return float(np.median([float(subprocess.run(command, check=True, capture_output=True, text=True,
-                                                 env=os.environ | environment).stdout) for _ in range(times)]))
+    command = [sys.executable, "-m", "benchmarks.loss", "--memory", name, "--batches", str(batch), "--side", str(side)]
+    used = [subprocess.run(command, check=True, capture_output=True, text=True, cwd=REPOSITORY,
+                           env=os.environ | environment).stdout for _ in range(times)]
+    return float(np.median([*map(float, used)]))
 
 
 def memory_of(name: str, batch: int, side: int) -> float:

@@ -4,12 +4,11 @@ One step: forward, loss, backward, on the CPU, of (a) the demo's model and (b) a
 and a head of width 256. The rest of the step is timed with a mean over the outputs in the place of the loss.
 Repetitions are interleaved; medians.
 
-example: python benchmarks/loss_share.py
+example: python -m benchmarks.loss_share
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
@@ -17,10 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from loss import CLASSES, POINTS, TheirLoss
 from torch import Tensor
 from transformers import Mask2FormerConfig
 
+from benchmarks.loss import CLASSES, POINTS, TheirLoss
+from benchmarks.results import Result, benchmark_parser, spread
 from trainer.build import build_criterion, build_model
 from trainer.config import RunConfig, load_run_config
 from trainer.data.targets import dense_masks
@@ -75,15 +75,16 @@ class Case:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--repetitions", type=int, default=7, help="interleaved repetitions (default: 7)")
     arguments = parser.parse_args()
     demo = load_run_config(CONFIGS / "demo.yaml", [])
     cases = {"demo, 4 crops of 128": Case(demo, 8, 128, 4, 4),
              "ViT-S, head 256, 2 crops of 512": Case(load_run_config(CONFIGS / "demo.yaml", VIT_S), CLASSES, 512, 2,
                                                      10)}
-    print("| | rest of the step, s | with transformers' loss, s | share of loss | with ours, s | share of loss |\n"
-          "|---|---|---|---|---|---|")
+    result = Result("loss_share", arguments.results)
+    table = result.table(f"{arguments.repetitions} interleaved repetitions", "model and batch", "rest of the step, s",
+                         "with transformers' loss, s", "share of loss", "with ours, s", "share of loss")
     for name, case in cases.items():
         seconds: dict[str, list[float]] = {kind: [] for kind in ("none", "transformers", "ours")}
         for repetition in range(arguments.repetitions + 1):
@@ -92,8 +93,9 @@ def main() -> None:
                 if repetition:  # the first is not counted
                     found.append(taken)
         rest, theirs, ours = (float(np.median(found)) for found in seconds.values())
-        print(f"| {name} | {rest:.3f} | {theirs:.3f} | {1 - rest / theirs:.0%} | {ours:.3f} | {1 - rest / ours:.0%} |",
-              flush=True)
+        table.row(name, spread(seconds["none"]), spread(seconds["transformers"]), f"{1 - rest / theirs:.0%}",
+                  spread(seconds["ours"]), f"{1 - rest / ours:.0%}")
+    result.save()
 
 
 if __name__ == "__main__":

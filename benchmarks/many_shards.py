@@ -7,7 +7,6 @@ example: python -m benchmarks.many_shards --shards 10 100000
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import io
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.results import Result, benchmark_parser, spread
 from shards.manifest import (
     INDEX_DTYPE,
     MANIFEST_NAME,
@@ -45,19 +45,21 @@ SIDE, BATCH = 64, 4
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--shards", type=int, nargs="+", default=[10, 100_000], help="shards (default: 10 100000)")
     parser.add_argument("--samples", type=int, default=10, help="samples of each shard (default: 10)")
     parser.add_argument("--workers", type=int, default=2, help="loader processes (default: 2)")
     arguments = parser.parse_args()
-    print("| shards | manifest, MB | opened after, s | first batch after, s | memory of a loader process alone, MB |\n"
-          "|---|---|---|---|---|")
+    result = Result("many_shards", arguments.results)
+    table = result.table(f"{arguments.samples} samples in each shard, {arguments.workers} loader processes", "shards",
+                         "manifest, MB", "open the set, s", "first batch after, s",
+                         "private memory of a loader process, MB")
     for count in arguments.shards:
         with tempfile.TemporaryDirectory() as folder:
             root = write_linked_set(Path(folder), count, arguments.samples)
             opened, first, memory = measure(root, arguments.workers)
-            print(f"| {count} | {(root / MANIFEST_NAME).stat().st_size / 1e6:.1f} | {opened:.1f} | {first:.1f} | "
-                  f"{', '.join(f'{value / 1e6:.0f}' for value in memory)} |", flush=True)
+            table.row(count, (root / MANIFEST_NAME).stat().st_size / 1e6, opened, first, spread(memory, 1e-6))
+    result.save()
 
 
 def write_linked_set(root: Path, count: int, samples: int) -> Path:

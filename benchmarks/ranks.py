@@ -1,11 +1,10 @@
 """One process and two processes, equal global batch: do they follow the same loss curve?
 
-example: python benchmarks/ranks.py --root runs/overfit/shards --config benchmarks/overfit.yaml --steps 20
+example: python -m benchmarks.ranks --root runs/overfit/shards --config benchmarks/overfit.yaml --steps 20
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -13,11 +12,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.results import Result, benchmark_parser
+
 BIN = Path(sys.executable).parent
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--root", required=True, help="shard set")
     parser.add_argument("--config", required=True, help="training configuration")
     parser.add_argument("--steps", type=int, default=20, help="optimiser steps (default: 20)")
@@ -35,12 +36,14 @@ def main() -> None:
                            env={**os.environ, "OMP_NUM_THREADS": "1"})
             records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
             curves.append([record["loss"] for record in records if record["kind"] == "train"])
-    print("| step | 1 process | 2 processes | relative difference |\n|---|---|---|---|")
+    result = Result("ranks", arguments.results)
+    table = result.table("Loss at equal global batch", "step", "1 process", "2 processes", "relative difference")
     differences = []
     for step, (one, two) in enumerate(zip(*curves, strict=True), 1):
         differences.append(abs(one - two) / abs(one))
-        print(f"| {step} | {one:.6f} | {two:.6f} | {differences[-1]:.1e} |")
-    print(f"\nlargest relative difference: {max(differences):.1e}")
+        table.row(step, f"{one:.6f}", f"{two:.6f}", f"{differences[-1]:.1e}")
+    result.note(f"The largest relative difference is {max(differences):.1e}.")
+    result.save()
 
 
 if __name__ == "__main__":

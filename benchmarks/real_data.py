@@ -3,19 +3,19 @@
     overfit   8 ADE20K images learnt by heart: validation is on the same images, mIoU should approach 1
     camvid    CamVid's 367 training images, validated on its 101: mIoU over steps
 
-example: python benchmarks/real_data.py overfit --data ../shared/data --output runs/overfit
+example: python -m benchmarks.real_data overfit --data ../shared/data --output runs/overfit
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from benchmarks.results import Result, benchmark_parser
+
 BIN = Path(sys.executable).parent
 
 SHARDING = {
@@ -28,7 +28,7 @@ SHARDING = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("experiment", choices=sorted(SHARDING))
     parser.add_argument("--data", required=True, help="folder that holds ade20k-sample/ and camvid/")
     parser.add_argument("--output", required=True, help="folder for shards and run (continued if it exists)")
@@ -43,13 +43,17 @@ def main() -> None:
     started = time.perf_counter()
     call(BIN / "torchrun", "--standalone", "--nproc-per-node", arguments.processes, "trainer/train.py", "--config",
          f"benchmarks/{arguments.experiment}.yaml", f"data.root={shards}", f"output_dir={run}", *arguments.overrides)
-    print(f"\ntraining took {time.perf_counter() - started:.0f} s with {arguments.processes} processes")
+    seconds = time.perf_counter() - started
+    result = Result(f"real_data-{arguments.experiment}", arguments.results)
+    table = result.table(f"{arguments.experiment}, validation", "step", "mIoU", "pixel accuracy",
+                         "mIoU of predicting the most frequent class")
     for line in (run / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
         if record["kind"] == "val":
-            print(f"  step {record['step']:6d}  mIoU {record['mIoU']:.4f}  aAcc {record['aAcc']:.4f}  "
-                  f"(most frequent class: mIoU {record['baseline_mIoU']:.4f})")
-    print(f"curve: {run / 'curves.png'}; pictures: {run / 'pictures'}")
+            table.row(record["step"], record["mIoU"], record["aAcc"], record["baseline_mIoU"])
+    result.note(f"Training, with its evaluations, took {seconds:.0f} s with {arguments.processes} processes.")
+    result.save()
+    print(f"curves: {run / 'curves.png'}; pictures: {run / 'pictures'}")
 
 
 def call(*words: object) -> None:

@@ -2,23 +2,26 @@
 
 Two things that a batch should have: samples that do not lie beside each other in storage, and many classes.
 
-example: python benchmarks/shuffling.py --root shards-ade20k
+example: python -m benchmarks.shuffling --root runs/shuffling
+Shards of the sample, in which crops of an image lie close to each other:
+    python preprocess/make_shards.py --dataset ade20k --root ../shared/data/ade20k-sample --output runs/shuffling
+        crops.per_image=60 "dataset.splits={train: validation}" images_per_shard=8
 """
 
 from __future__ import annotations
 
-import argparse
 from time import perf_counter
 
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.results import Result, benchmark_parser
 from shards.plan import LANES, SPAN_SAMPLES, TrainPlan
 from shards.reader import ShardReader
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--root", required=True, help="shard set")
     parser.add_argument("--split", default="train", help="its split (default: train)")
     parser.add_argument("--batch", type=int, default=16, help="global batch size (default: 16)")
@@ -34,16 +37,19 @@ def main() -> None:
         "a full permutation": np.random.default_rng(0).permutation(total),
         "in order": np.arange(total),
     }
-    print(f"{total} samples\n\n| order | places between neighbours: 1st, 10th, 50th percentile | classes a batch, mean "
-          "(least) | standard deviation of sample numbers in a batch |\n|---|---|---|---|")
+    result = Result("shuffling", arguments.results)
+    table = result.table(f"{total} samples, batches of {arguments.batch}", "order",
+                         "places between stored neighbours: 1st, 10th, 50th percentile",
+                         "classes in a batch, mean (least)", "standard deviation of sample numbers in a batch")
     for name, order in orders.items():
         apart = np.percentile(np.abs(np.diff(np.argsort(order))), [1, 10, 50])
-        classes, spread = of_batches(order[: total // arguments.batch * arguments.batch], arguments.batch, labels)
-        print(f"| {name} | {', '.join(f'{value:.0f}' for value in apart)} | {np.mean(classes):.1f} ({min(classes)}) | "
-              f"{spread:.0f} |")
+        classes, deviation = of_batches(order[: total // arguments.batch * arguments.batch], arguments.batch, labels)
+        table.row(name, ", ".join(f"{value:.0f}" for value in apart), f"{np.mean(classes):.1f} ({min(classes)})",
+                  round(deviation))
+    starts = result.table("Plan of 10^8 samples in 10^5 shards: time to the first 128 batches", "epoch", "seconds")
     for epoch in (0, 1000):
-        print(f"plan of 10^8 samples in 10^5 shards, first batch of every lane in epoch {epoch}: "
-              f"{seconds_to_start(epoch):.2f} s")
+        starts.row(epoch, seconds_to_start(epoch))
+    result.save()
 
 
 def seconds_to_start(epoch: int) -> float:

@@ -1,6 +1,6 @@
 """Keys of the full models in Meta's layout, and what building and loading one costs in time and memory.
 
-example: python benchmarks/weights.py --vit vitl16 --work-dir /tmp
+example: python -m benchmarks.weights --vit vitl16 --work-dir /tmp
 Writes the ViT and the head (hidden 2048, as released) of the chosen kind with random numbers, in Meta's two files, and
 loads them in a process of their own. A ViT-L needs 4 GB of disk and 9 GB of memory.
 """
@@ -8,6 +8,7 @@ loads them in a process of their own. A ViT-L needs 4 GB of disk and 9 GB of mem
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,8 @@ from pathlib import Path
 import torch
 from transformers import DINOv3ViTModel
 
+from benchmarks.results import REPOSITORY, Result, benchmark_parser
+from shards.files.strict_json import to_json
 from trainer.build import build_model
 from trainer.config import AdapterConfig, RunConfig, load_run_config
 from trainer.models import Segmenter
@@ -30,7 +33,7 @@ HIDDEN_DIM = 2048
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--vit", choices=RELEASED_VITS, default="vitl16", help="kind to load (default: vitl16)")
     parser.add_argument("--work-dir", help="where the temporary files go (default: the system's place for them)")
     parser.add_argument("--load", nargs=2, metavar=("VIT", "HEAD"), help=argparse.SUPPRESS)
@@ -38,13 +41,19 @@ def main() -> None:
     if arguments.load:
         load(*arguments.load)
         return
-    print_keys()
+    result = Result(f"weights-{arguments.vit}", arguments.results)
+    add_keys(result)
     with tempfile.TemporaryDirectory(dir=arguments.work_dir) as folder:
         vit, head = Path(folder) / "vit.pth", Path(folder) / "head.pth"
         write_random(meta_model(arguments.vit), vit, head)
         sizes = " and ".join(f"{path.stat().st_size / 1e9:.2f} GB" for path in (vit, head))
-        print(f"\n{arguments.vit}: files of {sizes}", flush=True)
-        subprocess.run([sys.executable, __file__, "--load", str(vit), str(head)], check=True)
+        measured = subprocess.run([sys.executable, "-m", "benchmarks.weights", "--load", vit, head], check=True,
+                                  cwd=REPOSITORY, stdout=subprocess.PIPE, text=True).stdout
+        table = result.table(f"Loading {arguments.vit} from files of {sizes}", "step", "seconds",
+                             "high-water mark of memory, GB")
+        for line in measured.splitlines():
+            table.row(*json.loads(line))
+    result.save()
 
 
 def meta_model(kind: str) -> Segmenter:
@@ -59,18 +68,18 @@ def meta_model(kind: str) -> Segmenter:
         return Segmenter(adapter, head)
 
 
-def print_keys() -> None:
+def add_keys(result: Result) -> None:
     """Keys and millions of numbers per part, for every published ViT."""
-    print("| ViT | keys: ViT | adapter | head | millions: ViT | adapter | head |\n|---|---|---|---|---|---|---|")
+    table = result.table("The released models in Meta's layout", "ViT", "keys of the ViT", "of the adapter",
+                         "of the head", "millions of parameters in the ViT", "in the adapter", "in the head")
     for kind in RELEASED_VITS:
         state = meta_model(kind).meta_state_dict()
         vit = {key: value for key, value in state.items() if key.startswith("segmentation_model.0.backbone.")}
         head = {key: value for key, value in state.items() if key.startswith("segmentation_model.1.")}
         adapter = {key: value for key, value in state.items() if key not in vit and key not in head}
         parts = (vit, adapter, head)
-        counts = " | ".join(str(len(part)) for part in parts)
-        sizes = " | ".join(f"{sum(value.numel() for value in part.values()) / 1e6:.1f}" for part in parts)
-        print(f"| {kind} | {counts} | {sizes} |")
+        sizes = (f"{sum(value.numel() for value in part.values()) / 1e6:.1f}" for part in parts)
+        table.row(kind, *map(len, parts), *sizes)
 
 
 def write_random(model: Segmenter, vit: Path, head: Path) -> None:
@@ -88,9 +97,9 @@ def write_random(model: Segmenter, vit: Path, head: Path) -> None:
 
 
 def load(vit: str, head: str) -> None:
-    """Build and load, printing seconds and the high-water mark of memory after each step."""
+    """Build and load; print a JSON row with the seconds and the high-water mark of memory after each step."""
     config: RunConfig = load_run_config(None, [f"backbone.source={vit}", f"decoder_head.hidden_dim={HIDDEN_DIM}"])
-    report("imports", time.perf_counter())
+    report("import", None)
     started = time.perf_counter()
     model = build_model(config, 150)
     report("build the model with its ViT", started)
@@ -98,14 +107,15 @@ def load(vit: str, head: str) -> None:
     model.load_weights(read_weights(head))
     report("load adapter and head", started)
     held = sum(value.numel() * value.element_size() for value in model.state_dict().values())
-    print(f"the model itself holds {held / 1e9:.2f} GB")
+    print(to_json(["(the model itself)", None, held / 1e9]))
 
 
-def report(what: str, started: float) -> None:
+def report(what: str, started: float | None) -> None:
     """The high-water mark counts pages of mapped files too (ru_maxrss would begin at the parent process's)."""
     status = Path("/proc/self/status").read_text()
     peak = 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
-    print(f"{what}: {time.perf_counter() - started:.1f} s, high-water mark {peak / 1e9:.2f} GB", flush=True)
+    seconds = None if started is None else time.perf_counter() - started
+    print(to_json([what, seconds, peak / 1e9]), flush=True)
 
 
 if __name__ == "__main__":

@@ -14,20 +14,23 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import threading
+import traceback
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
 
-def run_forked(program: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """As `subprocess.run([python, program, *arguments], capture_output=True, text=True)`."""
+def run_forked(program: Path, *arguments: object, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+    """As `subprocess.run([python, program, *arguments], cwd=cwd, capture_output=True, text=True)`."""
     command = [str(program), *map(str, arguments)]
     with tempfile.TemporaryDirectory() as folder:
         streams = [str(Path(folder, name)) for name in ("out", "err")]
         zygote = _zygote()
         assert zygote.stdin is not None and zygote.stdout is not None
-        request = {"argv": command, "environ": {**os.environ, "OMP_NUM_THREADS": "1"}, "streams": streams}
+        request = {"argv": command, "environ": {**os.environ, "OMP_NUM_THREADS": "1"}, "streams": streams,
+                   "cwd": str(cwd)}
         zygote.stdin.write(json.dumps(request) + "\n")
         zygote.stdin.flush()
         code = int(zygote.stdout.readline())
@@ -66,9 +69,29 @@ def _become(request: dict[str, Any]) -> None:
     sys.stdin = open(0, closefd=False)  # noqa: SIM115 - the zygote's had read ahead
     os.environ.clear()
     os.environ.update(request["environ"])
+    os.chdir(request["cwd"])
     sys.argv[:] = request["argv"]
     sys.path[0] = str(Path(sys.argv[0]).parent)
-    runpy.run_path(sys.argv[0], run_name="__main__")  # ends with SystemExit
+    code: object = None
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as error:
+        code = error.code
+    except BaseException:  # noqa: BLE001 - what Python does with it: print it, and exit with 1
+        traceback.print_exc()
+        code = 1
+    _exit(code)
+
+
+def _exit(code: object) -> None:
+    """As the interpreter does, but without taking torch apart module by module, which costs seconds in a fork."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    if code is not None and not isinstance(code, int):
+        print(code, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0 if code is None else code if isinstance(code, int) else 1)
 
 
 if __name__ == "__main__":

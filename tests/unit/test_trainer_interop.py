@@ -42,11 +42,11 @@ def test_epochs_and_seeds_order_the_stream(scene_shards: Path) -> None:
 
 
 def test_a_hugging_face_model_trains_on_our_batches(scene_shards: Path) -> None:
-    """The example of the README, as it stands there."""
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    """The example of docs/streaming.md, as it stands there."""
+    text = (REPOSITORY / "docs" / "streaming.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     (example,) = (block for block in blocks if "TransformersBatches" in block)
-    example = example.replace("s3://bucket/shards-ade20k", str(scene_shards)).replace("num_workers=4", "num_workers=1")
+    example = example.replace("shards-scenes", str(scene_shards))
     batches = TransformersBatches(DataConfig(root=str(scene_shards)), batch_size=2, last_step=3)
     torch.manual_seed(0)
     model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(
@@ -58,9 +58,10 @@ def test_a_hugging_face_model_trains_on_our_batches(scene_shards: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     steps: list[float] = []
-    names: dict[str, Any] = {"model": model, "optimizer": optimizer, "webdataset": pytest.importorskip("webdataset")}
+    pytest.importorskip("webdataset")
+    names: dict[str, Any] = {"model": model, "optimizer": optimizer, "__name__": "__main__"}
     optimizer.register_step_post_hook(lambda *_: steps.append(names["loss"].item()))
-    exec(compile(example, "README.md", "exec"), names)  # noqa: S102
+    exec(compile(example, "streaming.md", "exec"), names)  # noqa: S102
     assert len(steps) == 3 and all(0 < loss < float("inf") for loss in steps)
     key, image, record = next(iter(names["pipeline"]))
     assert image.shape == (64, 64, 3) and record["key"] == key
