@@ -6,7 +6,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from torch import Tensor
 
@@ -14,9 +13,8 @@ from shards.manifest import Manifest
 from shards.picture import contact_sheet, overlay
 from trainer.data.crops import Batch
 from trainer.data.targets import label_map_from_segments, segment_map_from_masks
+from trainer.reporting.charts import Chart, Series, colors, draw, new_figure, smooth, usual_top
 from trainer.reporting.run_logger import read_metrics
-
-_SMOOTHING = 0.6  # of the loss curve drawn over the raw one
 
 
 def batch_panel(images: Tensor, batch: Batch, manifest: Manifest, limit: int = 8) -> Image.Image:
@@ -50,33 +48,25 @@ def _draw(records: list[dict[str, Any]], path: Path) -> bool:
     val = [record for record in records if record["kind"] == "val"]
     if not train and not val:
         return False
-    import matplotlib.figure  # costs a second to import, and only the end of a run draws
-
-    figure = matplotlib.figure.Figure(figsize=(12, 3.5), layout="constrained")
-    panels = figure.subplots(1, 3)
-    if train:
-        steps = [record["step"] for record in train]
-        _plot_loss(panels[0], steps, [record["loss"] for record in train])
-        panels[1].plot(steps, [record["lr"] for record in train])
-    if val:
-        steps = [record["step"] for record in val]
-        panels[2].plot(steps, [record["mIoU"] for record in val], marker="o", label="model")
-        panels[2].plot(steps, [record["baseline_mIoU"] for record in val], linestyle=":", label="most frequent class")
-        panels[2].set_ylim(0, 1)
-        panels[2].legend()
-    for panel, title in zip(panels, ("training loss", "learning rate", "validation mIoU"), strict=True):
-        panel.set_title(title)
-        panel.set_xlabel("step")
-        panel.grid(alpha=0.3)
+    blue, orange = colors(2)
+    loss = series_points(train, "loss")
+    figure = new_figure((12, 3.5))
+    charts = (
+        Chart(title="training loss", top=usual_top(loss), series=[
+            Series(name="raw", points=loss, color=blue, faint=True),
+            Series(name="smoothed", points=smooth(loss), color=blue)]),
+        Chart(title="learning rate", series=[Series(name="lr", points=series_points(train, "lr"), color=blue)]),
+        Chart(title="validation mIoU", top=1.0, series=[
+            Series(name="model", points=series_points(val, "mIoU"), color=blue),
+            Series(name="most frequent class", points=series_points(val, "baseline_mIoU"), color=orange)]),
+    )
+    for axes, chart in zip(figure.subplots(1, 3), charts, strict=True):
+        draw(axes, chart)
+        axes.set_xlabel("step")
     figure.savefig(path, dpi=120)
     return True
 
 
-def _plot_loss(panel: Any, steps: list[int], losses: list[float]) -> None:
-    smooth, value = [], losses[0]
-    for loss in losses:
-        value = _SMOOTHING * value + (1 - _SMOOTHING) * loss
-        smooth.append(value)
-    panel.plot(steps, losses, alpha=0.3)
-    panel.plot(steps, smooth)
-    panel.set_ylim(0, float(np.percentile(losses, 99)) * 1.1)
+def series_points(records: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    """(step, value) of the records that have the key."""
+    return [(record["step"], record[key]) for record in records if key in record]
