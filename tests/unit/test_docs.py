@@ -197,6 +197,20 @@ def test_the_tree_names_every_folder() -> None:
     assert named == (code - {"tests"}) | {"docs", "docker"}
 
 
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, as GitHub and the site make them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_outside_of_the_site_lead_somewhere() -> None:
+    for page in FILES:
+        for target in re.findall(r"\]\(([^)#\s]*)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert "://" in target or not target or (page.parent / target).exists(), f"{page.name}: {target}"
+        for target, anchor in re.findall(r"\]\(([^)#\s:]*\.md)#([^)]*)\)", page.read_text(encoding="utf-8")):
+            assert anchor in anchors(page.parent / target), f"{page.name}: {target}#{anchor}"
+
+
 def test_the_readme_is_short() -> None:
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 150 and len(text.split()) <= 1300
