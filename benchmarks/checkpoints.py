@@ -20,7 +20,7 @@ from preprocess.config import PreprocessConfig
 from preprocess.make_scenes import write_scenes
 from preprocess.pairs import open_dataset
 from preprocess.pipeline import write_shards
-from shards.config_file import load_config
+from shards.cli.config_file import load_config
 from trainer.config import load_run_config
 from trainer.distributed import DistContext
 from trainer.loop import train_step

@@ -132,7 +132,7 @@ def main() -> None:
         print(memory_of(arguments.memory, arguments.batches[0], arguments.side))
         return
     if arguments.compile:
-        for module, function in ((matcher, "sum_over_points"), (mask_classification_loss, "losses_and_gradients"),
+        for module, function in ((matcher, "sum_over_points_"), (mask_classification_loss, "losses_and_gradients"),
                                  (PackedTargets, "_sample")):
             setattr(module, function, torch.compile(getattr(module, function), dynamic=False))
     result = Result(f"loss-{arguments.side}{'-compiled' if arguments.compile else ''}", arguments.results)

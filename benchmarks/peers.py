@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from shards.sample import CropSample
-from trainer.config import IMAGENET_MEAN, IMAGENET_STD
 from trainer.data.transforms import draw_photometric, normalize, photometric_distort
+from trainer.model_config import IMAGENET_MEAN, IMAGENET_STD
 
 Sample = tuple[Tensor, dict[str, Tensor]]
 Batches = Callable[[], Iterable[tuple[Tensor, list[dict[str, Tensor]]]]]

@@ -33,7 +33,7 @@ def main() -> None:
     labels = [set(reader.read(number).labels.tolist()) for number in range(total)]
     plan = TrainPlan([shard.samples for shard in reader.info.shards], 1, 0, arguments.lanes, arguments.span)
     orders = {
-        "the plan": np.array([plan.draw(position).sample for position in range(total)]),
+        "the plan": np.array([plan.sample_at(position).sample for position in range(total)]),
         "a full permutation": np.random.default_rng(0).permutation(total),
         "in order": np.arange(total),
     }

@@ -21,7 +21,8 @@ from transformers import DINOv3ViTModel
 from benchmarks.results import REPOSITORY, Result, benchmark_parser
 from shards.files.strict_json import to_json
 from trainer.build import build_model
-from trainer.config import AdapterConfig, RunConfig, load_run_config
+from trainer.config import RunConfig, load_run_config
+from trainer.model_config import AdapterConfig
 from trainer.models import Segmenter
 from trainer.models.adapter import DINOv3Adapter
 from trainer.models.backbone import DINOv3Backbone, tapped_layers

@@ -22,7 +22,7 @@ from preprocess.config import PreprocessConfig
 from preprocess.crops import crop_rng, cut_image, cut_labels, draw_crop, pad_labels
 from preprocess.pairs import Dataset, Pair, read_pair
 from preprocess.source_tree import HashedTree
-from shards.config_file import config_to_dict
+from shards.cli.config_file import config_to_dict
 from shards.errors import ConfigError, DatasetError
 from shards.manifest import FORMAT_VERSION, hash_of
 from shards.rle import count_values, encode_rle

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 try:
-    from shards.command_line import run_entry_point
+    from shards.cli.command_line import run_entry_point
     from shards.errors import ConfigError
     from shards.files.atomic import write_atomically
     from shards.picture import save_picture

@@ -15,8 +15,8 @@ try:
     from preprocess.pairs import Dataset, open_dataset, read_pair
     from preprocess.pipeline import write_shards
     from preprocess.publish import remarks
-    from shards.command_line import add_overrides, config_files, config_parser, run_entry_point
-    from shards.config_file import config_to_yaml, load_config
+    from shards.cli.command_line import add_overrides, config_files, config_parser, run_entry_point
+    from shards.cli.config_file import config_to_yaml, load_config
     from shards.manifest import Manifest
     from shards.rle import decode_header, encode_rle
     from shards.sample import read_header

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from preprocess.blocks import Block, Job, producer
-from shards.config_file import config_to_dict
+from shards.cli.config_file import config_to_dict
 from shards.errors import DatasetError
 from shards.files.atomic import write_atomically
 from shards.manifest import INDEX_DTYPE, MANIFEST_NAME, IndexInfo, Manifest, ShardInfo, SplitInfo, manifest_bytes

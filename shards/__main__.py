@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from shards.audit import audit
-from shards.command_line import run_entry_point
+from shards.cli.command_line import run_entry_point
 from shards.errors import ConfigError, MaskStreamError
 from shards.manifest import Manifest, SplitInfo, load_manifest
 from shards.mirror import copy_set, files_of

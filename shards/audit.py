@@ -46,7 +46,7 @@ def audit(reader: ShardReader, plan: TrainPlan, ranks: int, workers: int, accumu
         for worker in range(workers):
             for number in islice(numbers, worker, None, workers):
                 for position in plan.positions(number):
-                    draw = plan.draw(position)
+                    draw = plan.sample_at(position)
                     if draw.epoch == 0:
                         sample = reader.read(draw.sample)
                         seen[draw.sample] += 1

@@ -30,7 +30,7 @@ _EPOCHS_KEPT = 2  # a micro-batch can straddle two epochs
 _SHARDS, _LANES, _SPANS, _SAMPLES = range(4)  # what a random generator permutes
 
 
-class Draw(NamedTuple):
+class PlannedSample(NamedTuple):
     """One sample of the sequence; (epoch, sample) together seed its augmentation."""
 
     epoch: int
@@ -72,19 +72,19 @@ class TrainPlan:
     def __reduce__(self) -> tuple[type[TrainPlan], tuple[npt.NDArray[np.int64], int, int, int, int]]:
         return TrainPlan, (self.shard_samples, self.micro_batch_size, self.seed, self.lanes, self.span_samples)
 
-    def micro_batch(self, number: int) -> list[Draw]:
+    def micro_batch(self, number: int) -> list[PlannedSample]:
         """The samples of micro-batch `number` (0, 1, 2, ... without end)."""
-        return [self.draw(position) for position in self.positions(number)]
+        return [self.sample_at(position) for position in self.positions(number)]
 
     def positions(self, number: int) -> range:
         """The positions of micro-batch `number` in the endless sequence."""
         return range(number * self.micro_batch_size, (number + 1) * self.micro_batch_size)
 
-    def draw(self, position: int) -> Draw:
+    def sample_at(self, position: int) -> PlannedSample:
         """The sample at a position (0, 1, 2, ... without end)."""
         span, place = self._locate(position)
         inside = int(self._sample_order(span)[place])
-        return Draw(span.epoch, int(self.samples(Span(span.epoch, span.first + inside, 1))[0]))
+        return PlannedSample(span.epoch, int(self.samples(Span(span.epoch, span.first + inside, 1))[0]))
 
     def span(self, position: int) -> Span:
         """The span that holds the sample at a position."""

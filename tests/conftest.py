@@ -134,7 +134,7 @@ def make_shards(output: Path, root: Path, *overrides: str) -> Path:
     from preprocess.config import PreprocessConfig
     from preprocess.pairs import open_dataset
     from preprocess.pipeline import write_shards
-    from shards.config_file import load_config
+    from shards.cli.config_file import load_config
 
     defaults = ["dataset.kind=folder", f"dataset.root={root}", f"output={output}", "crops.size=64",
                 "crops.per_image=2", "images_per_shard=6", "workers=1"]

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 try:
-    from shards.command_line import add_overrides, config_files, config_parser, run_entry_point
+    from shards.cli.command_line import add_overrides, config_files, config_parser, run_entry_point
     from shards.errors import ConfigError
     from shards.files.atomic import write_atomically
     from shards.files.strict_json import to_json
@@ -47,7 +47,7 @@ def _evaluate(config: RunConfig, checkpoint_path: Path, output: Path) -> int:
     from trainer.distributed import distributed
     from trainer.evaluation.evaluation import evaluate, format_metrics
     from trainer.models.weights import WeightsFile
-    from trainer.pretrained import adopt, load_pretrained
+    from trainer.pretrained import from_external_weights, load_pretrained
     from trainer.run.checkpoint import open_checkpoint
 
     if config.data.root is None:
@@ -57,8 +57,8 @@ def _evaluate(config: RunConfig, checkpoint_path: Path, output: Path) -> int:
     reader = open_reader(config.data, config.data.val_split)
     manifest = reader.manifest
     with distributed(config.device, config.train.hang_timeout) as context:
-        if isinstance(found, WeightsFile) and not found.brings_settings:
-            pretrained, settings = adopt(found, config, manifest.classes, context.device), config
+        if isinstance(found, WeightsFile) and not found.is_self_contained:
+            pretrained, settings = from_external_weights(found, config, manifest.classes, context.device), config
         else:
             pretrained = load_pretrained(found, backbone_source=config.backbone.source, device=context.device)
             settings = replace(pretrained.config, data=config.data, eval=config.eval)

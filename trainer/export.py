@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 
 try:
-    from shards.command_line import run_entry_point
+    from shards.cli.command_line import run_entry_point
     from shards.errors import ConfigError
     from trainer.model_options import add_checkpoint_options, open_pretrained
 except ImportError as error:

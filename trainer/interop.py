@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from shards.plan import MicroBatchNumbers, TrainPlan
-from trainer.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
+from trainer.config import DataConfig
 from trainer.data.crops import TrainCrops, normalized_images, open_reader, read_samples, share_of_worker
 from trainer.data.targets import to_dense
+from trainer.model_config import IMAGENET_MEAN, IMAGENET_STD
 
 
 class SampleStream(IterableDataset[dict[str, Any]]):
@@ -31,7 +32,7 @@ class SampleStream(IterableDataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         first = self.epoch * self.plan.num_samples
         mine = range(first + self.rank, first + self.plan.num_samples, self.world_size)
-        numbers = [self.plan.draw(position).sample for position in share_of_worker(mine)]
+        numbers = [self.plan.sample_at(position).sample for position in share_of_worker(mine)]
         for sample in read_samples(self.reader, numbers, self.budget):
             yield {"__key__": sample.key, sample.image_suffix: sample.image_bytes, "mp": sample.payload}
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shards.class_list import parse_classes
+from shards.cli.recipes import file_or_recipe
 from shards.errors import ConfigError
-from shards.recipes import file_or_recipe
 from trainer.config import load_run_config
 
 if TYPE_CHECKING:
@@ -33,11 +33,11 @@ def open_pretrained(arguments: argparse.Namespace) -> Pretrained:
     """What the options name. Raises ConfigError when it cannot be had or the options do not suit it."""
     from trainer.distributed import pick_device
     from trainer.models.weights import WeightsFile
-    from trainer.pretrained import adopt, load_pretrained
+    from trainer.pretrained import from_external_weights, load_pretrained
     from trainer.run.checkpoint import open_checkpoint
 
     found = open_checkpoint(arguments.checkpoint)
-    if not isinstance(found, WeightsFile) or found.brings_settings:
+    if not isinstance(found, WeightsFile) or found.is_self_contained:
         if arguments.configs is not None or arguments.classes is not None:
             raise ConfigError(f"{arguments.checkpoint} brings its own settings and classes; leave out --config and "
                               "--classes, change settings with --set")
@@ -50,4 +50,4 @@ def open_pretrained(arguments: argparse.Namespace) -> Pretrained:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--classes {arguments.classes} cannot be read: {error}") from error
     config = load_run_config([file_or_recipe(given) for given in arguments.configs], arguments.overrides)
-    return adopt(found, config, parse_classes(text, arguments.classes), pick_device(config.device))
+    return from_external_weights(found, config, parse_classes(text, arguments.classes), pick_device(config.device))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 try:
-    from shards.command_line import run_entry_point
+    from shards.cli.command_line import run_entry_point
     from shards.errors import ConfigError, MaskStreamError, RunError
     from shards.files.atomic import write_atomically
     from shards.files.strict_json import to_json

@@ -16,16 +16,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shards.config_file import config_to_dict, override_config
+from shards.cli.config_file import config_to_dict, override_config
+from shards.cli.settings import without_places
 from shards.errors import ConfigError
 from shards.files.plain_file import LARGEST_PICTURE, read_plain
 from shards.manifest import ClassInfo, class_table, classes_from_table
 from shards.sample import decode_upright
-from shards.settings import without_places
 from trainer.build import build_model
-from trainer.config import BackboneConfig, LoadConfig, RandomBackboneConfig, RunConfig, run_config_from_dict
+from trainer.config import LoadConfig, RunConfig, run_config_from_dict
 from trainer.distributed import pick_device
 from trainer.evaluation.predictor import Predictor
+from trainer.model_config import BackboneConfig, RandomBackboneConfig
 from trainer.models import Segmenter
 from trainer.models.integrity import sealed_config
 from trainer.models.weights import EXPORT_MODEL_TYPE, WeightsFile
@@ -78,15 +79,16 @@ def load_pretrained(
         config = override_config(found.run_config, overrides)
         model = restore_model(found, backbone_source or config.backbone.source, device or pick_device(config.device))
         return Pretrained(model=model, config=config, classes=found.class_infos, step=found.step)
-    if not found.brings_settings:
+    if not found.is_self_contained:
         raise ConfigError(f"{found.path} holds weights only, without settings and classes; give them to "
                           "trainer/export.py with --config and --classes, and load what it writes")
     config, classes = _exported_settings(found)
     config = override_config(config, overrides)
-    return adopt(found, config, classes, device or pick_device(config.device))
+    return from_external_weights(found, config, classes, device or pick_device(config.device))
 
 
-def adopt(weights: WeightsFile, config: RunConfig, classes: Sequence[ClassInfo], device: torch.device) -> Pretrained:
+def from_external_weights(weights: WeightsFile, config: RunConfig, classes: Sequence[ClassInfo],
+                          device: torch.device) -> Pretrained:
     """Weights that another program trained, with the settings and classes they need. Raises ConfigError."""
     return Pretrained(model=model_from_weights(weights, config, len(classes), device), config=config,
                       classes=list(classes))

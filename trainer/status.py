@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 try:
-    from shards.command_line import run_entry_point
+    from shards.cli.command_line import run_entry_point
     from shards.errors import ConfigError
     from shards.files.strict_json import to_json
     from shards.shown_text import shown

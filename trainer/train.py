@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 
 try:
-    from shards.command_line import add_overrides, config_files, config_parser, run_entry_point
-    from shards.config_file import config_to_yaml
+    from shards.cli.command_line import add_overrides, config_files, config_parser, run_entry_point
+    from shards.cli.config_file import config_to_yaml
     from trainer.config import RunConfig, load_run_config
     from trainer.stopping import die_with_launcher
 except ImportError as error:

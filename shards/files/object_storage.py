@@ -23,8 +23,8 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_at
 from shards.errors import ConfigError, StorageError
 from shards.files.atomic import opened
 from shards.files.plain_file import check_size
-from shards.files.storage import LARGEST_WHOLE, Patience
-from shards.files.storage_errors import brief, may_pass, refused_by
+from shards.files.storage import LARGEST_WHOLE, RetryPolicy
+from shards.files.storage_errors import brief, is_transient, refused_by
 from shards.files.web import check_redirects, say_if_unprotected
 from shards.shown_text import MASK, masked
 
@@ -37,9 +37,9 @@ _Value = TypeVar("_Value")
 class ObjectStorage:
     """Object storage by URL. The client is made on first use, in each process; may be shared by threads."""
 
-    def __init__(self, url: str, patience: Patience) -> None:
+    def __init__(self, url: str, policy: RetryPolicy) -> None:
         location, _, self._query = url.partition("?")
-        self._url, self.patience = f"{location.rstrip('/')}{'?' if self._query else ''}{self._query}", patience
+        self._url, self.policy = f"{location.rstrip('/')}{'?' if self._query else ''}{self._query}", policy
         self._location = masked(location.rstrip("/"))
         self._asked: set[str] = set()  # names whose redirects were looked at
         self.retries = 0  # of this process, for the warnings
@@ -61,7 +61,7 @@ class ObjectStorage:
             self._check_redirects(name)
             return int(obstore.head(self._client(), name)["size"])
 
-        return self._patiently(name, 0, head)
+        return self._with_retries(name, 0, head)
 
     def sizes(self) -> dict[str, int] | None:
         if self._is_web:
@@ -72,13 +72,13 @@ class ObjectStorage:
             for batch in obstore.list(self._client()):
                 found.update({item["path"]: item["size"] for item in batch if "/" not in item["path"]})
 
-        self._patiently("", 0, listed)
+        self._with_retries("", 0, listed)
         return found
 
     def write(self, name: str, data: bytes, *, create: bool = False) -> None:
         self._check_writable()
         try:
-            self._patiently(name, 0, lambda: obstore.put(self._client(), name, data, use_multipart=False,
+            self._with_retries(name, 0, lambda: obstore.put(self._client(), name, data, use_multipart=False,
                                                          mode="create" if create else "overwrite"))
         except exceptions.AlreadyExistsError as error:
             raise StorageError(f"{self.where(name)} is there already") from error
@@ -90,11 +90,11 @@ class ObjectStorage:
             with opened(source) as file:
                 obstore.put(self._client(), name, file)  # in parts when it is large; visible when all are there
 
-        self._patiently(name, 0, put)
+        self._with_retries(name, 0, put)
 
     def delete(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            self._patiently(name, 0, lambda: obstore.delete(self._client(), name))
+            self._with_retries(name, 0, lambda: obstore.delete(self._client(), name))
 
     def where(self, name: str) -> str:
         return f"{self._location}{f'/{name}' if name else ''}{f'?{MASK}' if self._query else ''}"
@@ -118,13 +118,13 @@ class ObjectStorage:
     def _check_redirects(self, name: str) -> None:
         if self._is_web and name not in self._asked:
             location, mark, query = self._url.partition("?")
-            check_redirects(f"{location}/{name}{mark}{query}", self.patience.timeout)
+            check_redirects(f"{location}/{name}{mark}{query}", self.policy.timeout)
             self._asked.add(name)
 
     def _read_piece(self, name: str, offset: int, end: int, received: bytearray) -> None:
         """Append bytes of an object until there are `end`, counted from `offset`."""
 
-        def go_on() -> None:
+        def read_rest() -> None:
             self._check_redirects(name)
             start = offset + len(received)
             answer = obstore.get(self._client(), name, options={"range": (start, offset + end)})
@@ -135,25 +135,25 @@ class ObjectStorage:
             if len(received) < end:
                 raise exceptions.GenericError(f"the body ended after {len(received)} of {end} bytes")
 
-        self._patiently(name, offset, go_on, lambda: f" after {len(received)} of {end} bytes")
+        self._with_retries(name, offset, read_rest, lambda: f" after {len(received)} of {end} bytes")
 
-    def _patiently(self, name: str, offset: int, call: Callable[[], _Value],
-                   reached: Callable[[], str] = lambda: "") -> _Value:
-        """`call`, again after failures that may pass. Raises FileNotFoundError; StorageError for all else."""
+    def _with_retries(self, name: str, offset: int, call: Callable[[], _Value],
+                      reached: Callable[[], str] = lambda: "") -> _Value:
+        """`call`, retrying transient errors. Raises FileNotFoundError; StorageError for all else."""
         place = f"{self.where(name)} (offset {offset})"
 
         def warn(state: RetryCallState) -> None:
             self.retries += 1
             cause = brief(state.outcome.exception() if state.outcome else None, self._url)
-            _log.warning("%s: try %d of %d failed%s: %s; going on from there (%d retries in this process so far)",
-                         place, state.attempt_number, self.patience.tries, reached(), cause, self.retries)
+            _log.warning("%s: try %d of %d failed%s: %s; continuing from there (%d retries in this process so far)",
+                         place, state.attempt_number, self.policy.tries, reached(), cause, self.retries)
 
         def pause(state: RetryCallState) -> float:
-            whole = min(self.patience.longest_pause, 0.2 * 2.0 ** (state.attempt_number - 1))
+            whole = min(self.policy.longest_pause, 0.2 * 2.0 ** (state.attempt_number - 1))
             return whole * random.Random(f"{place} {os.getpid()} {state.attempt_number}").uniform(0.5, 1.0)
 
-        retrying = Retrying(stop=stop_after_attempt(self.patience.tries), wait=pause, before_sleep=warn, reraise=True,
-                            retry=retry_if_exception(may_pass))
+        retrying = Retrying(stop=stop_after_attempt(self.policy.tries), wait=pause, before_sleep=warn, reraise=True,
+                            retry=retry_if_exception(is_transient))
         try:
             return retrying(call)
         except FileNotFoundError as error:
@@ -164,7 +164,7 @@ class ObjectStorage:
         except (exceptions.BaseError, OSError, ValueError) as error:
             if refused_by(error) == "404":  # of a listing: no such bucket
                 raise FileNotFoundError(f"{place}: there is no such bucket: {brief(error, self._url)}") from error
-            times = f" after {self.patience.tries} tries{reached()}" if may_pass(error) else ""
+            times = f" after {self.policy.tries} tries{reached()}" if is_transient(error) else ""
             raise StorageError(f"{place}: failed{times}: {brief(error, self._url)}") from error
 
     def _client(self) -> Any:
@@ -174,7 +174,7 @@ class ObjectStorage:
         if self._store is None:
             _note_client()
             os.environ.update(self._settings)
-            pause = timedelta(seconds=self.patience.timeout)
+            pause = timedelta(seconds=self.policy.timeout)
             say_if_unprotected(self._url)
             options = {"timeout": pause, "connect_timeout": pause, "read_timeout": pause,
                        "allow_http": not self._url.startswith("https:")}  # an endpoint in the environment may be one

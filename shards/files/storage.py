@@ -30,7 +30,7 @@ _Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Patience:
+class RetryPolicy:
     """How long to try. A read takes at most about tries x (timeout + longest_pause) seconds before it fails."""
 
     tries: int = 8
@@ -70,7 +70,7 @@ class Storage(Protocol):
         """Path or URL, for messages."""
 
 
-def open_storage(root: str | Path | Storage, patience: Patience | None = None) -> Storage:
+def open_storage(root: str | Path | Storage, policy: RetryPolicy | None = None) -> Storage:
     """The storage at a path or URL. Raises ConfigError for schemes other than those above; no request is made."""
     if not isinstance(root, str | Path):
         return root
@@ -88,7 +88,7 @@ def open_storage(root: str | Path | Storage, patience: Patience | None = None) -
                           "s3://bucket/folder, gs://, az:// and https:// likewise")
     from shards.files.object_storage import ObjectStorage  # obstore and tenacity, which a folder does not need
 
-    return ObjectStorage(str(root), patience or Patience())
+    return ObjectStorage(str(root), policy or RetryPolicy())
 
 
 def read_checked(storage: Storage, name: str, check: Callable[[bytes], _Value], most: int = LARGEST_WHOLE) -> _Value:

@@ -10,9 +10,11 @@ from shards.shown_text import masked
 
 _REFUSED = re.compile(r"status code: (4\d\d)")
 _SAID = re.compile(r"<(?:Code|Message)>([^<]*)")
-_LASTING = (FileNotFoundError, PermissionError, exceptions.PermissionDeniedError, exceptions.UnauthenticatedError,
-            exceptions.InvalidPathError, exceptions.NotSupportedError, exceptions.AlreadyExistsError,
-            exceptions.UnknownConfigurationKeyError, exceptions.PreconditionError)
+_PERMANENT_ERRORS = (
+    FileNotFoundError, PermissionError, exceptions.PermissionDeniedError, exceptions.UnauthenticatedError,
+    exceptions.InvalidPathError, exceptions.NotSupportedError, exceptions.AlreadyExistsError,
+    exceptions.UnknownConfigurationKeyError, exceptions.PreconditionError,
+)
 
 
 def refused_by(error: BaseException) -> str | None:
@@ -21,9 +23,9 @@ def refused_by(error: BaseException) -> str | None:
     return found[1] if found else None
 
 
-def may_pass(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether another try makes sense: not for an answer that says what is wrong with the request."""
-    if isinstance(error, _LASTING) or not isinstance(error, exceptions.BaseError | OSError):
+    if isinstance(error, _PERMANENT_ERRORS) or not isinstance(error, exceptions.BaseError | OSError):
         return False
     return refused_by(error) in (None, "408", "429")  # took too long, too many requests
 

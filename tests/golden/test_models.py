@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
-from trainer.config import AdapterConfig
+from trainer.model_config import AdapterConfig
 from trainer.models.adapter import DINOv3Adapter
 from trainer.models.backbone import DINOv3Backbone
 from trainer.models.deform_attn import MSDeformAttn

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from shards.config_file import load_config
+from shards.cli.config_file import load_config
 from shards.errors import ConfigError
 from tests.conftest import REPOSITORY
 from tests.runs.test_end_to_end import ALONE, EOMT, run_program, tiny

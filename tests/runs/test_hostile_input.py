@@ -15,7 +15,7 @@ from PIL import Image
 
 from preprocess.layouts import _by_stem
 from shards.class_list import parse_classes
-from shards.config_file import load_config
+from shards.cli.config_file import load_config
 from shards.errors import ConfigError, CorruptShardError, MaskStreamError
 from shards.manifest import MANIFEST_NAME, ClassInfo, canonical_json, hash_of, load_manifest, manifest_bytes
 from shards.manifest import parse_manifest as parse

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from preprocess.config import PreprocessConfig
-from shards.config_file import config_changes, config_to_dict, config_to_yaml, load_config, override_config
+from shards.cli.config_file import config_changes, config_to_dict, config_to_yaml, load_config, override_config
 from shards.errors import ConfigError, MaskStreamError, StorageError
 from shards.shown_text import masked, masked_value, shown
-from shards.files.storage import Patience, open_storage
+from shards.files.storage import RetryPolicy, open_storage
 from tests.conftest import REPOSITORY
 from tests.support.object_storage import cloud_stub, free_ports
 from tests.runs.test_end_to_end import ALONE, run_program, tiny
@@ -94,11 +94,11 @@ def test_a_masked_place_says_what_to_type() -> None:
 def test_servers_and_clients_repeat_no_secrets(tmp_path: Path) -> None:
     """Not even in the errors that ours were raised from."""
     with cloud_stub(tmp_path) as (address, asked):
-        storage = open_storage(url_with_secrets(address), Patience(tries=1, timeout=5))
+        storage = open_storage(url_with_secrets(address), RetryPolicy(tries=1, timeout=5))
         with pytest.raises(FileNotFoundError) as missing:
             storage.read("manifest.json")
         assert asked, "it was asked"
-    nobody = open_storage(url_with_secrets(f"http://127.0.0.1:{free_ports(1)[0]}"), Patience(tries=1, timeout=5))
+    nobody = open_storage(url_with_secrets(f"http://127.0.0.1:{free_ports(1)[0]}"), RetryPolicy(tries=1, timeout=5))
     with pytest.raises(StorageError) as refused:
         nobody.read("manifest.json", 0, 10)
     assert "/set/manifest.json?***" in str(missing.value)

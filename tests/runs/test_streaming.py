@@ -340,8 +340,8 @@ def test_a_run_records_the_samples_it_left_out(scene_shards: Path, tmp_path: Pat
         train(config, context)
     reader = ShardReader(scene_shards, "train")
     plan = open_crops(config, reader.manifest).plan
-    expected = [(position // 4 + 1, reader._where(plan.draw(position).sample).partition("/train-")[2])
-                for position in range(24) if plan.draw(position).sample in (3, 11)]
+    expected = [(position // 4 + 1, reader._where(plan.sample_at(position).sample).partition("/train-")[2])
+                for position in range(24) if plan.sample_at(position).sample in (3, 11)]
     lines = [json.loads(line) for line in (tmp_path / "run" / SKIPPED_NAME).read_text().splitlines()]
     assert len(lines) == 2
     for (step, where), line in zip(expected, lines, strict=True):
@@ -368,9 +368,9 @@ def test_a_damaged_sample_gives_way_to_the_next_of_its_global_batch(scene_shards
     """Whatever the size of a micro-batch, 1 too; and for any ranks, as all take micro-batches of this sequence."""
     whole = samples_of(batches(scene_shards, range(24), crop_size=48))  # 48 samples, in places
     plan = crops(scene_shards, 1).plan
-    bad = [plan.draw(place).sample for place in (2, 3, 11, 12)]  # neighbours; a last and a first of a global batch
+    bad = [plan.sample_at(place).sample for place in (2, 3, 11, 12)]  # neighbours; a last and a first of a global batch
     root = damaged(scene_shards, tmp_path / "set", bad)
-    is_bad = [plan.draw(place).sample in bad for place in range(48)]
+    is_bad = [plan.sample_at(place).sample in bad for place in range(48)]
     expected = []
     for place in range(48):
         first = place - place % 6

@@ -17,7 +17,7 @@ import pytest
 
 from shards.files.atomic import copy_atomically, naming, write_atomically
 from shards.files.cache import DiskCache
-from shards.command_line import run_entry_point
+from shards.cli.command_line import run_entry_point
 from shards.errors import ConfigError
 from shards.files.locks import among_writers, only_writer
 from shards.mirror import copy_set

@@ -531,7 +531,7 @@ real = loop.prepare_images
 loop.prepare_images = lambda batch, config: real(batch, config) * (torch.nan if batch.number == 9 else 1)
 sys.argv[0] = "trainer/train.py"
 from trainer.train import main
-from shards.command_line import run_entry_point
+from shards.cli.command_line import run_entry_point
 run_entry_point(main)
 """
 
@@ -567,10 +567,10 @@ def test_states_that_differ_are_noticed() -> None:
 def test_a_folder_holds_one_run_at_a_time(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     holder = f"process {os.getpid()} on .*choose another output_dir"
-    with lock_run_folder(folder), pytest.raises(FolderInUse, match=holder), lock_run_folder(folder, patience=0.7):
+    with lock_run_folder(folder), pytest.raises(FolderInUse, match=holder), lock_run_folder(folder, wait_seconds=0.7):
         pytest.fail("two runs in one folder")
     assert capfd.readouterr().out.count("waiting for its end") == 1
-    with lock_run_folder(folder, patience=0.0):
+    with lock_run_folder(folder, wait_seconds=0.0):
         pass  # let go
 
 
@@ -585,7 +585,7 @@ def test_a_run_waits_for_the_one_before_to_end(tmp_path: Path) -> None:
     thread = threading.Thread(target=first)
     thread.start()
     entered.wait(10)
-    with lock_run_folder(tmp_path, patience=60):
+    with lock_run_folder(tmp_path, wait_seconds=60):
         assert not thread.is_alive() or thread.join(10) is None
     thread.join()
 

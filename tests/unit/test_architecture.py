@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from preprocess.config import PreprocessConfig
-from shards.config_file import load_config
+from shards.cli.config_file import load_config
 from tests.conftest import REPOSITORY
 from trainer.config import RunConfig, load_run_config
 
@@ -26,8 +26,8 @@ ENTRY_POINTS = {"trainer.train", "trainer.eval", "trainer.predict", "trainer.exp
 # may be given a layer of its own.
 LAYERS: dict[str, tuple[set[str], ...]] = {
     "trainer": (
-        {"config", "stopping", "out_of_memory"},
-        {"watchdog", "seeding"},
+        {"model_config", "stopping", "out_of_memory"},
+        {"config", "watchdog", "seeding"},
         {"distributed"},
         {"data", "models"},
         {"loss", "evaluation", "reporting", "optimizer", "interop"},
@@ -41,9 +41,9 @@ LAYERS: dict[str, tuple[set[str], ...]] = {
         {"shown_text"},
         {"errors"},
         {"files"},
-        {"rle", "plan", "settings", "workers", "recipes"},
-        {"picture_file", "coco", "config_file", "picture"},
-        {"sample", "manifest", "command_line"},
+        {"rle", "plan", "workers"},
+        {"picture_file", "coco", "picture", "cli"},
+        {"sample", "manifest"},
         {"shard_table", "writer"},
         {"reader", "mirror", "class_list"},
         {"read_ahead", "audit", "verify"},
@@ -144,10 +144,11 @@ def no_module_shadows_another(root: Path) -> Iterator[str]:
 
 def every_setting_is_read(root: Path) -> Iterator[str]:
     for schema, package in ((RunConfig, "trainer"), (PreprocessConfig, "preprocess")):
-        readers = [tree_of(path) for path in (root / package).rglob("*.py") if path.name != "config.py"]
-        properties = [node for node in ast.walk(tree_of(root / package / "config.py"))
+        modules = {is_schema: [tree_of(path) for path in (root / package).rglob("*.py")
+                               if path.name.endswith("config.py") == is_schema] for is_schema in (True, False)}
+        properties = [node for tree in modules[True] for node in ast.walk(tree)
                       if isinstance(node, ast.FunctionDef) and "property" in map(ast.unparse, node.decorator_list)]
-        text = "\n".join(map(ast.unparse, [*readers, *properties]))  # to check a setting is not to read it
+        text = "\n".join(map(ast.unparse, [*modules[False], *properties]))  # to check a setting is not to read it
         for name in fields_of(schema):
             if not re.search(rf"\.{name}\b", text):
                 yield f"nothing in {package}/ reads the setting {name!r}"

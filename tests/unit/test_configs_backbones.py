@@ -10,11 +10,12 @@ import torch
 from transformers import DINOv3ViTModel
 
 from preprocess.config import PreprocessConfig
-from shards.config_file import load_config
+from shards.cli.config_file import load_config
 from shards.errors import ConfigError
 from tests.conftest import REPOSITORY
 from trainer.build import build_model
-from trainer.config import BackboneConfig, load_run_config
+from trainer.config import load_run_config
+from trainer.model_config import BackboneConfig
 from trainer.models import Segmenter
 from trainer.models.vit_keys import RELEASED_VITS
 

@@ -30,7 +30,7 @@ from PIL import Image
 from benchmarks import report, results
 from preprocess.config import PreprocessConfig
 from preprocess.make_scenes import draw_scene
-from shards.config_file import load_config
+from shards.cli.config_file import load_config
 from shards.errors import ConfigError
 from tests.conftest import REPOSITORY
 from tests.support.object_storage import FaultyProxy

@@ -12,7 +12,7 @@ from preprocess.blocks import config_hash, producer
 from preprocess.config import CropConfig, DatasetConfig, PreprocessConfig
 from preprocess.crops import cut_labels, draw_crop
 from preprocess.pairs import open_dataset
-from shards.config_file import config_to_dict
+from shards.cli.config_file import config_to_dict
 from shards.manifest import FORMAT_VERSION, hash_of
 
 

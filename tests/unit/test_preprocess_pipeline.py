@@ -22,7 +22,7 @@ from preprocess.config import CropConfig, DatasetConfig, PreprocessConfig
 from preprocess.crops import Crop, crop_rng, cut_image, cut_labels, draw_crop, pad_labels
 from preprocess.make_scenes import CLASSES
 from preprocess.pairs import open_dataset, read_pair
-from shards.config_file import load_config
+from shards.cli.config_file import load_config
 from shards.errors import ConfigError, DatasetError
 from shards.manifest import load_manifest
 from shards.reader import iter_samples
@@ -527,7 +527,7 @@ def test_real_camvid_samples_survive_sharding(shared_data: Path, tmp_path: Path)
 
 
 def test_configuration_round_trips_through_yaml(tmp_path: Path) -> None:
-    from shards.config_file import config_to_yaml
+    from shards.cli.config_file import config_to_yaml
 
     config = load_config(PreprocessConfig, REPOSITORY / "configs" / "ade20k-shards.yaml", ["dataset.root=a,b {c}"])
     (tmp_path / "c.yaml").write_text(config_to_yaml(config))

@@ -20,7 +20,7 @@ import pytest
 from shards.errors import ConfigError, CorruptShardError, FormatVersionError, ShardError, StorageError
 from shards.files.cache import DiskCache
 from shards.files.object_storage import ObjectStorage
-from shards.files.storage import LocalStorage, Patience, is_remote, open_storage
+from shards.files.storage import LocalStorage, RetryPolicy, is_remote, open_storage
 from shards.manifest import MANIFEST_NAME, load_manifest, manifest_bytes
 from shards.mirror import copy_set, files_of
 from shards.reader import ShardReader, iter_samples
@@ -40,7 +40,7 @@ from tests.support.object_storage import (
     unavailable,
 )
 
-HASTY = Patience(tries=5, longest_pause=0.2)
+HASTY = RetryPolicy(tries=5, longest_pause=0.2)
 DATA = bytes(range(256)) * 800
 
 

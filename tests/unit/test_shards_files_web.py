@@ -13,7 +13,7 @@ import pytest
 
 from shards.errors import StorageError
 from shards.files import web
-from shards.files.storage import Patience, open_storage
+from shards.files.storage import RetryPolicy, open_storage
 from shards.manifest import MANIFEST_NAME, load_manifest
 from shards.reader import iter_samples
 from tests.support.object_storage import cloud_stub
@@ -141,5 +141,5 @@ def test_https_is_never_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shards.files.object_storage.from_url",
                         lambda url, client_options, **_: options.append(client_options))
     for url in ("https://host/set", "http://host/set", "s3://bucket/set"):
-        open_storage(url, Patience())._client()  # type: ignore[attr-defined]
+        open_storage(url, RetryPolicy())._client()  # type: ignore[attr-defined]
     assert [option["allow_http"] for option in options] == [False, True, True]

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.errors import ConfigError
-from shards.plan import Draw, MicroBatchNumbers, TrainPlan, accumulation_for, validation_samples
+from shards.plan import MicroBatchNumbers, PlannedSample, TrainPlan, accumulation_for, validation_samples
 
 
-def draws(plan: TrainPlan, count: int) -> list[Draw]:
+def draws(plan: TrainPlan, count: int) -> list[PlannedSample]:
     """The first samples of the endless sequence."""
     batches = -(-count // plan.micro_batch_size)
     return [draw for number in range(batches) for draw in plan.micro_batch(number)][:count]
@@ -31,7 +31,7 @@ def test_every_sample_exactly_once_per_epoch(
 ) -> None:
     plan = TrainPlan(shards, batch, seed, lanes, span)
     seen = Counter(draws(plan, epochs * sum(shards)))
-    assert seen == Counter(Draw(epoch, sample) for epoch in range(epochs) for sample in range(sum(shards)))
+    assert seen == Counter(PlannedSample(epoch, sample) for epoch in range(epochs) for sample in range(sum(shards)))
 
 
 @given(SHARDS, st.integers(0, 99), st.integers(1, 20), st.integers(1, 7))
@@ -41,7 +41,7 @@ def test_spans_are_neighbours_that_hold_their_samples(shards: list[int], seed: i
     spans = {plan.span(position) for position in range(samples)}
     assert sorted(number for span in spans for number in plan.samples(span).tolist()) == list(range(samples))
     for position in range(samples):
-        assert plan.draw(position).sample in plan.samples(plan.span(position))
+        assert plan.sample_at(position).sample in plan.samples(plan.span(position))
     seams = {sum(shards[:number]) for number in range(1, len(shards) + 1)}
     for span in spans:
         numbers = plan.samples(span).tolist()
@@ -92,7 +92,7 @@ def test_a_huge_plan_starts_anywhere_at_once() -> None:
 def test_global_batches_do_not_depend_on_the_topology(
     samples: int, batch: int, ranks: int, accumulation: int, first: int
 ) -> None:
-    def global_batches(world: int, turns: int, size: int) -> list[list[Draw]]:
+    def global_batches(world: int, turns: int, size: int) -> list[list[PlannedSample]]:
         plan = TrainPlan([5] * samples, size, 7, lanes=8)
         per_rank = [list(MicroBatchNumbers(first_step=first, last_step=first + 3, rank=rank, world_size=world,
                                            accumulation=turns)) for rank in range(world)]
@@ -117,7 +117,7 @@ def test_any_position_is_computed_without_the_ones_before() -> None:
 
 
 def test_epochs_and_seeds_differ() -> None:
-    orders = {tuple(plan.draw(epoch * 30 + place).sample for place in range(30))
+    orders = {tuple(plan.sample_at(epoch * 30 + place).sample for place in range(30))
               for plan in (TrainPlan([10] * 3, 1, seed) for seed in range(3)) for epoch in range(3)}
     assert len(orders) == 9
 

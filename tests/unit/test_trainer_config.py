@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preprocess.config import PreprocessConfig
-from shards.config_file import config_changes, config_to_dict, config_to_yaml, load_config, override_config
+from shards.cli.config_file import config_changes, config_to_dict, config_to_yaml, load_config, override_config
 from shards.errors import ConfigError
 from tests.conftest import REPOSITORY
-from trainer.config import DecoderHeadConfig, RunConfig, load_run_config, run_config_from_dict
+from trainer.config import RunConfig, load_run_config, run_config_from_dict
+from trainer.model_config import DecoderHeadConfig
 
 M2F = REPOSITORY / "configs" / "config-ade20k-m2f-training.yaml"
 

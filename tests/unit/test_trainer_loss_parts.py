@@ -23,7 +23,7 @@ from trainer.loss.matcher import (
     pairwise_dice_cost,
     pairwise_mask_cost,
     rows_of_points,
-    sum_over_points,
+    sum_over_points_,
 )
 from trainer.loss.packed_targets import pack_targets
 from trainer.loss.pixel_loss import pixel_cross_entropy
@@ -163,7 +163,7 @@ def test_pairwise_costs_equal_the_losses_of_every_pair() -> None:
     for counted in (None, (torch.rand(2, 50, generator=generator) > 0.3).float()):
         weights = None if counted is None else torch.stack([counted[b] for b, _, _ in pairs])
         mask, dice = point_losses(SampledPoints(torch.empty(0), x, y, weights))
-        sums = sum_over_points(logits.clone(), rows_of_points(truth, counted), torch.empty_like(logits).mT)
+        sums = sum_over_points_(logits.clone(), rows_of_points(truth, counted), torch.empty_like(logits).mT)
         torch.testing.assert_close(pairwise_mask_cost(sums).flatten(), mask, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(pairwise_dice_cost(sums).flatten(), dice, rtol=1e-5, atol=1e-5)
 

@@ -14,14 +14,8 @@ from torch import Tensor, nn
 
 from shards.errors import ConfigError
 from trainer.build import build_model
-from trainer.config import (
-    AdapterConfig,
-    BackboneConfig,
-    DecoderHeadConfig,
-    LossConfig,
-    RandomBackboneConfig,
-    RunConfig,
-)
+from trainer.config import LossConfig, RunConfig
+from trainer.model_config import AdapterConfig, BackboneConfig, DecoderHeadConfig, RandomBackboneConfig
 from trainer.models import Segmenter
 from trainer.models.adapter import DINOv3Adapter, DropPath
 from trainer.models.backbone import DINOv3Backbone, build_backbone, tapped_layers

@@ -25,7 +25,8 @@ from transformers import DINOv3ViTModel
 
 from shards.errors import ConfigError
 from trainer.build import build_model
-from trainer.config import AdapterConfig, BackboneConfig, DecoderHeadConfig, LoadConfig, RunConfig
+from trainer.config import LoadConfig, RunConfig
+from trainer.model_config import AdapterConfig, BackboneConfig, DecoderHeadConfig
 from trainer.models import Segmenter
 from trainer.models.adapter import DINOv3Adapter
 from trainer.models.backbone import DINOv3Backbone, build_backbone, tapped_layers

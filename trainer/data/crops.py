@@ -21,7 +21,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from shards.errors import ConfigError, CorruptShardError
 from shards.files.cache import DiskCache
-from shards.files.storage import Patience, open_storage
+from shards.files.storage import RetryPolicy, open_storage
 from shards.manifest import Manifest
 from shards.plan import TrainPlan
 from shards.read_ahead import ReadAhead, look_ahead
@@ -151,13 +151,13 @@ class LabelledImage:
 
 
 def open_reader(config: DataConfig, split: str, manifest: Manifest | None = None) -> ShardReader:
-    """The samples of a split of `data.root`, with its cache and patience.
+    """The samples of a split of `data.root`, with its cache and policy.
 
     Raises ShardError, and ConfigError for a split without a labelled pixel, as there is nothing to learn or measure;
     and for a cache that is not this user's alone.
     """
     assert config.root is not None
-    storage = open_storage(config.root, Patience(tries=config.tries, timeout=config.timeout))
+    storage = open_storage(config.root, RetryPolicy(tries=config.tries, timeout=config.timeout))
     cache = None if config.cache_dir is None else DiskCache.in_folder(config.cache_dir, int(config.cache_gb * 1e9))
     reader = ShardReader(storage, split, manifest, cache)
     if not reader.info.labelled_pixels:
@@ -249,7 +249,7 @@ class TrainCrops(IterableDataset[Batch]):
         raise CorruptShardError(f"no sample of the global batch {position // size} can be used: {error}")
 
     def _sample(self, position: int, ahead: ReadAhead | None, images: _Images) -> _Crop:
-        draw = self.plan.draw(position)
+        draw = self.plan.sample_at(position)
         data = None
         if ahead is not None:
             span = self.plan.span(position)

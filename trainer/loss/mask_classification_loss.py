@@ -105,9 +105,9 @@ class MaskClassificationLoss(Mask2FormerLoss):
             draw = self.make_draw(device, None)
             matches = self.matcher.match(predictions, packed, draw)  # [1, 3, M]
             divisor = self.count_masks(targets, masks_queries_logits.shape[1])
-            images, queries, chosen = matches[0]
+            images, queries, target_ids = matches[0]
             maps = masks_queries_logits[images, queries].float()  # [M, h, w]
-            sampled = self._sample_points(maps, packed, images, chosen, draw)
+            sampled = self._sample_points(maps, packed, images, target_ids, draw)
             logits = point_sample(maps[:, None], sampled.points)[:, 0]  # again, for the gradient
             mask, dice = point_losses(sampled._replace(logits=logits))
             classes = self._class_losses(predictions, packed.labels, matches)[0]
@@ -118,7 +118,7 @@ class MaskClassificationLoss(Mask2FormerLoss):
         """Mask and dice loss of given matches, for code that calls or extends the parts: masks [B, Q, h, w], targets
         float [N, H, W] per image. Waits for the device and makes dense masks, which `forward` and `step` do not."""
         sums = super().loss_masks(masks_queries_logits, mask_labels, indices, 1)  # type: ignore[arg-type]
-        counted = mask_labels if self.num_masks_counts == "all" else [chosen for _, chosen in indices]
+        counted = mask_labels if self.num_masks_counts == "all" else [target_ids for _, target_ids in indices]
         divisor = self._mean_over_ranks(sum(map(len, counted)))
         return {name: loss / divisor for name, loss in sums.items()}
 
@@ -205,39 +205,39 @@ class MaskClassificationLoss(Mask2FormerLoss):
         gradients = torch.zeros(batch, len(predictions), targets.labels.shape[1], height, width, device=matches.device)
         layers = torch.arange(len(predictions), device=matches.device)[:, None]
         for some in in_chunks(range(len(predictions))):
-            images, queries, chosen = matches[some.start : some.stop].unbind(1)  # [G, M]
+            images, queries, target_ids = matches[some.start : some.stop].unbind(1)  # [G, M]
             pair, spread = self._chunk_of_mask_losses([predictions[layer].mask_logits for layer in some], targets,
-                                                      images, queries, chosen, divisor, draw)
+                                                      images, queries, target_ids, divisor, draw)
             losses.append(pair)
-            gradients[images, layers[some.start : some.stop], chosen] = spread
+            gradients[images, layers[some.start : some.stop], target_ids] = spread
         return torch.cat(losses), gradients
 
     def _chunk_of_mask_losses(self, masks: Sequence[Tensor], targets: ReadableTargets, images: Tensor, queries: Tensor,
-                              chosen: Tensor, divisor: Tensor | float, draw: Draw) -> tuple[Tensor, Tensor]:
+                              target_ids: Tensor, divisor: Tensor | float, draw: Draw) -> tuple[Tensor, Tensor]:
         """`_mask_losses` of G predictions' masks [B, Q, h, w]: [G, 2] and [G, M, h, w]. Its points die with it."""
         maps = torch.stack([every[images[number], queries[number]]
                             for number, every in enumerate(masks)]).float().flatten(0, 1)  # [G * M, h, w]
-        sampled = self._sample_points(maps, targets, images.flatten(), chosen.flatten(), draw)
+        sampled = self._sample_points(maps, targets, images.flatten(), target_ids.flatten(), draw)
         pair, at_points = losses_and_gradients(sampled, self.coefficients["loss_mask"],
                                                self.coefficients["loss_dice"])
         spread = spread_to_pixels(at_points / divisor, sampled.points, maps.shape[1:])
         return torch.stack(pair).unflatten(1, images.shape).sum(2).T / divisor, spread.unflatten(0, images.shape)
 
     @torch.no_grad()
-    def _sample_points(self, maps: Tensor, targets: ReadableTargets, images: Tensor, chosen: Tensor,
+    def _sample_points(self, maps: Tensor, targets: ReadableTargets, images: Tensor, target_ids: Tensor,
                        draw: Draw) -> SampledPoints:
         points, logits = sample_uncertain_points(maps, self.num_points, self.oversample_ratio,
                                                  self.importance_sample_ratio, draw)
-        return SampledPoints(points, logits, targets.at_matched_points(images, chosen, points),
+        return SampledPoints(points, logits, targets.at_matched_points(images, target_ids, points),
                              targets.counted(images, points))
 
     def _class_losses(self, predictions: Sequence[Prediction], labels: Tensor, matches: Tensor) -> Tensor:
         """Cross-entropy [L], a mean weighted by class, of queries that are not matched with "no object"."""
         logits = torch.stack([prediction.class_logits for prediction in predictions]).float()  # [L, B, Q, C + 1]
         layers = torch.arange(len(predictions), device=logits.device)[:, None]
-        images, queries, chosen = matches.unbind(1)  # [L, M] each
+        images, queries, target_ids = matches.unbind(1)  # [L, M] each
         classes = labels.new_full(logits.shape[:3], self.num_labels)  # [L, B, Q], all "no object"
-        classes[layers, images, queries] = labels[images, chosen]
+        classes[layers, images, queries] = labels[images, target_ids]
         weights = self.empty_weight.float()[classes]
         picked = logits.log_softmax(3).gather(3, classes[..., None])[..., 0]  # [L, B, Q]
         return -(weights * picked).sum((1, 2)) / weights.sum((1, 2))

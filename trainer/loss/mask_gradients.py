@@ -54,9 +54,9 @@ class _MaskGradients(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Any:
         matches, gradients = ctx.saved_tensors
-        images, queries, chosen = matches[ctx.layer]
+        images, queries, target_ids = matches[ctx.layer]
         whole = gradients.new_zeros(ctx.shape, dtype=ctx.dtype)
-        whole[images, queries] = (gradients[images, ctx.layer, chosen] * upstream).to(ctx.dtype)
+        whole[images, queries] = (gradients[images, ctx.layer, target_ids] * upstream).to(ctx.dtype)
         return upstream, None, None, None, whole
 
 
@@ -79,16 +79,16 @@ class _FactorGradients(torch.autograd.Function):
         of_features = []
         for group, feature in zip(ctx.groups, features, strict=True):
             maps = feature.float().flatten(2)  # [B, D, hw]
-            images, queries, chosen = matches[group].unbind(1)  # [g, M]
+            images, queries, target_ids = matches[group].unbind(1)  # [g, M]
             layers = torch.arange(len(group), device=maps.device)[:, None]
             # A place for every target of every image in every layer, so that one product does for all of them.
             masks = (gradients if len(group) == len(matches) else gradients[:, group]).flatten(1, 2).flatten(2)
             matched = maps.new_zeros(*gradients.shape[:1], len(group), gradients.shape[2], maps.shape[1])
             whole = torch.stack([embeddings[layer] for layer in group])  # [g, B, Q, D]
-            matched[images, layers, chosen] = whole[layers, images, queries].float() * upstream
+            matched[images, layers, target_ids] = whole[layers, images, queries].float() * upstream
             of_matched = (masks @ maps.mT).view_as(matched) * upstream  # [B, g, N, D]
             found = torch.zeros_like(whole)
-            found[layers, images, queries] = of_matched[images, layers, chosen].to(whole.dtype)
+            found[layers, images, queries] = of_matched[images, layers, target_ids].to(whole.dtype)
             of_embeddings |= zip(group, found.unbind(), strict=True)
             of_features.append((matched.flatten(1, 2).mT @ masks).view(feature.shape).to(feature.dtype))
         return None, None, None, None, *(of_embeddings[layer] for layer in range(len(matches))), *of_features

@@ -75,7 +75,7 @@ class HungarianMatcher(Mask2FormerHungarianMatcher):
             truth = targets.at_points(chosen)  # [G, B, Nmax, P]
             counted = targets.counted_at_points(chosen)  # [G, B, P]
             rows = rows_of_points(truth, counted)  # [G, B, Nmax + 1, P]
-            sums += [sum_over_points(point_sample(predictions[layer].mask_logits, chosen[place]), rows[place], spare)
+            sums += [sum_over_points_(point_sample(predictions[layer].mask_logits, chosen[place]), rows[place], spare)
                      for place, layer in enumerate(some)]
         all_sums = PointSums(*map(torch.stack, zip(*sums, strict=True)))
         class_logits = torch.stack([prediction.class_logits for prediction in predictions])
@@ -115,7 +115,7 @@ def rows_of_points(truth: Tensor, counted: Tensor | None) -> Tensor:
     return rows if counted is None else rows * counted[..., None, :]
 
 
-def sum_over_points(logits: Tensor, rows: Tensor, spare: Tensor) -> PointSums:
+def sum_over_points_(logits: Tensor, rows: Tensor, spare: Tensor) -> PointSums:
     """Logits [B, Q, P], which are overwritten as is `spare` [B, P, Q], and rows [B, N + 1, P].
 
     Few, large steps in memory that is there already: new memory costs more time than what is computed in it.

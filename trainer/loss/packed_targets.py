@@ -35,10 +35,10 @@ class PackedTargets:
         """Every mask of every image, bilinear, at points float32 [..., B, P, 2] in [0, 1]: [..., B, Nmax, P]."""
         return self._sample(points[..., None, :, :], self.first, self.values)
 
-    def at_matched_points(self, images: Tensor, chosen: Tensor, points: Tensor) -> Tensor:
-        """Masks `chosen` [M] of `images` [M], each at points [M, P, 2] of its own: float32 [M, P]."""
+    def at_matched_points(self, images: Tensor, target_ids: Tensor, points: Tensor) -> Tensor:
+        """Masks `target_ids` [M] of `images` [M], each at points [M, P, 2] of its own: float32 [M, P]."""
         first = self.first.expand_as(self.values)
-        return self._sample(points, first[images, chosen], self.values[images, chosen])
+        return self._sample(points, first[images, target_ids], self.values[images, target_ids])
 
     def counted_at_points(self, points: Tensor) -> Tensor | None:
         """`counted` for points float32 [..., B, P, 2], some for each image: [..., B, P]."""
@@ -94,9 +94,9 @@ class SoftTargets:
         """[..., B, P, 2] -> [..., B, Nmax, P]"""
         return self._sample(points[..., None, :, :] * self.own[:, None, None], self.first)
 
-    def at_matched_points(self, images: Tensor, chosen: Tensor, points: Tensor) -> Tensor:
-        """Masks `chosen` [M] of `images` [M], each at points [M, P, 2] of its own: float32 [M, P]."""
-        return self._sample(points * self.largest, self.first[images, chosen])
+    def at_matched_points(self, images: Tensor, target_ids: Tensor, points: Tensor) -> Tensor:
+        """Masks `target_ids` [M] of `images` [M], each at points [M, P, 2] of its own: float32 [M, P]."""
+        return self._sample(points * self.largest, self.first[images, target_ids])
 
     def counted_at_points(self, points: Tensor) -> Tensor | None:
         """[..., B, P, 2] -> [..., B, P], or None"""

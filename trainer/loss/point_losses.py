@@ -31,8 +31,8 @@ class _Sums(NamedTuple):
     """What both the losses and their gradients need."""
 
     probabilities: Tensor  # [M, P]
-    both: Tensor  # [M], A above
-    size: Tensor  # [M], D above
+    intersection: Tensor  # [M], A above
+    denominator: Tensor  # [M], D above
     number: Tensor | float  # [M] or the same for all, V above
 
 
@@ -47,10 +47,10 @@ def losses_and_gradients(
     """`point_losses`, and the gradient [M, P] of their sum with these coefficients in each mask's logits."""
     _, _, truth, counted = sampled
     sums = _sums(sampled)
-    probabilities, size = sums.probabilities, sums.size[:, None]
+    probabilities, denominator = sums.probabilities, sums.denominator[:, None]
     number = sums.number[:, None] if isinstance(sums.number, Tensor) else sums.number
-    ratio = (2.0 * sums.both + 1.0)[:, None] / size
-    gradient = probabilities * (1.0 - probabilities) * (ratio - 2.0 * truth) * (dice_coefficient / size)
+    ratio = (2.0 * sums.intersection + 1.0)[:, None] / denominator
+    gradient = probabilities * (1.0 - probabilities) * (ratio - 2.0 * truth) * (dice_coefficient / denominator)
     gradient = gradient + (probabilities - truth) * (mask_coefficient / number)
     return _losses(sampled, sums), gradient if counted is None else gradient * counted
 
@@ -67,7 +67,7 @@ def _losses(sampled: SampledPoints, sums: _Sums) -> tuple[Tensor, Tensor]:
     _, logits, truth, counted = sampled
     mask = F.softplus(logits) - logits * truth
     summed = mask.sum(1) if counted is None else (mask * counted).sum(1)
-    return summed / sums.number, 1.0 - (2.0 * sums.both + 1.0) / sums.size
+    return summed / sums.number, 1.0 - (2.0 * sums.intersection + 1.0) / sums.denominator
 
 
 def spread_to_pixels(at_points: Tensor, points: Tensor, size: torch.Size) -> Tensor:

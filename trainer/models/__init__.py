@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shards.errors import ConfigError
-from trainer.config import AdapterConfig, BackboneConfig, DecoderHeadConfig
+from trainer.model_config import AdapterConfig, BackboneConfig, DecoderHeadConfig
 from trainer.models.adapter import DINOv3Adapter
 from trainer.models.backbone import build_backbone
 from trainer.models.eomt import EomtHead, PartialBackbone

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shards.errors import ConfigError
-from trainer.config import SIZE_DIVISORS, AdapterConfig
+from trainer.model_config import SIZE_DIVISORS, AdapterConfig
 from trainer.models.backbone import DINOv3Backbone
 from trainer.models.deform_attn import MSDeformAttn, pixel_centers
 from trainer.models.recompute import RecomputingModule

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import DINOv3ViTModel
 
 from shards.errors import ConfigError
-from trainer.config import BackboneConfig
+from trainer.model_config import BackboneConfig
 from trainer.models.fitting import listed
 from trainer.models.recompute import RecomputingModule
 from trainer.models.vit_keys import (

@@ -12,7 +12,7 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel
 from transformers.utils.logging import disable_progress_bar
 
 from shards.errors import ConfigError
-from trainer.config import BackboneConfig, RandomBackboneConfig
+from trainer.model_config import BackboneConfig, RandomBackboneConfig
 from trainer.models.fitting import grouped
 from trainer.models.hub import directory_config, model_directory
 from trainer.models.integrity import check_folder

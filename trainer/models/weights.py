@@ -58,7 +58,7 @@ class WeightsFile:
     config: dict[str, Any] = field(default_factory=dict)  # a directory's config.json
 
     @property
-    def brings_settings(self) -> bool:
+    def is_self_contained(self) -> bool:
         """Does it say how the network looks and what its classes are? Another program's weights do not."""
         return self.config.get("model_type") == EXPORT_MODEL_TYPE
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from shards.config_file import config_to_yaml
+from shards.cli.config_file import config_to_yaml
 from shards.files.atomic import write_atomically
 from shards.manifest import Manifest
 from shards.shown_text import masked_value, shown, shown_lines

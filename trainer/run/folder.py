@@ -18,7 +18,7 @@ from shards.files.plain_file import open_plain
 from trainer.reporting.state import RunState, read_state, write_state
 
 LOCK_NAME = ".lock"
-_PATIENCE = 120.0  # seconds; a run that was stopped or killed may take so long to let go
+_WAIT_SECONDS = 120.0  # seconds; a run that was stopped or killed may take so long to let go
 _PAUSE = 0.5
 
 
@@ -27,15 +27,15 @@ class FolderInUse(RunError):
 
 
 @contextmanager
-def lock_run_folder(folder: Path, patience: float = _PATIENCE, setting: str = "output_dir") -> Iterator[None]:
+def lock_run_folder(folder: Path, wait_seconds: float = _WAIT_SECONDS, setting: str = "output_dir") -> Iterator[None]:
     """Keep other runs out of `folder`, which is made, until the end or this process's death.
 
-    Waits `patience` seconds for one that is there, then removes what killed ones left half-written. Raises FolderInUse,
+    Waits `wait_seconds` for a run that is there, then removes what killed ones left half-written. Raises FolderInUse,
     which says to change `setting`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open_lock(folder / LOCK_NAME) as file:
-        if _lock(file, folder, time.monotonic() + patience, setting):
+        if _lock(file, folder, time.monotonic() + wait_seconds, setting):
             remove_leftovers(folder)
         yield
 

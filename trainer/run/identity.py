@@ -22,14 +22,14 @@ from pathlib import Path
 from shards.errors import ConfigError, ShardError, StorageError
 from shards.files.atomic import write_atomically
 from shards.files.outside_json import parse_json
-from shards.files.storage import LocalStorage, Patience, Storage, open_storage
+from shards.files.storage import LocalStorage, RetryPolicy, Storage, open_storage
 from shards.files.strict_json import to_json
 from trainer.reporting.state import process_exists
 from trainer.run.checkpoint import OWNER_NAME, has_checkpoints
 from trainer.run.folder import lock_run_folder
 
 ID_NAME = "run-id"
-_RELEASE_PATIENCE = Patience(tries=2, timeout=5.0)  # the run has ended; the next start does without it
+_RELEASE_PATIENCE = RetryPolicy(tries=2, timeout=5.0)  # the run has ended; the next start does without it
 
 
 @dataclass(frozen=True, kw_only=True)

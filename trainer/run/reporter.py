@@ -13,7 +13,7 @@ from types import TracebackType
 import torch
 from tqdm import tqdm
 
-from shards.config_file import config_to_dict, config_to_yaml
+from shards.cli.config_file import config_to_dict, config_to_yaml
 from shards.files.atomic import write_atomically
 from trainer.data.crops import Batch, augmented_images
 from trainer.evaluation.evaluation import Evaluation, format_metrics

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from shards.config_file import config_to_dict
+from shards.cli.config_file import config_to_dict
 from shards.errors import ConfigError
 from shards.manifest import Manifest, class_table, load_manifest
 from shards.plan import TrainPlan, accumulation_for

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from shards.config_file import config_changes
+from shards.cli.config_file import config_changes
 from shards.errors import ConfigError
 from shards.files.storage import open_storage
 from shards.shown_text import masked_value, shown

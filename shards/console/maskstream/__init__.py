@@ -23,7 +23,7 @@ COMMANDS = {
     "export": ("trainer.export", "write a trained model to load anywhere"),
     "status": ("trainer.status", "say how a run is"),
     "shards": ("shards.__main__", "info, verify, show, audit, copy: look at a shard set, or mirror it"),
-    "recipes": ("shards.recipes", "list the settings files that --config takes by name, or print one"),
+    "recipes": ("shards.cli.recipes", "list the settings files that --config takes by name, or print one"),
 }
 _EXIT_BAD_INPUT = 2
 
@@ -43,7 +43,7 @@ def main() -> None:
         _fail(f"unknown command {name!r}; {hint}legal: {', '.join(COMMANDS)}")
     sys.argv[:] = [f"maskstream {name}", *arguments]
     try:
-        run_entry_point = importlib.import_module("shards.command_line").run_entry_point
+        run_entry_point = importlib.import_module("shards.cli.command_line").run_entry_point
         program = importlib.import_module(COMMANDS[name][0]).main
     except (ImportError, AttributeError, SystemExit) as error:  # programs exit where an import of theirs fails
         _fail(_why(error))

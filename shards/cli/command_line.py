@@ -9,10 +9,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from shards.cli.recipes import file_or_recipe, recipe_path
+from shards.cli.settings import describe_config
 from shards.errors import MaskStreamError
 from shards.files.atomic import naming
-from shards.recipes import file_or_recipe, recipe_path
-from shards.settings import describe_config
 from shards.shown_text import shown
 
 EXIT_BAD_INPUT = 2

@@ -1,4 +1,4 @@
-"""Settings: fields of frozen dataclasses with a meaning, a unit and a legal range, for `shards.config_file` to read."""
+"""Settings: fields of frozen dataclasses with a meaning, a unit and a legal range, for `shards.cli.config_file` to read."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ ConfigT = TypeVar("ConfigT")
 _MAX_SHOWN = 80  # characters of a wrong value that an error repeats
 
 
-def knob(default: Any, help: str, *, choices: Sequence[str] = (), minimum: float | None = None,
+def setting(default: Any, help: str, *, choices: Sequence[str] = (), minimum: float | None = None,
          maximum: float | None = None, only_for: Sequence[str] = ()) -> Any:
-    """A documented field: `help` says meaning and unit; `choices` or a range are checked by `check_knobs`.
+    """A documented field: `help` says meaning and unit; `choices` or a range are checked by `check_settings`.
 
     `only_for`: values of the section's field `type` that read this one; with another type it may not be set.
     Lists, dicts and dataclass instances become a `default_factory`, as dataclasses demand.
@@ -35,8 +35,8 @@ def knob(default: Any, help: str, *, choices: Sequence[str] = (), minimum: float
 
 
 def place(help: str) -> Any:
-    """A `knob` that names a folder, file, URL or account of whoever runs this: unset by default, never given away."""
-    field: Any = knob(None, help)
+    """A setting that names a folder, file, URL or account of the user: unset by default, left out of exports."""
+    field: Any = setting(None, help)
     return dataclasses.field(default=None, metadata={**field.metadata, "is_place": True})
 
 
@@ -52,12 +52,12 @@ def without_places(config: ConfigT) -> ConfigT:
     return typing.cast(ConfigT, dataclasses.replace(typing.cast(Any, config), **changes))
 
 
-def check_knobs(config: Any, prefix: str = "") -> None:
+def check_settings(config: Any, prefix: str = "") -> None:
     """Raise ConfigError when a field (at any depth) lies outside its documented choices or range."""
     for field in dataclasses.fields(config):
         name, value = f"{prefix}{field.name}", getattr(config, field.name)
         if dataclasses.is_dataclass(value):
-            check_knobs(value, f"{name}.")
+            check_settings(value, f"{name}.")
             continue
         choices = field.metadata.get("choices", ())
         if choices and value not in choices and not (value is None and field.default is None):

@@ -1,7 +1,7 @@
 """Read a configuration: frozen dataclasses + YAML + dotted overrides, one error per mistake.
 
 Both stages (`preprocess`, `trainer`) describe their settings as frozen keyword-only dataclasses whose
-fields are made with `knob`. A value is text until the type of its field is known: a string setting is the text that
+fields are made with `setting`. A value is text until the type of its field is known: a string setting is the text that
 was typed (`010`, `1e3`, `yes`, `runs/exp #2`, `${HOME}` stay as they are), and only numbers, switches, lists and
 mappings are read as such. Nothing is interpolated. pydantic checks the types; this module maps its errors to
 `ConfigError` and writes the table that `--help` prints.
@@ -19,8 +19,8 @@ from typing import Any
 
 import yaml
 
+from shards.cli.settings import ConfigT, check_settings, shown_value
 from shards.errors import ConfigError
-from shards.settings import ConfigT, check_knobs, shown_value
 from shards.shown_text import masked_value
 
 _COMMAND_LINE = "command line"  # the source of layers that were typed
@@ -109,7 +109,7 @@ def _build(schema: type[ConfigT], layers: _Layers) -> ConfigT:
         config: ConfigT = TypeAdapter(schema).validate_python(merged)
     except ValidationError as error:
         raise _explain(error.errors()[0], layers) from error
-    check_knobs(config)
+    check_settings(config)
     _refuse_other_types(config, layers)
     return config
 
