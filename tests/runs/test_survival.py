@@ -25,15 +25,15 @@ from tests.support.training_run import TINY, TrainingRun, assert_equal_states, a
 from tests.support.zygote import run_forked
 from trainer import loop
 from trainer.config import load_run_config
-from trainer.distributed import DistContext, agree_on_start
-from trainer.run.failures import RankLost, named_failures
 from trainer.data.loader import LoaderError
+from trainer.distributed import DistContext, agree_on_start
 from trainer.loop import train
-from trainer.run.non_finite import TrainingDiverged
 from trainer.out_of_memory import OutOfMemory
-from trainer.run.folder import FolderInUse, only_run_in, start_noted
 from trainer.reporting.run_logger import read_metrics
 from trainer.reporting.state import STATE_NAME, read_state
+from trainer.run.failures import RankLost, named_failures
+from trainer.run.folder import FolderInUse, only_run_in, start_noted
+from trainer.run.non_finite import TrainingDiverged
 from trainer.stopping import EXIT_TO_BE_CONTINUED, RunStopped, StopRequest, stop_on_signals
 from trainer.watchdog import EXIT_HUNG, PHASES, LastHeard, Watchdog, describe_hang
 
@@ -151,8 +151,9 @@ def test_a_second_interrupt_ends_the_program_in_the_middle_of_a_step(scene_shard
 def test_ranks_stop_together_and_go_on_bit_for_bit(scene_shards: Path, tmp_path: Path, undisturbed: Path) -> None:
     """Stopped three times, by signals to the launcher and to one rank, and gone on with each time."""
     stopped = 0
-    for target, number in (("launcher", signal.SIGTERM), ("launcher", signal.SIGUSR1), ("rank 1", signal.SIGTERM)):
-        run = TrainingRun(scene_shards, tmp_path / "run", *SETTINGS, ranks=2,
+    for target, number, workers in (("launcher", signal.SIGTERM, 1), ("launcher", signal.SIGUSR1, 0),
+                                    ("rank 1", signal.SIGTERM, 0)):
+        run = TrainingRun(scene_shards, tmp_path / "run", *SETTINGS, f"data.workers={workers}", ranks=2,
                           launcher=("--standalone", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"))
         run.wait_for_step(stopped + 7)
         os.kill(run.process.pid if target == "launcher" else run.ranks()[1], number)
@@ -195,7 +196,7 @@ def test_each_start_of_the_ranks_has_keys_of_its_own() -> None:
 
 @pytest.mark.slow
 def test_torchrun_restarts_after_a_killed_rank(scene_shards: Path, tmp_path: Path, undisturbed: Path) -> None:
-    run = TrainingRun(scene_shards, tmp_path / "run", *SETTINGS, ranks=2,
+    run = TrainingRun(scene_shards, tmp_path / "run", *SETTINGS, "data.workers=0", ranks=2,
                       launcher=("--standalone", "--max-restarts", "2"))
     for step, rank in ((8, 1), (25, 0)):
         run.wait_for_step(step)
