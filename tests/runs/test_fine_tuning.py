@@ -12,11 +12,10 @@ import torch
 from PIL import Image
 
 from shards.errors import ConfigError
-from shards.manifest import load_manifest
 from tests.runs.test_end_to_end import ALONE, TINY, one_line_error, run_program, tiny
 from trainer.build import build_model
-from trainer.run.checkpoint import load_latest
 from trainer.loop import train
+from trainer.run.checkpoint import load_latest
 from trainer.run.run import Run, run_places
 from trainer.run.start import start_run
 

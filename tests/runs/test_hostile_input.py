@@ -20,11 +20,10 @@ from shards.errors import ConfigError, CorruptShardError, MaskStreamError
 from shards.manifest import MANIFEST_NAME, ClassInfo, canonical_json, hash_of, load_manifest, manifest_bytes
 from shards.manifest import parse_manifest as parse
 from shards.reader import ShardReader
-from tests.support.training_run import TINY
 from tests.runs.test_end_to_end import run_program, tiny
+from tests.support.training_run import TINY
 from tests.unit.test_trainer_run_checkpoint import state
 from trainer.build import build_model
-from trainer.run.checkpoint import open_checkpoint
 from trainer.config import RunConfig, load_run_config
 from trainer.export_formats import write_directory
 from trainer.models.hub import directory_config
@@ -33,6 +32,7 @@ from trainer.models.vit_sources import load_vit
 from trainer.pretrained import Pretrained, load_pretrained
 from trainer.reporting.run_logger import read_evaluation, read_metrics
 from trainer.reporting.state import read_state
+from trainer.run.checkpoint import open_checkpoint
 
 Content = dict[str, Any]
 Change = Callable[[Content], object]

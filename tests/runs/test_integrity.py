@@ -17,12 +17,12 @@ from shards.manifest import ClassInfo
 from tests.runs.test_end_to_end import run_program
 from tests.unit.test_trainer_run_checkpoint import state, written
 from trainer.build import build_model
-from trainer.run.checkpoint import load_checkpoint, open_checkpoint
 from trainer.config import load_run_config
 from trainer.export_formats import write_directory, write_meta_files
 from trainer.models.integrity import check_file
 from trainer.models.weights import read_weights
 from trainer.pretrained import Pretrained, load_pretrained
+from trainer.run.checkpoint import load_checkpoint, open_checkpoint
 
 TINY = Path(__file__).parent.parent / "support" / "tiny.yaml"
 NAME = "step-00000001.pt"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ from PIL import Image
 
 from shards.sample import decode_image
 from tests.conftest import REPOSITORY
+from tests.support.zygote import run_forked
 from trainer.config import load_run_config
 from trainer.distributed import DistContext
 from trainer.loop import train
@@ -42,7 +41,8 @@ def test_files_are_predicted_upright(checkpoint: Path, scenes: Path, tmp_path: P
     assert np.array_equal(model.predict(tmp_path / "photo.png"), expected)
     if orientation != 6:
         return
-    subprocess.run([sys.executable, str(REPOSITORY / "trainer/predict.py"), "--checkpoint", str(checkpoint),
-                    "--output", str(tmp_path / "out"), str(tmp_path / "photo.png")], check=True, capture_output=True)
+    done = run_forked(REPOSITORY / "trainer/predict.py", "--checkpoint", checkpoint, "--output", tmp_path / "out",
+                      tmp_path / "photo.png")
+    assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "out/photo.png") as found, Image.open(tmp_path / "out/photo-overlay.png") as overlay:
         assert np.array_equal(np.asarray(found), expected) and overlay.size == found.size

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +14,11 @@ from hypothesis import strategies as st
 from preprocess.config import PreprocessConfig
 from shards.cli.config_file import config_changes, config_to_dict, config_to_yaml, load_config, override_config
 from shards.errors import ConfigError, MaskStreamError, StorageError
-from shards.shown_text import masked, masked_value, shown
 from shards.files.storage import RetryPolicy, open_storage
+from shards.shown_text import masked, masked_value, shown
 from tests.conftest import REPOSITORY
-from tests.support.object_storage import cloud_stub, free_ports
 from tests.runs.test_end_to_end import ALONE, run_program, tiny
+from tests.support.object_storage import cloud_stub, free_ports
 from trainer.config import RunConfig, load_run_config, run_config_from_dict
 from trainer.data.crops import open_reader
 from trainer.loop import train
@@ -152,10 +150,11 @@ def _saved(config: RunConfig, path: Path) -> Path:
     return path
 
 
-def test_the_command_line_resolves_nothing_either(scene_shards: Path, tmp_path: Path) -> None:
-    result = subprocess.run([sys.executable, REPOSITORY / "trainer/train.py", "--config",
-                             REPOSITORY / "tests/support/tiny.yaml", f"data.root={scene_shards}", f"output_dir={tmp_path}/r",
-                             f"data.train_split={REFERENCE}", "--dry-run"], capture_output=True, text=True,
-                            env={"MASKSTREAM_TEST_SECRET": PASSWORD, "PATH": "/usr/bin"})
+def test_the_command_line_resolves_nothing_either(scene_shards: Path, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASKSTREAM_TEST_SECRET", PASSWORD)
+    result = run_program("trainer/train.py", "--config", REPOSITORY / "tests/support/tiny.yaml",
+                         f"data.root={scene_shards}", f"output_dir={tmp_path}/r", f"data.train_split={REFERENCE}",
+                         "--dry-run")
     assert result.returncode == 2 and f"no split '{REFERENCE}'" in result.stderr
     assert PASSWORD not in result.stdout + result.stderr

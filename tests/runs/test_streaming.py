@@ -21,10 +21,10 @@ import pytest
 import torch
 
 from shards.errors import CorruptShardError, StorageError
+from shards.files.storage import open_storage
 from shards.plan import MicroBatchNumbers, TrainPlan, validation_samples
 from shards.read_ahead import ReadAhead, look_ahead
 from shards.reader import ShardReader
-from shards.files.storage import open_storage
 from tests.support.object_storage import (
     FaultyProxy,
     cut,
@@ -40,11 +40,11 @@ from tests.support.object_storage import (
 )
 from tests.support.training_run import TrainingRun, assert_equal_states
 from tests.unit.test_trainer_data_crops import equal
-from trainer.run.checkpoint import load_latest
 from trainer.config import DataConfig
 from trainer.data.crops import Batch, TrainCrops, WholeImages, open_reader
 from trainer.data.loader import train_loader, validation_loader
 from trainer.reporting.state import read_state
+from trainer.run.checkpoint import load_latest
 
 CPU = torch.device("cpu")
 
@@ -107,7 +107,8 @@ def test_a_killed_server_that_comes_back_costs_time_only(
         copy_set(scene_shards, "s3://maskstream/killed")
         dataset = crops("s3://maskstream/killed", tries=12)
         # So little is read ahead that most of the epoch still has to come.
-        monkeypatch.setattr("trainer.data.crops.ReadAhead", lambda reader, _: ReadAhead(reader, 2 * largest_span(dataset)))
+        monkeypatch.setattr("trainer.data.crops.ReadAhead",
+                            lambda reader, _: ReadAhead(reader, 2 * largest_span(dataset)))
         stream = train_loader(dataset, range(18), CPU)
         found = [next(stream)]
         server.stop(signal.SIGKILL)
@@ -331,8 +332,8 @@ def test_a_run_records_the_samples_it_left_out(scene_shards: Path, tmp_path: Pat
     from tests.runs.test_end_to_end import tiny
     from trainer.distributed import distributed
     from trainer.loop import SKIPPED_NAME, train
-    from trainer.run.run import open_crops
     from trainer.reporting.run_logger import read_metrics
+    from trainer.run.run import open_crops
 
     root = damaged(scene_shards, tmp_path / "set", [3, 11])
     config = tiny(root, tmp_path / "run", f"data.root={root}", "data.on_corrupt=skip", "train.total_steps=6")

@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 
-from shards.files.atomic import copy_atomically, naming, write_atomically
-from shards.files.cache import DiskCache
 from shards.cli.command_line import run_entry_point
 from shards.errors import ConfigError
+from shards.files.atomic import copy_atomically, naming, write_atomically
+from shards.files.cache import DiskCache
 from shards.files.locks import among_writers, only_writer
+from shards.files.storage import LocalStorage
 from shards.mirror import copy_set
 from shards.picture import save_picture
-from shards.files.storage import LocalStorage
 from shards.verify import verify
 from shards.writer import ShardWriter
 from tests.conftest import REPOSITORY, make_shards

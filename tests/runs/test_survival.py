@@ -23,18 +23,19 @@ import torch.distributed as dist
 from shards.errors import ConfigError, RunError
 from tests.conftest import REPOSITORY
 from tests.support.training_run import TINY, TrainingRun, assert_equal_states, assert_same_end, final_state, newest_step
+from tests.support.zygote import run_forked
 from trainer import loop, stopping
 from trainer.config import load_run_config
-from trainer.distributed import DistContext, agree_on_start
-from trainer.run.failures import RankLost, explain_failures
 from trainer.data.loader import LoaderError
+from trainer.distributed import DistContext, agree_on_start
 from trainer.loop import train
-from trainer.run.non_finite import TrainingDiverged
 from trainer.out_of_memory import OutOfMemory
-from trainer.run.run import build_run, run_places
-from trainer.run.folder import FolderInUse, lock_run_folder, record_start
 from trainer.reporting.run_logger import read_metrics
 from trainer.reporting.state import STATE_NAME, read_state
+from trainer.run.failures import RankLost, explain_failures
+from trainer.run.folder import FolderInUse, lock_run_folder, record_start
+from trainer.run.non_finite import TrainingDiverged
+from trainer.run.run import build_run, run_places
 from trainer.stopping import EXIT_TO_BE_CONTINUED, RunStopped, StopRequest, stop_on_signals
 from trainer.watchdog import EXIT_HUNG, PHASES, LastHeard, Watchdog, describe_hang
 
@@ -93,16 +94,24 @@ def test_a_stop_while_evaluating_is_made_up_for(scene_shards: Path, tmp_path: Pa
     assert final_state(tmp_path / "whole").best_miou == final_state(tmp_path / "stopped").best_miou
 
 
-SETTINGS = ("train.total_steps=150", "train.checkpoint_every=5", "train.eval_every=100", "data.workers=1")
+STEPS = 60
+SETTINGS = (f"train.total_steps={STEPS}", "train.checkpoint_every=5", "train.eval_every=30", "data.workers=1")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(scene_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of SETTINGS on two ranks that nobody disturbs."""
-    run = TrainingRun(scene_shards, tmp_path_factory.mktemp("undisturbed") / "run", *SETTINGS, ranks=2)
-    assert run.wait() == 0, run.text
-    run.assert_gone()
-    return run.folder
+    """A run of SETTINGS on two ranks that nobody disturbs, without loader processes, which change no batch."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    finish(scene_shards, folder, *SETTINGS, "data.workers=0")
+    return folder
+
+
+def finish(root: Path, folder: Path, *settings: str) -> str:
+    """Train, or go on, on two ranks to the end; what was printed."""
+    done = run_forked(REPOSITORY / "trainer/train.py", "--config", TINY, f"data.root={root}", f"output_dir={folder}",
+                      *settings, ranks=2)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
 
 
 @pytest.mark.slow
@@ -141,24 +150,24 @@ def test_a_second_interrupt_ends_the_program_in_the_middle_of_a_step(scene_shard
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("target", "number"), [("launcher", signal.SIGTERM), ("launcher", signal.SIGUSR1),
-                                                ("rank 1", signal.SIGTERM)])
-def test_ranks_stop_together_and_go_on_bit_for_bit(scene_shards: Path, tmp_path: Path, undisturbed: Path, target: str,
-                                                   number: signal.Signals) -> None:
-    run = TrainingRun(scene_shards, tmp_path / "run", *SETTINGS, ranks=2,
-                      launcher=("--standalone", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"))
-    run.wait_for_step(7)
-    os.kill(run.process.pid if target == "launcher" else run.ranks()[1], number)
-    assert run.wait() != 0
-    run.assert_gone()
-    stopped = final_state(run.folder).step
-    assert stopped == newest_step(run.folder) < 150, run.text
-    state = read_state(run.folder)
-    assert state is not None and state.status == "stopped" and state.step == stopped
-    again = TrainingRun(scene_shards, run.folder, *SETTINGS, ranks=2)
-    assert again.wait() == 0, again.text
-    assert f"continuing at step {stopped}" in again.text
-    assert_same_end(undisturbed, run.folder)
+def test_ranks_stop_together_and_go_on_bit_for_bit(scene_shards: Path, tmp_path: Path, undisturbed: Path) -> None:
+    """Stopped three times, by signals to the launcher and to one rank, and gone on with each time."""
+    stopped = 0
+    for target, number, workers in (("launcher", signal.SIGTERM, 1), ("launcher", signal.SIGUSR1, 0),
+                                    ("rank 1", signal.SIGTERM, 0)):
+        run = TrainingRun(scene_shards, tmp_path / "run", *SETTINGS, f"data.workers={workers}", ranks=2,
+                          launcher=("--standalone", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"))
+        run.wait_for_step(stopped + 7)
+        os.kill(run.process.pid if target == "launcher" else run.ranks()[1], number)
+        assert run.wait() != 0
+        run.assert_gone()
+        assert not stopped or f"continuing at step {stopped}" in run.text
+        stopped = final_state(run.folder).step
+        assert stopped == newest_step(run.folder) < STEPS, run.text
+        state = read_state(run.folder)
+        assert state is not None and state.status == "stopped" and state.step == stopped
+    assert f"continuing at step {stopped}" in finish(scene_shards, tmp_path / "run", *SETTINGS)
+    assert_same_end(undisturbed, tmp_path / "run")
 
 
 # Dead and hanging processes
@@ -189,9 +198,9 @@ def test_each_start_of_the_ranks_has_keys_of_its_own() -> None:
 
 @pytest.mark.slow
 def test_torchrun_restarts_after_a_killed_rank(scene_shards: Path, tmp_path: Path, undisturbed: Path) -> None:
-    run = TrainingRun(scene_shards, tmp_path / "run", *SETTINGS, ranks=2,
+    run = TrainingRun(scene_shards, tmp_path / "run", *SETTINGS, "data.workers=0", ranks=2,
                       launcher=("--standalone", "--max-restarts", "2"))
-    for step, rank in ((8, 1), (40, 0)):
+    for step, rank in ((8, 1), (25, 0)):
         run.wait_for_step(step)
         os.kill(run.ranks()[rank], signal.SIGKILL)
         time.sleep(1)
@@ -285,9 +294,7 @@ def test_a_launcher_that_dies_while_ranks_load_leaves_nothing(scene_shards: Path
     run.process.wait()
     run.assert_gone(timeout=15)
     assert run_status(tmp_path / "run") == EXIT_TO_BE_CONTINUED
-    again = TrainingRun(scene_shards, tmp_path / "run", *settings, ranks=2)
-    assert again.wait() == 0, again.text
-    assert "is in use by a run" not in again.text
+    assert "is in use by a run" not in finish(scene_shards, tmp_path / "run", *settings)
 
 
 def test_a_start_that_died_before_its_first_word_is_lost(tmp_path: Path) -> None:
@@ -541,19 +548,19 @@ run_entry_point(main)
 def test_ranks_decide_alike_when_one_sees_bad_numbers(scene_shards: Path, tmp_path: Path, policy: str) -> None:
     program = tmp_path / "bad.py"
     program.write_text(_BAD_ON_ONE_RANK)
-    run = TrainingRun(scene_shards, tmp_path / "run", "train.total_steps=8", f"train.on_non_finite={policy}", ranks=2,
-                      program=program)
-    code = run.wait()
-    records = sorted(path.name for path in (run.folder / "non-finite").iterdir())
+    folder = tmp_path / "run"
+    ended = run_forked(program, "--config", TINY, f"data.root={scene_shards}", f"output_dir={folder}",
+                       "train.total_steps=8", f"train.on_non_finite={policy}", ranks=2)
+    records = sorted(path.name for path in (folder / "non-finite").iterdir())
     assert records == [f"step-00000005-rank-{rank}.json" for rank in (0, 1)]
-    problems = [json.loads((run.folder / "non-finite" / name).read_text())["micro_batches"][0]["problem"]
+    problems = [json.loads((folder / "non-finite" / name).read_text())["micro_batches"][0]["problem"]
                 for name in records]
     assert problems[0] is None and problems[1], "micro-batch 9 is rank 1's"
     if policy == "stop":
-        assert code != 0 and "holds NaN" in run.text
+        assert ended.returncode != 0 and "holds NaN" in ended.stderr
         return
-    assert code == 0, run.text
-    assert final_state(run.folder).skipped_steps == [5]
+    assert ended.returncode == 0, ended.stderr
+    assert final_state(folder).skipped_steps == [5]
 
 
 def test_states_that_differ_are_noticed() -> None:

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from shards.errors import ConfigError
-from shards.manifest import load_manifest, manifest_bytes
 from shards.files.strict_json import nan_for_null, to_json
+from shards.manifest import load_manifest, manifest_bytes
 from tests.conftest import REPOSITORY
 from trainer.config import RunConfig, load_run_config
 from trainer.distributed import DistContext
@@ -31,7 +31,8 @@ ALONE = DistContext(rank=0, world_size=1, device=torch.device("cpu"))
 
 
 def tiny(root: Path, run: Path, *overrides: str) -> RunConfig:
-    return load_run_config(REPOSITORY / "tests" / "support" / "tiny.yaml", [f"data.root={root}", f"output_dir={run}", *overrides])
+    return load_run_config(REPOSITORY / "tests" / "support" / "tiny.yaml",
+                           [f"data.root={root}", f"output_dir={run}", *overrides])
 
 
 def strict(text: str) -> Any:

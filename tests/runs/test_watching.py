@@ -29,21 +29,21 @@ from shards.errors import ConfigError
 from shards.manifest import ClassInfo, load_manifest
 from tests.conftest import REPOSITORY
 from tests.runs.test_end_to_end import run_program
-from trainer.pretrained import restore_model
-from trainer.run.checkpoint import load_checkpoint
 from trainer.config import RunConfig, load_run_config
 from trainer.data.crops import WholeImages, open_reader
 from trainer.distributed import DistContext
 from trainer.evaluation.evaluation import Predictor
 from trainer.loop import train
+from trainer.pretrained import restore_model
+from trainer.reporting.charts import Chart, Series, smooth, svg_uri, usual_top
 from trainer.reporting.plots import draw_curves
-from trainer.run.reporter import RunReporter, interval_line
 from trainer.reporting.report import write_report
-from trainer.run.folder import lock_run_folder
 from trainer.reporting.run_logger import RunLogger, read_evaluation, read_metrics
 from trainer.reporting.state import STATE_NAME, RunState, format_duration, read_state, write_state
-from trainer.reporting.charts import Chart, Series, smooth, svg_uri, usual_top
 from trainer.reporting.wandb_run import WandbRun
+from trainer.run.checkpoint import load_checkpoint
+from trainer.run.folder import lock_run_folder
+from trainer.run.reporter import RunReporter, interval_line
 
 ALONE = DistContext(rank=0, world_size=1, device=torch.device("cpu"))
 STATE = RunState(status="running", step=30, total_steps=120, world_size=2, host=socket.gethostname(), pid=1,
@@ -52,7 +52,8 @@ STATE = RunState(status="running", step=30, total_steps=120, world_size=2, host=
 
 
 def tiny(root: Path, run: Path, *overrides: str) -> RunConfig:
-    return load_run_config(REPOSITORY / "tests" / "support" / "tiny.yaml", [f"data.root={root}", f"output_dir={run}", *overrides])
+    return load_run_config(REPOSITORY / "tests" / "support" / "tiny.yaml",
+                           [f"data.root={root}", f"output_dir={run}", *overrides])
 
 
 @pytest.fixture(scope="module")

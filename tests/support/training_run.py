@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from tests.conftest import REPOSITORY
+from tests.support.zygote import Forked
 from trainer.run.checkpoint import Checkpoint, load_latest
 
 TINY = REPOSITORY / "tests" / "support" / "tiny.yaml"
@@ -27,16 +28,19 @@ class TrainingRun:
                  launcher: tuple[str, ...] = ("--standalone",),
                  program: Path = REPOSITORY / "trainer/train.py") -> None:
         self.folder, self.mark = folder, uuid.uuid4().hex
-        command = [sys.executable]
-        if ranks:
-            command = [str(Path(sys.executable).parent / "torchrun"), *launcher, "--nproc-per-node", str(ranks)]
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder.parent / f"{folder.name}-{self.mark[:8]}.log"  # the run's own disk may be full
+        arguments = [str(program), "--config", str(TINY), f"data.root={root}", f"output_dir={folder}",
+                     "train.log_every=1", *overrides]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default", _MARK: self.mark}
+        self.process: Forked | subprocess.Popen[bytes]
+        if not ranks:
+            self.process = Forked(arguments, self.log, environment)
+            return
+        command = [str(Path(sys.executable).parent / "torchrun"), *launcher, "--nproc-per-node", str(ranks)]
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [*command, str(program), "--config", str(TINY), f"data.root={root}", f"output_dir={folder}",
-                 "train.log_every=1", *overrides], stdout=log, stderr=log, start_new_session=True, cwd=REPOSITORY,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default", _MARK: self.mark})
+            self.process = subprocess.Popen([*command, *arguments], stdout=log, stderr=log, start_new_session=True,
+                                            cwd=REPOSITORY, env=environment)
 
     @property
     def text(self) -> str:
@@ -62,7 +66,8 @@ class TrainingRun:
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
-                if self.mark.encode() in (folder / "environ").read_bytes():
+                is_forked = isinstance(self.process, Forked) and folder.name == str(self.process.pid)
+                if is_forked or self.mark.encode() in (folder / "environ").read_bytes():
                     found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
             except OSError:  # it ended meanwhile, or is not ours
                 continue

@@ -20,6 +20,7 @@ from transformers import Mask2FormerConfig
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerHungarianMatcher, Mask2FormerLoss
 
 from shards.errors import ConfigError
+from tests.support.zygote import call_on_ranks
 from tests.unit.test_trainer_loss_mask_classification_loss import CLASSES, CPU, SETTINGS, outputs_of, seeded, targets_of
 from trainer.config import load_run_config
 from trainer.data.targets import to_dense
@@ -358,7 +359,7 @@ def _on_rank(rank: int, store: str, folder: str) -> None:
 
 @pytest.mark.slow
 def test_ranks_divide_by_the_mean_of_what_they_matched(tmp_path: Any) -> None:
-    torch.multiprocessing.spawn(_on_rank, args=(str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    call_on_ranks(_on_rank, str(tmp_path / "store"), str(tmp_path))
     for rank, (counts, matched) in enumerate((([9, 2], 5), ([1, 0], 1))):
         masks, targets, classes = dense_case(counts, queries=3)
         torch.manual_seed(rank)

@@ -21,6 +21,7 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerForU
 
 from tests.support.mutations import mutate
 from tests.support.replay import ReplayedLoss, in_drawing_order
+from tests.support.zygote import call_on_ranks
 from tests.unit.test_trainer_models_precision import WAITING, images, model_of
 from trainer.data.targets import to_dense
 from trainer.loss import cpu_kernels, mask_gradients, point_losses, point_sampling
@@ -612,7 +613,7 @@ def _points(rank: int | None) -> list[Tensor]:
 def test_two_ranks_add_up_to_the_joined_batch(divisor: str, tmp_path: Any) -> None:
     """Each rank divides by the mean number of masks per rank: the ranks' mean, which DDP takes of gradients, is the
     joined batch's. Divided by the rank's own number it is not."""
-    torch.multiprocessing.spawn(_rank_loss, args=(str(tmp_path / "store"), str(tmp_path), divisor), nprocs=2)
+    call_on_ranks(_rank_loss, str(tmp_path / "store"), str(tmp_path), divisor)
     (first, gradient), (second, other) = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     outputs, targets = _joined([*RANKS[0], *RANKS[1]])
     loss, model = ReplayedLoss(**{**SETTINGS, "class_coefficient": 0.0}), Scaled()

@@ -13,6 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from tests.support.replay import ReplayedLoss, in_drawing_order, replay
+from tests.support.zygote import call_on_ranks
 from trainer.data.targets import dense_masks, ignore_value, label_map_from_segments, segment_map_from_masks, to_dense
 from trainer.evaluation.metrics import ConfusionMatrix
 from trainer.loss.mask_classification_loss import MaskClassificationLoss
@@ -395,4 +396,4 @@ def _on_rank(rank: int, store: str) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_share_mask_count_and_confusion_matrix(tmp_path: Any) -> None:
-    torch.multiprocessing.spawn(_on_rank, args=(str(tmp_path / "store"),), nprocs=2)
+    call_on_ranks(_on_rank, str(tmp_path / "store"))

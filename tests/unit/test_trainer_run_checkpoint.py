@@ -7,8 +7,6 @@ import os
 import random
 import resource
 import signal
-import subprocess
-import sys
 import threading
 import time
 import warnings
@@ -22,6 +20,7 @@ import pytest
 import torch
 
 from shards.errors import ConfigError
+from tests.support.zygote import Forked
 from trainer.run import checkpoint_writer
 from trainer.run.checkpoint import Checkpoint, load_checkpoint, load_latest
 from trainer.run.checkpoint_writer import CheckpointError, CheckpointWriter, TakenOver
@@ -145,7 +144,10 @@ def test_the_last_checkpoint_must_be_written(tmp_path: Path) -> None:
 
 _WRITE_FOR_EVER = """
 import sys
+import warnings
 from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+warnings.simplefilter("error")
 from tests.unit.test_trainer_run_checkpoint import state
 from trainer.run.checkpoint import load_latest
 from trainer.run.checkpoint_writer import CheckpointWriter
@@ -162,17 +164,21 @@ while True:
 
 
 def test_a_kill_at_any_moment_leaves_a_sound_checkpoint(tmp_path: Path) -> None:
-    rng, last = random.Random(0), 0
-    for _ in range(5):
-        process = subprocess.Popen([sys.executable, "-W", "error", "-c", _WRITE_FOR_EVER, tmp_path], cwd=REPOSITORY,
-                                   stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    rng, last, folder = random.Random(0), 0, tmp_path / "checkpoints"
+    folder.mkdir()
+    (tmp_path / "write.py").write_text(_WRITE_FOR_EVER)
+    for number in range(5):
+        said = tmp_path / f"{number}.log"
+        process = Forked([str(tmp_path / "write.py"), str(folder), str(REPOSITORY)], said, dict(os.environ))
+        while not said.exists() or said.read_text() != "begun\n":
+            assert process.poll() is None, said.read_text()
+            time.sleep(0.01)
         time.sleep(rng.uniform(0.05, 0.4))
         process.kill()
-        process.communicate()
+        process.wait()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            found = load_latest(tmp_path)
+            found = load_latest(folder)
         step = 0 if found is None else found.step
         assert step >= last
         last = step
