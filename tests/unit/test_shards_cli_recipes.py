@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from shards.command_line import config_files, config_parser
-from shards.recipes import file_or_recipe, recipe_folder, recipe_names, recipe_path
 
 from preprocess import make_shards
+from shards.cli.command_line import config_files, config_parser
+from shards.cli.recipes import file_or_recipe, recipe_folder, recipe_names, recipe_path
 from shards.errors import ConfigError
 from tests.conftest import REPOSITORY
 from trainer import eval as evaluation
