@@ -5,8 +5,7 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass
 
-from shards.settings import place, setting
-
+from shards.cli.settings import place, setting
 from shards.errors import ConfigError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

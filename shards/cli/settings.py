@@ -1,4 +1,4 @@
-"""Settings: fields of frozen dataclasses with a meaning, a unit and a legal range, for `shards.cli.config_file` to read."""
+"""Settings: fields of frozen dataclasses with a meaning, a unit and a legal range; `config_file` reads them."""
 
 from __future__ import annotations
 
