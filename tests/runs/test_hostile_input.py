@@ -198,7 +198,7 @@ def test_an_image_named_by_dots_alone_is_left_over_with_a_reason() -> None:
     """A folder's hidden files are not looked at; an archive's are."""
     rejected: list[tuple[str, str]] = []
     assert set(_by_stem({"images/...jpg": 1, "images/a.b.jpg": 1}, "images", (".jpg",), rejected)) == {"a.b"}
-    assert rejected == [("images/...jpg", "its name is nothing but dots and a suffix")]
+    assert rejected == [("images/...jpg", "its name consists only of dots and a suffix")]
 
 
 @pytest.mark.slow

@@ -128,7 +128,7 @@ def test_class_tables_may_have_a_byte_order_mark_but_no_repeated_name(scenes: Pa
     config = DatasetConfig(kind="folder", root=str(scenes), class_file=str(tmp_path / "bom.txt"))
     assert [item.name for item in open_dataset(config, "fail").classes] == [name for name, _, _ in CLASSES]
     (tmp_path / "twice.txt").write_text("a\nb\na\n")
-    with pytest.raises(ConfigError, match="lines 1 and 3 name the same class 'a'"):
+    with pytest.raises(ConfigError, match="lines 1 and 3 both name the class 'a'"):
         open_dataset(DatasetConfig(kind="folder", root=str(scenes), class_file=str(tmp_path / "twice.txt")), "fail")
 
 
@@ -146,7 +146,7 @@ def test_folders_of_others_are_left_alone(scenes: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     for name in (".notes.tmp", "train-000000.tar"):
         (tmp_path / "mine" / name).write_text("precious")
-    with pytest.raises(ConfigError, match="is not empty and holds no unfinished shard set"):
+    with pytest.raises(ConfigError, match="is not empty and is not an unfinished shard set"):
         make_shards(tmp_path / "mine", scenes)
     assert {path.read_text() for path in (tmp_path / "mine").iterdir()} == {"precious"}
 
@@ -283,7 +283,7 @@ def test_unusable_files_are_named_or_recorded(scenes: Path, tmp_path: Path, how:
         (["dataset.val_fraction=0.5"], "has split folders"),
         (["crops.stored_size=32"], "at least crops.size"),
         (["crops.min_scale=3"], "at most crops.max_scale"),
-        (["dataset.splits={{../evil: train}}"], "names a split '../evil'"),
+        (["dataset.splits={{../evil: train}}"], "has a split named '../evil'"),
         (["output="], "output is not set"),
     ],
 )

@@ -455,7 +455,7 @@ def test_audit_counts_every_sample_once(scene_shards: Path, s3_shards: str) -> N
         assert done.returncode == 0, done.stdout + done.stderr
         assert "each of 24 samples seen once" in done.stdout
         assert "3 ranks x 2 workers, 8 micro-batches of 1 per rank" in done.stdout
-        assert "12 spans of neighbours, 0 of them read by more than one worker" in done.stdout
+        assert "12 spans of consecutive samples, 0 of them read by more than one worker" in done.stdout
 
 
 def test_local_reads_stay_in_the_folder(scene_shards: Path) -> None:

@@ -129,7 +129,7 @@ def test_a_label_map_larger_than_its_image_is_not_decoded(scenes: Path, tmp_path
 
     monkeypatch.setattr("preprocess.pairs.load_picture", refuse)
     dataset = open_dataset(DatasetConfig(kind="folder", root=str(tmp_path)), "fail")
-    with pytest.raises(DatasetError, match=r"a\.png is 16000x16000 pixels, its image has 4096 in all"):
+    with pytest.raises(DatasetError, match=r"a\.png is 16000x16000, but its image has only 4096 pixels"):
         read_pair(dataset, dataset.splits["train"][0])
 
 
