@@ -175,9 +175,9 @@ def test_a_vit_file_that_names_block_a_billion_is_refused() -> None:
 
 def test_class_names_with_control_characters_are_refused_at_every_door() -> None:
     for name in ("\x1b[31mred", "a\x00b", "two\nlines", "\u202eevil", "\x9b", ""):
-        with pytest.raises(ValueError, match=r"legal: text without control characters"):
+        with pytest.raises(ValueError, match=r"legal: non-empty text without control characters"):
             ClassInfo(name=name, color=(0, 0, 0))
-    with pytest.raises(ConfigError, match=r"line 2: a class is named 'a\\x1b\[2J', legal: text"):
+    with pytest.raises(ConfigError, match=r"line 2: class name 'a\\x1b\[2J', legal: non-empty text"):
         parse_classes("sky\na\x1b[2J\n", "classes.txt")
     assert ClassInfo(name="Ärger, نَعَم 🛣", color=(0, 0, 0)).name.startswith("Ä")
 

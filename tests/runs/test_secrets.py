@@ -87,7 +87,7 @@ def test_stored_configurations_hold_no_secrets_and_the_running_one_keeps_them() 
 
 
 def test_a_masked_place_says_what_to_type() -> None:
-    with pytest.raises(ConfigError, match=r"where its credentials were, which are never stored; type the whole URL"):
+    with pytest.raises(ConfigError, match=r"in place of its credentials, which are never stored; pass the full URL"):
         open_storage("https://***@host/set?***")
 
 
@@ -127,7 +127,7 @@ def test_a_run_from_a_signed_url_leaves_the_signature_nowhere(scene_shards: Path
         if path.is_file():
             assert_clean(path.read_bytes().decode("latin-1"))
     again = load_run_config(run / "config.yaml", [])
-    with pytest.raises(ConfigError, match="type the whole URL again"):
+    with pytest.raises(ConfigError, match="pass the full URL again"):
         open_reader(again.data, "train")
 
 

@@ -116,7 +116,7 @@ def test_a_killed_server_that_comes_back_costs_time_only(
         with caplog.at_level(logging.WARNING):
             found += stream
         restart.join()
-        assert "going on from there" in caplog.text, "it did not notice"
+        assert "continuing from there" in caplog.text, "it did not notice"
         assert_same(found, expected)
 
 
@@ -131,7 +131,7 @@ def test_shards_that_vanish_end_all_ranks_with_one_error(s3_shards: str, tmp_pat
     assert run.wait(120) == 1
     run.assert_gone()
     errors = set(re.findall(r"^error: .*", run.text, re.MULTILINE))
-    told = rf"error: .*{s3_shards}/train-\d+\.tar \(offset \d+\): the manifest lists this shard, but it is not there"
+    told = rf"error: .*{s3_shards}/train-\d+\.tar \(offset \d+\): the manifest lists this shard, but it does not exist"
     assert any(re.match(told, error) for error in errors), run.text
     state = read_state(tmp_path / "run")
     assert state is not None and state.status == "failed" and state.step < 400

@@ -174,7 +174,7 @@ def test_a_state_comes_back_as_it_was_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    (b"{", "not valid JSON"), (b"\xff", "not valid JSON"), (b"[1]", "must hold an object"),
+    (b"{", "not valid JSON"), (b"\xff", "not valid JSON"), (b"[1]", "must hold a JSON object"),
     ({"status": "asleep"}, "'status' is 'asleep', legal: running, stopped, failed, finished"),
     ({"step": "3"}, "field 'step' is '3', legal: int"), ({"step": True}, "field 'step' is True"),
     ({"total_steps": 0}, "'total_steps' is 0, legal: from 1 to"), ({"updated": float("nan")}, "legal: from 0 to"),

@@ -81,7 +81,7 @@ def test_a_record_larger_than_the_manifest_knows_is_refused(tmp_path: Path) -> N
     reader = ShardReader(tmp_path, "train")
     assert reader.read(0).image.shape == reader.read(2).image.shape
     with pytest.raises(CorruptShardError, match=r"train-000000\.tar, sample 1 \(offset \d+\): it is 16000x16000, but "
-                       r"by the manifest no sample of its split has more than 12288 pixels"):
+                       r"according to the manifest no sample of its split has more than 12288 pixels"):
         reader.read(1)
     reader.close()
     assert any("sample 1" in problem and "it is 16000x16000" in problem for problem in verify(tmp_path))
