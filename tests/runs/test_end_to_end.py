@@ -1,4 +1,4 @@
-"""The main job through its entry points: train, resume, two ranks, evaluate, predict, and stop on bad numbers."""
+"""The whole workflow through its entry points: train, resume, two ranks, evaluate, predict, stop on bad numbers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def tiny(root: Path, run: Path, *overrides: str) -> RunConfig:
 
 
 def losses(run: Path) -> list[dict[str, float]]:
-    """Per logged step everything but the timings."""
+    """Every logged step, without timings."""
     timings = ("images_per_second", "data_wait_share", "seconds_per_step", "memory_gb")
     records = [record for record in read_metrics(run) if record["kind"] == "train"]
     return [{name: value for name, value in record.items() if name not in timings} for record in records]
@@ -52,7 +52,7 @@ def losses(run: Path) -> list[dict[str, float]]:
 
 def run_program(program: str, *arguments: object, ranks: int = 0,
                 limit: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run an entry point, under torchrun when `ranks` is given; `limit` is called in its process first."""
+    """Run an entry point, under torchrun if `ranks` is given; `limit` is called first in its process."""
     if not ranks and limit is None:
         return run_forked(REPOSITORY / program, *arguments)
     launcher = [sys.executable]
@@ -181,7 +181,7 @@ def test_a_run_of_which_only_the_best_is_left_goes_on_from_it(scene_shards: Path
 
 
 def test_the_best_so_far_is_known_after_a_resume(scene_shards: Path, finished: Path, tmp_path: Path) -> None:
-    """One that is not reached again stays, and with it its number."""
+    """A best score that is not reached again is kept, along with its checkpoint."""
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     for path in (run / "checkpoints").glob("*.pt"):
         content = torch.load(path, weights_only=True) | {"best_miou": 0.99}
@@ -352,7 +352,7 @@ def test_an_infinite_gradient_stops_the_run(scene_shards: Path, tmp_path: Path) 
 @pytest.mark.parametrize("head", [("decoder_head.type=m2f",), ("decoder_head.type=linear",), EOMT],
                          ids=["m2f", "linear", "eomt"])
 def test_two_ranks_follow_the_loss_curve_of_one(scene_shards: Path, tmp_path: Path, head: tuple[str, ...]) -> None:
-    """Equal global batch, plain torchrun against plain python, workers in both."""
+    """Equal global batch, torchrun against plain python, both with workers."""
     common = ["--config", TINY, f"data.root={scene_shards}", "train.total_steps=20", "data.workers=1",
               *head]
     for name, ranks in (("one", 0), ("two", 2)):

@@ -1,4 +1,4 @@
-"""What must not be stored, shown or raised: credentials in URLs, variables of the environment, control characters."""
+"""What must never be stored, shown or raised: credentials in URLs, environment variables, control characters."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_masked_place_says_what_to_type() -> None:
 
 
 def test_servers_and_clients_repeat_no_secrets(tmp_path: Path) -> None:
-    """Not even in the errors that ours were raised from."""
+    """Not even in the exceptions that caused ours."""
     with cloud_stub(tmp_path) as (address, asked):
         storage = open_storage(url_with_secrets(address), RetryPolicy(tries=1, timeout=5))
         with pytest.raises(FileNotFoundError) as missing:

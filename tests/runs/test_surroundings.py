@@ -1,4 +1,4 @@
-"""Machines as they are: no locks, full disks, terminals without Unicode, processes that were killed."""
+"""Real machines: no locks, full disks, terminals without Unicode, killed processes."""
 
 from __future__ import annotations
 

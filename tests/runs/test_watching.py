@@ -1,4 +1,4 @@
-"""Watching a run: the log line, state.json, status.py, the record's events, Weights & Biases and report.html."""
+"""Monitoring a run: log lines, state.json, status.py, recorded events, Weights & Biases and report.html."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def tiny(root: Path, run: Path, *overrides: str) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def finished(scene_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of four steps, evaluated twice."""
+    """A finished run of four steps with two evaluations."""
     run = tmp_path_factory.mktemp("runs") / "finished"
     train(tiny(scene_shards, run, "train.eval_every=2"), ALONE)
     return run
@@ -73,7 +73,7 @@ def test_durations_have_two_units(seconds: float, text: str) -> None:
 
 
 def test_a_board_that_cannot_be_closed_holds_up_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TensorBoard's own thread dies on a full disk, and closing waits for it for ever."""
+    """TensorBoard's thread dies on a full disk, and closing would wait for it forever."""
     import threading
 
     monkeypatch.setattr("trainer.reporting.run_logger._BOARD_SECONDS", 0.1)
@@ -107,7 +107,7 @@ def test_a_held_lock_means_that_it_runs(host: str, in_use: bool | None, old: boo
 
 
 def test_a_run_that_evaluates_for_hours_is_not_lost(tmp_path: Path) -> None:
-    """What a script that queues jobs is told."""
+    """The exit codes that a job scheduling script sees."""
     state = dataclasses.replace(STATE, status="running", host=socket.gethostname(), pid=os.getpid(), updated=1e9)
     with lock_run_folder(tmp_path):
         write_state(tmp_path, state)
@@ -391,7 +391,7 @@ def test_tensorboard_has_losses_per_layer_speed_validation_and_pictures(finished
 
 
 class FakeWandb(ModuleType):
-    """What of wandb is used; remembers what it was given."""
+    """The part of wandb's API that is used; records what it receives."""
 
     class Error(Exception):
         pass
@@ -450,7 +450,7 @@ def test_wandb_that_is_absent_or_refuses_is_a_clear_error(tmp_path: Path, monkey
 
 
 class Page(HTMLParser):
-    """Tags, attributes and text of a page."""
+    """Tags, attributes and text of an HTML page."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
 
 def run_forked(program: Path, *arguments: object, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
-    """As `subprocess.run([python, program, *arguments], cwd=cwd, capture_output=True, text=True)`."""
+    """Same as `subprocess.run([python, program, *arguments], cwd=cwd, capture_output=True, text=True)`."""
     command = [str(program), *map(str, arguments)]
     with tempfile.TemporaryDirectory() as folder:
         streams = [str(Path(folder, name)) for name in ("out", "err")]
@@ -47,7 +47,7 @@ def _zygote() -> subprocess.Popen[str]:
 
 
 def _serve() -> None:
-    """Fork for each request; answer with the exit code."""
+    """Fork for each request; reply with the exit code."""
     import trainer.export_formats
     import trainer.loop
     import trainer.pretrained  # noqa: F401
@@ -84,7 +84,7 @@ def _become(request: dict[str, Any]) -> None:
 
 
 def _exit(code: object) -> None:
-    """As the interpreter does, but without taking torch apart module by module, which costs seconds in a fork."""
+    """Exit like the interpreter, but without tearing down torch module by module, which takes seconds in a fork."""
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     if code is not None and not isinstance(code, int):

@@ -31,7 +31,7 @@ from tests.conftest import REPOSITORY, make_shards
 
 
 def write_pair(root: Path, image: str, label: str, labels: np.ndarray, mode: str = "RGB") -> None:
-    """An image of noise and its label map below `root`."""
+    """Write a noise image and its label map below `root`."""
     pixels = np.random.default_rng(labels.sum()).integers(0, 255, (*labels.shape, 3), np.uint8)
     for name, picture in ((image, Image.fromarray(pixels).convert(mode)), (label, Image.fromarray(labels))):
         path = root / name
@@ -204,7 +204,7 @@ def test_any_usual_image_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
 
 
 def spoil(root: Path, how: str) -> str:
-    """Damage pair scene_train_00003; returns a pattern the error must match."""
+    """Damage pair scene_train_00003; returns a pattern for the expected error."""
     image = root / "images/train/scene_train_00003.jpg"
     label = root / "annotations/train/scene_train_00003.png"
     if how == "truncated image":
@@ -434,12 +434,12 @@ def test_a_stopped_run_leaves_no_half_shard_and_a_rerun_finishes_it(tmp_path: Pa
 
 
 def listen_to_ctrl_c() -> None:
-    """A shell that runs the tests in the background (`pytest &`) has all its children ignore it."""
+    """A shell that runs the tests in the background (`pytest &`) makes all its children ignore SIGINT."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for_orphans(group: int) -> None:
-    """Every process of the session must go away by itself."""
+    """Wait until every process of the session has exited by itself."""
     for _ in range(300):
         try:
             os.killpg(group, 0)

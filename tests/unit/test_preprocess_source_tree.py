@@ -1,4 +1,4 @@
-"""What strangers' datasets hold: links, label PNGs of few bits, EXIF orientation, labels that are not there."""
+"""Real-world datasets: links, label PNGs below 8 bits, EXIF orientation, missing labels."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ CLASSES = "".join(f"class {i}\n" for i in range(16))
 
 
 def picture(height: int, width: int) -> np.ndarray:
-    """An image whose every corner looks different."""
+    """An image with four different corners."""
     y, x = np.mgrid[:height, :width]
     return np.stack([x * 255 // (width - 1), y * 255 // (height - 1), (x + y) % 256], -1).astype(np.uint8)
 
 
 def write_pairs(root: Path, names: list[str], labels: np.ndarray | None = None) -> Path:
-    """Pairs `images/<name>.jpg` and `annotations/<name>.png`, and a table of 16 classes."""
+    """Write pairs `images/<name>.jpg` and `annotations/<name>.png`, and a table of 16 classes."""
     labels = np.arange(64 * 96).reshape(64, 96).astype(np.uint8) % 16 if labels is None else labels
     for name in names:
         for top, suffix, pixels in (("images", "jpg", picture(*labels.shape)), ("annotations", "png", labels)):
@@ -52,7 +52,7 @@ def write_pairs(root: Path, names: list[str], labels: np.ndarray | None = None) 
 
 
 def as_zip(root: Path, path: Path) -> Path:
-    """The folder as `zip -y` packs it: links stay links."""
+    """The folder packed like `zip -y`: links stay links."""
     with zipfile.ZipFile(path, "w") as archive:
         for folder, folders, names in os.walk(root):
             for name in (*folders, *names):
@@ -139,7 +139,7 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pyt
 
 
 def png(samples: np.ndarray, bits: int, colour: int, *, interlaced: bool = False, extra: bytes = b"") -> bytes:
-    """A PNG of one channel [H,W], written here bit by bit: colour type 0 is grey, 3 a palette."""
+    """A one-channel PNG [H,W], written bit by bit: colour type 0 is grey, 3 a palette."""
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -195,7 +195,7 @@ def test_sixteen_bits_stay_and_several_channels_are_refused(tmp_path: Path) -> N
 
 
 def turned(orientation: int, how: str, pixels: np.ndarray) -> bytes:
-    """A file whose upright view is `pixels`, stored as a camera would that was held so."""
+    """A file whose upright view is `pixels`, stored as by a camera held that way."""
     exif, image = Image.Exif(), Image.fromarray(pixels)
     undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Image.Transpose that takes the upright view to the stored one
     stored = image.transpose(Image.Transpose(undo[orientation])) if orientation in undo else image
@@ -434,7 +434,7 @@ def test_a_refusal_says_its_reason(tmp_path: Path, data: bytes, reason: str) -> 
 
 
 def edit_at_equal_size(path: Path) -> None:
-    """Swap two classes of a label map that is stored without compression, and put its times back."""
+    """Swap two classes of an uncompressed label map, and restore its timestamps."""
     times = path.stat()
     data = path.read_bytes()
     labels = np.asarray(Image.open(path))

@@ -1,4 +1,4 @@
-"""A cache on a disk that others use: nothing of theirs is read, followed, emptied or deleted."""
+"""A cache on a disk shared with other users: none of their files is read, followed, truncated or deleted."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_an_entry_larger_than_the_cache_is_not_read(cache: DiskCache) -> None:
 
 
 def test_a_folder_that_is_a_link_is_not_used(cache: DiskCache, tmp_path: Path) -> None:
-    """Tidying up would delete what lies there."""
+    """Cleaning up would delete these files."""
     theirs = tmp_path / "home" / "letters"
     theirs.mkdir(parents=True)
     (theirs / ("0" * 64)).write_bytes(PRECIOUS * 1000)

@@ -1,4 +1,4 @@
-"""Object storage over a real S3 server: exact bytes or a clear error, whatever the network does; complete sets only."""
+"""Object storage on a real S3 server: exact bytes or a clear error, whatever the network does; complete sets only."""
 
 from __future__ import annotations
 

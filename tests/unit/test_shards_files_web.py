@@ -1,4 +1,4 @@
-"""Sets on web servers: that http:// protects nothing is said once, and nobody is led to another host unasked."""
+"""Sets on web servers: plain http:// is warned about once, and redirects to another host are refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.object_storage import cloud_stub
 
 @contextmanager
 def redirecting(target: Callable[[str], str]) -> Iterator[tuple[str, list[str]]]:
-    """(address of a server that sends every request elsewhere, the paths it was asked for)"""
+    """(address of a server that redirects every request, the paths requested from it)"""
     asked: list[str] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -136,7 +136,7 @@ def test_a_cloud_endpoint_that_is_http_is_said_too(s3_shards: str, caplog: pytes
 
 
 def test_https_is_never_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client is told so too."""
+    """The client is configured accordingly."""
     options: list[dict[str, object]] = []
     monkeypatch.setattr("shards.files.object_storage.from_url",
                         lambda url, client_options, **_: options.append(client_options))

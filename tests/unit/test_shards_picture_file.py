@@ -1,4 +1,4 @@
-"""Few bytes that decode to many: refused by what the header says, before anything of that size is made."""
+"""Small files that decode to huge images are refused by their header, before any such memory is allocated."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.support.hand_made import jpeg, write_manifest, write_set
 
 
 def png_bomb(side: int, depth: int = 8, colour: int = 2) -> bytes:
-    """A PNG whose header promises side x side pixels; the pixels are all zero, compressed a thousandfold."""
+    """A PNG whose header declares side x side pixels; all zero, compressed a thousandfold."""
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -40,7 +40,7 @@ def png_bomb(side: int, depth: int = 8, colour: int = 2) -> bytes:
 
 
 def jpeg_bomb(side: int) -> bytes:
-    """A small JPEG with the size of a large one in its header."""
+    """A small JPEG with a large size in its header."""
     data = bytearray(jpeg(64, 64))
     at = data.index(b"\xff\xc0")
     data[at + 5 : at + 9] = struct.pack(">HH", side, side)
@@ -69,7 +69,7 @@ def test_an_image_larger_than_its_record_is_refused_by_its_header(tmp_path: Path
 
 
 def test_a_record_larger_than_the_manifest_knows_is_refused(tmp_path: Path) -> None:
-    """Sound in itself: 16000x16000 pixels of one class, a few hundred bytes in runs."""
+    """Valid in itself: 16000x16000 pixels of one class, a few hundred bytes as runs."""
     write_set(tmp_path, [[jpeg(64, 64)] * 3])
     record = encode_rle(np.zeros((64, 64), np.uint8))
     huge = encode_rle(np.zeros((16_000, 16_000), np.uint8))

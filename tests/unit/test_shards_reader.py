@@ -1,4 +1,5 @@
-"""Samples, tar writer, manifest, reader, verify: what is on disk is what was written, or an error says where."""
+"""Samples, tar writer, manifest, reader, verify: what was written is read back, or an error says where it is
+damaged."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def payload(key: str = "a") -> bytes:
 
 @pytest.fixture
 def damaged(scene_shards: Path, tmp_path: Path) -> Path:
-    """A private copy of the scene set, to damage."""
+    """A copy of the scene set that the test may damage."""
     return Path(shutil.copytree(scene_shards, tmp_path / "set"))
 
 

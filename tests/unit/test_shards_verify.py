@@ -1,4 +1,4 @@
-"""Files that are not what they should be, and sets that are large: an error at once, bounded memory, no hang."""
+"""Malformed files and huge sets: an immediate error, bounded memory, no hang."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_an_index_with_a_sample_that_nothing_can_hold_is_refused(tmp_path: Path)
 
 
 def test_tar_sizes_that_our_writer_never_makes_are_refused(tmp_path: Path) -> None:
-    """Base-256 is what other writers use from 8 GiB on; no sample is so large."""
+    """Other writers use base-256 sizes from 8 GiB on; no sample is that large."""
     from shards.reader import parse_span
 
     write_set(tmp_path, [[jpeg(64, 64)]])
