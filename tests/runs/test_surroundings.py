@@ -59,7 +59,7 @@ def test_where_files_cannot_be_locked_all_go_on_with_a_warning(scenes: Path, tmp
 
 
 def test_a_lock_that_another_holds_is_still_refused(tmp_path: Path) -> None:
-    refused = pytest.raises(ConfigError, match=f"another run is writing {tmp_path}")
+    refused = pytest.raises(ConfigError, match=f"another run is writing to {tmp_path}")
     with only_writer(tmp_path / "lock", tmp_path), refused, only_writer(tmp_path / "lock", tmp_path):
         pass
 
