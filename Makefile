@@ -1,5 +1,5 @@
 # make install | demo | test | test-fast | check | stress | lint | docs | benchmarks-page | figure | clean
-# Every target makes .venv first when it is not there. PYTHON picks the interpreter (3.11 or newer).
+# Every target creates .venv first if needed. PYTHON selects the interpreter (3.11 or newer).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,11 +22,11 @@ PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 
 test: install
 	$(PYTEST)
 
-# Under a minute on two cores: no processes, no training.
+# Under a minute on two cores: skips tests that start processes or train.
 test-fast: install
 	$(PYTEST) -r fE --fast tests/unit
 
-# What CI does.
+# What CI runs.
 check: lint test
 
 stress: install

@@ -1,6 +1,6 @@
-"""What checkpoints cost a step: none, written beside training, or waited for; the demo's model on drawn scenes.
+"""Cost of checkpoints per training step: none, written in the background, or waited for. The demo's model and scenes.
 
-Blocks of steps with one checkpoint each, interleaved, one thread for the steps; medians over the blocks.
+Interleaved blocks of steps with one checkpoint each, one thread for the steps; medians over the blocks.
 
 example: python -m benchmarks.checkpoints
 """
@@ -32,7 +32,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 def main() -> None:
     parser = benchmark_parser(__doc__)
-    parser.add_argument("--steps", type=int, default=20, help="steps for each checkpoint (default: 20)")
+    parser.add_argument("--steps", type=int, default=20, help="steps per checkpoint (default: 20)")
     parser.add_argument("--blocks", type=int, default=7, help="interleaved blocks of each kind (default: 7)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -78,7 +78,7 @@ def measure(folder: Path, run: Run, steps: int, blocks: int, result: Result) -> 
                 run.step = (run.step + 1) % run.config.train.total_steps
             taken = perf_counter() - started
             writer.wait()
-            if block:  # the first is not counted
+            if block:  # the first one is a warm-up
                 seconds[kind].append(taken)
                 calls += [called] if kind == "beside training" else []
     writer.close()

@@ -1,8 +1,7 @@
-"""Which byte layout for sparse masks? Size, encode time and decode time of candidates on real label maps.
+"""Which byte layout for sparse masks? Size, encoding time and decoding time of candidates on real label maps.
 
-Crops are cut from the label maps below --data by the training transform. Every candidate decodes to the same
-thing, a segment map plus labels, and is checked against the crop. Times are medians of interleaved rounds in
-one process; compare rows, not runs.
+Crops are cut from the label maps in --data by the training transform. Every candidate decodes to a segment map plus
+labels and is checked against the crop. Times are medians of interleaved rounds in one process; compare rows, not runs.
 
 example: python -m benchmarks.codec --data ../shared/data/ade20k-sample
 """
@@ -91,7 +90,7 @@ def seconds(function: Callable[[Any], Any], items: list[Any]) -> float:
 
 
 def from_label_map(label_map: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What any dense format needs after decoding: which classes are there, and the map renumbered."""
+    """What any dense format must do after decoding: find the classes present and renumber the map."""
     counts = np.bincount(label_map.reshape(-1), minlength=256)
     labels = np.flatnonzero(counts[:255])
     table = np.full(256, 255, np.uint8)
@@ -151,7 +150,7 @@ def repacked(pack: Callable[[bytes], bytes], unpack: Callable[[bytes], bytes]) -
 
     def decode(data: bytes) -> tuple[np.ndarray, np.ndarray]:
         record = msgpack.unpackb(data)
-        # stored (level 0) costs the decoder a copy, so that the same checked code runs for all
+        # zlib level 0 costs the decoder a copy, but lets all candidates run the same checked code
         return rle.decode_segment_map(record | {"data": zlib.compress(unpack(record["data"]), 0)})
 
     return encode, decode

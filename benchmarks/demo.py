@@ -1,8 +1,8 @@
-"""The whole of MaskStream in a few minutes on two CPU cores: draw scenes, shard, train, evaluate, predict.
+"""All of MaskStream in a few minutes on two CPU cores: draw scenes, shard, train, evaluate, predict.
 
-Runs the same commands a user would type, prints each of them, and says at the end what they cost: in steps,
-seconds, and in units of a fixed calibration loop timed in the same run (seconds alone mean little on a
-shared machine). `--results` also saves the numbers for docs/benchmarks.md.
+Runs and prints the commands a user would type, then reports their cost in seconds and in units of a fixed calibration
+loop timed in the same run (seconds alone mean little on a shared machine). `--results` also saves the numbers for
+docs/benchmarks.md.
 
 example: python -m benchmarks.demo --output runs/demo --results benchmarks/results
 """
@@ -28,14 +28,14 @@ CALIBRATION_SIDE, CALIBRATION_ROUNDS = 256, 10
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, help="folder for everything the demo makes (emptied first)")
-    parser.add_argument("--steps", type=int, default=None, help="training steps (default: as configs/demo.yaml)")
-    parser.add_argument("--results", type=Path, default=None, help="folder for demo.json (default: not written; needs "
-                        "`python -m benchmarks.demo`)")
+    parser.add_argument("--output", required=True, help="folder for all output of the demo (emptied first)")
+    parser.add_argument("--steps", type=int, default=None, help="training steps (default: as in configs/demo.yaml)")
+    parser.add_argument("--results", type=Path, default=None, help="folder for demo.json (default: not written; only "
+                        "with `python -m benchmarks.demo`)")
     arguments = parser.parse_args()
     output = Path(arguments.output).resolve()
     if output.exists() and not (output / "scenes").exists() and any(output.iterdir()):
-        sys.exit(f"error: {output} is not a folder of this demo; choose another --output")
+        sys.exit(f"error: {output} was not created by this demo; choose another --output")
     shutil.rmtree(output, ignore_errors=True)
     before = calibration_seconds()
     seconds = run_demo(output, arguments.steps)
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def run_demo(output: Path, steps: int | None) -> dict[str, float]:
-    """Run the five commands; returns seconds of each."""
+    """Run the five commands; returns the seconds each took."""
     scenes, shards, run = output / "scenes", output / "shards", output / "run"
     overrides = [] if steps is None else [f"train.total_steps={steps}"]
     checkpoint = run / "checkpoints" / "best.pt"
@@ -73,7 +73,7 @@ def call(program: str, *arguments: object) -> float:
 
 
 def calibration_seconds() -> float:
-    """Median seconds of one unit: a fixed number of Fourier transforms, which numpy computes in one thread."""
+    """Median seconds of one unit: a fixed number of Fourier transforms, single-threaded in numpy."""
     matrix = np.random.default_rng(0).standard_normal((CALIBRATION_SIDE, CALIBRATION_SIDE), np.float32)
     times = []
     for _ in range(7):
@@ -85,7 +85,7 @@ def calibration_seconds() -> float:
 
 
 def save(output: Path, seconds: dict[str, float], unit: float, folder: Path) -> None:
-    from benchmarks.results import Result  # not found by `python benchmarks/demo.py`, which saves nothing
+    from benchmarks.results import Result  # not importable from `python benchmarks/demo.py`, which saves nothing
 
     metrics = json.loads((output / "run" / "evaluation" / "metrics.json").read_text())
     result = Result("demo", folder)

@@ -1,9 +1,9 @@
-"""What does our Mask2Former head cost beside the one in transformers, on the CPU?
+"""What does our Mask2Former head cost compared with the one in transformers, on the CPU?
 
 Same sizes, weights and random features; it is an error if outputs or gradients differ. Repetitions are interleaved
-in one process; a ratio is the median of the repetitions' own ratios. Training: forward with all predictions, backward
-to weights and features. Inference: no gradients, classes of the last prediction only. Only transformers computes
-attention weights to return, masks per attention head and for a layer after the last, and tests for infinities.
+in one process; ratios are medians over repetitions. Training: forward with all predictions, backward to weights and
+features. Inference: no gradients, classes of the last prediction only. Only transformers also computes attention
+weights to return, masks per attention head and for a layer after the last, and checks for infinities.
 
 example: python -m benchmarks.head --size 512
 """
@@ -31,7 +31,7 @@ SIZES = Mask2FormerConfig()  # Mask2Former's own: hidden 256, 8 heads, FFN 1024 
 
 
 class OurHead(Mask2FormerHead):
-    """Ours, with lists of tensors in and out."""
+    """Our head, with lists of tensors as inputs and outputs."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -49,7 +49,7 @@ class OurHead(Mask2FormerHead):
 
 
 class TheirHead(nn.Module):
-    """What transformers' model has between backbone and loss, with the weights of ours."""
+    """The part of transformers' model between backbone and loss, with our weights."""
 
     def __init__(self, ours: OurHead) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class TheirHead(nn.Module):
 
 
 def in_their_order(ours: OurHead) -> list[Tensor]:
-    """Our weights in the order of theirs, which keep a self-attention's keys, values and queries apart."""
+    """Our weights in transformers' order, which has separate keys, values and queries in self-attention."""
     pixels, masks = ours.pixel_decoder, ours.predictor
     parts: list[Any] = [pixels.encoder.level_encoding, pixels.input_convs, pixels.encoder.encoder, pixels.mask_feature,
                         pixels.lateral_convs, pixels.output_convs, masks.query_embed, masks.query_feat]
@@ -85,7 +85,7 @@ def in_their_order(ours: OurHead) -> list[Tensor]:
 
 
 class Operators(TorchDispatchMode):
-    count = 0  # of everything dispatched, views included
+    count = 0  # all dispatched operators, including views
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += 1
@@ -93,8 +93,8 @@ class Operators(TorchDispatchMode):
 
 
 def cost(part: Callable[[Any], list[Tensor]], head: nn.Module) -> list[int]:
-    """Operators of a forward pass in training, and the MiB it keeps for the backward pass besides the weights."""
-    kept: dict[int, Tensor] = {}  # by storage, which views share
+    """Number of operators in a training forward pass, and MiB kept for the backward pass besides the weights."""
+    kept: dict[int, Tensor] = {}  # by storage, as views share one
     keep = saved_tensors_hooks(lambda x: kept.setdefault(x.untyped_storage().data_ptr(), x), lambda x: x)
     with Operators() as operators, keep:
         part(head.train())
@@ -105,8 +105,8 @@ def cost(part: Callable[[Any], list[Tensor]], head: nn.Module) -> list[int]:
 
 def main() -> None:
     parser = benchmark_parser(__doc__)
-    parser.add_argument("--size", type=int, default=512, help="side of the images (default: 512)")
-    parser.add_argument("--batch", type=int, default=1, help="images (default: 1)")
+    parser.add_argument("--size", type=int, default=512, help="image side in pixels (default: 512)")
+    parser.add_argument("--batch", type=int, default=1, help="batch size (default: 1)")
     parser.add_argument("--repetitions", type=int, default=7, help="interleaved repetitions (default: 7)")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -131,7 +131,7 @@ def main() -> None:
         return [x for x in outputs if x is not None]
 
     rows = [(name, training) for training in (True, False) for name in parts]
-    for row in rows:  # a warm-up, too; by norm, because a ReLU or a mask at 0 may fall to the other side
+    for row in rows:  # also a warm-up; compared by norm, as a ReLU or a mask near 0 may flip
         for x, y in zip(*(run(*row, head) for head in heads), strict=True):
             assert (x - y).norm() < 0.01 * y.norm(), f"{row}: not the same function"
     times = np.array([[[timeit(partial(run, *row, head), number=1) for head in heads] for row in rows]

@@ -1,11 +1,11 @@
-"""How fast are batches made? Beside decoding the same JPEGs alone, beside other loaders, and from object storage.
+"""How fast are batches made, compared with decoding the same JPEGs alone, with other loaders, and from object storage?
 
-Makes 512-pixel crops of an ADE20K folder and measures on them, in one run and interleaved, as machines stall:
-1. samples per second of CPU time, on one core, of our batches and of other people's loaders (those installed:
-   webdataset, litdata, mosaicml-streaming);
+Makes 512-pixel crops of an ADE20K folder and measures on them, interleaved in one run because machines stall:
+1. samples per second of CPU time, on one core, of our batches and of other loaders (those installed: webdataset,
+   litdata, mosaicml-streaming);
 2. samples per second of wall time from a folder and from an S3 server (SeaweedFS, on this machine) behind a proxy that
-   adds a delay to each request: a loader process, an epoch, the first tenth not counted;
-3. bytes that a loader process hands over.
+   delays each request: one loader process, one epoch, without its first tenth;
+3. bytes that a loader process passes to the trainer.
 
 example: python -m benchmarks.loader --data ../shared/data/ade20k-sample
 """
@@ -40,7 +40,7 @@ from trainer.data.crops import Batch, TrainCrops, augmented_images, open_reader
 from trainer.data.loader import train_loader
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-ONLINE_SHARE = 10  # a sample of it takes as long as dozens of the others
+ONLINE_SHARE = 10  # one of its samples takes as long as dozens of the others'
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, type=Path, help="ADE20K folder")
     parser.add_argument("--crops", type=int, default=60, help="crops per image (default: 60)")
     parser.add_argument("--batch", type=int, default=4, help="micro-batch size (default: 4)")
-    parser.add_argument("--samples", type=int, default=320, help="samples a round (default: 320)")
+    parser.add_argument("--samples", type=int, default=320, help="samples per round (default: 320)")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: 7)")
     parser.add_argument("--delay", type=float, default=0.03, help="seconds added to each request (default: 0.03)")
     arguments = parser.parse_args()
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def make_crops(data: Path, output: Path, per_image: int) -> None:
-    """Crops of the validation images, which the samples that are handed around have more of."""
+    """Crops of the validation images, of which the published ADE20K samples have more."""
     subprocess.run([sys.executable, REPOSITORY / "preprocess/make_shards.py", "--dataset", "ade20k", "--root", data,
                     "--output", output, f"crops.per_image={per_image}", "dataset.splits={train: validation}",
                     "images_per_shard=8"], check=True)
@@ -104,7 +104,7 @@ def one_core(folder: Path, arguments: argparse.Namespace, result: Result) -> Non
 
 
 def note_sizes(batches: list[Batch], result: Result) -> None:
-    """What goes from a loader process to the trainer, beside what dense masks would be."""
+    """Bytes that a loader process passes to the trainer, compared with dense masks."""
     count = sum(len(batch.keys) for batch in batches)
     ours = sum(batch.images.nbytes + batch.labels.nbytes + batch.photometric.nbytes + batch.segment_maps.nbytes
                for batch in batches if batch.segment_maps is not None and batch.photometric is not None) / count
@@ -145,7 +145,7 @@ def over_the_network(folder: Path, arguments: argparse.Namespace, result: Result
 
 
 def epoch(root: str, size: int) -> tuple[float, float, float]:
-    """(samples per second once warm, seconds to the first batch, megabytes that the loader process holds itself)."""
+    """(samples per second once warm, seconds to the first batch, private memory of the loader process in MB)"""
     started = perf_counter()
     config = DataConfig(root=root, workers=1)
     reader = open_reader(config, "train")
@@ -161,13 +161,13 @@ def epoch(root: str, size: int) -> tuple[float, float, float]:
 
 
 def anonymous_megabytes(process: multiprocessing.process.BaseProcess) -> float:
-    """Memory of a process that is not of files, from the kernel's account."""
+    """Anonymous memory of a process, from /proc."""
     found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
     return 0.0 if found is None else int(found[1]) / 1e3
 
 
 def measured(rows: dict[str, tuple[int, Callable[[], object]]], rounds: int) -> dict[str, list[float]]:
-    """Samples per second of CPU time of each row in each round, one round to warm up."""
+    """Samples per second of CPU time of each row in each round, after one warm-up round."""
     rates: dict[str, list[float]] = {name: [] for name in rows}
     for number in tqdm(range(rounds + 1), unit="round", disable=None):
         for name, (count, run) in rows.items():

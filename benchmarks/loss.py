@@ -1,12 +1,11 @@
-"""The loss of a training step beside transformers' Mask2FormerLoss, called as EoMT calls it.
+"""The loss of a training step compared with transformers' Mask2FormerLoss, called as EoMT calls it.
 
 Ten predictions of 100 queries at 128x128 (--side), targets of about 10 segments at four times the side, 12,544 points.
-The masks are given; what is measured is the loss and its backward pass, either "to masks", or "to features": through
-the masks to what they are products of, mask embeddings and mask features of width 256, as a training step has to.
-Repetitions are interleaved in one process; a row is marked when identical work varied by more than 1.3 between its
-quartiles. Memory: high-water mark beyond the given tensors and their gradients, in a fresh process whose allocator
-gives freed memory back at once; in brackets with glibc's default, which by chance keeps up to as much again (median of
-five).
+The masks are given; the loss and its backward pass are measured, either "to masks", or "to features": through the
+masks to their factors, mask embeddings and mask features of width 256, as in a training step. Repetitions are
+interleaved in one process; a row is marked when its quartiles for identical work differ by more than a factor of 1.3.
+Memory: peak beyond the given tensors and their gradients, in a fresh process whose allocator returns freed memory at
+once; in brackets with glibc's default, which may keep up to as much again, depending on chance (median of five).
 Operations: dispatched in the forward pass. Kept: bytes saved for the backward pass beyond the given tensors.
 
 example: python -m benchmarks.loss --batches 1 2 4 8 16 --repetitions 20
@@ -39,14 +38,14 @@ from trainer.loss.packed_targets import PackedTargets
 from trainer.loss.point_sampling import point_sample
 
 RUNS = ("transformers, to masks", "ours, to masks", "transformers, to features", "ours, to features")
-STEADY = 1.3  # quartiles of the same work may be so many times apart
+STEADY = 1.3  # largest accepted ratio between quartiles of identical work
 FLOOR = "drawing and sampling the points alone"
 LAYERS, QUERIES, CLASSES, SEGMENTS, WIDTH, POINTS = 10, 100, 150, 10, 256, 12_544
 COEFFICIENTS = {"loss_mask": 5.0, "loss_dice": 5.0, "loss_cross_entropy": 2.0}
 
 
 class TheirLoss(Mask2FormerLoss):
-    """As EoMT subclasses it (its all-reduce of the number of masks is nothing in one process)."""
+    """As subclassed by EoMT (its all-reduce of the number of masks has no effect in one process)."""
 
     def __init__(self, config: Mask2FormerConfig) -> None:
         super().__init__(config, {})
@@ -99,7 +98,7 @@ class Case:
         return self.ours.step({**items[0], "aux_outputs": items[1:]}, self.targets).total
 
     def floor(self, masks: list[Tensor]) -> None:
-        """What any implementation on these points has to do: draw them all, and sample the predictions there."""
+        """The minimum for any implementation: draw all points and sample the predictions there."""
         generator = torch.Generator().manual_seed(0)
         drawn = int(self.ours.num_points * self.ours.oversample_ratio)
         matched = [one[:, :SEGMENTS].flatten(0, 1)[:, None] for one in masks]
@@ -108,13 +107,13 @@ class Case:
             point_sample(few.detach(), torch.rand(len(few), drawn, 2, generator=generator))
 
     def prepare(self, name: str) -> list[Tensor]:
-        """The masks that a run is given."""
+        """The input masks of a run."""
         if name.endswith("to features"):
             return self.masks(in_graph=name.startswith("transformers"))
         return [mask.requires_grad_() for mask in self.masks(in_graph=False)]
 
     def total(self, name: str, masks: list[Tensor]) -> Tensor:
-        """What a run differentiates."""
+        """The tensors that a run computes gradients for."""
         if name.startswith("transformers"):
             return self.their_total(masks)
         return self.our_total(masks, factors=name.endswith("to features"))
@@ -149,7 +148,7 @@ def main() -> None:
 
 
 def report(table: Table, batch: int, side: int, repetitions: int) -> bool:
-    """Add five rows to the table. Whether the same work took about the same time."""
+    """Add five rows to the table; returns whether identical work took about the same time."""
     case = Case(batch, side)
     seconds: dict[str, list[float]] = {name: [] for name in (*RUNS, FLOOR)}
     for repetition in range(repetitions + 1):
@@ -157,7 +156,7 @@ def report(table: Table, batch: int, side: int, repetitions: int) -> bool:
             masks = case.prepare(name)
             started = perf_counter()
             case.total(name, masks).backward()
-            if repetition:  # the first is not counted
+            if repetition:  # the first one is a warm-up
                 seconds[name].append(perf_counter() - started)
         started = perf_counter()
         case.floor(masks)
@@ -181,7 +180,7 @@ def report(table: Table, batch: int, side: int, repetitions: int) -> bool:
 
 
 def counts(case: Case, name: str) -> tuple[int, int]:
-    """(operations dispatched by the loss's forward pass, bytes it keeps), masks given."""
+    """(operations dispatched by the loss's forward pass, bytes kept for the backward pass), given masks"""
     class Operations(TorchDispatchMode):
         count = 0
 
@@ -205,7 +204,7 @@ def counts(case: Case, name: str) -> tuple[int, int]:
 
 
 def in_own_process(name: str, batch: int, side: int, times: int = 1, **environment: str) -> float:
-    """Megabytes, the median of so many fresh processes."""
+    """Memory in megabytes, the median over fresh processes."""
     command = [sys.executable, "-m", "benchmarks.loss", "--memory", name, "--batches", str(batch), "--side", str(side)]
     used = [subprocess.run(command, check=True, capture_output=True, text=True, cwd=REPOSITORY,
                            env=os.environ | environment).stdout for _ in range(times)]
@@ -213,7 +212,7 @@ def in_own_process(name: str, batch: int, side: int, times: int = 1, **environme
 
 
 def memory_of(name: str, batch: int, side: int) -> float:
-    """Megabytes that one run needs beyond the memory that its inputs and their gradients are in."""
+    """Megabytes that one run needs beyond its inputs and their gradients."""
     case = Case(batch, side)
     masks = case.prepare(name)
     for tensor in (*masks, *case.embeddings, *case.classes, case.features):
@@ -225,7 +224,7 @@ def memory_of(name: str, batch: int, side: int) -> float:
 
 
 def memory(entry: str) -> int:
-    """Kilobytes, from the kernel's account of this process."""
+    """A value in kilobytes from this process's /proc status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(entry)).split()[1])
 

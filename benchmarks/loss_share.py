@@ -1,8 +1,8 @@
-"""How much of a training step is loss, with ours and with transformers' Mask2FormerLoss called as EoMT calls it?
+"""How much of a training step does the loss take, ours and transformers' Mask2FormerLoss called as EoMT calls it?
 
 One step: forward, loss, backward, on the CPU, of (a) the demo's model and (b) a ViT-S (frozen, random) with adapter
-and a head of width 256. The rest of the step is timed with a mean over the outputs in the place of the loss.
-Repetitions are interleaved; medians.
+and a head of width 256. The rest of the step is timed with a mean over the outputs in place of the loss. Repetitions
+are interleaved; medians.
 
 example: python -m benchmarks.loss_share
 """
@@ -68,7 +68,7 @@ class Case:
                             for item in (outputs, *outputs["aux_outputs"])]).sum()
 
     def none(self, outputs: dict[str, Any]) -> Tensor:
-        """The gradient reaches everything that a loss reaches, embeddings and mask features directly."""
+        """A mean whose gradient reaches all that a loss's would, including embeddings and mask features directly."""
         items = (outputs, *outputs["aux_outputs"])
         return torch.stack([item[name].mean() for item in items
                             for name in ("pred_logits", "mask_embeddings", "mask_features")]).sum()
@@ -90,7 +90,7 @@ def main() -> None:
         for repetition in range(arguments.repetitions + 1):
             for kind, found in seconds.items():
                 taken = case.step(getattr(case, kind), kind != "transformers")
-                if repetition:  # the first is not counted
+                if repetition:  # the first one is a warm-up
                     found.append(taken)
         rest, theirs, ours = (float(np.median(found)) for found in seconds.values())
         table.row(name, spread(seconds["none"]), spread(seconds["transformers"]), f"{1 - rest / theirs:.0%}",

@@ -1,6 +1,6 @@
-"""What does a loader process take when the set has very many shards? Memory of its own, and time to the first batch.
+"""What does a loader process cost when a set has very many shards? Private memory, and time to the first batch.
 
-The set is made here: one small shard under many names (links), a manifest that lists all of them. Linux only.
+The set is made here: one small shard under many names (links), and a manifest that lists all of them. Linux only.
 
 example: python -m benchmarks.many_shards --shards 10 100000
 """
@@ -46,8 +46,9 @@ SIDE, BATCH = 64, 4
 
 def main() -> None:
     parser = benchmark_parser(__doc__)
-    parser.add_argument("--shards", type=int, nargs="+", default=[10, 100_000], help="shards (default: 10 100000)")
-    parser.add_argument("--samples", type=int, default=10, help="samples of each shard (default: 10)")
+    parser.add_argument("--shards", type=int, nargs="+", default=[10, 100_000],
+                        help="numbers of shards (default: 10 100000)")
+    parser.add_argument("--samples", type=int, default=10, help="samples per shard (default: 10)")
     parser.add_argument("--workers", type=int, default=2, help="loader processes (default: 2)")
     arguments = parser.parse_args()
     result = Result("many_shards", arguments.results)
@@ -79,7 +80,7 @@ def write_linked_set(root: Path, count: int, samples: int) -> Path:
 
 
 def manifest_of(shards: list[ShardInfo], index: bytes) -> Manifest:
-    """Of samples that are all of class 0."""
+    """Manifest of samples whose pixels are all class 0."""
     samples = len(index) // INDEX_DTYPE.itemsize
     split = SplitInfo(kind="crops", images=samples, samples=samples, shards=shards, class_samples=[samples],
                       class_pixels=[samples * SIDE**2], ignored_pixels=0,
@@ -89,7 +90,7 @@ def manifest_of(shards: list[ShardInfo], index: bytes) -> Manifest:
 
 
 def measure(root: Path, workers: int) -> tuple[float, float, list[int]]:
-    """(seconds to open the set, from there to the first batch, bytes that belong to each loader process alone)"""
+    """(seconds to open the set, seconds from there to the first batch, private bytes of each loader process)"""
     config, started = DataConfig(root=str(root), workers=workers), perf_counter()
     manifest = load_manifest(root)
     reader = open_reader(config, "train", manifest)
@@ -98,7 +99,7 @@ def measure(root: Path, workers: int) -> tuple[float, float, list[int]]:
     with closing(_batches(TrainCrops(reader, plan, config))) as batches:
         next(batches)
         first = perf_counter() - started - opened
-        for _ in range(8 * workers):  # every process has made some
+        for _ in range(8 * workers):  # enough that every process has made some
             next(batches)
         return opened, first, [memory_of(process.pid) for process in multiprocessing.active_children() if process.pid]
 
@@ -108,7 +109,7 @@ def _batches(crops: TrainCrops) -> Iterator[object]:
 
 
 def memory_of(process: int) -> int:
-    """Bytes that no other process shares (USS)."""
+    """Bytes not shared with any other process (USS)."""
     lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
     return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
 

@@ -1,8 +1,8 @@
-"""Other people's loaders on the same crops, delivering dense float masks, as their users write them.
+"""Other loaders on the same crops, delivering dense float masks, written as their users write them.
 
 Every `*_batches` yields (uint8 images [B, 3, H, W], B targets {"masks": float32 [N, H, W], "labels": int64 [N]}).
-`streaming` imports torchvision, which it does not need here and which does not load beside every torch: an empty
-stand-in takes its place.
+`streaming` imports torchvision, which is not needed here and not compatible with every torch, so an empty module
+replaces it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def encoded(samples: Iterable[CropSample]) -> list[tuple[str, bytes, bytes]]:
 
 
 def sample_of(jpeg: bytes, png: bytes) -> Sample:
-    """Decoded, mirrored at random, with dense masks."""
+    """Decode, flip at random, and build dense masks."""
     image, label_map = np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB")), np.asarray(Image.open(io.BytesIO(png)))
     if torch.rand(()) < 0.5:
         image, label_map = image[:, ::-1], label_map[:, ::-1]
@@ -167,13 +167,13 @@ def stand_in_for_torchvision() -> None:
 
 
 def _any_class(name: str) -> type:
-    if name.startswith("__"):  # what the import system asks a module about
+    if name.startswith("__"):  # attributes that the import system looks up
         raise AttributeError(name)
     return type(name, (), {})
 
 
 def available(items: list[tuple[str, bytes, bytes]], folder: Path, size: int) -> Iterator[tuple[str, Batches]]:
-    """The peers that are installed, each with its own copy of the crops below `folder`."""
+    """The installed peers, each with its own copy of the crops in `folder`."""
     for name, make in (("stock webdataset", webdataset_batches), ("MosaicML Streaming", mosaic_batches),
                        ("litdata", litdata_batches)):
         place = folder / make.__name__

@@ -1,4 +1,4 @@
-"""One process and two processes, equal global batch: do they follow the same loss curve?
+"""Do one and two processes follow the same loss curve, at equal global batch size?
 
 example: python -m benchmarks.ranks --root runs/overfit/shards --config benchmarks/overfit.yaml --steps 20
 """
@@ -31,7 +31,7 @@ def main() -> None:
             command = [*launcher, "trainer/train.py", "--config", arguments.config, f"data.root={arguments.root}",
                        f"output_dir={run}", f"train.total_steps={arguments.steps}", "train.log_every=1",
                        "eval.max_images=1"]
-            # One thread each, as torchrun has it: more would add up in another order.
+            # One thread each, as under torchrun: more threads would sum in another order.
             subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL,
                            env={**os.environ, "OMP_NUM_THREADS": "1"})
             records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -1,7 +1,7 @@
 """Train on real photographs with a tiny random backbone, through the commands a user would type.
 
-    overfit   8 ADE20K images learnt by heart: validation is on the same images, mIoU should approach 1
-    camvid    CamVid's 367 training images, validated on its 101: mIoU over steps
+    overfit   overfit 8 ADE20K images: validation is on the same images, mIoU should approach 1
+    camvid    CamVid: 367 training and 101 validation images, mIoU over steps
 
 example: python -m benchmarks.real_data overfit --data ../shared/data --output runs/overfit
 """
@@ -30,8 +30,8 @@ SHARDING = {
 def main() -> None:
     parser = benchmark_parser(__doc__)
     parser.add_argument("experiment", choices=sorted(SHARDING))
-    parser.add_argument("--data", required=True, help="folder that holds ade20k-sample/ and camvid/")
-    parser.add_argument("--output", required=True, help="folder for shards and run (continued if it exists)")
+    parser.add_argument("--data", required=True, help="folder that contains ade20k-sample/ and camvid/")
+    parser.add_argument("--output", required=True, help="folder for shards and run (resumed if it exists)")
     parser.add_argument("--processes", type=int, default=2, help="ranks (default: 2)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="training settings")
     arguments = parser.parse_args()

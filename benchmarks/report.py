@@ -1,6 +1,6 @@
 """Write the generated part of docs/benchmarks.md from the files in benchmarks/results.
 
-A result that is not there yet is "not measured yet", with the command that makes it.
+Missing results are shown as "not measured yet", with the command that produces them.
 
 example: python -m benchmarks.report
 """
@@ -36,11 +36,11 @@ def main() -> None:
 
 
 def with_results(page: str, folder: Path) -> str:
-    """The page with its generated part made anew from the results in `folder`."""
+    """The page, with its generated part rebuilt from the results in `folder`."""
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"{PAGE.name} has lost the comments around its generated part")
+        raise ValueError(f"{PAGE.name} lacks the comments that mark its generated part")
     return f"{before}{BEGIN}\n\n{generated(folder)}\n{END}{after}"
 
 
@@ -50,7 +50,7 @@ def generated(folder: Path) -> str:
 
 
 def section(name: str, heading: str, folder: Path) -> str:
-    """What the benchmark measures, as its docstring says, and its results."""
+    """A benchmark's section: the summary from its docstring, and its results."""
     summary, example = described(name)
     found = sorted([*folder.glob(f"{name}.json"), *folder.glob(f"{name}-*.json")])
     results = [of_result(json.loads(path.read_text(encoding="utf-8"))) for path in found]

@@ -1,11 +1,11 @@
-"""What a benchmark measured: printed while it runs, and saved as `benchmarks/results/NAME.json`.
+"""Benchmark results: printed while measuring, and saved as `benchmarks/results/NAME.json`.
 
-    name, command, date (UTC), commit ("-dirty" when tracked sources had been changed), machine, versions
+    name, command, date (UTC), commit ("-dirty" when tracked sources were modified), machine, versions
     tables   [{title, columns, rows}]; a cell is text, a number, null, or a spread of repeated measurements:
              {"median", "low", "high", "count"}, where low and high are the quartiles
     notes    [text]
 
-`python -m benchmarks.report` makes docs/benchmarks.md from these files.
+`python -m benchmarks.report` builds docs/benchmarks.md from these files.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from shards.files.strict_json import to_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"
-# Modules whose version matters where a benchmark imported them, and the distributions that they come from.
+# Modules whose versions are recorded if a benchmark imported them, and their distributions.
 _DISTRIBUTIONS = {"numpy": "numpy", "torch": "torch", "transformers": "transformers", "scipy": "scipy", "PIL": "pillow",
                   "simplejpeg": "simplejpeg", "msgpack": "msgpack", "obstore": "obstore", "zstandard": "zstandard",
                   "pycocotools": "pycocotools", "webdataset": "webdataset", "litdata": "litdata",
@@ -39,7 +39,7 @@ Cell = str | int | float | dict[str, float] | None
 
 
 class Table:
-    """A table that is printed row by row as Markdown."""
+    """A table, printed row by row as Markdown."""
 
     def __init__(self, title: str, columns: Iterable[str]) -> None:
         self.title, self.columns, self.rows = title, list(columns), list[list[Cell]]()
@@ -54,17 +54,17 @@ class Table:
 
 
 class Result:
-    """The tables and notes of one benchmark; `save` writes them with what they depend on."""
+    """The tables and notes of one benchmark; `save` writes them with command, commit, machine and versions."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder
         self.tables: list[Table] = []
         self.notes: list[str] = []
         self._facts = {"command": command(), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
-                       "commit": commit()}  # of the start: sources may be edited meanwhile
+                       "commit": commit()}  # at the start, as sources may be edited while measuring
 
     def table(self, title: str, *columns: str) -> Table:
-        """Begin a table."""
+        """Start a table."""
         self.tables.append(Table(title, columns))
         return self.tables[-1]
 
@@ -86,7 +86,7 @@ class Result:
 
 
 def benchmark_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with --results, where the JSON file goes."""
+    """A parser with --results, the folder for the JSON file."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS,
                         help="folder for the JSON file (default: benchmarks/results)")
@@ -111,7 +111,7 @@ def table_row(cells: list[Cell]) -> str:
 
 
 def shown_cell(cell: Cell) -> str:
-    """A spread as "median (quartile to quartile)", other numbers with three digits."""
+    """A spread as "median (quartile to quartile)", other numbers with three significant digits."""
     if isinstance(cell, dict):
         middle, low, high = (shown_number(cell[name]) for name in ("median", "low", "high"))
         return middle if low == middle == high else f"{middle} ({low} to {high})"
@@ -126,7 +126,7 @@ def shown_number(number: float) -> str:
 
 
 def command() -> str:
-    """How this process was started; absolute paths become relative to the repository, or lose their folder."""
+    """The command line of this process; absolute paths become relative to the repository, or lose their folder."""
     module = Path(sys.argv[0]).stem
     words = ["python", "-m", f"benchmarks.{module}", *map(_portable, _without_results(sys.argv[1:]))]
     return shlex.join(words)
@@ -148,7 +148,7 @@ def _portable(word: str) -> str:
 
 
 def commit() -> str:
-    """The commit that is checked out, with "-dirty" when tracked files differ from it (results and pages aside)."""
+    """The checked-out commit, with "-dirty" if tracked files differ from it (except results and pages)."""
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
 
@@ -183,7 +183,7 @@ def _gpu() -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that this process imported."""
+    """Versions of Python and of the recorded packages that this process imported."""
     found = {"python": platform.python_version()}
     for module, distribution in _DISTRIBUTIONS.items():
         if module in sys.modules:

@@ -1,9 +1,9 @@
-"""How well does the plan shuffle? Beside a full permutation of all samples, and beside reading shards in order.
+"""How well does the plan shuffle, compared with a full permutation of all samples and with reading shards in order?
 
-Two things that a batch should have: samples that do not lie beside each other in storage, and many classes.
+A batch should have samples that are far apart in storage, and many classes.
 
 example: python -m benchmarks.shuffling --root runs/shuffling
-Shards of the sample, in which crops of an image lie close to each other:
+Shards of the ADE20K sample, in which crops of an image are close together:
     python preprocess/make_shards.py --dataset ade20k --root ../shared/data/ade20k-sample --output runs/shuffling
         crops.per_image=60 "dataset.splits={train: validation}" images_per_shard=8
 """
@@ -23,7 +23,7 @@ from shards.reader import ShardReader
 def main() -> None:
     parser = benchmark_parser(__doc__)
     parser.add_argument("--root", required=True, help="shard set")
-    parser.add_argument("--split", default="train", help="its split (default: train)")
+    parser.add_argument("--split", default="train", help="split to use (default: train)")
     parser.add_argument("--batch", type=int, default=16, help="global batch size (default: 16)")
     parser.add_argument("--lanes", type=int, default=LANES, help=f"data.lanes (default: {LANES})")
     parser.add_argument("--span", type=int, default=SPAN_SAMPLES, help=f"data.span_samples (default: {SPAN_SAMPLES})")
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def seconds_to_start(epoch: int) -> float:
-    """Time of a new plan's first 128 batches of 4, at the beginning of an epoch."""
+    """Seconds that a new plan takes for the first 128 batches of 4 of an epoch."""
     started = perf_counter()
     plan = TrainPlan([1000] * 100_000, 4, 0)
     for number in range(128):
@@ -62,7 +62,7 @@ def seconds_to_start(epoch: int) -> float:
 
 
 def of_batches(order: npt.NDArray[np.int64], size: int, labels: list[set[int]]) -> tuple[list[int], float]:
-    """(classes in each batch, mean spread of the numbers in a batch)"""
+    """(number of classes in each batch, mean standard deviation of the sample numbers in a batch)"""
     batches = order.reshape(-1, size)
     classes = [len(set.union(*(labels[number] for number in batch))) for batch in batches]
     return classes, float(batches.std(axis=1).mean())

@@ -1,8 +1,8 @@
-"""Keys of the full models in Meta's layout, and what building and loading one costs in time and memory.
+"""Keys of the full models in Meta's layout, and the time and memory that building and loading one takes.
 
 example: python -m benchmarks.weights --vit vitl16 --work-dir /tmp
-Writes the ViT and the head (hidden 2048, as released) of the chosen kind with random numbers, in Meta's two files, and
-loads them in a process of their own. A ViT-L needs 4 GB of disk and 9 GB of memory.
+Writes a ViT and a head (hidden 2048, as released) with random weights, as Meta's two files, and loads them in a
+separate process. A ViT-L needs 4 GB of disk and 9 GB of memory.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ HIDDEN_DIM = 2048
 
 def main() -> None:
     parser = benchmark_parser(__doc__)
-    parser.add_argument("--vit", choices=RELEASED_VITS, default="vitl16", help="kind to load (default: vitl16)")
-    parser.add_argument("--work-dir", help="where the temporary files go (default: the system's place for them)")
+    parser.add_argument("--vit", choices=RELEASED_VITS, default="vitl16", help="ViT to load (default: vitl16)")
+    parser.add_argument("--work-dir", help="folder for temporary files (default: the system's)")
     parser.add_argument("--load", nargs=2, metavar=("VIT", "HEAD"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.load:
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def meta_model(kind: str) -> Segmenter:
-    """The released sizes of adapter and head on a ViT, on the meta device: shapes without memory."""
+    """A ViT with adapter and head of the released sizes, on the meta device: shapes without memory."""
     architecture = RELEASED_VITS[kind]
     with torch.device("meta"):
         vit = DINOv3ViTModel(architecture.config())
@@ -70,7 +70,7 @@ def meta_model(kind: str) -> Segmenter:
 
 
 def add_keys(result: Result) -> None:
-    """Keys and millions of numbers per part, for every published ViT."""
+    """Number of keys and millions of parameters per part, for every published ViT."""
     table = result.table("The released models in Meta's layout", "ViT", "keys of the ViT", "of the adapter",
                          "of the head", "millions of parameters in the ViT", "in the adapter", "in the head")
     for kind in RELEASED_VITS:
@@ -84,7 +84,7 @@ def add_keys(result: Result) -> None:
 
 
 def write_random(model: Segmenter, vit: Path, head: Path) -> None:
-    """Random weights in Meta's two layouts; the key third of the bias is zero, as it is released."""
+    """Write random weights in Meta's two layouts; the key third of the bias is zero, as released."""
     for path, state in ((vit, model.backbone.meta_state_dict()), (head, model.head_state_dict())):
         drawn = {key: torch.randn(value.shape) * 0.02 for key, value in state.items()}
         for key in drawn:
@@ -98,7 +98,7 @@ def write_random(model: Segmenter, vit: Path, head: Path) -> None:
 
 
 def load(vit: str, head: str) -> None:
-    """Build and load; print a JSON row with the seconds and the high-water mark of memory after each step."""
+    """Build and load a model; print a JSON row with the seconds and peak memory after each step."""
     config: RunConfig = load_run_config(None, [f"backbone.source={vit}", f"decoder_head.hidden_dim={HIDDEN_DIM}"])
     report("import", None)
     started = time.perf_counter()
@@ -112,7 +112,7 @@ def load(vit: str, head: str) -> None:
 
 
 def report(what: str, started: float | None) -> None:
-    """The high-water mark counts pages of mapped files too (ru_maxrss would begin at the parent process's)."""
+    """Peak memory includes pages of mapped files (ru_maxrss would start at the parent process's peak)."""
     status = Path("/proc/self/status").read_text()
     peak = 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
     seconds = None if started is None else time.perf_counter() - started

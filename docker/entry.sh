@@ -1,5 +1,5 @@
 #!/bin/sh
-# train | eval | predict, then the entry point's own options. `train` starts one rank per visible GPU (two on a CPU).
+# Usage: train | eval | predict, then the entry point's options. `train` starts one rank per visible GPU (two on a CPU).
 set -eu
 command=${1:-train}
 [ $# -gt 0 ] && shift

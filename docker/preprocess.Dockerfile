@@ -6,7 +6,7 @@ ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN useradd --create-home --uid 1000 maskstream
 WORKDIR /app
 
-# Dependencies first, so that editing code does not reinstall them.
+# Dependencies first, so that code changes do not reinstall them.
 COPY pyproject.toml constraints.txt LICENSE README.md ./
 COPY shards/__init__.py shards/
 COPY shards/console shards/console

@@ -1,6 +1,6 @@
 # Training, evaluation and prediction on NVIDIA GPUs (or CPU). Build from the repository root:
 #   docker build -f docker/trainer.Dockerfile -t maskstream-trainer .
-# The torch wheels bring their own CUDA libraries; the base only sets up what the driver mounts need.
+# The torch wheels include the CUDA libraries; the base image only sets up what the driver mounts need.
 FROM nvidia/cuda:12.8.1-base-ubuntu24.04
 
 ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/venv/bin:$PATH
@@ -9,7 +9,7 @@ RUN apt-get update && apt-get install --yes --no-install-recommends python3 pyth
     && userdel --remove ubuntu && useradd --create-home --uid 1000 maskstream
 WORKDIR /app
 
-# Dependencies first, so that editing code does not reinstall them.
+# Dependencies first, so that code changes do not reinstall them.
 COPY pyproject.toml constraints.txt LICENSE README.md ./
 COPY shards/__init__.py shards/
 COPY shards/console shards/console

@@ -1,7 +1,7 @@
-"""One block of work: some source images become one shard per crop number.
+"""Encode one block of source images into shards, one per crop number.
 
-A worker decodes each image of a block once and writes crop k to the block's k-th shard, so a shard's bytes
-are a function of (configuration, block) alone.
+A worker decodes each image of a block once and writes crop k to the block's k-th shard, so a shard's bytes depend only
+on (configuration, block).
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from shards.rle import count_values, encode_rle
 from shards.sample import encode_sample
 from shards.writer import ShardWriter
 
-# Settings that came later, at values that mean what was done before: sets made then keep their hash.
+# Settings added later are left out of the hash at the values that give the old behaviour, so older sets keep theirs.
 _LATER_SETTINGS = {"crops": {"scaled_side": "short"}, "dataset": {"exif_orientation": "refuse"}}
 NO_LABEL = "no labelled pixel in any try"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """A unit of work: some pairs of one split, and the names of the shards they become."""
+    """A unit of work: pairs of one split, and the names of the shards they become."""
 
     split: str
     number: int
@@ -50,7 +50,7 @@ class Block:
 
 
 class Job(NamedTuple):
-    """What every block of one shard set is made from, and the folder it is written to."""
+    """The inputs shared by all blocks of a shard set, and its output folder."""
 
     config: PreprocessConfig
     dataset: Dataset
@@ -58,7 +58,7 @@ class Job(NamedTuple):
 
 
 class Interrupted(Exception):
-    """The parent asked the workers to stop; raised between two images."""
+    """The parent asked its workers to stop; raised between images."""
 
 
 def plan_blocks(config: PreprocessConfig, dataset: Dataset) -> list[Block]:
@@ -80,7 +80,7 @@ def plan_blocks(config: PreprocessConfig, dataset: Dataset) -> list[Block]:
 
 
 def config_hash(config: PreprocessConfig, dataset: Dataset) -> str:
-    """Hash of all that decides the shards' bytes: settings, class meaning, encoders, but not places or workers."""
+    """Hash of everything that determines the shards' bytes: settings, classes, encoders; not paths or workers."""
     content = config_to_dict(config)
     for place in ("output", "staging", "workers", "on_error", "warn_ignored"):
         del content[place]
@@ -95,21 +95,21 @@ def config_hash(config: PreprocessConfig, dataset: Dataset) -> str:
 
 
 def block_fingerprint(fingerprint: str, block: Block) -> str:
-    """Hash of all that decides a block's bytes: settings and, by name and size, its source files."""
+    """Hash of everything that determines a block's bytes: settings and the names and sizes of its source files."""
     return hash_of([fingerprint, block.shard_names, [asdict(pair) for pair in block.pairs]])
 
 
 def hash_sources(tree: HashedTree, block: Block, stop: Any = None, images_done: Any = None) -> str:
-    """Hash of the content of a block's source files: as the tree has read them already, or as they are now.
+    """Hash of the content of a block's source files: as the tree has already read them, or else as they are now.
 
-    Unlike `block_fingerprint` it takes reading them, and notices a label map that was edited at equal size.
+    Unlike `block_fingerprint`, it reads the files, and so detects a label map that was edited without changing size.
     """
     hashes = []
     for pair in block.pairs:
         _check_stop(stop)
         for path in (pair.image_path, pair.label_path):
             if path not in tree.sha256:
-                with contextlib.suppress(DatasetError):  # unreadable; said when it is to be used
+                with contextlib.suppress(DatasetError):  # unreadable: reported when it is used
                     tree.read(path)
             hashes.append(tree.sha256.get(path, "unreadable"))
         _count(images_done)
@@ -128,7 +128,7 @@ def _count(images_done: Any) -> None:
 
 
 def producer() -> dict[str, str]:
-    """The encoders whose bytes end up in shards. JPEG and zlib builds may differ in bytes, not in meaning."""
+    """Versions of the encoders behind the shards' bytes. Other JPEG or zlib builds may give other, equivalent bytes."""
     return {
         "pillow": PIL.__version__,
         "libjpeg_turbo": str(features.version("libjpeg_turbo")),
@@ -139,7 +139,7 @@ def producer() -> dict[str, str]:
 def encode_crop(
     dataset: Dataset, pair: Pair, image: Image.Image, label_map: np.ndarray, config: PreprocessConfig, number: int
 ) -> tuple[str, bytes, bytes, np.ndarray] | None:
-    """Crop `number` of an image as (key, JPEG bytes, msgpack bytes, class ids); None without labelled pixel."""
+    """Crop `number` of an image as (key, JPEG bytes, msgpack bytes, class ids); None if no pixel is labelled."""
     crop = draw_crop(crop_rng(config.seed, pair.key, number), label_map, dataset.ignore_index, config.crops)
     if crop is None:
         return None
@@ -201,7 +201,7 @@ def _write_pair(
 
 
 class _BlockStats:
-    """What the manifest will say about a block."""
+    """A block's statistics for the manifest."""
 
     def __init__(self, num_classes: int) -> None:
         self.images, self.ignored_pixels = 0, 0

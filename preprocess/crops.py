@@ -1,9 +1,9 @@
-"""Where a training crop lies: pure geometry, drawn as the reference's training transform draws it.
+"""Draw and cut training crops with the geometry of the reference's training transform.
 
-DINOv3's segmentation training scales the short side to crop x U(0.5, 2.0), then cuts a square of the crop
-size (or the whole axis, where the scaled image is shorter) at a random place, redrawing the place while a
-single class fills more than 75 % of the labelled pixels. EoMT's (torchvision's ScaleJitter) scales the long side so,
-and takes any place that has a labelled pixel. Only the crop's region is resampled here.
+DINOv3's segmentation training scales the short side to crop x U(0.5, 2.0), then cuts a square of the crop size (or the
+whole axis, where the scaled image is shorter) at a random position, redrawing the position while a single class covers
+more than 75 % of the labelled pixels. EoMT's (torchvision's ScaleJitter) scales the long side instead, and accepts any
+position with a labelled pixel. Only the crop's region is resampled here.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from PIL import Image
 
 from preprocess.config import CropConfig
 
-# ImageNet mean colour: becomes 0 after normalisation, as the reference's padding does.
+# ImageNet mean colour: 0 after normalisation, like the reference's padding.
 PADDING_COLOR = (124, 116, 104)
-_SCALE_DRAWS = 10  # new scales tried when no place in the scaled image has a labelled pixel
+_SCALE_DRAWS = 10  # scales tried while no position in the scaled image has a labelled pixel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Crop:
 
 
 def crop_rng(seed: int, key: str, crop_number: int) -> np.random.Generator:
-    """The random stream of one crop: a function of (seed, image, crop), not of worker or order."""
+    """Random generator of one crop: depends on (seed, image, crop), not on worker or order."""
     image = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
     return np.random.Generator(np.random.PCG64([seed, image, crop_number]))
 
@@ -44,14 +44,14 @@ def crop_rng(seed: int, key: str, crop_number: int) -> np.random.Generator:
 def draw_crop(
     rng: np.random.Generator, label_map: npt.NDArray[Any], ignore_index: int, config: CropConfig
 ) -> Crop | None:
-    """Draw a crop; None when none of the tries has a labelled pixel."""
+    """Draw a crop; None if no try has a labelled pixel."""
     limit = config.cat_max_ratio
-    places = config.tries + 1 if limit is not None else 1  # in an image of one scale
+    positions = config.tries + 1 if limit is not None else 1  # tried per scale
     scaled_size = _scaled_size if config.scaled_side == "short" else _fitted_size
-    for _ in range(_SCALE_DRAWS * (config.tries + 1) // places):
+    for _ in range(_SCALE_DRAWS * (config.tries + 1) // positions):
         scaled = scaled_size(label_map.shape, config.size * rng.uniform(config.min_scale, config.max_scale))
-        for _ in range(places):
-            crop = _place(rng, scaled, config.window)
+        for _ in range(positions):
+            crop = _random_window(rng, scaled, config.window)
             counts = _label_counts(cut_labels(label_map, crop), ignore_index)
             if limit is not None and counts.size > 1 and counts.max() < limit * counts.sum():
                 return crop
@@ -63,8 +63,8 @@ def draw_crop(
 def cut_image(image: Image.Image, crop: Crop, side: int) -> npt.NDArray[np.uint8]:
     """RGB pixels `[side,side,3]`: bilinear with antialiasing, padded right and below with the mean colour.
 
-    Pillow's `box` reads beyond the box where the filter needs it, so the result equals cutting the crop
-    out of the whole scaled image, up to rounding.
+    Pillow reads beyond `box` where the filter needs it, so up to rounding the result equals cropping the whole scaled
+    image.
     """
     x_ratio, y_ratio = image.width / crop.scaled_width, image.height / crop.scaled_height
     box = (
@@ -81,10 +81,10 @@ def cut_image(image: Image.Image, crop: Crop, side: int) -> npt.NDArray[np.uint8
 
 
 def cut_labels(label_map: npt.NDArray[Any], crop: Crop) -> npt.NDArray[Any]:
-    """Class ids `[height,width]`: nearest by the floor rule of tensor resizing, source = floor(target x ratio).
+    """Class ids `[height,width]`: nearest neighbour as in tensor resizing, source = floor(target x ratio).
 
-    In whole numbers; torch multiplies in float32, and takes the pixel beside it in 57 of 14 million (4 in a million).
-    Following it would change the bytes of every set for that.
+    Computed in integers. torch multiplies in float32 and picks the adjacent pixel for 57 of 14 million (4 in a
+    million); matching it is not worth changing the bytes of every set.
     """
     rows = np.arange(crop.top, crop.top + crop.height) * label_map.shape[0] // crop.scaled_height
     columns = np.arange(crop.left, crop.left + crop.width) * label_map.shape[1] // crop.scaled_width
@@ -100,7 +100,7 @@ def pad_labels(labels: npt.NDArray[Any], side: int, ignore_index: int) -> npt.ND
 
 
 def _scaled_size(size: tuple[int, ...], short_side: float) -> tuple[int, int]:
-    """(height, width) with the short side floored to `short_side`, the long side rounded."""
+    """(height, width) with the short side `short_side` rounded down, the long side rounded to nearest."""
     height, width = size
     short = max(1, int(short_side))
     long = int(short * max(height, width) / min(height, width) + 0.5)
@@ -108,13 +108,13 @@ def _scaled_size(size: tuple[int, ...], short_side: float) -> tuple[int, int]:
 
 
 def _fitted_size(size: tuple[int, ...], long_side: float) -> tuple[int, int]:
-    """(height, width), both floored, of an image that fits inside of a square of `long_side`."""
+    """(height, width), both rounded down, of the image fitted into a square of `long_side`."""
     height, width = size
     ratio = long_side / max(height, width)
     return max(1, int(height * ratio)), max(1, int(width * ratio))
 
 
-def _place(rng: np.random.Generator, scaled: tuple[int, int], window: int) -> Crop:
+def _random_window(rng: np.random.Generator, scaled: tuple[int, int], window: int) -> Crop:
     height, width = min(window, scaled[0]), min(window, scaled[1])
     return Crop(
         scaled_height=scaled[0], scaled_width=scaled[1],
@@ -124,7 +124,7 @@ def _place(rng: np.random.Generator, scaled: tuple[int, int], window: int) -> Cr
 
 
 def _label_counts(labels: npt.NDArray[Any], ignore_index: int) -> npt.NDArray[np.int64]:
-    """Pixels of each class present, ignored ones left out."""
+    """Pixel count of each class present, without ignored pixels."""
     counts = np.bincount(labels.reshape(-1), minlength=ignore_index + 1)
     counts[ignore_index] = 0
     return counts[counts > 0]

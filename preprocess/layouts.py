@@ -1,4 +1,4 @@
-"""Where a dataset's files lie: the folders of each split, and which label map belongs to which image."""
+"""Dataset layouts: find the folders of each split, and match label maps to images."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """One image and its label map; `key` is the image's path below its split, without suffix."""
+    """One image and its label map; `key` is the image's path within its split folder, without suffix."""
 
     key: str
     image_path: str
     label_path: str
-    fingerprint: str  # sizes of both files: what can be told of them without reading
+    fingerprint: str  # sizes of both files: the most that is known without reading them
 
 
 def split_folders(config: DatasetConfig, tree: SourceTree) -> list[tuple[str, str, str]]:
-    """(our split, image folder, label folder) in a fixed order. Raises ConfigError when it is not clear which."""
+    """(split, image folder, label folder) in a fixed order. Raises ConfigError when the folders are ambiguous."""
     if config.kind == "camvid":
         splits = config.splits or {"train": "train", "val": "val"}
         return [(split, folder, f"{folder}annot") for split, folder in splits.items()]
@@ -40,14 +40,14 @@ def split_folders(config: DatasetConfig, tree: SourceTree) -> list[tuple[str, st
     splits = config.splits
     bad_names = [split for split in splits if not _SPLIT_NAME.fullmatch(split)]
     if bad_names:
-        raise ConfigError(f"dataset.splits names a split {bad_names[0]!r}, legal: letters, digits, '_' and '-'")
+        raise ConfigError(f"dataset.splits has a split named {bad_names[0]!r}, legal: letters, digits, '_' and '-'")
     labelled = _folders_of(tree, "annotations")
     return [(split, f"images/{folder}", f"annotations/{_label_folder(folder, labelled)}")
             for split, folder in splits.items()]
 
 
 def _label_folder(folder: str, labelled: set[str]) -> str:
-    """The folder of labels for one of images: of the same name, or else the only one that means the same split."""
+    """The label folder for an image folder: of the same name, or else the only one whose name means the same split."""
     meaning = _split_meant_by(folder)
     same = [other for other in labelled if meaning is not None and _split_meant_by(other) == meaning]
     return same[0] if folder not in labelled and len(same) == 1 else folder
@@ -58,41 +58,42 @@ def _split_meant_by(folder: str) -> str | None:
 
 
 def _usual_folders(tree: SourceTree) -> list[tuple[str, str, str]]:
-    """(our split, image folder, label folder) by the usual names of folders, in any case; one flat tree is 'train'.
+    """(split, image folder, label folder) by common folder names, ignoring case; without split folders all is 'train'.
 
-    Raises ConfigError when two folders have the same meaning, or when a folder has no usual name beside ones that do:
-    its files would be left out silently. Images of 'test' without any labels, as ADE20K's, are left out with a warning.
+    Raises ConfigError when two folders mean the same split, or when a folder with an uncommon name sits beside split
+    folders, as its files would be skipped silently. 'test' images without labels, as in ADE20K, are skipped with a
+    warning.
     """
     images, labels = (_usual_names(tree, top) for top in ("images", "annotations"))
     if not images and not labels:
         return [("train", "images", "annotations")]
     if "test" in images and "test" not in labels and len(images) > 1:
-        _log.warning("%s: images/%s has no labels in annotations, so it is left out", tree.name, images.pop("test"))
+        _log.warning("%s: skipping images/%s, which has no labels in annotations", tree.name, images.pop("test"))
     alone = sorted(images.keys() ^ labels.keys())
     if alone:
         top, other = ("images", "annotations") if alone[0] in images else ("annotations", "images")
         folder = (images | labels)[alone[0]]
         raise ConfigError(f"{tree.name} has {top}/{folder}, but {other} has no folder for the split {alone[0]!r}, only "
-                          f"{sorted(_folders_of(tree, other))}. Rename one of them to {folder!r}, or name the splits "
+                          f"{sorted(_folders_of(tree, other))}. Rename one of them to {folder!r}, or select the splits "
                           "to use, e.g. dataset.splits={train: training}")
     return [(split, f"images/{images[split]}", f"annotations/{labels[split]}")
             for split in _USUAL_NAMES if split in images]
 
 
 def _usual_names(tree: SourceTree, top: str) -> dict[str, str]:
-    """Our split -> the folder below `top` that means it. Raises ConfigError as `_usual_folders`."""
+    """Split -> its folder in `top`. Raises ConfigError as `_usual_folders`."""
     found: dict[str, str] = {}
     for folder in sorted(_folders_of(tree, top)):
         split = _split_meant_by(folder)
         if split in found:
             raise ConfigError(f"{tree.name}/{top} has both {found[split]!r} and {folder!r} for the split {split!r}; "
-                              "name the one to use, e.g. dataset.splits={train: training, val: validation}")
+                              "select the one to use, e.g. dataset.splits={train: training, val: validation}")
         if split is not None:
             found[split] = folder
     left_out = sorted({PurePosixPath(path).parts[1] for path in tree.files(top)} - set(found.values()))
     if found and left_out:
         raise ConfigError(f"{tree.name}/{top} has {left_out[0]!r} beside the split folders {sorted(found.values())}; "
-                          "it would be left out. Move it, or name the folders to use: dataset.splits={train: training}")
+                          "it would be ignored. Move it, or select the folders: dataset.splits={train: training}")
     return found
 
 
@@ -101,7 +102,7 @@ def _folders_of(tree: SourceTree, top: str) -> set[str]:
 
 
 def pair_files(tree: SourceTree, image_folder: str, label_folder: str) -> tuple[list[Pair], list[tuple[str, str]]]:
-    """Pairs by equal path without suffix, sorted by key; and (file, reason) for the files left over."""
+    """Match files by path without suffix: (pairs sorted by key, (file, reason) of each unpaired file)."""
     unpaired: list[tuple[str, str]] = []
     images = _by_stem(tree.files(image_folder), image_folder, _IMAGE_SUFFIXES, unpaired)
     labels = _by_stem(tree.files(label_folder), label_folder, (".png",), unpaired)
@@ -118,9 +119,9 @@ def pair_files(tree: SourceTree, image_folder: str, label_folder: str) -> tuple[
 
 
 def _partners(images: Set[str], labels: Set[str]) -> dict[str, str]:
-    """Image key -> label key: equal ones, and then those that only differ in how Unicode composes their letters.
+    """Image key -> label key: identical keys first, then keys that differ only in Unicode normalisation.
 
-    macOS used to write names decomposed (NFD), nobody else does: the same name, in other bytes.
+    macOS used to store names decomposed (NFD), unlike other systems: the same name, but different bytes.
     """
     partner = {key: key for key in images & labels}
     by_form: dict[str, tuple[list[str], list[str]]] = {}
@@ -137,7 +138,7 @@ def _by_stem(
     for path, size in sorted(files.items()):
         relative = PurePosixPath(path).relative_to(folder)
         if not relative.stem.strip("."):
-            rejected.append((path, "its name is nothing but dots and a suffix"))
+            rejected.append((path, "its name consists only of dots and a suffix"))
             continue
         key = str(relative.with_suffix(""))
         if relative.suffix.lower() not in suffixes:
@@ -152,7 +153,7 @@ def _by_stem(
 def split_off_validation(
     splits: dict[str, list[Pair]], skipped: dict[str, list[tuple[str, str]]], fraction: float
 ) -> None:
-    """Move a share of 'train' to 'val', chosen by a hash of the name, so that added images move no others."""
+    """Move a fraction of 'train' to 'val', chosen by a hash of the key, so that adding images moves no others."""
     if set(splits) != {"train"}:
         raise ConfigError(f"dataset.val_fraction is {fraction}, but the source has split folders: {sorted(splits)}")
     chosen = [int(hashlib.sha256(pair.key.encode()).hexdigest()[:8], 16) < fraction * 2**32 for pair in splits["train"]]
@@ -161,4 +162,4 @@ def split_off_validation(
     splits["val"] = [pair for pair, is_val in zip(everything, chosen, strict=True) if is_val]
     skipped["val"] = []
     if not splits["train"] or not splits["val"]:
-        raise ConfigError(f"dataset.val_fraction is {fraction}: of {len(everything)} images one split would be empty")
+        raise ConfigError(f"dataset.val_fraction is {fraction}: with {len(everything)} images one split would be empty")

@@ -1,4 +1,4 @@
-"""Generate a small labelled dataset of drawn landscapes, in the `folder` layout: for demos and tests.
+"""Generate a small dataset of drawn landscapes with labels, in the `folder` layout, for demos and tests.
 
 example: python preprocess/make_scenes.py --output scenes --train 160 --val 24
 """
@@ -19,10 +19,10 @@ try:
     from shards.files.atomic import write_atomically
     from shards.picture import save_picture
 except ImportError as error:
-    raise SystemExit(f"error: {error}; is MaskStream installed here (pip install -e .), and is there no other package "
-                     "called shards or preprocess?") from None
+    raise SystemExit(f"error: {error}; is MaskStream installed (pip install -e .), or does another package named "
+                     "shards or preprocess shadow it?") from None
 
-# name, base colour of the drawn surface, colour in overlays
+# name, base RGB colour in the image, colour in overlays
 CLASSES = (
     ("sky", (135, 185, 235), "#3a86ff"),
     ("hill", (120, 130, 150), "#8338ec"),
@@ -57,7 +57,7 @@ def draw_scene(rng: np.random.Generator) -> tuple[npt.NDArray[np.uint8], npt.NDA
 
 
 def write_scenes(output: Path, counts: dict[str, int], seed: int) -> None:
-    """Write `images/<split>/`, `annotations/<split>/` and `classes.txt`. Scene i of a split depends on (seed, i)."""
+    """Write `images/<split>/`, `annotations/<split>/` and `classes.txt`. A scene depends on seed, split and index."""
     for number, (split, count) in enumerate(counts.items()):
         images, annotations = output / "images" / split, output / "annotations" / split
         for folder in (images, annotations):
@@ -113,7 +113,7 @@ def _draw_car(draw: ImageDraw.ImageDraw, rng: np.random.Generator, width: int, h
 
 
 def _paint(label_map: npt.NDArray[np.uint8], rng: np.random.Generator) -> npt.NDArray[np.uint8]:
-    """Colours with variation per scene and class, light falling off to one side, texture and sensor noise."""
+    """Colour a label map, varying colours per scene and class, with a light gradient, texture and sensor noise."""
     height, width = label_map.shape
     base = np.array([color for _, color, _ in CLASSES], np.float64) + rng.normal(0, 12, (len(CLASSES), 3))
     image = base[label_map]
@@ -127,16 +127,16 @@ def _paint(label_map: npt.NDArray[np.uint8], rng: np.random.Generator) -> npt.ND
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, help="folder to write")
-    parser.add_argument("--train", type=int, default=160, help="training scenes (default: 160)")
-    parser.add_argument("--val", type=int, default=24, help="validation scenes (default: 24)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the drawings (default: 0)")
+    parser.add_argument("--output", required=True, help="folder to write to")
+    parser.add_argument("--train", type=int, default=160, help="number of training scenes (default: 160)")
+    parser.add_argument("--val", type=int, default=24, help="number of validation scenes (default: 24)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     arguments = parser.parse_args()
     if arguments.train < 1 or arguments.val < 1 or arguments.seed < 0:
-        raise ConfigError(f"--train {arguments.train} --val {arguments.val} --seed {arguments.seed}, legal: at least 1 "
-                          "scene of each split and a seed of at least 0")
+        raise ConfigError(f"--train {arguments.train} --val {arguments.val} --seed {arguments.seed}, legal: --train "
+                          "and --val at least 1, --seed at least 0")
     write_scenes(Path(arguments.output), {"train": arguments.train, "val": arguments.val}, arguments.seed)
-    print(f"{arguments.train} + {arguments.val} scenes are in {arguments.output}")
+    print(f"wrote {arguments.train} + {arguments.val} scenes to {arguments.output}")
     return 0
 
 

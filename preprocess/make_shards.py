@@ -14,7 +14,7 @@ try:
     from preprocess.config import PreprocessConfig
     from preprocess.pairs import Dataset, open_dataset, read_pair
     from preprocess.pipeline import write_shards
-    from preprocess.publish import remarks
+    from preprocess.publish import label_warnings
     from shards.cli.command_line import add_overrides, config_files, config_parser, run_entry_point
     from shards.cli.config_file import config_to_yaml, load_config
     from shards.manifest import Manifest
@@ -22,8 +22,8 @@ try:
     from shards.sample import read_header
     from shards.shown_text import masked_value, shown
 except ImportError as error:
-    raise SystemExit(f"error: {error}; is MaskStream installed here (pip install -e .), and is there no other package "
-                     "called shards or preprocess?") from None
+    raise SystemExit(f"error: {error}; is MaskStream installed (pip install -e .), or does another package named "
+                     "shards or preprocess shadow it?") from None
 
 DEFAULT_RECIPE = "ade20k-shards"
 
@@ -38,19 +38,19 @@ def main() -> int:
     output = masked_value(str(config.output))
     print(f"{output}: {'written' if written else 'already complete, nothing to do'}")
     _print_report(manifest, output)
-    for remark in remarks(manifest, config.warn_ignored):
-        print(f"warning: {shown(remark)}", file=sys.stderr)
+    for warning in label_warnings(manifest, config.warn_ignored):
+        print(f"warning: {shown(warning)}", file=sys.stderr)
     return 0
 
 
 def _parse() -> tuple[PreprocessConfig, bool]:
     parser = config_parser(str(__doc__), PreprocessConfig, DEFAULT_RECIPE)
-    parser.add_argument("--dataset", default=None, help="layout of the source: ade20k, camvid or folder (dataset.kind)")
-    parser.add_argument("--root", default=None, help="the dataset's folder, or the ADE20K .zip (dataset.root)")
-    parser.add_argument("--output", default=None, help="folder or URL for the shard set (output)")
-    parser.add_argument("--workers", type=int, default=None, help="processes; default: one per CPU (workers)")
-    parser.add_argument("--on-error", default=None, help="fail or skip: what an unusable image does (on_error)")
-    parser.add_argument("--dry-run", action="store_true", help="print settings, counts and one sample, write nothing")
+    parser.add_argument("--dataset", default=None, help="dataset layout: ade20k, camvid or folder (dataset.kind)")
+    parser.add_argument("--root", default=None, help="dataset folder, or the ADE20K .zip (dataset.root)")
+    parser.add_argument("--output", default=None, help="folder or URL of the shard set to write (output)")
+    parser.add_argument("--workers", type=int, default=None, help="worker processes; default: one per CPU (workers)")
+    parser.add_argument("--on-error", default=None, help="on an unusable image: fail or skip it (on_error)")
+    parser.add_argument("--dry-run", action="store_true", help="print settings, counts and one sample; write nothing")
     add_overrides(parser)
     arguments = parser.parse_intermixed_args()
     config = load_config(PreprocessConfig, config_files(arguments), arguments.overrides, _named(arguments))
@@ -58,7 +58,7 @@ def _parse() -> tuple[PreprocessConfig, bool]:
 
 
 def _named(arguments: Namespace) -> dict[str, Any]:
-    """The named options that were given, by the setting that each stands for."""
+    """The named options given on the command line, keyed by the setting each one sets."""
     named = {
         "dataset.kind": arguments.dataset, "dataset.root": arguments.root, "output": arguments.output,
         "workers": arguments.workers, "on_error": arguments.on_error,
@@ -94,7 +94,7 @@ def _print_report(manifest: Manifest, output: str) -> None:
         skipped = sum(split.skipped_crops.values())
         print(f"  {name}: {split.samples} {split.kind} from {split.images} images, {len(split.shards)} shards, "
               f"{size / 1e6:.1f} MB; skipped {skipped} crops, {len(split.skipped_images)} files")
-    print(f"look at it:  python -m shards show {output}\ncheck it:    python -m shards verify {output}")
+    print(f"inspect it:  python -m shards show {output}\ncheck it:    python -m shards verify {output}")
 
 
 if __name__ == "__main__":

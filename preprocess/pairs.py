@@ -1,4 +1,4 @@
-"""Dataset: pairs of image and label map per split, a class table, a meaning for each stored value; and reading them."""
+"""Open a source dataset (image and label map pairs per split, class table, label mapping) and read its pairs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LABEL_MODES = ("1", "L", "P", "I", "I;16")  # single-channel values; palettes h
 
 
 class SourcePair(NamedTuple):
-    """A decoded pair; `image_bytes` is a file of `image`'s pixels: the source's own, unless its EXIF would turn it."""
+    """A decoded pair; `image_bytes` is an encoding of `image`: the source file, unless its EXIF tag would rotate it."""
 
     image: Image.Image  # RGB
     image_bytes: bytes
@@ -46,7 +46,7 @@ class Dataset:
     ignore_index: int
     ignore_labels: tuple[int, ...]
     reduce_zero_label: bool
-    exif_orientation: str  # of `DatasetConfig`
+    exif_orientation: str  # as in `DatasetConfig`
     splits: dict[str, list[Pair]]
     skipped: dict[str, list[tuple[str, str]]]
 
@@ -54,12 +54,12 @@ class Dataset:
 def open_dataset(config: DatasetConfig, on_error: str) -> Dataset:
     """List and pair the files of every split.
 
-    Raises ConfigError on a missing root or class file, DatasetError on unpaired files (unless
-    `on_error` is "skip") or when a split is empty.
+    Raises ConfigError on a missing root or class file, DatasetError on unpaired files (unless `on_error` is "skip") or
+    an empty split.
     """
     if config.root is None:
         raise ConfigError(
-            "the dataset's place is not set. Type for example: "
+            "dataset.root is not set: pass the dataset folder, e.g. "
             "python preprocess/make_shards.py --dataset ade20k --root <ADEChallengeData2016> --output <dir>"
         )
     tree = open_tree(config.root, "train" if config.kind == "camvid" and not config.splits else
@@ -71,7 +71,7 @@ def open_dataset(config: DatasetConfig, on_error: str) -> Dataset:
         if unpaired and on_error == "fail":
             shown = "; ".join(f"{file}: {reason}" for file, reason in unpaired[:5])
             more = f" (and {len(unpaired) - 5} more)" if len(unpaired) > 5 else ""
-            raise DatasetError(f"{tree.name}: {shown}{more}. Mend them, or pass --on-error skip")
+            raise DatasetError(f"{tree.name}: {shown}{more}. Fix these files, or pass --on-error skip")
         if not pairs:
             raise DatasetError(f"{tree.name} has no image with a label map in {image_folder} (split {split!r})")
         splits[split], skipped[split] = pairs[: config.limit], unpaired
@@ -88,11 +88,10 @@ def open_dataset(config: DatasetConfig, on_error: str) -> Dataset:
 
 
 def read_pair(dataset: Dataset, pair: Pair, *, keeps_file: bool = True) -> SourcePair:
-    """Image and label map, of one size. `keeps_file`: `image_bytes` will be stored, so they have to fit `image`.
+    """Read an image and its label map, of one size. `keeps_file`: `image_bytes` will be stored and must match `image`.
 
-    The label map is taken as it is stored; `dataset.exif_orientation` decides about the image alone. Raises
-    DatasetError naming the file when it cannot be read, its EXIF wants it turned ("refuse"), the sizes differ, or a
-    label is illegal.
+    The label map is used as stored; `dataset.exif_orientation` applies to the image only. Raises DatasetError naming
+    the file when it cannot be read, has an EXIF rotation (policy "refuse"), the sizes differ, or a label is illegal.
     """
     image_bytes = dataset.tree.read(pair.image_path)
     label_bytes = dataset.tree.read(pair.label_path)
@@ -109,7 +108,7 @@ def read_pair(dataset: Dataset, pair: Pair, *, keeps_file: bool = True) -> Sourc
     elif orientation != UPRIGHT:
         pixels = upright(pixels, orientation) if dataset.exif_orientation == "apply" else pixels
         if keeps_file:
-            image_bytes, suffix = _encode_png(pixels), "png"  # without the tag, so that nobody turns it once more
+            image_bytes, suffix = _encode_png(pixels), "png"  # without the tag, so that readers do not rotate it again
     label_map = map_labels(stored, dataset, pair.label_path)
     if pixels.shape[:2] != label_map.shape:
         raise DatasetError(f"{pair.image_path} is {pixels.shape[1]}x{pixels.shape[0]} pixels"
@@ -120,16 +119,16 @@ def read_pair(dataset: Dataset, pair: Pair, *, keeps_file: bool = True) -> Sourc
 
 def _refuse_turned(orientation: int, name: str) -> None:
     if orientation != UPRIGHT:
-        raise DatasetError(f"{name} has EXIF orientation {orientation}: viewers turn it, decoders do not. If its label "
-                           "map was drawn on the turned picture, set dataset.exif_orientation=apply; if on the pixels "
-                           "as they are stored, dataset.exif_orientation=ignore")
+        raise DatasetError(f"{name} has EXIF orientation {orientation}: viewers rotate it, decoders do not. If its "
+                           "label map was drawn on the rotated view, set dataset.exif_orientation=apply; if on the "
+                           "pixels as stored, dataset.exif_orientation=ignore")
 
 
 def _as_turned(orientation: int, policy: str) -> str:
     if orientation == UPRIGHT:
         return ""
-    return f" ({'turned' if policy == 'apply' else 'not turned'} by its EXIF orientation {orientation}, as " \
-           f"dataset.exif_orientation={policy} says)"
+    return f" (EXIF orientation {orientation} {'applied' if policy == 'apply' else 'not applied'}, as set by " \
+           f"dataset.exif_orientation={policy})"
 
 
 def _encode_png(pixels: npt.NDArray[np.uint8]) -> bytes:
@@ -139,7 +138,7 @@ def _encode_png(pixels: npt.NDArray[np.uint8]) -> bytes:
 
 
 def map_labels(stored: npt.NDArray[Any], dataset: Dataset, name: str) -> npt.NDArray[Any]:
-    """Stored label values to class ids 0..C-1 and `ignore_index`. Raises DatasetError on any other value."""
+    """Map stored label values to class ids 0..C-1 and `ignore_index`. Raises DatasetError on any other value."""
     lowest = 1 if dataset.reduce_zero_label else 0
     ignored = {*dataset.ignore_labels, *([0] if dataset.reduce_zero_label else [])}
     present = np.flatnonzero(count_values(stored))
@@ -158,12 +157,12 @@ def map_labels(stored: npt.NDArray[Any], dataset: Dataset, name: str) -> npt.NDA
 
 
 def _read_labels(data: bytes, name: str, pixels: int) -> npt.NDArray[Any]:
-    """Stored label values [H,W]. Raises CorruptShardError or DatasetError; of more pixels than the image, undecoded."""
+    """Stored label values [H,W]. Raises CorruptShardError or DatasetError; oversized maps are refused undecoded."""
     with open_label_map(data, name) as image:
         if image.mode not in _LABEL_MODES:
             raise DatasetError(f"{name} has mode {image.mode}; a label map must have one channel of class ids")
         if image.width * image.height > pixels:
-            raise DatasetError(f"{name} is {image.width}x{image.height} pixels, its image has {pixels} in all; their "
+            raise DatasetError(f"{name} is {image.width}x{image.height}, but its image has only {pixels} pixels; their "
                                "sizes must be equal")
         values = np.asarray(load_picture(image, name))
     if values.min() < 0 or values.max() > MAX_CLASSES:

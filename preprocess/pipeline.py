@@ -1,7 +1,7 @@
-"""Turn pairs into shards, block by block, in parallel, resumably.
+"""Write a shard set block by block, in parallel and resumably.
 
-A finished block leaves a record in `<output>/.progress`; a rerun redoes only blocks without a matching one.
-The manifest is written when every block is there, and never before.
+Each finished block leaves a record in `<output>/.progress`; a rerun redoes only the blocks without a matching record.
+The manifest is written last, once every block is finished.
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ _Result = TypeVar("_Result")
 
 
 def write_shards(config: PreprocessConfig, dataset: Dataset) -> tuple[Manifest, bool]:
-    """Write what is missing of the shard set `config.output`, then its manifest.
+    """Write the missing parts of the shard set `config.output`, then its manifest.
 
-    A set for object storage is written to `config.staging`, mirrored from there, verified, and removed there.
-    Returns (manifest, whether anything was written). Raises ConfigError when the place holds a complete
-    set made with other settings, DatasetError on the first unusable image (on_error "fail").
+    A set for object storage is built in `config.staging`, uploaded, verified, then deleted locally. Returns (manifest,
+    whether anything was written). Raises ConfigError when the output holds a complete set made with other settings,
+    DatasetError on the first unusable image (on_error "fail").
     """
     if not config.output:
-        raise ConfigError("output is not set: give --output <dir or URL>, the place for the shards")
+        raise ConfigError("output is not set: pass --output <dir or URL>, where the shard set is to be written")
     if not is_remote(config.output):
         return _write_to_folder(Job(config, dataset, Path(config.output)))
     destination, folder = open_storage(config.output), staging_folder(config)
     blocks = plan_blocks(config, dataset)
     _, set_hash = _fingerprints(config, dataset, blocks)
-    if _is_there(destination):
+    if _has_manifest(destination):
         return _existing_set(Job(config, dataset, folder), blocks, destination, set_hash), False
     manifest, _ = _write_to_folder(Job(config, dataset, folder))
     with tqdm(total=sum(file.bytes for file in files_of(manifest)), unit="B", unit_scale=True, disable=None,
@@ -69,7 +69,7 @@ def write_shards(config: PreprocessConfig, dataset: Dataset) -> tuple[Manifest, 
 
 
 def staging_folder(config: PreprocessConfig) -> Path:
-    """Where a set for `config.output` waits for its upload: one folder per URL."""
+    """Where a set for the URL `config.output` is built before its upload: one folder per URL."""
     return Path(config.staging) / hash_of(masked_value(config.output))[:16]
 
 
@@ -82,7 +82,7 @@ def _write_to_folder(job: Job) -> tuple[Manifest, bool]:
         _remove_progress(progress_folder)
         return _existing_set(job, blocks, LocalStorage(output), set_hash), False
     if output.exists() and not progress_folder.exists() and any(output.iterdir()):
-        raise ConfigError(f"{output} is not empty and holds no unfinished shard set; give another --output")
+        raise ConfigError(f"{output} is not empty and is not an unfinished shard set; choose another --output")
     progress_folder.mkdir(parents=True, exist_ok=True)
     with only_writer(progress_folder / "lock", output):
         manifest = _write_missing(job, blocks, fingerprints, set_hash)
@@ -90,16 +90,16 @@ def _write_to_folder(job: Job) -> tuple[Manifest, bool]:
     return manifest, True
 
 
-def _is_there(place: Storage) -> bool:
+def _has_manifest(storage: Storage) -> bool:
     try:
-        place.read(MANIFEST_NAME)
+        storage.read(MANIFEST_NAME)
     except FileNotFoundError:
         return False
     return True
 
 
 def _remove_progress(folder: Path) -> None:
-    """What a run left that was killed between its last two acts, publishing the manifest and tidying up."""
+    """Clean up after a run that was killed between publishing the manifest and removing its progress folder."""
     if folder.exists():
         with only_writer(folder / "lock", folder.parent):
             remove_leftovers(folder.parent)
@@ -107,7 +107,7 @@ def _remove_progress(folder: Path) -> None:
 
 
 def _fingerprints(config: PreprocessConfig, dataset: Dataset, blocks: list[Block]) -> tuple[dict[str, str], str]:
-    """(fingerprint of each block by its name, hash of the whole set)"""
+    """(block name -> fingerprint, hash of the whole set)"""
     fingerprint = config_hash(config, dataset)
     fingerprints = {block.name: block_fingerprint(fingerprint, block) for block in blocks}
     return fingerprints, hash_of([fingerprint, sorted(fingerprints.items())])
@@ -133,7 +133,7 @@ def _write_missing(job: Job, blocks: list[Block], fingerprints: dict[str, str], 
 
 
 def _changed(job: Job, blocks: list[Block], known: dict[str, str]) -> list[Block]:
-    """The blocks whose source files have another content than the hashes in `known` say."""
+    """The blocks whose source files no longer match the hashes in `known`."""
     with tqdm(total=sum(len(block.pairs) for block in blocks), unit="img", disable=None, desc="checking sources",
               leave=False) as bar:
         found = {block.name: sources for block, sources in _run_blocks(job, blocks, bar, _hash)}
@@ -143,14 +143,15 @@ def _changed(job: Job, blocks: list[Block], known: dict[str, str]) -> list[Block
 def _run_blocks(
     job: Job, blocks: list[Block], bar: tqdm[Any], task: Callable[[Block], _Result]
 ) -> Iterator[tuple[Block, _Result]]:
-    """Yield (block, what `task` made of it in a worker) in any order. Stops all workers on an error or Ctrl-C."""
+    """Run `task` on each block in worker processes; yield (block, result) in any order. Stops all workers on an error
+    or Ctrl-C."""
     if not blocks:
         return
     use_own_temporary_folder()
-    context = multiprocessing.get_context("spawn")  # image libraries may hold threads that do not survive a fork
+    context = multiprocessing.get_context("spawn")  # image libraries may have threads, which do not survive a fork
     stop, images_done = context.Event(), context.Value("q", 0)
     workers = min(job.config.workers or os.cpu_count() or 1, len(blocks))
-    without_pairs = job._replace(dataset=replace(job.dataset, splits={}, skipped={}))  # a worker gets its blocks' pairs
+    without_pairs = job._replace(dataset=replace(job.dataset, splits={}, skipped={}))  # each block carries its pairs
     with ProcessPoolExecutor(
         workers, context, _start_worker, (without_pairs, stop, images_done)
     ) as pool, _interrupt_on_sigterm():
@@ -161,12 +162,12 @@ def _run_blocks(
                 finished, _ = wait(waiting, _POLL_SECONDS, FIRST_COMPLETED)
                 bar.update(images_done.value - seen)
                 seen = images_done.value
-                for future in sorted(finished, key=lambda future: future.exception() is not None):  # keep what is done
+                for future in sorted(finished, key=lambda future: future.exception() is not None):  # successes first
                     yield waiting.pop(future), future.result()
         except BrokenProcessPool as error:
             raise DatasetError(
-                "a worker process died (killed, or out of memory). Finished blocks are kept: run the same command "
-                "again, with fewer --workers if memory was short"
+                "a worker process died (killed, or out of memory). Finished blocks are kept: rerun the same command, "
+                "with fewer --workers if memory ran out"
             ) from error
         except BaseException:
             stop.set()
@@ -178,7 +179,7 @@ _worker_state: tuple[Job, Any, Any]
 
 
 def _start_worker(job: Job, stop: Any, images_done: Any) -> None:
-    """Runs once in each worker: remember the job, leave Ctrl-C to the parent, die with the parent."""
+    """Initialise a worker: store the job, leave Ctrl-C to the parent, exit when the parent does."""
     global _worker_state
     _worker_state = (job, stop, images_done)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -196,7 +197,7 @@ def _hash(block: Block) -> str:
 
 @contextlib.contextmanager
 def _interrupt_on_sigterm() -> Iterator[None]:
-    """Treat SIGTERM (a scheduler's stop) like Ctrl-C, so that unfinished shards are cleaned up."""
+    """Handle SIGTERM (sent by schedulers) like Ctrl-C, so that unfinished shards are cleaned up."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -212,9 +213,9 @@ def _record_path(output: Path, block: Block) -> Path:
 
 
 def _load_record(output: Path, block: Block, fingerprint: str, config: PreprocessConfig) -> dict[str, Any] | None:
-    """The record of a block finished earlier under the same settings and sources; None: do it again.
+    """The record of a block finished by an earlier run with the same settings and sources, or None to redo it.
 
-    A block in which an earlier run skipped images is done again when this one is to fail on them.
+    With on_error "fail", a block in which an earlier run skipped images is redone, and so fails.
     """
     try:
         record: dict[str, Any] = json.loads(_record_path(output, block).read_bytes())
@@ -228,30 +229,30 @@ def _load_record(output: Path, block: Block, fingerprint: str, config: Preproces
 
 
 def _existing_set(job: Job, blocks: list[Block], place: Storage, set_hash: str) -> Manifest:
-    """The manifest of a set that is there, if this command would make the same one."""
+    """The manifest of a complete set, if this command would produce the same one. Raises ConfigError if not."""
     manifest, output = load_manifest(place), place.root
     if manifest.config_hash != set_hash:
         raise ConfigError(
             f"{output} already holds a complete shard set made with other settings, sources or encoders "
             f"(its config_hash is {manifest.config_hash[:12]}, this command's is {set_hash[:12]}); "
-            "sets are never extended or overwritten: give another --output, or remove that set first"
+            "sets are never extended or overwritten: choose another --output, or remove that set first"
         )
     if not manifest.sources:
-        _log.warning("%s was made by an older version: its sources are compared by name and size only", output)
+        _log.warning("%s was written by an older version: its sources can only be compared by name and size", output)
         return manifest
     changed = _changed(job, blocks, manifest.sources)
     if changed:
-        first, more = changed[0], f" and of {len(changed) - 1} more blocks" if len(changed) > 1 else ""
+        first, more = changed[0], f" and {len(changed) - 1} more blocks" if len(changed) > 1 else ""
         raise ConfigError(
-            f"{output} already holds a complete shard set, but source files have been edited since: of block "
-            f"{first.name} ({first.pairs[0].image_path} to {first.pairs[-1].image_path}){more}; give another --output, "
-            "or remove that set first"
+            f"{output} already holds a complete shard set, but source files have been edited since: in block "
+            f"{first.name} ({first.pairs[0].image_path} to {first.pairs[-1].image_path}){more}; choose another "
+            "--output, or remove that set first"
         )
     return manifest
 
 
 def _remove_leftovers(output: Path, blocks: list[Block]) -> None:
-    """Remove temporary files of killed runs, and shards of an unfinished run under other settings."""
+    """Remove temporary files of killed runs, and shards of an unfinished run with other settings."""
     remove_leftovers(output)
     wanted = {name for block in blocks for name in block.shard_names}
     splits = {block.split for block in blocks}

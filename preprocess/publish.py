@@ -1,4 +1,4 @@
-"""Write the indexes and, last, the manifest: its presence is what makes a shard set complete."""
+"""Write the indexes and, last, the manifest, whose presence marks a shard set as complete."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from shards.errors import DatasetError
 from shards.files.atomic import write_atomically
 from shards.manifest import INDEX_DTYPE, MANIFEST_NAME, IndexInfo, Manifest, ShardInfo, SplitInfo, manifest_bytes
 
-_NAMED = 20  # classes, in one remark
+_MAX_NAMED = 20  # classes named in one warning
 
 
 def publish(job: Job, blocks: list[Block], records: dict[str, Any], set_hash: str) -> Manifest:
-    """Put the records of all finished blocks together and write indexes and manifest."""
+    """Combine the records of all blocks; write the indexes and the manifest."""
     config, dataset, output = job
     splits = {}
     for split in dataset.splits:
@@ -36,20 +36,20 @@ def publish(job: Job, blocks: list[Block], records: dict[str, Any], set_hash: st
     return manifest
 
 
-def remarks(manifest: Manifest, most_ignored: float) -> Iterator[str]:
-    """What may be a mistake in the labels, split by split: classes without a pixel, and too much that is ignored."""
+def label_warnings(manifest: Manifest, most_ignored: float) -> Iterator[str]:
+    """Possible mistakes in the labels, per split: classes without a pixel, and too many ignored pixels."""
     for name, split in manifest.splits.items():
         absent = split.absent_classes
         if absent:
             yield (f"split {name!r} has no pixel of {len(absent)} of {manifest.num_classes} classes: "
-                   f"{manifest.names_of(absent, _NAMED)}")
+                   f"{manifest.names_of(absent, _MAX_NAMED)}")
         if split.ignored_share > most_ignored:
             yield (f"split {name!r} has {split.ignored_share:.1%} ignored pixels (warn_ignored is {most_ignored:.0%}); "
-                   f"label values that mean 'ignored' are set by dataset.ignore_labels and dataset.reduce_zero_label")
+                   f"check dataset.ignore_labels and dataset.reduce_zero_label, which decide which values are ignored")
 
 
 def _portable(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings without places, workers and policies: equal inputs give equal manifests anywhere."""
+    """Settings without paths, workers and policies, so that equal inputs give equal manifests on any machine."""
     dataset = {key: value for key, value in settings["dataset"].items() if key not in ("root", "class_file")}
     return {"dataset": dataset, "crops": settings["crops"], "images_per_shard": settings["images_per_shard"]}
 
@@ -62,8 +62,8 @@ def _publish_split(
     if not shards:
         raise DatasetError(f"split {split!r} has no usable sample: every image or crop was skipped")
     if not any(map(any, (record["class_pixels"] for record in records))):
-        raise DatasetError(f"split {split!r} has no labelled pixel: its label maps hold nothing but ignored values. "
-                           "Look at dataset.ignore_labels, dataset.reduce_zero_label and the class table")
+        raise DatasetError(f"split {split!r} has no labelled pixel: its label maps hold only ignored values. "
+                           "Check dataset.ignore_labels, dataset.reduce_zero_label and the class table")
     index_info = IndexInfo(name=f"{split}.index", bytes=len(index), sha256=hashlib.sha256(index).hexdigest())
     assert len(index) == INDEX_DTYPE.itemsize * sum(shard.samples for shard in shards)
     write_atomically(output / index_info.name, index)

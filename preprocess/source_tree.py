@@ -1,7 +1,7 @@
-"""Read files from a dataset's folder or zip archive through one small interface.
+"""Read files from a dataset folder or zip archive through one small interface.
 
-Links are followed, in both. Every path counts: two links to one folder are two folders. Only a link to a folder that
-holds the link itself is cut, as following it would never end.
+Symbolic links are followed in both, and two links to one folder count as two folders. Only a link to a folder that
+contains the link itself is skipped, as it would recurse forever.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from typing import NamedTuple, Protocol
 from shards.errors import DatasetError, StorageError
 from shards.files.plain_file import LARGEST_PICTURE, read_plain
 
-_MOST_LINKS = 40  # that one path may lead through, as in Linux
+_MAX_LINKS = 40  # links followed to resolve one path, as in Linux
 _log = logging.getLogger(__name__)
-# What zipfile raises on damaged, encrypted or unusual archives; each of them says what is wrong.
+# What zipfile raises on damaged, encrypted or unusual archives; all have a useful message.
 _ZIP_ERRORS = (OSError, KeyError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
                struct.error)
 
@@ -36,9 +36,9 @@ class SourceTree(Protocol):
     name: str
 
     def files(self, folder: str) -> dict[str, int]:
-        """Path -> size in bytes of every file below `folder`, in the order of names, hidden files left out.
+        """Path -> size in bytes of every file below `folder`, in name order, without hidden files.
 
-        Empty when there is no such folder. Raises DatasetError when a folder cannot be read.
+        Empty if there is no such folder. Raises DatasetError when a folder cannot be read.
         """
 
     def read(self, path: str) -> bytes:
@@ -46,7 +46,7 @@ class SourceTree(Protocol):
 
 
 class HashedTree:
-    """Another tree, with the sha256 of each file that was read through it."""
+    """Wraps a tree and records the sha256 of every file read through it."""
 
     def __init__(self, tree: SourceTree) -> None:
         self.tree, self.name = tree, tree.name
@@ -62,21 +62,21 @@ class HashedTree:
 
 
 class _Entry(NamedTuple):
-    """What a folder holds under a name."""
+    """One entry of a folder."""
 
     name: str
-    real: str  # its place, links followed; '/'-separated
-    size: int | None  # bytes of a file; None: a folder
+    real: str  # path with links resolved; '/'-separated
+    size: int | None  # bytes of a file; None for a folder
     is_link: bool
 
 
 class _LinkedTree(ABC):
-    """A `SourceTree` that walks through links; how folders and links are looked up is for its kinds to say."""
+    """A `SourceTree` that follows links; subclasses look up folders and links."""
 
     name: str
 
     def __init__(self) -> None:
-        self._told: set[str] = set()  # links that were cut, each said once
+        self._warned: set[str] = set()  # skipped links, so that each is reported once
 
     def files(self, folder: str) -> dict[str, int]:
         names = [name for name in folder.split("/") if name]
@@ -84,7 +84,7 @@ class _LinkedTree(ABC):
         return dict(self._walk("/".join(names), [real for real in above if real is not None])) if above[-1] else {}
 
     def _walk(self, folder: str, above: list[str]) -> Iterator[tuple[str, int]]:
-        """`above`: real places of the folders that the walk came through, this one last."""
+        """`above`: resolved paths of the folders from the root down to `folder`, which comes last."""
         for entry in sorted(self._entries(above[-1])):
             path = f"{folder}/{entry.name}" if folder else entry.name
             if entry.name.startswith((".", "__MACOSX")):
@@ -92,23 +92,23 @@ class _LinkedTree(ABC):
             if entry.size is not None:
                 yield path, entry.size
             elif entry.is_link and any(_holds(entry.real, place) for place in above):
-                self._tell(path, entry.real)
+                self._warn_of_cycle(path, entry.real)
             else:
                 yield from self._walk(path, [*above, entry.real])
 
-    def _tell(self, path: str, real: str) -> None:
-        if path not in self._told:
-            self._told.add(path)
-            _log.warning("%s: the link %s leads back up to %s, which would never end; it is not followed", self.name,
+    def _warn_of_cycle(self, path: str, real: str) -> None:
+        if path not in self._warned:
+            self._warned.add(path)
+            _log.warning("%s: skipping the link %s to its own parent folder %s, which would recurse forever", self.name,
                          path, real)
 
     @abstractmethod
     def _real(self, path: str) -> str | None:
-        """Where the folder `path` lies when links are followed, never empty; None when there is none."""
+        """The folder `path` with links resolved, never empty; None if there is no such folder."""
 
     @abstractmethod
     def _entries(self, real: str) -> Iterator[_Entry]:
-        """What the folder at a real place holds."""
+        """The entries of a folder, given by its resolved path."""
 
 
 def _holds(folder: str, place: str) -> bool:
@@ -155,12 +155,12 @@ def _check_name(item: os.DirEntry[str]) -> None:
 def _is_folder(item: os.DirEntry[str]) -> bool:
     try:
         return item.is_dir()
-    except OSError:  # a link to itself, or to what may not be seen: reading it will say so
+    except OSError:  # a link to itself or to something inaccessible: reading it will report the error
         return False
 
 
 def _size(item: os.DirEntry[str]) -> int:
-    """Bytes of a file; 0 for a dangling link, which reading will then name."""
+    """Bytes of a file; 0 for a dangling link, which reading will report."""
     try:
         return item.stat().st_size
     except OSError:
@@ -168,7 +168,7 @@ def _size(item: os.DirEntry[str]) -> int:
 
 
 class ZipTree(_LinkedTree):
-    """A zip archive, read in place; `inside` is the folder of the archive that acts as root ("" or "name/")."""
+    """A zip archive, read in place; `inside` is the folder in the archive that acts as root ("" or "name/")."""
 
     def __init__(self, path: Path, inside: str = "") -> None:
         super().__init__()
@@ -179,7 +179,7 @@ class ZipTree(_LinkedTree):
                            if stat.S_ISLNK(item.external_attr >> 16)}
         except _ZIP_ERRORS as error:
             raise DatasetError(f"{path} is not a readable zip archive: {error}") from error
-        self._folders: dict[str, dict[str, int | None]] = {}  # made by the first listing; workers never list
+        self._folders: dict[str, dict[str, int | None]] = {}  # built by the first listing; workers never list
 
     def read(self, path: str) -> bytes:
         member = self._followed(self.inside + path)
@@ -189,8 +189,8 @@ class ZipTree(_LinkedTree):
             raise DatasetError(f"{self.name}{path} cannot be read: {error}") from error
 
     def _followed(self, member: str) -> str:
-        """The member that a path means, all links on its way followed; some name that does not exist for a dead end."""
-        for _ in range(_MOST_LINKS if self._links else 0):
+        """The member a path leads to, with all links resolved; a name that does not exist if a link is dangling."""
+        for _ in range(_MAX_LINKS if self._links else 0):
             parts = member.split("/")
             prefixes = ("/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
             link = next((prefix for prefix in prefixes if prefix in self._links), None)
@@ -218,7 +218,7 @@ class ZipTree(_LinkedTree):
         return self._archive.NameToInfo[member].file_size if member in self._archive.NameToInfo else 0
 
     def _listed(self) -> dict[str, dict[str, int | None]]:
-        """Folder -> name -> size of a file, or None of a folder; the archive's root is ""."""
+        """Folder -> name -> size of a file, or None for a folder; the archive's root is ""."""
         if not self._folders:
             self._folders = {"": {}}
             for item in self._archive.infolist():
@@ -237,13 +237,13 @@ class ZipTree(_LinkedTree):
 
 
 def open_tree(root: str | Path, marker: str) -> SourceTree:
-    """The tree in which the folder `marker` lies at the root, or one folder below it.
+    """The tree that has the folder `marker` at `root`, or one level below it.
 
-    Raises DatasetError when `root` does not exist or holds no such folder.
+    Raises DatasetError when `root` does not exist or has no such folder.
     """
     path = Path(root)
     if not path.exists():
-        raise DatasetError(f"{path} does not exist; dataset.root must be the dataset's folder or zip archive")
+        raise DatasetError(f"{path} does not exist; dataset.root must be the dataset folder or zip archive")
     candidates: list[SourceTree]
     if path.is_file():
         archive = ZipTree(path)
@@ -255,4 +255,4 @@ def open_tree(root: str | Path, marker: str) -> SourceTree:
     for tree in candidates:
         if tree.files(marker):
             return tree
-    raise DatasetError(f"{path} holds no folder {marker!r} with files in it: is it the right dataset.root and kind?")
+    raise DatasetError(f"{path} has no folder {marker!r} with files in it; check dataset.root and dataset.kind")

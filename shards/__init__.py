@@ -1,7 +1,7 @@
-"""The shard format: sparse per-class RLE masks beside images, in plain WebDataset tar files.
+"""The shard format: images with sparse per-class RLE masks, in plain WebDataset tar files.
 
-Reading a folder needs numpy, pillow, msgpack and simplejpeg. A set on object storage needs obstore and tenacity too,
-which are imported when the first URL is opened. Never torch.
+Reading from a folder needs numpy, pillow, msgpack and simplejpeg. Object storage also needs obstore and tenacity, which
+are imported when the first URL is opened. torch is never imported.
 """
 
 from shards.errors import (

@@ -1,6 +1,6 @@
-"""`python -m shards info|verify|show|audit|copy <root>`: look at a shard set, or mirror it.
+"""`python -m shards info|verify|show|audit|copy <root>`: inspect, check or copy a shard set.
 
-A root is a folder or an s3://, gs://, az:// or https:// URL.
+<root> is a folder or an s3://, gs://, az:// or https:// URL.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ def main() -> int:
     prog = sys.argv[0] if sys.argv[0].startswith("maskstream ") else "python -m shards"
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    info = commands.add_parser("info", help="what the set holds: splits, sizes, classes")
-    check = commands.add_parser("verify", help="read every byte and every sample; exit code 1 when something is wrong")
-    show = commands.add_parser("show", help="write a contact sheet of samples: image, overlay")
-    audited = commands.add_parser("audit", help="play an epoch as ranks and workers would; exit code 1 unless each "
-                                  "sample is seen once")
-    mirror = commands.add_parser("copy", help="mirror the set to another place; run it again to go on")
+    info = commands.add_parser("info", help="print splits, sizes and classes")
+    check = commands.add_parser("verify", help="read and check every byte and every sample; exit code 1 if any is bad")
+    show = commands.add_parser("show", help="write a contact sheet of samples, each with its mask overlay")
+    audited = commands.add_parser("audit", help="simulate an epoch across ranks and workers; exit code 1 unless every "
+                                  "sample is seen exactly once")
+    mirror = commands.add_parser("copy", help="copy the set to another folder or URL; rerun to resume")
     for command in (info, check, show, audited, mirror):
         command.add_argument("root", help="folder or URL that holds manifest.json")
     mirror.add_argument("destination", help="folder or URL to copy to")
-    audited.add_argument("--split", default="train", help="split to play (default: train)")
-    audited.add_argument("--seed", type=int, default=0, help="seed of the order (default: 0)")
+    audited.add_argument("--split", default="train", help="split to simulate (default: train)")
+    audited.add_argument("--seed", type=int, default=0, help="seed of the shuffling (default: 0)")
     for name, default, meaning in (("ranks", 1, "ranks"), ("workers", 1, "loader processes per rank"),
-                                   ("batch", 2, "samples per micro-batch"), ("accumulation", 1, "micro-batches of a "
-                                   "rank per step"), ("lanes", LANES, "as data.lanes"),
-                                   ("span-samples", SPAN_SAMPLES, "as data.span_samples")):
+                                   ("batch", 2, "samples per micro-batch"), ("accumulation", 1, "micro-batches per "
+                                   "rank and step"), ("lanes", LANES, "same as data.lanes"),
+                                   ("span-samples", SPAN_SAMPLES, "same as data.span_samples")):
         audited.add_argument(f"--{name}", type=_at_least_one, default=default, help=f"{meaning} (default: {default})")
-    show.add_argument("--split", default=None, help="split to draw from (default: the first one)")
-    show.add_argument("--count", type=int, default=12, help="samples on the sheet (default: 12)")
-    show.add_argument("--first", type=int, default=0, help="number of the first sample (default: 0)")
-    show.add_argument("--output", default="contact-sheet.png", help="picture file (default: contact-sheet.png)")
+    show.add_argument("--split", default=None, help="split to show (default: the first one)")
+    show.add_argument("--count", type=int, default=12, help="number of samples to show (default: 12)")
+    show.add_argument("--first", type=int, default=0, help="index of the first sample (default: 0)")
+    show.add_argument("--output", default="contact-sheet.png", help="image file to write (default: contact-sheet.png)")
     arguments = parser.parse_args()
     if arguments.command == "verify":
         return _verify(arguments.root)
@@ -92,7 +92,7 @@ def _print_split(name: str, split: SplitInfo, manifest: Manifest) -> None:
 def _verify(root: str) -> int:
     try:
         total = sum(len(split.shards) for split in load_manifest(root).splits.values())
-    except MaskStreamError:  # verify() below reports it; this only sizes the bar
+    except MaskStreamError:  # verify() below reports it; this only sizes the progress bar
         total = 0
     with tqdm(total=total, unit="shard", disable=None) as bar:
         problems = verify(root, lambda shard: bar.update())
@@ -113,15 +113,15 @@ def _audit(arguments: argparse.Namespace) -> int:
     print(f"split {arguments.split!r}, epoch 0, seed {arguments.seed}: {found.samples} samples, "
           f"{arguments.ranks} ranks x {arguments.workers} workers, {found.micro_batches[0]} micro-batches of "
           f"{arguments.batch} per rank")
-    print(f"{found.spans} spans of neighbours, {found.shared_spans} of them read by more than one worker")
+    print(f"{found.spans} spans of consecutive samples, {found.shared_spans} of them read by more than one worker")
     if found.is_exact:
         print(f"each of {found.samples} samples seen once")
         return 0
     missing = found.samples - len(found.seen)
     repeated = sum(count > 1 for count in found.seen.values())
     same_key = sum(count > 1 for count in found.keys.values())
-    print(f"problem: {missing} samples never seen, {repeated} seen more than once, {same_key} keys met more than once, "
-          f"micro-batches per rank {found.micro_batches}")
+    print(f"problem: {missing} samples never seen, {repeated} seen more than once, {same_key} keys seen more than "
+          f"once, micro-batches per rank {found.micro_batches}")
     return 1
 
 
@@ -149,8 +149,8 @@ def _show(arguments: argparse.Namespace) -> int:
     split = arguments.split or next(iter(manifest.splits))
     reader = ShardReader(arguments.root, split, manifest)
     if not 0 <= arguments.first < len(reader) or arguments.count < 1:
-        raise ConfigError(f"--first {arguments.first} --count {arguments.count}, legal: a first sample from 0 to "
-                          f"{len(reader) - 1} and a count of at least 1")
+        raise ConfigError(f"--first {arguments.first} --count {arguments.count}, legal: --first from 0 to "
+                          f"{len(reader) - 1} and --count at least 1")
     colors = [item.color for item in manifest.classes]
     pictures, captions = [], []
     for number in range(arguments.first, min(arguments.first + arguments.count, len(reader))):

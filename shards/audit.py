@@ -1,4 +1,4 @@
-"""Play an epoch as its ranks and workers would, and count what each sample was used for."""
+"""Simulate an epoch across ranks and workers, and count how often each sample is used."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from shards.sample import CropSample
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """What was found."""
+    """Counts from one simulated epoch."""
 
     samples: int
-    seen: Counter[int]  # times each sample, by number, was used
-    keys: Counter[str]  # times each key was read
+    seen: Counter[int]  # sample number -> times used
+    keys: Counter[str]  # key -> times read
     micro_batches: list[int]  # per rank
     spans: int
     shared_spans: int  # read by more than one worker, so more than once
 
     @property
     def is_exact(self) -> bool:
-        """Each sample once, under a key of its own, and as many micro-batches on every rank."""
+        """Every sample was used once, every key is unique, and all ranks had equally many micro-batches."""
         return (len(self.seen) == len(self.keys) == self.samples and set(self.seen.values()) == {1}
                 and set(self.keys.values()) == {1} and len(set(self.micro_batches)) == 1)
 
 
 def audit(reader: ShardReader, plan: TrainPlan, ranks: int, workers: int, accumulation: int,
           progress: Callable[[CropSample], object] = lambda sample: None) -> Audit:
-    """Read every sample of the first epoch, verified, as `workers` per rank would. Raises as `ShardReader.read`."""
+    """Read and verify every sample of the first epoch as `workers` per rank would. Raises as `ShardReader.read`."""
     per_step = plan.micro_batch_size * ranks * accumulation
     steps = -(-plan.num_samples // per_step)
     seen: Counter[int] = Counter()

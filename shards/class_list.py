@@ -1,4 +1,4 @@
-"""Class lists as text: one name per line, in id order, with an optional colour after a tab."""
+"""Parse class lists: one name per line, in id order, with an optional colour after a tab."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from shards.rle import MAX_CLASSES
 
 
 def parse_classes(text: str, name: str) -> list[ClassInfo]:
-    """The classes of a text of lines `name` or `name<tab>#rrggbb`. Raises ConfigError naming `name` and the line."""
+    """Parse lines of `name` or `name<tab>#rrggbb`. Raises ConfigError naming the file (`name`) and the line."""
     lines = [line.rstrip("\r") for line in text.split("\n")]
     while lines and not lines[-1].strip():
         lines.pop()
@@ -20,14 +20,14 @@ def parse_classes(text: str, name: str) -> list[ClassInfo]:
     first_line: dict[str, int] = {}
     for number, info in enumerate(classes, 1):
         if first_line.setdefault(info.name, number) != number:
-            raise ConfigError(f"{name}: lines {first_line[info.name]} and {number} name the same class {info.name!r}")
+            raise ConfigError(f"{name}: lines {first_line[info.name]} and {number} both name the class {info.name!r}")
     return classes
 
 
 def _parse_class(line: str, default: tuple[int, int, int], where: str) -> ClassInfo:
     name, _, code = line.partition("\t")
     if not name.strip():
-        raise ConfigError(f"{where}: empty class name; every line is one class, in id order")
+        raise ConfigError(f"{where}: empty class name; every line must name one class, in id order")
     red, green, blue = default
     try:
         if code.strip():

@@ -1,4 +1,4 @@
-"""Exchange masks with COCO tools: column-major run lengths, as pycocotools reads and writes them.
+"""Convert masks to and from COCO RLE: column-major run lengths, as read and written by pycocotools.
 
 COCO counts alternate background and foreground pixels down the columns, starting with background. The
 compressed string codes count k as a signed difference to count k-2 (from the fourth count on), in
@@ -33,7 +33,7 @@ def to_coco_rle(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         mine = value == index
         edges = np.stack((start[mine], end[mine]), axis=1).reshape(-1)
         counts = np.diff(np.concatenate(([0], edges, [columns.size])))
-        counts = counts[:-1] if counts[-1] == 0 else counts  # no trailing background, as pycocotools
+        counts = counts[:-1] if counts[-1] == 0 else counts  # no empty trailing background, like pycocotools
         coded.append({"category_id": label, "size": [height, width], "counts": compress_counts(counts.tolist())})
     return coded
 
@@ -41,15 +41,15 @@ def to_coco_rle(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 def from_coco_rle(rles: Sequence[Mapping[str, Any]], size: tuple[int, int] | None = None) -> MaskRecord:
     """Mask record from disjoint COCO RLEs with `category_id`; `counts` may be bytes, str or a list.
 
-    `size` (H,W) is needed only when `rles` is empty. Raises CorruptShardError on sizes that differ, counts
-    that do not fill the map, repeated categories or overlapping masks.
+    `size` (H,W) is needed only when `rles` is empty. Raises CorruptShardError on differing sizes, counts that exceed
+    the map, repeated categories or overlapping masks.
     """
     if not rles and size is None:
         raise CorruptShardError("no COCO mask and no size given")
     height, width = size if size is not None else _size_of(rles[0])
     labels = [rle.get("category_id") for rle in rles]
     if not _integers(labels, 0, MAX_CLASSES - 1):
-        raise CorruptShardError(f"COCO category_id are {labels}, legal: integers from 0 to {MAX_CLASSES - 1}")
+        raise CorruptShardError(f"COCO category_id values are {labels}, legal: integers from 0 to {MAX_CLASSES - 1}")
     if len(set(labels)) != len(rles):
         raise CorruptShardError("two COCO masks have the same category_id; merge them first")
     label_map = np.full(height * width, 65535, np.uint16)
@@ -78,13 +78,13 @@ def compress_counts(counts: Sequence[int]) -> bytes:
 
 
 def expand_counts(text: bytes | str) -> list[int]:
-    """Inverse of `compress_counts`. Raises CorruptShardError on bytes outside the alphabet or a cut string."""
+    """Inverse of `compress_counts`. Raises CorruptShardError on bytes outside the alphabet or a truncated string."""
     counts: list[int] = []
     value, shift = 0, 0
     for byte in text.encode("latin-1", "replace") if isinstance(text, str) else text:
         group = byte - _ASCII_OFFSET
         if not 0 <= group < 64 or shift > 35:
-            raise CorruptShardError(f"COCO counts hold the illegal byte {byte}")
+            raise CorruptShardError(f"COCO counts contain the illegal byte {byte}")
         value |= (group & 0x1F) << shift
         shift += 5
         if group & 0x20:
@@ -100,7 +100,7 @@ def expand_counts(text: bytes | str) -> list[int]:
 def _size_of(rle: Mapping[str, Any]) -> tuple[int, int]:
     size = rle.get("size")
     if not isinstance(size, list | tuple) or len(size) != 2 or not _integers(size, 1, MAX_SIDE):
-        raise CorruptShardError(f"COCO mask has size {size}, legal: [height, width], 1 to {MAX_SIDE} a side")
+        raise CorruptShardError(f"COCO mask has size {size}, legal: [height, width], 1 to {MAX_SIDE} pixels each")
     return int(size[0]), int(size[1])
 
 

@@ -1,4 +1,4 @@
-"""Mirror a shard set between any two places: verified, resumable, complete or visibly not."""
+"""Copy a shard set between folders and URLs: verified, resumable, and never complete by mistake."""
 
 from __future__ import annotations
 
@@ -21,33 +21,34 @@ File = ShardInfo | IndexInfo
 
 def copy_set(source: str | Path | Storage, destination: str | Path | Storage,
              progress: Callable[[File], object] = lambda file: None) -> int:
-    """Copy what `destination` lacks; returns the number of files copied. `progress` hears of each file that is there.
+    """Copy what `destination` lacks; returns the number of files copied. `progress` is called with each finished file.
 
-    Each file is read back and compared with its sha256; the manifest comes last and is only ever created, never
-    overwritten, so a reader sees a complete set or none. Files that an earlier run left are kept if they are right.
-    Raises ConfigError when the destination holds another set, CorruptShardError when a file arrives changed.
+    Each file is read back and verified by its sha256; the manifest is written last and never overwritten, so readers
+    see a complete set or none. Intact files left by an earlier run are kept. Raises ConfigError when the destination
+    holds another set, CorruptShardError when a file arrives changed.
     """
     source, destination = open_storage(source), open_storage(destination)
     if _is_same_place(source, destination):
-        raise ConfigError(f"{destination.root} is the set itself; give another place to copy it to")
+        raise ConfigError(f"{destination.root} is the source itself; choose another destination")
     manifest = load_manifest(source)
     content = manifest_bytes(manifest)
-    there = _existing_manifest(destination)
-    if there is not None and there != content:
-        raise ConfigError(f"{destination.root} holds another complete shard set; give another place, or remove that")
-    with _tidied(destination):
-        return _copy_missing(source, destination, manifest, progress, content if there is None else None)
+    existing = _existing_manifest(destination)
+    if existing is not None and existing != content:
+        raise ConfigError(f"{destination.root} holds another complete shard set; choose another destination, or "
+                          "remove that set first")
+    with _without_leftovers(destination):
+        return _copy_missing(source, destination, manifest, progress, content if existing is None else None)
 
 
 @contextlib.contextmanager
-def _tidied(destination: Storage) -> Iterator[None]:
-    """While writing there; what killed copies left in a folder is removed (object storage keeps nothing unfinished)."""
+def _without_leftovers(destination: Storage) -> Iterator[None]:
+    """Remove temporary files of killed copies from a local folder (object storage keeps none), then lock it."""
     if not isinstance(destination, LocalStorage):
         yield
         return
     folder = destination.folder
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # a complete mirror may be read-only; what has to be written will say so
+        with contextlib.suppress(OSError):  # a complete copy may be read-only; if not complete, writing will fail
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(among_writers(folder / ".copying", lambda: remove_leftovers(folder)))
         yield
@@ -55,14 +56,14 @@ def _tidied(destination: Storage) -> Iterator[None]:
 
 def _copy_missing(source: Storage, destination: Storage, manifest: Manifest, progress: Callable[[File], object],
                   content: bytes | None) -> int:
-    """Copy files that are not there, then publish `content` as the manifest, if it is given."""
+    """Copy missing and damaged files, then publish `content` as the manifest, if given."""
     try:
         sizes = destination.sizes() or {}
-    except FileNotFoundError:  # a folder or bucket that will be made, or an upload that will say what is wrong
+    except FileNotFoundError:  # the folder or bucket will be created, or the upload will report the error
         sizes = {}
     copied = 0
     for file in files_of(manifest):
-        if sizes.get(file.name) != file.bytes or not _is_right(destination, file):
+        if sizes.get(file.name) != file.bytes or not _is_intact(destination, file):
             _copy(source, destination, file)
             copied += 1
         progress(file)
@@ -74,13 +75,13 @@ def _copy_missing(source: Storage, destination: Storage, manifest: Manifest, pro
 def _create_manifest(destination: Storage, content: bytes) -> None:
     try:
         destination.write(MANIFEST_NAME, content, create=True)
-    except StorageError:  # another copy has just made it; or ours did, and the answer was lost
+    except StorageError:  # another copy has just created it; or ours has, and the response was lost
         if _existing_manifest(destination) != content:
             raise
 
 
 def files_of(manifest: Manifest) -> Iterator[File]:
-    """All files of a set but the manifest."""
+    """All files of a set except the manifest."""
     for split in manifest.splits.values():
         yield from split.shards
         yield split.index
@@ -96,27 +97,27 @@ def _copy(source: Storage, destination: Storage, file: File) -> None:
     try:
         size = source.size(file.name)
     except FileNotFoundError as error:
-        raise ShardError(f"{source.where(file.name)} is not there: {error}") from error
+        raise ShardError(f"{source.where(file.name)} does not exist: {error}") from error
     if size != file.bytes:
         raise CorruptShardError(f"{source.where(file.name)} has {size} bytes, the manifest says {file.bytes}")
     if isinstance(source, LocalStorage):
         destination.upload(file.name, source.folder / file.name)
     else:
-        with tempfile.TemporaryFile() as temporary:  # without a name, so that a killed copy leaves none
+        with tempfile.TemporaryFile() as temporary:  # unnamed, so that a killed copy leaves nothing
             with naming(tempfile.gettempdir()):
                 for piece in _pieces(source, file):
                     temporary.write(piece)
                 temporary.flush()
             destination.upload(file.name, temporary)
-    if not _is_right(destination, file):
+    if not _is_intact(destination, file):
         destination.delete(file.name)
-        right = _is_right(source, file)
-        raise CorruptShardError(f"{destination.where(file.name)} has another sha256 than the manifest says: "
-                                f"{'it changed on the way; try again' if right else 'the source is damaged'}")
+        intact = _is_intact(source, file)
+        raise CorruptShardError(f"{destination.where(file.name)} does not match its sha256 in the manifest: "
+                                f"{'it was damaged in transit; try again' if intact else 'the source is damaged'}")
 
 
-def _is_right(storage: Storage, file: File) -> bool:
-    """Compared twice before it is called wrong: the bit may have flipped on the way here."""
+def _is_intact(storage: Storage, file: File) -> bool:
+    """Whether the sha256 matches; read twice before saying no, as the damage may have happened in transit."""
     return any(_sha256(storage, file) == file.sha256 for _ in range(2))
 
 
@@ -132,7 +133,7 @@ def _pieces(storage: Storage, file: File) -> Iterator[bytes]:
         try:
             yield storage.read(file.name, offset, min(_PIECE, file.bytes - offset))
         except FileNotFoundError as error:
-            raise ShardError(f"{storage.where(file.name)} is not there: {error}") from error
+            raise ShardError(f"{storage.where(file.name)} does not exist: {error}") from error
 
 
 def _existing_manifest(storage: Storage) -> bytes | None:

@@ -1,4 +1,4 @@
-"""Pictures of samples: colour a label map, lay it over its image, put many on one sheet."""
+"""Visualise samples: colour a label map, overlay it on its image, arrange many on a contact sheet."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CAPTION = 16  # pixels of height
 
 
 def default_colors(count: int) -> list[tuple[int, int, int]]:
-    """`count` distinct colours: hues by the golden angle, so that neighbours in the list differ most."""
+    """`count` distinct colours: hues by the golden angle, so that consecutive ones differ most."""
     colors = []
     for index in range(count):
         lightness, saturation = (0.50, 0.65, 0.38)[index % 3], (0.75, 0.55)[index // 3 % 2]
@@ -38,7 +38,7 @@ def colorize(label_map: npt.NDArray[Any], colors: Colors) -> Pixels:
 
 
 def overlay(image: Pixels, label_map: npt.NDArray[Any], colors: Colors, alpha: float = 0.5) -> Pixels:
-    """Class colours mixed into the image; ignored pixels show the image, region borders are white."""
+    """Blend class colours into the image; ignored pixels show the image, region borders are white."""
     mixed = image * (1 - alpha) + colorize(label_map, colors) * alpha
     mixed = np.where((label_map < len(colors))[..., None], mixed, image)
     border = np.zeros(label_map.shape, bool)
@@ -49,9 +49,9 @@ def overlay(image: Pixels, label_map: npt.NDArray[Any], colors: Colors, alpha: f
 
 
 def save_picture(picture: Image.Image, path: Path, **options: Any) -> None:
-    """Write a JPEG or PNG, as the name's end says; `options` are Pillow's. Raises OSError naming the file.
+    """Write a JPEG or PNG, according to the end of the name; `options` are Pillow's. Raises OSError naming the file.
 
-    Pillow would look at the suffix, and finds none in names such as "...png".
+    Pillow itself goes by the suffix, but finds none in names such as "...png".
     """
     is_jpeg = path.name.lower().endswith((".jpg", ".jpeg"))
     with naming(path):
@@ -59,7 +59,7 @@ def save_picture(picture: Image.Image, path: Path, **options: Any) -> None:
 
 
 def contact_sheet(rows: Sequence[Sequence[Pixels]], captions: Sequence[str] = (), tile: int = 256) -> Image.Image:
-    """Rows of pictures, each fitted into a `tile` x `tile` square, with one caption below each row."""
+    """Rows of pictures, each fitted into a `tile` x `tile` square (pixels), with a caption below each row."""
     fitted = [[ImageOps.contain(Image.fromarray(pixels), (tile, tile)) for pixels in row] for row in rows]
     heights = [max(picture.height for picture in row) + (_CAPTION if captions else 0) for row in fitted]
     columns = max(len(row) for row in rows)

@@ -1,7 +1,7 @@
-"""Picture files as Pillow reads them: one decision on what is too large, what is damaged, and which way is up.
+"""Open JPEG and PNG files with Pillow: size limits, damage and EXIF orientation are handled here for everybody.
 
-Pillow's own limits do not apply: a sound file is read up to MAX_SIDE pixels a side, whatever text it carries. What
-cannot be read is refused with Pillow's reason, as CorruptShardError.
+Pillow's own limits do not apply: an intact file is read up to MAX_SIDE pixels a side, whatever metadata it carries.
+Unreadable files raise CorruptShardError with Pillow's reason.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from PIL.PngImagePlugin import PngImageFile
 from shards.errors import CorruptShardError
 from shards.rle import MAX_SIDE
 
-MAX_PIXELS = 1 << 27  # of a picture whose size nobody has said beforehand; 400 MB decoded
+MAX_PIXELS = 1 << 27  # limit for pictures whose size is not known from elsewhere; 400 MB decoded
 Pixels = npt.NDArray[np.uint8]
 
 JPEG_START = b"\xff\xd8\xff"
 PNG_START = b"\x89PNG\r\n\x1a\n"
 _STARTS = {"JPEG": JPEG_START, "PNG": PNG_START}
-_IHDR, _DEPTH, _COLOUR, _IHDR_CRC = slice(12, 16), 24, 25, slice(29, 33)  # where a PNG's header keeps what we read
+_IHDR, _DEPTH, _COLOUR, _IHDR_CRC = slice(12, 16), 24, 25, slice(29, 33)  # positions in a PNG's header
 _GREY, _PALETTE = 0, 3  # colour types of PNG
-_ASIDE = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # chunks that say nothing about pixels, and that Pillow limits in size
+_TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # irrelevant to the pixels, and Pillow limits their size
 # What Pillow raises on damaged files, found by fuzzing.
 _DECODER_ERRORS = (OSError, EOFError, ValueError, SyntaxError, AssertionError, LookupError, TypeError, struct.error)
-UPRIGHT = 1  # EXIF's number for an image that is stored as it is shown
+UPRIGHT = 1  # EXIF orientation of an image that is stored upright
 _TO_UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -41,7 +41,7 @@ _TO_UPRIGHT = {
 
 
 def decode_by_pillow(data: bytes, name: str, size: tuple[int, int] | None = None) -> Pixels:
-    """RGB `[H,W,3]` of a JPEG or PNG; the size `(H,W)`, when given, is checked before decoding."""
+    """RGB pixels `[H,W,3]` uint8 of a JPEG or PNG; the size `(H,W)`, when given, is checked before decoding."""
     with open_picture(data, name, ("JPEG", "PNG")) as image:
         if size is not None and (image.height, image.width) != size:
             raise CorruptShardError(
@@ -54,7 +54,7 @@ def decode_by_pillow(data: bytes, name: str, size: tuple[int, int] | None = None
 
 
 def check_pixels(data: bytes, name: str) -> None:
-    """Raise CorruptShardError, before it is decoded, for a picture that a few bytes may blow up to MAX_SIDE a side."""
+    """Raise CorruptShardError for a picture of more than MAX_PIXELS, without decoding it: small files can be huge."""
     with open_picture(data, name, ("JPEG", "PNG")) as image:
         if image.width * image.height > MAX_PIXELS:
             raise CorruptShardError(f"{name} of {len(data)} bytes is {image.width}x{image.height} = "
@@ -63,22 +63,22 @@ def check_pixels(data: bytes, name: str) -> None:
 
 
 def open_label_map(data: bytes, name: str) -> ImageFile.ImageFile:
-    """Read the header of a PNG of class ids, so that its pixels will be the samples as they are stored.
+    """Open a PNG of class ids such that its pixels will be the stored values.
 
-    Pillow takes grey for brightness and spreads 1, 2 and 4 bits over 0..255; palette indices it leaves alone. So a
-    grey file of so few bits is opened as if it had a palette, which changes one byte of its header.
+    Pillow treats grey as brightness and scales 1, 2 and 4 bits to 0..255, but leaves palette indices alone. So a grey
+    file of less than 8 bits is opened as if it had a palette, by changing one byte of its header.
     """
     if data.startswith(PNG_START) and data[_IHDR] == b"IHDR" and len(data) >= _IHDR_CRC.stop:
         if data[_COLOUR] == _GREY and data[_DEPTH] < 8:
             header = data[_IHDR] + data[_IHDR.stop : _COLOUR] + bytes([_PALETTE]) + data[_COLOUR + 1 : _IHDR_CRC.start]
             data = data[: _IHDR.start] + header + zlib.crc32(header).to_bytes(4, "big") + data[_IHDR_CRC.stop :]
     elif data.startswith(PNG_START):
-        raise CorruptShardError(f"{name} is not a readable PNG file: it does not begin with the chunk IHDR")
+        raise CorruptShardError(f"{name} is not a readable PNG file: it does not begin with an IHDR chunk")
     return open_picture(data, name, ("PNG",))
 
 
 def open_picture(data: bytes, name: str, formats: tuple[str, ...]) -> ImageFile.ImageFile:
-    """Read a picture's header. Raises CorruptShardError when it has none of the formats or is too large."""
+    """Read a picture's header. Raises CorruptShardError when it is not one of `formats` or is too large."""
     found = next((kind for kind, start in _STARTS.items() if data.startswith(start)), None)
     legal = " or ".join(formats)
     if found is None:
@@ -87,7 +87,7 @@ def open_picture(data: bytes, name: str, formats: tuple[str, ...]) -> ImageFile.
     if found not in formats:
         raise CorruptShardError(f"{name} is a {found} file, legal: {legal}")
     try:
-        image = _opened(_without(data, _ASIDE))
+        image = _opened(_without(data, _TEXT_CHUNKS))
     except _DECODER_ERRORS as error:
         raise CorruptShardError(f"{name} is not a readable {found} file of {len(data)} bytes: {error}") from error
     if max(image.size) > MAX_SIDE:
@@ -96,41 +96,41 @@ def open_picture(data: bytes, name: str, formats: tuple[str, ...]) -> ImageFile.
 
 
 def _opened(data: bytes) -> ImageFile.ImageFile:
-    """Not by Image.open, which has limits of its own and loses the reason. Damaged metadata is nobody's business."""
+    """Bypasses Image.open, which has its own limits and hides the reason. Warnings of damaged metadata are ignored."""
     with warnings.catch_warnings(action="ignore"):
         return JpegImageFile(io.BytesIO(data)) if data.startswith(JPEG_START) else PngImageFile(io.BytesIO(data))
 
 
 def load_picture(image: ImageFile.ImageFile, name: str) -> Image.Image:
-    """Decode the pixels of an opened picture. Raises CorruptShardError when they are damaged or cut short."""
+    """Decode the pixels of an opened picture. Raises CorruptShardError when they are damaged or truncated."""
     try:
         image.load()
     except _DECODER_ERRORS as error:
-        raise CorruptShardError(f"{name} is not a readable image, it is damaged or cut short: {error}") from error
+        raise CorruptShardError(f"{name} is not a readable image, it is damaged or truncated: {error}") from error
     return image
 
 
 def exif_orientation(data: bytes) -> int:
-    """How a JPEG or PNG wants to be turned, 1 to 8 as EXIF counts; 1, upright, where it does not say, or nonsense."""
-    for aside in ((b"IDAT", b"fdAT"), (b"IDAT", b"fdAT", *_ASIDE)):  # of a PNG; text may be too much for Pillow
+    """EXIF orientation of a JPEG or PNG, 1 to 8; 1 (upright) if it is missing or invalid."""
+    for skipped in ((b"IDAT", b"fdAT"), (b"IDAT", b"fdAT", *_TEXT_CHUNKS)):  # text may be too large for Pillow
         try:
-            with warnings.catch_warnings(action="ignore"), _opened(_without(data, aside)) as image:
+            with warnings.catch_warnings(action="ignore"), _opened(_without(data, skipped)) as image:
                 value = Image.Image.getexif(image).get(ExifTags.Base.Orientation)  # PNG's own would decode pixels
-        except _DECODER_ERRORS:  # the pixels are for others to judge
+        except _DECODER_ERRORS:  # damage is reported by whoever decodes the pixels
             continue
         return value if value in _TO_UPRIGHT else UPRIGHT
     return UPRIGHT
 
 
 def upright(pixels: Pixels, orientation: int) -> Pixels:
-    """Stored pixels `[H,W,3]` as a viewer shows them; `orientation` as `exif_orientation` gives it."""
+    """Rotate or flip stored pixels `[H,W,3]` to what viewers show; `orientation` as from `exif_orientation`."""
     if orientation not in _TO_UPRIGHT:
         return pixels
     return np.asarray(Image.fromarray(pixels).transpose(_TO_UPRIGHT[orientation]))
 
 
 def _without(png: bytes, kinds: tuple[bytes, ...]) -> bytes:
-    """A PNG without its chunks of some kinds; what is malformed stays, to be named by who decodes it."""
+    """A PNG without chunks of these kinds; malformed chunks stay, so that the decoder reports them."""
     if not png.startswith(PNG_START) or not any(kind in png for kind in kinds):
         return png
     return PNG_START + b"".join(chunk for chunk in _chunks(png) if chunk[4:8] not in kinds)

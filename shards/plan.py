@@ -1,16 +1,16 @@
 """Which samples, in which order, for which rank: pure functions of (seed, numbers), no state, no I/O.
 
 Training samples form one endless sequence of positions: epoch after epoch, each a seeded permutation of all samples.
-Position p belongs to micro-batch p // size, whoever works on it. Optimiser step s consumes micro-batches
-s*M .. s*M + M - 1 (M = ranks x accumulation), so every rank gets the same number of them, nothing is dropped or
-repeated within an epoch, and a run is described by the number of steps done, whatever ranks and workers.
+Position p belongs to micro-batch p // size, whichever rank processes it. Optimiser step s consumes micro-batches
+s*M .. s*M + M - 1 (M = ranks x accumulation), so all ranks get equally many, nothing is dropped or repeated within an
+epoch, and the number of completed steps alone defines the state of a run, for any number of ranks and workers.
 
-How an epoch is shuffled, so that few bytes are read twice and any position is computed directly:
+An epoch is shuffled so that few bytes are read twice and the sample at any position is computed directly:
 
     shards, permuted   |---c---|--a--|----d----|--b--|        one row of samples
     lanes, permuted    |  2   |  0   |  3   |  1   |          equal sections; position p is in lane p mod lanes
-    spans              |..|..|..|                             a few neighbours, read in one piece; permuted in
-                                                              their lane, and samples permuted in their span
+    spans              |..|..|..|                             consecutive samples, read in one request; spans are
+                                                              permuted within a lane, samples within a span
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from shards.errors import ConfigError
 
 LANES, SPAN_SAMPLES = 128, 16
 _EPOCHS_KEPT = 2  # a micro-batch can straddle two epochs
-_SHARDS, _LANES, _SPANS, _SAMPLES = range(4)  # what a random generator permutes
+_SHARDS, _LANES, _SPANS, _SAMPLES = range(4)  # what a random generator is used to permute
 
 
 class PlannedSample(NamedTuple):
@@ -38,7 +38,7 @@ class PlannedSample(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Some samples that follow each other in the row of an epoch: `size` of them from place `first`."""
+    """Consecutive samples in the row of an epoch: `size` of them, starting at index `first` of the row."""
 
     epoch: int
     first: int
@@ -46,9 +46,9 @@ class Span(NamedTuple):
 
 
 class TrainPlan:
-    """The order of training samples, numbered in storage order. Raises ConfigError when there is nothing to train on.
+    """The order of training samples, numbered in storage order. Raises ConfigError when there are no samples.
 
-    Memory grows with the number of shards, and with that of spans (samples / span_samples), of lanes in use alone.
+    Memory grows with the number of shards and, for the lanes in use, the number of spans (samples / span_samples).
     """
 
     def __init__(self, shard_samples: Sequence[int], micro_batch_size: int, seed: int, lanes: int = LANES,
@@ -62,7 +62,7 @@ class TrainPlan:
                 raise ConfigError(f"{name} is {value}, legal: at least 1")
         self.micro_batch_size, self.seed = micro_batch_size, seed
         self.lanes = min(lanes, self.num_samples)
-        self.span_samples = min(span_samples, -(-self.num_samples // self.lanes))  # of the longest lane, at most
+        self.span_samples = min(span_samples, -(-self.num_samples // self.lanes))  # at most the longest lane
         self._first_samples = np.cumsum(self.shard_samples) - self.shard_samples
         self._row = functools.lru_cache(maxsize=_EPOCHS_KEPT)(self._make_row)
         self._lane_starts = functools.lru_cache(maxsize=_EPOCHS_KEPT)(self._make_lane_starts)
@@ -73,7 +73,7 @@ class TrainPlan:
         return TrainPlan, (self.shard_samples, self.micro_batch_size, self.seed, self.lanes, self.span_samples)
 
     def micro_batch(self, number: int) -> list[PlannedSample]:
-        """The samples of micro-batch `number` (0, 1, 2, ... without end)."""
+        """The samples of micro-batch `number` (0, 1, 2, ..., unbounded)."""
         return [self.sample_at(position) for position in self.positions(number)]
 
     def positions(self, number: int) -> range:
@@ -81,17 +81,17 @@ class TrainPlan:
         return range(number * self.micro_batch_size, (number + 1) * self.micro_batch_size)
 
     def sample_at(self, position: int) -> PlannedSample:
-        """The sample at a position (0, 1, 2, ... without end)."""
+        """The sample at a position (0, 1, 2, ..., unbounded)."""
         span, place = self._locate(position)
         inside = int(self._sample_order(span)[place])
         return PlannedSample(span.epoch, int(self.samples(Span(span.epoch, span.first + inside, 1))[0]))
 
     def span(self, position: int) -> Span:
-        """The span that holds the sample at a position."""
+        """The span containing the sample at a position."""
         return self._locate(position)[0]
 
     def samples(self, span: Span) -> npt.NDArray[np.int64]:
-        """Sample numbers of a span; they ascend by one, but for seams between shards."""
+        """Sample numbers of a span; consecutive except where it crosses into another shard."""
         order, ends = self._row(span.epoch)
         places = np.arange(span.first, span.first + span.size)
         shards = np.searchsorted(ends, places, side="right")
@@ -99,10 +99,10 @@ class TrainPlan:
         return self._first_samples[order[shards]] + places - (ends[shards] - sizes)
 
     def _locate(self, position: int) -> tuple[Span, int]:
-        """(span, place in its permutation) of a position."""
+        """(span, index into its sample order) of a position."""
         epoch, in_epoch = divmod(position, self.num_samples)
         in_lane, lane = divmod(in_epoch, self.lanes)
-        size, longer = divmod(self.num_samples, self.lanes)  # the first `longer` lanes have one sample more
+        size, longer = divmod(self.num_samples, self.lanes)  # the first `longer` lanes have one extra sample
         first, length = int(self._lane_starts(epoch)[lane]), size + (lane < longer)
         order, starts = self._span_order(epoch, lane, length)
         number = int(np.searchsorted(starts, in_lane, side="right")) - 1
@@ -111,12 +111,12 @@ class TrainPlan:
         return span, in_lane - int(starts[number])
 
     def _make_row(self, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """(shards in the epoch's order, where each ends in the row)"""
+        """(shards in the epoch's order, end of each in the row)"""
         order = self._rng(epoch, _SHARDS).permutation(len(self.shard_samples))
         return order, np.cumsum(self.shard_samples[order])
 
     def _make_lane_starts(self, epoch: int) -> npt.NDArray[np.int64]:
-        """Where each lane begins in the row: in random order, so that a batch does not hold neighbouring sections."""
+        """Start of each lane in the row; lanes are permuted so that a batch does not draw from adjacent sections."""
         size, longer = divmod(self.num_samples, self.lanes)
         order = self._rng(epoch, _LANES).permutation(self.lanes)
         lengths = size + (order < longer)
@@ -126,7 +126,7 @@ class TrainPlan:
 
     def _make_span_order(self, epoch: int, lane: int, length: int) -> tuple[npt.NDArray[np.int32],
                                                                            npt.NDArray[np.int32]]:
-        """(spans of a lane in their order, where each starts in it); the lane's last span may be short."""
+        """(permuted spans of a lane, start of each in the lane's order); the last span of the lane may be short."""
         count = -(-length // self.span_samples)
         order = self._rng(epoch, _SPANS, lane).permutation(np.arange(count, dtype=np.int32))
         sizes = np.full(count, self.span_samples, np.int32)
@@ -142,7 +142,7 @@ class TrainPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatchNumbers:
-    """Iterable: the micro-batches that `rank` works on in steps first_step..last_step-1, in order."""
+    """Iterable over the micro-batches that `rank` processes in steps first_step..last_step-1, in order."""
 
     first_step: int
     last_step: int
@@ -158,7 +158,7 @@ class MicroBatchNumbers:
 
 
 def accumulation_for(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
-    """Micro-batches per rank and step. Raises ConfigError when the sizes do not divide."""
+    """Micro-batches per rank and step. Raises ConfigError when the batch sizes do not divide evenly."""
     per_turn = micro_batch_size * world_size
     if global_batch_size % per_turn:
         raise ConfigError(
@@ -169,5 +169,5 @@ def accumulation_for(global_batch_size: int, micro_batch_size: int, world_size: 
 
 
 def validation_samples(num_samples: int, rank: int, world_size: int) -> range:
-    """The samples `rank` evaluates: every sample exactly once over all ranks, counts may differ by one."""
+    """The samples `rank` evaluates: each exactly once across all ranks; counts may differ by one."""
     return range(rank, num_samples, world_size)

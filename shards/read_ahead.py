@@ -1,4 +1,4 @@
-"""Fetch spans of samples before they are needed, within a fixed amount of memory."""
+"""Prefetch spans of samples, within a memory budget."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class _Held:
 
 
 class ReadAhead:
-    """Holds spans that were asked for, and drops each when all its samples were taken.
+    """Holds requested spans, and drops each once all its samples were taken.
 
-    At most `budget` bytes are held or on their way, but always what is needed next: a span that has to make room for
-    others is fetched again later.
+    At most `budget` bytes are held or being fetched, except that the span needed next is always fetched. A span that is
+    evicted to make room is fetched again later.
     """
 
     def __init__(self, reader: ShardReader, budget: int) -> None:
@@ -35,14 +35,14 @@ class ReadAhead:
         self._threads = ThreadPoolExecutor(_REQUESTS_AT_ONCE, thread_name_prefix="read-ahead")
 
     def ask(self, span: Hashable, samples: Callable[[], Iterable[int]]) -> None:
-        """Begin to fetch a span, unless it is held or would not fit."""
+        """Start fetching a span, unless it is held already or would exceed the budget."""
         if span not in self._spans:
             numbers = [int(number) for number in samples()]
             if self._total + self.reader.bytes_of(numbers) <= self.budget:
                 self._begin(span, numbers)
 
     def take(self, span: Hashable, samples: Callable[[], Iterable[int]], number: int) -> bytes:
-        """The bytes of one sample of a span. Raises what fetching raised."""
+        """The bytes of one sample of a span. Re-raises errors of the fetch."""
         if span not in self._spans:
             numbers = [int(number) for number in samples()]
             self._make_room(self.reader.bytes_of(numbers))
@@ -61,7 +61,7 @@ class ReadAhead:
         return data
 
     def close(self) -> None:
-        """Forget everything; requests under way are awaited."""
+        """Drop all spans; waits for running requests."""
         self._threads.shutdown(wait=True, cancel_futures=True)
         self._spans.clear()
 
@@ -78,12 +78,12 @@ class ReadAhead:
     def _drop(self, span: Hashable) -> None:
         held = self._spans.pop(span)
         if not held.data.cancel():
-            wait([held.data])  # under way: its bytes will come, whoever wants them, and must not come on top
+            wait([held.data])  # already running: its bytes will arrive anyway, and must not exceed the budget
         self._total -= held.size
 
 
 def look_ahead(items: Iterable[_Item], count: int, see: Callable[[_Item], None]) -> Iterator[_Item]:
-    """The items, each shown to `see` `count` items before it comes."""
+    """Yield the items, calling `see` on each `count` items before it is yielded."""
     waiting: list[_Item] = []
     for item in items:
         see(item)

@@ -1,4 +1,4 @@
-"""Read samples of a complete shard set by number, verified before use."""
+"""Read the samples of a complete shard set by number; each is verified before use."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from shards.sample import IMAGE_SUFFIXES, CropSample, decode_sample
 from shards.shard_table import ShardTable
 
 _BLOCK = 512
-_NAME, _SIZE, _KIND = 100, slice(124, 136), slice(156, 157)  # where a tar header keeps what we read
+_NAME, _SIZE, _KIND = 100, slice(124, 136), slice(156, 157)  # fields of a tar header: length or position
 _log = logging.getLogger(__name__)
 
 
 class Place(NamedTuple):
-    """Where a sample's bytes are."""
+    """Location of a sample's bytes."""
 
-    shard: int  # of the split
+    shard: int  # number within the split
     offset: int
     length: int
 
@@ -40,10 +40,10 @@ class Place(NamedTuple):
 class ShardReader:
     """Random access to the samples of one split, numbered 0..len-1 in storage order.
 
-    Opening reads the manifest and the index and, where the storage can list, compares every shard's size. Each read
-    is one range of bytes, checked against its CRC-32; what object storage delivers damaged is fetched again. Safe to
-    hand to spawned workers, and to forked ones on local folders. With `cache`, ranges from object storage are kept on
-    the local disk.
+    Opening reads the manifest and the index and, if the storage can list files, checks the size of every shard. Each
+    read is one byte range, verified by its CRC-32; damaged data from object storage is fetched again. May be passed to
+    spawned workers and, for local folders, to forked ones. With `cache`, ranges from object storage are kept on local
+    disk.
     """
 
     def __init__(self, root: str | Path | Storage, split: str, manifest: Manifest | None = None,
@@ -58,9 +58,9 @@ class ShardReader:
 
     @property
     def manifest(self) -> Manifest:
-        """Of the set. A process that the reader was handed to on its start reads it when it is first asked for.
+        """The set's manifest. A spawned process loads it on first use (see `__getstate__`).
 
-        Raises as `load_manifest`, and ShardError when it has been exchanged.
+        Raises as `load_manifest`, and ShardError when the set was replaced in the meantime.
         """
         if self._manifest is None:
             found = load_manifest(self.storage)
@@ -71,18 +71,18 @@ class ShardReader:
 
     @property
     def info(self) -> SplitInfo:
-        """Of the split, from the manifest."""
+        """The manifest's entry for the split."""
         return self.manifest.split(self.split)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a process that is being started without the manifest: of many shards it takes long, and much memory."""
+        """State without the manifest when spawning a process: with many shards it is slow to pickle and large."""
         return self.__dict__ if get_spawning_popen() is None else {**self.__dict__, "_manifest": None}
 
     def __len__(self) -> int:
         return len(self._table.offset)
 
     def read(self, number: int, data: bytes | None = None) -> CropSample:
-        """Sample `number`, from its bytes if they are here already (see `fetch`).
+        """Sample `number`, parsed from `data` if its bytes were already fetched (see `fetch`).
 
         Raises CorruptShardError or StorageError naming shard and sample; IndexError when out of range.
         """
@@ -103,7 +103,7 @@ class ShardReader:
         raise CorruptShardError(f"{where}: {problem}")
 
     def fetch(self, numbers: Sequence[int]) -> list[bytes]:
-        """The unverified bytes of some samples; neighbours in a shard come in one request. May be used by threads."""
+        """The unverified bytes of samples; consecutive ones in a shard share one request. Thread-safe."""
         found: list[bytes] = []
         for run in self._runs(numbers):
             places = [self.place(number) for number in run]
@@ -113,17 +113,17 @@ class ShardReader:
         return found
 
     def place(self, number: int) -> Place:
-        """Where a sample is."""
+        """Location of a sample."""
         table = self._table
         return Place(table.shard_of(number), int(table.offset[number]), int(table.length[number]))
 
     def bytes_of(self, numbers: Sequence[int]) -> int:
-        """How many bytes `fetch` would return."""
+        """Number of bytes that `fetch` would return."""
         return int(self._table.length[np.asarray(numbers)].sum())
 
     @property
     def is_local(self) -> bool:
-        """Whether reading needs no network, and so no reading ahead."""
+        """Whether the set is in a local folder, so that prefetching is unnecessary."""
         return isinstance(self.storage, LocalStorage)
 
     def close(self) -> None:
@@ -132,7 +132,7 @@ class ShardReader:
             self.storage.close()
 
     def _runs(self, numbers: Sequence[int]) -> Iterator[list[int]]:
-        """Numbers in pieces that follow each other in one shard."""
+        """Split numbers into runs of consecutive samples of one shard."""
         run: list[int] = []
         for number in map(int, numbers):
             if run and (number != run[-1] + 1 or self.place(number).shard != self.place(run[0]).shard):
@@ -150,7 +150,7 @@ class ShardReader:
                 return self.storage.read(name, offset, length)
             except FileNotFoundError as error:
                 raise StorageError(f"{self.storage.where(name)} (offset {offset}): the manifest lists this "
-                                   f"shard, but it is not there: {error}") from error
+                                   f"shard, but it does not exist: {error}") from error
             except OSError as error:
                 raise ShardError(f"{self.storage.where(name)} (offset {offset}): {error}") from error
 
@@ -163,12 +163,12 @@ class ShardReader:
             self.cache.remove(self._cache_key(self.place(number)))
 
     def _cache_key(self, place: Place) -> str:
-        """Of what the bytes are, not where they lie: equal shards share their entries."""
+        """Key by content, not by location, so that identical shards share cache entries."""
         return f"{self._table.sha256(place.shard)}-{place.offset}-{place.length}"
 
     def _problem(self, number: int, data: bytes) -> str | None:
         if len(data) != self._table.length[number]:
-            return f"got {len(data)} of {self._table.length[number]} bytes, the shard is cut short"
+            return f"got {len(data)} of {self._table.length[number]} bytes, the shard is truncated"
         damaged = zlib.crc32(data) != self._table.crc32[number]
         return "CRC-32 differs from the index, the shard is damaged or was replaced" if damaged else None
 
@@ -179,7 +179,7 @@ class ShardReader:
 
 
 def iter_samples(root: str | Path | Storage, split: str) -> Iterator[CropSample]:
-    """Verified samples of a split in storage order."""
+    """Iterate over the verified samples of a split in storage order."""
     reader = ShardReader(root, split)
     try:
         for number in range(len(reader)):
@@ -189,13 +189,13 @@ def iter_samples(root: str | Path | Storage, split: str) -> Iterator[CropSample]
 
 
 def load_index(storage: Storage, manifest: Manifest, split: str) -> npt.NDArray[np.void]:
-    """The `INDEX_DTYPE` records of a split, checked against size and hash in the manifest: each lies in its shard."""
+    """The `INDEX_DTYPE` records of a split, checked against the manifest's size and hash and the size of each shard."""
     shards, info = manifest.split(split).shards, manifest.split(split).index
     path = storage.where(info.name)
 
     def check(data: bytes) -> npt.NDArray[np.void]:
         if len(data) != info.bytes or hashlib.sha256(data).hexdigest() != info.sha256:
-            raise CorruptShardError(f"{path}: the index differs from the size or sha256 in the manifest")
+            raise CorruptShardError(f"{path}: the index does not match its size or sha256 in the manifest")
         index = np.frombuffer(data, INDEX_DTYPE)
         room = np.repeat([shard.bytes for shard in shards], [shard.samples for shard in shards]).astype(np.uint64)
         outside = (index["length"] > room) | (index["offset"] > room - index["length"])
@@ -216,10 +216,10 @@ def load_index(storage: Storage, manifest: Manifest, split: str) -> npt.NDArray[
 
 
 def parse_span(span: bytes, where: str, ignore_index: int = 255, most_pixels: int = MAX_SIDE**2) -> CropSample:
-    """The sample in a span of tar members (an image, then its msgpack), of at most so many pixels.
+    """Parse the tar members of one sample (an image, then its msgpack), of at most `most_pixels` pixels.
 
-    Raises CorruptShardError, FormatVersionError. Nothing of the sample's size was allocated: it is the record's, and an
-    image of another one is refused by its header.
+    Raises CorruptShardError, FormatVersionError. Decodes no pixels: the size comes from the mask record, and an image
+    of a different size is refused later, by its header.
     """
     members: dict[str, bytes] = {}
     with io.BytesIO(span) as stream:
@@ -237,8 +237,8 @@ def parse_span(span: bytes, where: str, ignore_index: int = 255, most_pixels: in
     except ShardError as error:
         raise type(error)(f"{where}: {error}") from error
     if header.height * header.width > most_pixels:
-        raise CorruptShardError(f"{where}: it is {header.height}x{header.width}, but by the manifest no sample of its "
-                                f"split has more than {most_pixels} pixels")
+        raise CorruptShardError(f"{where}: it is {header.height}x{header.width}, but according to the manifest no "
+                                f"sample of its split has more than {most_pixels} pixels")
     return CropSample(
         key=record["key"],
         image_bytes=members[f"{stem}.{image_suffix}"],
@@ -251,26 +251,26 @@ def parse_span(span: bytes, where: str, ignore_index: int = 255, most_pixels: in
 
 
 def _read_member(stream: io.BytesIO, where: str) -> tuple[str, bytes]:
-    """Name and data of the member at the stream's position.
+    """Name and data of the tar member at the stream's position.
 
-    Only what our writer makes is taken, regular files with plain ustar names. The header's own checksum is not looked
-    at, as the span's CRC-32 was; parsing all fields, as tarfile does, takes a tenth of the time of decoding the image.
+    Only regular files with plain ustar names, as our writer makes them, are accepted. The header checksum is not
+    checked, as the CRC-32 covers it; parsing every field like tarfile would take a tenth of the image decoding time.
     """
     header = stream.read(_BLOCK)
     name, digits, kind = header[:_NAME].rstrip(b"\0"), header[_SIZE].strip(b" \0"), header[_KIND]
     if len(header) != _BLOCK or kind != tarfile.REGTYPE or not digits.isdigit() or not name.isascii():
-        raise CorruptShardError(f"{where}: bad tar header of member {name.decode(errors='replace')!r}, or not that of "
-                                "a regular file")
+        raise CorruptShardError(f"{where}: bad tar header of member {name.decode(errors='replace')!r}, or not a "
+                                "regular file")
     size = int(digits, 8) if not digits.translate(None, b"01234567") else -1
     data = stream.read(size) if 0 <= size <= len(stream.getbuffer()) else b""
     if len(data) != size:
-        raise CorruptShardError(f"{where}: tar member {name.decode()!r} is not whole")
+        raise CorruptShardError(f"{where}: tar member {name.decode()!r} is truncated")
     stream.seek(-size % _BLOCK, io.SEEK_CUR)
     return name.decode(), data
 
 
 def _check_sizes(storage: Storage, shards: Sequence[ShardInfo]) -> None:
-    """Every shard is there and has the manifest's size, as far as the storage can tell without reading them."""
+    """Check that every shard exists with the manifest's size, if the storage can list files."""
     try:
         sizes = storage.sizes()
     except OSError as error:
@@ -278,6 +278,6 @@ def _check_sizes(storage: Storage, shards: Sequence[ShardInfo]) -> None:
     for shard in shards if sizes is not None else ():
         path, found = storage.where(shard.name), sizes.get(shard.name) if sizes else None
         if found is None:
-            raise ShardError(f"{path} cannot be read, but the manifest lists it")
+            raise ShardError(f"{path} is missing, but the manifest lists it")
         if found != shard.bytes:
             raise CorruptShardError(f"{path} has {found} bytes, the manifest says {shard.bytes}")

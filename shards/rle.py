@@ -1,7 +1,7 @@
-"""Sparse per-class run-length masks: the label map of a crop, class by class, entropy-coded.
+"""Sparse per-class run-length masks: a label map stored class by class and entropy-coded.
 
-A mask record is a plain dict (msgpack and JSON types only). `data` comes last, so that everything a
-sampler wants to know is readable without touching the runs:
+A mask record is a plain dict of msgpack types. `data` comes last, so that the header is readable without unpacking the
+runs:
 
     height, width  int      1 .. 16384 pixels
     labels         [int]    class ids present, strictly ascending, 0 .. 65534
@@ -12,12 +12,12 @@ sampler wants to know is readable without touching the runs:
 
 Runs are row-major over the flattened map and maximal. For run k of a class, `gap` is the number of
 pixels since the end of the class's previous run (from pixel 0 for the first), `length` its pixels.
-All gaps of all classes, then all lengths, are laid out as byte planes, which deflate packs tighter than
-interleaved integers and numpy reads back without a loop:
+All gaps of all classes, then all lengths, are stored as byte planes, which deflate compresses better than interleaved
+integers and numpy decodes without a loop:
 
     gap byte 0 of all R runs | gap byte 1 | ... | length byte 0 of all R runs | length byte 1 | ...
 
-Pixels in no run are ignored. `benchmarks/codec.py` holds the table that decided this layout.
+Pixels in no run are ignored. `benchmarks/codec.py` compares this layout with alternatives.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ import numpy.typing as npt
 
 from shards.errors import CorruptShardError
 
-MAX_SIDE = 16384  # pixels; keeps every offset inside int32 and a map inside 256 MiB
+MAX_SIDE = 16384  # pixels; keeps every offset within int32 and a uint8 map within 256 MiB
 IGNORE_8_BIT, IGNORE_16_BIT = 255, 65535  # "ignored" in segment maps of uint8 and of wider types
 MAX_CLASSES = IGNORE_16_BIT  # ids 0 .. 65534; 65535 is the ignore value of 16-bit maps
 ZLIB_LEVEL = 6
-_PIECE = 1 << 20  # pixels counted at once
+_PIECE = 1 << 20  # pixels counted per step
 
 IntArray = npt.NDArray[np.integer[Any]]
 MaskRecord = dict[str, Any]
 
 
 class MaskHeader(NamedTuple):
-    """What a mask record says before its runs are touched."""
+    """The fields of a mask record that are readable without its runs."""
 
     height: int
     width: int
@@ -64,7 +64,7 @@ def ignore_value(num_labels: int) -> int:
 
 
 def count_values(label_map: IntArray, least: int = 0) -> npt.NDArray[np.int64]:
-    """How often each value from 0 on occurs, at least `least` counts: `np.bincount` without its 8 bytes a pixel."""
+    """Occurrences of each value from 0 on, at least `least` counts: `np.bincount` without its 8 bytes per pixel."""
     flat = label_map.reshape(-1)
     counts = np.zeros(max(least, int(flat.max()) + 1), np.int64)
     for start in range(0, flat.size, _PIECE):
@@ -73,7 +73,7 @@ def count_values(label_map: IntArray, least: int = 0) -> npt.NDArray[np.int64]:
 
 
 def encode_rle(label_map: IntArray, ignore_index: int = 255) -> MaskRecord:
-    """Encode class ids `[H,W]` (any integer dtype); pixels equal to `ignore_index` are not stored.
+    """Encode class ids `[H,W]` of any integer dtype; pixels equal to `ignore_index` are not stored.
 
     Raises ValueError when the map is not 2-D, too large, or holds an id outside 0..65534.
     """
@@ -87,7 +87,7 @@ def encode_rle(label_map: IntArray, ignore_index: int = 255) -> MaskRecord:
     start, length, value = start[kept], length[kept], value[kept].astype(np.int64)
     if value.size and (value.min() < 0 or value.max() >= MAX_CLASSES):
         raise ValueError(f"class ids are {value.min()}..{value.max()}, legal: 0..{MAX_CLASSES - 1}")
-    order = np.argsort(value, kind="stable")  # group by class, keep pixel order inside a class
+    order = np.argsort(value, kind="stable")  # group by class, keep pixel order within a class
     start, length = start[order], length[order]
     labels, run_counts = np.unique(value, return_counts=True)
     gap = start - _previous_end(start + length, run_counts)
@@ -105,7 +105,7 @@ def encode_rle(label_map: IntArray, ignore_index: int = 255) -> MaskRecord:
 
 
 def decode_header(record: Mapping[str, Any]) -> MaskHeader:
-    """Check and return everything but the runs. Raises CorruptShardError naming the field."""
+    """Check and return all fields except the runs. Raises CorruptShardError naming the field."""
     height, width = (_integer(record, side, 1, MAX_SIDE) for side in ("height", "width"))
     labels = _integer_list(record, "labels", 0, MAX_CLASSES - 1)
     run_counts = _integer_list(record, "runs", 1, height * width)
@@ -122,16 +122,16 @@ def decode_segment_map(record: Mapping[str, Any], header: MaskHeader | None = No
                                                                                             npt.NDArray[np.int64]]:
     """Decode to `(segment_map [H,W], labels [N] int64)`.
 
-    A segment map holds, per pixel, the index into `labels`; ignored pixels hold 255. It is uint8 for up
-    to 255 labels, else uint16 with 65535 for ignored. Raises CorruptShardError on any malformed record;
-    never allocates more than the declared (bounded) size. `header` is `decode_header(record)`, if it is known.
+    A segment map holds, per pixel, the index into `labels`; ignored pixels hold 255. It is uint8 for up to 255 labels,
+    else uint16 with 65535 for ignored. Raises CorruptShardError on any malformed record; memory is bounded by the
+    declared size, which is checked. `header` is `decode_header(record)`, if already known.
     """
     if header is None:
         header = decode_header(record)
     start, length, index = decode_runs(record, header)
     pixels = header.height * header.width
     end = start + length
-    # Alternate the gap before each run with the run itself; a gap of zero repeats nothing.
+    # Alternate the gap before each run with the run itself; zero-length gaps repeat nothing.
     repeats = np.empty(2 * start.size + 1, np.int64)
     repeats[1::2] = length
     repeats[0:-1:2] = start - np.concatenate(([0], end[:-1])) if start.size else start
@@ -149,7 +149,7 @@ def decode_masks(record: Mapping[str, Any]) -> tuple[npt.NDArray[np.bool_], npt.
 
 
 def decode_runs(record: Mapping[str, Any], header: MaskHeader) -> Runs:
-    """The runs of all classes in pixel order, checked: inside the map, not empty, not overlapping."""
+    """The runs of all classes in pixel order, checked to lie inside the map, be non-empty and not overlap."""
     total = int(header.run_counts.sum())
     gap_bytes, length_bytes = (_integer(record, name, 1, 4) for name in ("gap_bytes", "length_bytes"))
     planes = _inflate(record.get("data"), total * (gap_bytes + length_bytes))
@@ -159,9 +159,9 @@ def decode_runs(record: Mapping[str, Any], header: MaskHeader) -> Runs:
         return Runs(gap, length, gap)
     first_run = np.cumsum(header.run_counts) - header.run_counts
     gap_is_legal = gap > 0
-    gap_is_legal[first_run] = True  # only a class's first run may start right away, the others would merge
+    gap_is_legal[first_run] = True  # only a class's first run may have gap 0; other runs would touch the previous one
     if not gap_is_legal.all() or not (length > 0).all():
-        raise CorruptShardError("mask has an empty run or two runs of one class that touch")
+        raise CorruptShardError("mask has an empty run or two touching runs of one class")
     step = gap + length
     travelled = np.cumsum(step)  # at most 2^28 runs of less than 2^33 pixels: fits int64
     end = travelled - np.repeat(travelled[first_run] - step[first_run], header.run_counts)
@@ -169,7 +169,7 @@ def decode_runs(record: Mapping[str, Any], header: MaskHeader) -> Runs:
     if end.max() > header.height * header.width:
         raise CorruptShardError(f"mask has a run that ends at pixel {end.max()} of {header.height * header.width}")
     index = np.repeat(np.arange(header.labels.size), header.run_counts)
-    order = np.argsort(start, kind="stable")  # timsort: merges classes, ordered in themselves, in a quarter of the time
+    order = np.argsort(start, kind="stable")  # timsort merges the sorted runs of each class in a quarter of the time
     start, length, index, end = start[order], length[order], index[order], end[order]
     if (start[1:] < end[:-1]).any():
         raise CorruptShardError("mask has overlapping runs")
@@ -177,9 +177,9 @@ def decode_runs(record: Mapping[str, Any], header: MaskHeader) -> Runs:
 
 
 def label_map_from_segments(segment_map: IntArray, labels: IntArray, ignore_index: int = 255) -> npt.NDArray[Any]:
-    """Class ids `[H,W]`: uint8 where ids and `ignore_index` fit, else uint16.
+    """Class ids `[H,W]`: uint8 if ids and `ignore_index` fit, else uint16.
 
-    Raises ValueError when `ignore_index` is itself one of the labels: the two would be confused.
+    Raises ValueError when `ignore_index` is one of the labels, which would be ambiguous.
     """
     if not 0 <= ignore_index <= 65535:
         raise ValueError(f"ignore_index is {ignore_index}, legal: 0..65535")
@@ -225,7 +225,7 @@ def _from_planes(planes: bytes, width: int) -> npt.NDArray[np.int64]:
 
 
 def _inflate(data: Any, expected: int) -> bytes:
-    """Inflate to exactly `expected` bytes; a bomb stops at the first byte too many."""
+    """Inflate to exactly `expected` bytes; stops after one byte more, so zip bombs are harmless."""
     if not isinstance(data, bytes):
         raise CorruptShardError(f"mask field 'data' is {type(data).__name__}, expected bytes")
     if expected == 0:

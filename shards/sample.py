@@ -1,12 +1,12 @@
-"""One sample: an image file and its masks. The bytes of a tar member pair, both directions.
+"""One sample, an image file and its masks: encode and decode its two tar members.
 
-`<name>.jpg` (or `.png`) holds the image as it was written; `<name>.mp` holds one msgpack map
-(stock webdataset decodes that suffix, and not `.msgpack`, to a dict):
+`<name>.jpg` (or `.png`) holds the encoded image; `<name>.mp` holds one msgpack map (stock webdataset decodes the suffix
+`.mp`, but not `.msgpack`, to a dict):
 
     format  int   1
     key     str   unique in its split; contains the source file's stem
-    meta    map   where the sample came from (source file, crop box, scale), for people; of a crop, crop.height and
-                  crop.width say how much of the picture, from its upper left corner, is no padding
+    meta    map   informative: source file, crop box, scale. For crops, crop.height and crop.width give the part of
+                  the image, from its top left corner, that is not padding
     height … data   the mask record of `shards.rle`
 """
 
@@ -34,18 +34,18 @@ MAX_MEMBER_STEM = 90  # bytes; leaves room for the suffix in a plain ustar name 
 
 @dataclass(frozen=True, kw_only=True)
 class CropSample:
-    """A verified sample, still encoded; pixels and masks are decoded on first use and kept."""
+    """A verified sample; image and segment map are decoded on first use and kept."""
 
     key: str
     image_bytes: bytes
     image_suffix: str
     record: dict[str, Any]
     header: MaskHeader
-    payload: bytes  # what record and header were decoded from
+    payload: bytes  # the msgpack bytes of record and header
     ignore_index: int = 255
 
     def decode_into(self, out: npt.NDArray[np.uint8]) -> None:
-        """Put the pixels into a contiguous `[H,W,3]` array of their size, without a copy. Raises as `image`."""
+        """Decode the image directly into a contiguous uint8 `[H,W,3]` array of its size. Raises as `image`."""
         decode_image(self.image_bytes, self.key, (self.header.height, self.header.width), out)
 
     @property
@@ -62,7 +62,7 @@ class CropSample:
 
     @property
     def valid_size(self) -> tuple[int, int]:
-        """(height, width) of what is no padding, which lies right and below. All of it where meta does not say."""
+        """(height, width) without the padding on the right and below; the full size if meta does not give one."""
         crop, whole = self.meta.get("crop"), (self.header.height, self.header.width)
         said = (crop.get("height"), crop.get("width")) if isinstance(crop, dict) else (None, None)
         height, width = (part if type(part) is int and 1 <= part <= side else None
@@ -71,7 +71,7 @@ class CropSample:
 
     @functools.cached_property
     def image(self) -> npt.NDArray[np.uint8]:
-        """RGB pixels `[H,W,3]` uint8. Raises CorruptShardError when undecodable or of another size."""
+        """RGB pixels `[H,W,3]` uint8. Raises CorruptShardError when undecodable or not the size of the masks."""
         return decode_image(self.image_bytes, self.key, (self.header.height, self.header.width))
 
     @functools.cached_property
@@ -92,7 +92,7 @@ def decode_image(data: bytes, name: str, size: tuple[int, int] | None = None,
                  out: npt.NDArray[np.uint8] | None = None) -> npt.NDArray[np.uint8]:
     """Decode JPEG or PNG bytes to RGB `[H,W,3]`; the size `(H,W)`, when given, is checked before decoding.
 
-    With `out`, contiguous uint8 `[H,W,3]` of that size, the pixels are put there, and it is returned.
+    With `out`, a contiguous uint8 `[H,W,3]` array of that size, the pixels are written to it and it is returned.
     """
     pixels = _decode_plain_jpeg(data, size, out) if data.startswith(JPEG_START) else None
     if pixels is None:
@@ -103,16 +103,16 @@ def decode_image(data: bytes, name: str, size: tuple[int, int] | None = None,
 
 
 def decode_upright(data: bytes, name: str) -> npt.NDArray[np.uint8]:
-    """`decode_image`, turned as its EXIF orientation says: what a viewer shows of a file. Of MAX_PIXELS at most."""
+    """`decode_image` with the EXIF orientation applied, as viewers show a file. At most MAX_PIXELS pixels."""
     check_pixels(data, name)
     return upright(decode_image(data, name), exif_orientation(data))
 
 
 def _decode_plain_jpeg(data: bytes, size: tuple[int, int] | None,
                        out: npt.NDArray[np.uint8] | None) -> npt.NDArray[np.uint8] | None:
-    """What Pillow would decode, by the same library (libjpeg-turbo), straight into an array: 1.3 times as fast.
+    """Same result as Pillow, by the same library (libjpeg-turbo), but straight into an array: 1.3 times as fast.
 
-    None for what is not sound, of another size, or of another colour space: Pillow converts it, or names the error.
+    None if the file is damaged, or has another size or colour space: then Pillow converts it or reports the error.
     """
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
@@ -124,14 +124,14 @@ def _decode_plain_jpeg(data: bytes, size: tuple[int, int] | None,
 
 
 def encode_sample(key: str, mask_record: dict[str, Any], meta: dict[str, Any]) -> bytes:
-    """The bytes of `<name>.mp`."""
+    """Encode the bytes of `<name>.mp`."""
     packed = msgpack.packb({"format": SAMPLE_FORMAT, "key": key, "meta": meta, **mask_record}, use_bin_type=True)
     assert isinstance(packed, bytes)
     return packed
 
 
 def decode_sample(payload: bytes) -> tuple[dict[str, Any], MaskHeader]:
-    """(record, its mask header), all but the runs checked. Raises CorruptShardError or FormatVersionError."""
+    """(record, mask header); everything but the runs is checked. Raises CorruptShardError or FormatVersionError."""
     try:
         record = msgpack.unpackb(payload, raw=False, strict_map_key=True)
     except (ValueError, msgpack.exceptions.UnpackException, RecursionError, UnicodeDecodeError) as error:
@@ -141,7 +141,7 @@ def decode_sample(payload: bytes) -> tuple[dict[str, Any], MaskHeader]:
 
 
 def read_header(payload: bytes) -> tuple[str, MaskHeader]:
-    """(key, mask header) without unpacking the runs: reading stops before `data`, the last field."""
+    """(key, mask header) without unpacking the runs: parsing stops before `data`, the last field."""
     unpacker = msgpack.Unpacker(raw=False, strict_map_key=True, max_buffer_size=max(1, len(payload)))
     unpacker.feed(payload)
     fields: dict[str, Any] = {}
@@ -158,10 +158,10 @@ def read_header(payload: bytes) -> tuple[str, MaskHeader]:
 
 
 def member_stem(key: str) -> str:
-    """The tar name of a key, without suffix: ASCII, no dot, no slash, at most 90 bytes, one-to-one.
+    """The tar member name of a key, without suffix: ASCII, no dot, no slash, at most 90 bytes, one-to-one.
 
-    Stock webdataset ends a key at the first dot of the base name, so dots are percent-escaped like
-    everything else outside letters, digits, '_', '-' and '~'. Long names keep their head and a hash.
+    Stock webdataset ends a key at the first dot of the base name, so dots are percent-escaped like everything else
+    outside letters, digits, '_', '-' and '~'. Long names keep their beginning and end in a hash.
     """
     escaped = quote(key, safe="").replace(".", "%2E")
     if len(escaped) <= MAX_MEMBER_STEM:

@@ -1,7 +1,7 @@
-"""What reading a split takes of its manifest and index, as arrays that all loader processes share.
+"""The parts of manifest and index needed for reading, as arrays shared by all loader processes.
 
-A manifest of 10^5 shards is 160 MB of Python objects, which every process would build for itself. The same as arrays is
-a tenth of that, and lies in memory once: a process that is being started gets the descriptor of a file without a name.
+A manifest of 10^5 shards is 160 MB of Python objects, in every process. As arrays it takes a tenth of that, and is in
+memory only once: a spawned process receives the descriptor of an anonymous file.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ Array = npt.NDArray[Any]
 
 
 class ShardTable:
-    """Names, hashes and samples of the shards of a split, in their order. Read-only."""
+    """Names, hashes and sample ranges of a split's shards, and the index of its samples, in order. Read-only."""
 
     def __init__(self, names: Array, sha256: Array, first_sample: Array, index: Array) -> None:
         self._arrays = (names, sha256, first_sample, index)
-        self._descriptor: int | None = None  # of the file that holds the arrays, once they were shared
+        self._descriptor: int | None = None  # of the file that holds the arrays, once they are shared
         self._use()
 
     @classmethod
     def of(cls, shards: Sequence[ShardInfo], index: npt.NDArray[np.void]) -> ShardTable:
-        """The table of a split's shards and its `INDEX_DTYPE` records."""
+        """Build the table from a split's shards and its `INDEX_DTYPE` records."""
         texts = ([shard.name for shard in shards], [shard.sha256 for shard in shards])
         names, sha256 = (np.array([text.encode() for text in column] or [b""]) for column in texts)
         return cls(names, sha256, np.cumsum([0, *(shard.samples for shard in shards)], dtype=np.int64), index)
@@ -43,15 +43,15 @@ class ShardTable:
         return bytes(self._arrays[0][shard]).decode()
 
     def sha256(self, shard: int) -> str:
-        """Hash of a shard, as the manifest has it."""
+        """Hash of a shard, from the manifest."""
         return bytes(self._arrays[1][shard]).decode()
 
     def shard_of(self, sample: int) -> int:
-        """The shard that holds a sample."""
+        """Number of the shard that holds a sample."""
         return int(np.searchsorted(self.first_sample, sample, side="right")) - 1
 
     def __reduce__(self) -> tuple[Any, ...]:
-        starts_process = get_spawning_popen() is not None  # only then a descriptor can be sent along
+        starts_process = get_spawning_popen() is not None  # descriptors can only be passed while spawning
         descriptor = self._shared_file() if starts_process else None
         if descriptor is None:
             return ShardTable, self._arrays
@@ -67,7 +67,7 @@ class ShardTable:
         self.offset, self.length, self.crc32 = (index[column] for column in ("offset", "length", "crc32"))
 
     def _shared_file(self) -> int | None:
-        """Move the arrays into a file, this process's too. None where there can be none (`ulimit -f`, a sandbox)."""
+        """Move the arrays, also this process's, into a file. None if that is impossible (`ulimit -f`, a sandbox)."""
         if self._descriptor is None:
             pieces: list[memoryview | bytes] = []
             for array in self._arrays:
@@ -90,7 +90,7 @@ def _from_file(places: Sequence[tuple[np.dtype[Any], int]], descriptor: Any) -> 
 
 
 def _map(descriptor: int, places: Sequence[tuple[np.dtype[Any], int]]) -> tuple[Array, Array, Array, Array]:
-    """The arrays of a file: read where it lies, one after the other. Raises OSError."""
+    """Memory-map the arrays of a file, which follow one another. Raises OSError."""
     contents = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
     arrays, start = [], 0
     for dtype, count in places:

@@ -1,10 +1,9 @@
-"""What of a text may be stored, shown or raised: no credentials of URLs, no characters that steer a terminal or a page.
+"""Make text safe to store and display: mask credentials in URLs, escape control characters.
 
     https://user:password@host/path?sig=…     ->  https://***@host/path?***
     a name with ESC in it                     ->  a name with \\\\x1b in it
 
-Every error of ours goes through here, every stored configuration, and every text that others wrote and a terminal or a
-report is to show. It is the one place that decides.
+All our errors, all stored configurations, and all untrusted text shown in a terminal or report pass through here.
 """
 
 from __future__ import annotations
@@ -15,15 +14,15 @@ from typing import Any
 MASK = "***"
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)([^\s'\"<>]+)")
 _WHOLE_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)(.+)", re.DOTALL)
-_AFTER_URL = "),.:;]}"  # belongs to the sentence around it
-# C0 and C1 controls, surrogates, line and paragraph separators, and what turns the direction of writing
+_AFTER_URL = "),.:;]}"  # punctuation of the surrounding sentence
+# C0 and C1 controls, surrogates, line and paragraph separators, bidirectional overrides
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028-\u2029\u202a-\u202e\u2066-\u2069]")
-_SHORT_SECRET = 4  # characters; shorter ones would be found in words
+_SHORT_SECRET = 4  # characters; shorter secrets would match parts of words
 
 
 def masked(text: str, url: str = "") -> str:
-    """The text without the user information, query and fragment of URLs in it, nor those of `url` by themselves, as
-    servers repeat them."""
+    """Mask user information, query and fragment of all URLs in a text, and credentials of `url` wherever they occur, as
+    servers may echo them."""
     text = _URL.sub(lambda found: found[1] + _without_credentials(found[2]), text)
     for secret in _secrets_of(url):
         text = text.replace(secret, MASK)
@@ -31,7 +30,7 @@ def masked(text: str, url: str = "") -> str:
 
 
 def masked_value(value: Any) -> Any:
-    """A setting's value as it may be stored: `masked`, at any depth; of a string that is a URL, to its very end."""
+    """A setting's value, safe to store: `masked` at any depth; a string that is a URL is masked to its very end."""
     if isinstance(value, str):
         found = _WHOLE_URL.fullmatch(value)
         return found[1] + _without_credentials(found[2], whole=True) if found else masked(value)
@@ -41,22 +40,22 @@ def masked_value(value: Any) -> Any:
 
 
 def is_masked(url: str) -> bool:
-    """Whether credentials were taken out of the URL, so that it cannot be used any more."""
+    """Whether the URL's credentials were masked, which makes it unusable."""
     return f"://{MASK}@" in url or f"?{MASK}" in url or f"#{MASK}" in url
 
 
 def shown(text: object) -> str:
-    """The text in one line for a terminal or a page: `masked`, and control characters escaped."""
+    """The text as one safe line for a terminal or report: `masked`, with control characters escaped."""
     return _CONTROL.sub(_escaped, masked(str(text)))
 
 
 def shown_lines(text: str) -> str:
-    """`shown` for a text that may have several lines."""
+    """`shown` for text of several lines."""
     return "\n".join(map(shown, text.split("\n")))
 
 
 def has_control_characters(text: str) -> bool:
-    """Whether `shown` would escape something."""
+    """Whether `shown` would escape any character."""
     return _CONTROL.search(text) is not None
 
 
@@ -69,7 +68,7 @@ def _secrets_of(url: str) -> list[str]:
 
 
 def _without_credentials(rest: str, whole: bool = False) -> str:
-    """Of a URL without its scheme; `whole`: nothing of a sentence comes after it."""
+    """Mask a URL, given without its scheme; `whole`: no punctuation of a sentence follows it."""
     end = len(rest) if whole else len(rest.rstrip(_AFTER_URL))
     url, after = rest[:end], rest[end:]
     authority = re.match(r"[^/?#]*", url)

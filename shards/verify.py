@@ -1,7 +1,7 @@
-"""Check a whole shard set: every byte against its hash, every sample against its decoders and counts.
+"""Verify a shard set: every byte against its hash, every sample by decoding it, all counts by recounting.
 
-Memory stays within a piece and the largest sample, however large a shard is; one of another size than the manifest's is
-not read at all.
+Memory is bounded by one piece and the largest sample, whatever the size of the shards. A shard whose size differs from
+the manifest's is not read at all.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from shards.reader import load_index, parse_span
 from shards.sample import CropSample
 
 _END_OF_ARCHIVE = bytes(1024)
-_PIECE = 8 << 20  # bytes read at once
+_PIECE = 8 << 20  # bytes per read
 
 
 def verify(root: str | Path | Storage, progress: Callable[[str], object] = lambda shard: None) -> list[str]:
-    """All problems found, as sentences that name the file; an empty list means the set is sound.
+    """All problems found, each a sentence naming the file; an empty list means the set is intact.
 
-    `progress` is called with each shard's name when it has been read.
+    `progress` is called with the name of each shard once it has been read.
     """
     storage = open_storage(root)
     try:
@@ -76,7 +76,7 @@ def _verify_shard(storage: Storage, shard: ShardInfo, entries: np.ndarray, parse
         content = _Pass(storage, shard)
         yield from _verify_samples(content, entries, path, parse, counts)
         if content.sha256() != shard.sha256:
-            yield f"{path} has another sha256 than the manifest says"
+            yield f"{path} does not match its sha256 in the manifest"
     except (OSError, MaskStreamError) as error:
         yield f"{path} cannot be read: {error}"
 
@@ -86,9 +86,9 @@ def _verify_samples(content: _Pass, entries: np.ndarray, path: str, parse: Calla
     for number, (offset, length, crc32) in enumerate(entries.tolist()):
         where = f"{path}, sample {number} (offset {offset})"
         if offset != content.position:
-            yield f"{where}: the index leaves a hole or an overlap at byte {content.position}"
+            yield f"{where}: the index has a gap or an overlap at byte {content.position}"
             if offset < content.position:
-                continue  # its bytes have passed
+                continue  # already past its bytes
             content.skip(offset - content.position)
         span = content.take(length)
         if zlib.crc32(span) != crc32:
@@ -101,20 +101,20 @@ def _verify_samples(content: _Pass, entries: np.ndarray, path: str, parse: Calla
         except (MaskStreamError, ValueError) as error:
             yield f"{where}: {error}"
     if content.left != len(_END_OF_ARCHIVE) or content.take(content.left) != _END_OF_ARCHIVE:
-        yield f"{path}: the end-of-archive blocks are damaged, or there is more data than the index knows"
+        yield f"{path}: the end-of-archive blocks are damaged, or there is data that the index does not list"
 
 
 class _Pass:
-    """One pass through a shard, front to back, in pieces; hashed on the way."""
+    """One sequential pass over a shard, in pieces, hashing it on the way."""
 
     def __init__(self, storage: Storage, shard: ShardInfo) -> None:
         self.storage, self.shard, self.position = storage, shard, 0
         self._hash = hashlib.sha256()
-        self._piece = memoryview(b"")  # read, but not taken
+        self._piece = memoryview(b"")  # read ahead, not yet returned
 
     @property
     def left(self) -> int:
-        """Bytes from here to the end."""
+        """Bytes from the current position to the end."""
         return self.shard.bytes - self.position
 
     def take(self, length: int) -> bytes:
@@ -127,12 +127,12 @@ class _Pass:
         return b"".join(parts)
 
     def skip(self, length: int) -> None:
-        """Pass over bytes without keeping them."""
+        """Skip bytes; they are still hashed."""
         while length and self.left:
             length -= len(self._next(length))
 
     def sha256(self) -> str:
-        """Of the whole shard, read to its end."""
+        """Hash of the whole shard; reads it to its end."""
         self.skip(self.left)
         return self._hash.hexdigest()
 
@@ -140,7 +140,7 @@ class _Pass:
         if not self._piece:
             self._piece = memoryview(self.storage.read(self.shard.name, self.position, min(_PIECE, self.left)))
             if not self._piece:
-                raise StorageError(f"it ended after {self.position} of {self.shard.bytes} bytes")
+                raise StorageError(f"it ends after {self.position} of {self.shard.bytes} bytes")
             self._hash.update(self._piece)
         part, self._piece = self._piece[:most], self._piece[most:]
         self.position += len(part)
@@ -150,14 +150,14 @@ class _Pass:
 def _unlisted_files(storage: Storage, manifest: Manifest) -> list[str]:
     listed = {shard.name for split in manifest.splits.values() for shard in split.shards}
     return [
-        f"{storage.where(name)} is not in the manifest: remove it, or it was never finished"
+        f"{storage.where(name)} is not in the manifest: a leftover of an interrupted run? Remove it"
         for name in sorted(storage.sizes() or ())
         if name.endswith((".tar", ".tmp")) and name not in listed
     ]
 
 
 class _Counts:
-    """Recount of what the manifest claims about classes and keys."""
+    """Recounts the class statistics of the manifest, and checks that keys are unique."""
 
     def __init__(self, num_classes: int) -> None:
         self.pixels, self.samples = np.zeros(num_classes, np.int64), np.zeros(num_classes, np.int64)

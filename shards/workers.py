@@ -1,4 +1,4 @@
-"""Worker processes: they end with the program that started them, leave nothing behind, and keep memory for reuse."""
+"""Worker processes: exit with their parent, clean up sockets and semaphores, reuse freed memory."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from shards.errors import ConfigError
 from shards.files.locks import open_lock, try_lock
 
 _PREFIX, _LOCK = "mstream-", "lock"
-_SEMAPHORES = Path("/dev/shm")  # where Linux keeps named ones
-_LONGEST = 100 - len(f"/{_PREFIX}12345678/listener-12345678")  # a socket's address: 107 bytes on Linux, 103 on macOS
+_SEMAPHORES = Path("/dev/shm")  # where Linux keeps named semaphores
+_MAX_FOLDER = 100 - len(f"/{_PREFIX}12345678/listener-12345678")  # socket paths: 107 bytes on Linux, 103 on macOS
 _SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's names for them, malloc.h
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h
 
 
 def exit_with_parent() -> None:
-    """Call in a worker: it exits as soon as the process that started it is gone, however that died.
+    """Call in a worker: it exits as soon as its parent process is gone, however that ended.
 
-    `kill -9` gives a parent no chance to stop its workers, and a worker that waits for work never notices.
+    After `kill -9` a parent cannot stop its workers, and an idle worker would never notice.
     """
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -38,9 +38,9 @@ def exit_with_parent() -> None:
 
 
 def die_with_parent() -> None:
-    """Call first in a program that another process launched: the kernel kills it when that process ends (Linux).
+    """Call first in a program started by a launcher: the kernel kills it when the launcher ends (Linux only).
 
-    Even `kill -9` of a launcher then leaves nothing behind, whatever this process waits for, and if it is stopped.
+    Then even `kill -9` of the launcher leaves no process behind, whether this one is waiting, blocked or stopped.
     """
     try:
         set_option = ctypes.CDLL(None).prctl
@@ -55,12 +55,11 @@ def _wait_and_exit(sentinel: int) -> None:
 
 
 def use_own_temporary_folder() -> None:
-    """Call before processes are started: their sockets and semaphores get names of this process's own.
+    """Call before starting processes: puts their sockets and semaphores under names that belong to this process.
 
-    A process that ends in order removes them. One that is killed with all its helpers cannot; no living process then
-    holds the lock on its folder, so this user's next start knows, and tidies up here. Batch systems set TMPDIR to long
-    paths, which do not fit into a socket's address: then the folder is made elsewhere. Raises ConfigError when none can
-    be written.
+    They are removed on a normal exit. If this process is killed with all its helpers, nobody holds the lock on its
+    folder any more, and this user's next run cleans up. Batch systems may set TMPDIR to paths too long for a socket;
+    then the folder is made elsewhere. Raises ConfigError when no folder is writable.
     """
     names = vars(multiprocessing.current_process())["_config"]  # children inherit it
     if names.get("tempdir") is not None:
@@ -75,26 +74,26 @@ def use_own_temporary_folder() -> None:
 def _short_folder() -> str:
     folders = [tempfile.gettempdir(), *_SHORT_FOLDERS]
     for folder in folders:
-        if len(os.fsencode(folder)) <= _LONGEST and os.access(folder, os.W_OK | os.X_OK):
+        if len(os.fsencode(folder)) <= _MAX_FOLDER and os.access(folder, os.W_OK | os.X_OK):
             return folder
-    raise ConfigError(f"TMPDIR is {folders[0]}, too long for the address of a socket, and none of "
-                      f"{', '.join(_SHORT_FOLDERS)} can be written; set TMPDIR to a folder of at most {_LONGEST} "
-                      "characters")
+    raise ConfigError(f"TMPDIR is {folders[0]}, which is too long for a socket path or not writable, and none of "
+                      f"{', '.join(_SHORT_FOLDERS)} is writable; set TMPDIR to a writable folder of at most "
+                      f"{_MAX_FOLDER} bytes")
 
 
 def _make_folder(place: Path) -> tuple[Path, IO[str]]:
-    """A new folder and its lock, held. Another process may take it for dead before it is locked: then once more."""
+    """A new folder and its held lock. Retries if another process removed the folder as stale before it was locked."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
         with contextlib.suppress(FileNotFoundError, BlockingIOError):
             lock = open_lock(folder / _LOCK)
-            try_lock(lock)  # where there are no locks nobody can take it for dead either
+            try_lock(lock)  # on file systems without locks, no other process can find it stale
             if (folder / _LOCK).exists():
                 return folder, lock
 
 
 def _remove_dead(place: Path) -> None:
-    """Remove what processes of this user left that were killed."""
+    """Remove what killed processes of this user left behind."""
     for folder in place.glob(f"{_PREFIX}????????"):
         with contextlib.suppress(OSError, ConfigError):
             state = folder.lstat()
@@ -113,14 +112,14 @@ def _remove(folder: Path, lock: IO[str]) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Call in a process that makes one batch after the other: freed memory stays with it for the next.
+    """Call in a process that makes batch after batch: freed memory is kept for reuse.
 
-    By default glibc returns large pieces to the system, which has to clear each page when it is asked for it again: a
-    tenth of a loader's time. Other C libraries are left as they are.
+    By default glibc returns large blocks to the system, which must zero every page when they are allocated again: a
+    tenth of a loader's time. Has no effect with other C libraries.
     """
     try:
         set_option = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return
-    set_option(_MMAP_THRESHOLD, 32 << 20)  # the highest that glibc knows
+    set_option(_MMAP_THRESHOLD, 32 << 20)  # glibc's maximum
     set_option(_TRIM_THRESHOLD, 256 << 20)

@@ -1,4 +1,4 @@
-"""Write one shard: a plain ustar file whose bytes depend on its samples alone, published by a rename."""
+"""Write one shard: a plain ustar file whose bytes depend only on its samples, published by renaming."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _END_OF_ARCHIVE = bytes(2 * _BLOCK)
 class ShardWriter:
     """Context manager: `write` samples, then `info` and `index` describe the finished shard.
 
-    The file has a temporary name until the block ends without an exception; then it is synced and
-    renamed, so a shard that has its final name is whole. Member times, owners and modes are fixed.
+    The file has a temporary name until the block ends without an exception; then it is synced and renamed, so a shard
+    under its final name is always complete. Times, owners and modes of members are fixed.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -38,13 +38,13 @@ class ShardWriter:
         self._offset = 0
 
     def __enter__(self) -> ShardWriter:
-        self._temporary.unlink(missing_ok=True)  # of a killed process of the same number
+        self._temporary.unlink(missing_ok=True)  # left by a killed process with the same pid
         self._file = open(self._temporary, "xb")  # noqa: PTH123 - closed in __exit__
         return self
 
     def write(self, key: str, image_bytes: bytes, image_suffix: str, payload: bytes) -> None:
-        """Append one sample. Raises ValueError on a repeated key, an unknown image suffix, or more bytes than readers
-        take."""
+        """Append one sample. Raises ValueError on a repeated key, an unknown image suffix, or a sample too large to
+        read."""
         if image_suffix not in IMAGE_SUFFIXES:
             raise ValueError(f"image suffix of {key!r} is {image_suffix!r}, legal: {', '.join(IMAGE_SUFFIXES)}")
         stem = member_stem(key)
@@ -64,7 +64,7 @@ class ShardWriter:
             if kind is None:
                 self._finish()
         finally:
-            with contextlib.suppress(OSError):  # said already: what is closed here is published, or given up
+            with contextlib.suppress(OSError):  # the file is already published, or abandoned after an error
                 self._file.close()
             self._temporary.unlink(missing_ok=True)
 

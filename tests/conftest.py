@@ -1,4 +1,4 @@
-"""Shared fixtures. `--golden DIR` and MASKSTREAM_SHARED point at data that is not in the repository."""
+"""Shared fixtures. `--golden DIR` and MASKSTREAM_SHARED point to data outside the repository."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def no_processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With --fast nothing has to be marked for starting processes: it is skipped when it does."""
+    """With --fast, tests that start processes need no marker: they are skipped when they do."""
     if request.config.getoption("--fast"):
         monkeypatch.setattr(subprocess.Popen, "__init__", _skip)
         monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", _skip)
@@ -73,7 +73,7 @@ def golden(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> A
 
 
 def measure_comparisons(test: pytest.Item, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Note (golden file, test, largest absolute error, the same relative to the largest entry) of each comparison."""
+    """Record (golden file, test, largest absolute error, largest relative to the largest entry) of each comparison."""
     import torch
 
     compare = torch.testing.assert_close
@@ -88,7 +88,7 @@ def measure_comparisons(test: pytest.Item, name: str, monkeypatch: pytest.Monkey
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """With --golden: how far every test was from its golden file."""
+    """With --golden: report how far each test was from its golden file."""
     if terminalreporter.config.getoption("--golden") is None:
         return
     worst: dict[tuple[str, str], tuple[float, float, int]] = {}
@@ -130,7 +130,7 @@ def scene_shards(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def make_shards(output: Path, root: Path, *overrides: str) -> Path:
-    """Shard a `folder` dataset in this process with small settings; returns the output folder."""
+    """Shard a `folder` dataset in this process, with settings for a small set; returns the output folder."""
     from preprocess.config import PreprocessConfig
     from preprocess.pairs import open_dataset
     from preprocess.pipeline import write_shards
@@ -145,7 +145,7 @@ def make_shards(output: Path, root: Path, *overrides: str) -> Path:
 
 @pytest.fixture(scope="session")
 def s3_server(request: pytest.FixtureRequest) -> Iterator[S3Server]:
-    """A real S3 server of this test process."""
+    """A real S3 server for this test process."""
     if request.config.getoption("--fast"):
         _skip()
     from tests.support.object_storage import s3_server
@@ -156,7 +156,7 @@ def s3_server(request: pytest.FixtureRequest) -> Iterator[S3Server]:
 
 @pytest.fixture
 def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
-    """Credentials in the environment, and a proxy before the server that makes faults when told to."""
+    """Credentials in the environment, and a proxy in front of the server that injects faults on request."""
     from tests.support.object_storage import KEY, SECRET, FaultyProxy
 
     proxy = FaultyProxy(s3_server.port)
@@ -169,7 +169,7 @@ def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyP
 
 @pytest.fixture
 def s3_root(s3: FaultyProxy, tmp_path: Path) -> str:
-    """A URL of its own for a test."""
+    """A separate URL for each test."""
     return f"s3://maskstream/{tmp_path.parent.name}-{tmp_path.name}".replace("_", "-")
 
 

@@ -1,4 +1,4 @@
-"""What all entry points share: `--config` + `key=value` parsing, complete `--help`, one-line errors."""
+"""Shared by all entry points: `--config` and `key=value` parsing, full `--help`, one-line errors."""
 
 from __future__ import annotations
 
@@ -25,32 +25,33 @@ def config_parser(description: str, schema: type[Any], default_recipe: str) -> a
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="settings (in the YAML file, or as key=value), with their values where neither says:\n"
+        epilog="settings (in the YAML file, or as key=value) and their defaults:\n"
         + "\n".join(describe_config(schema)),
     )
     parser.add_argument("--config", action="append", metavar="FILE", dest="configs",
-                        help="YAML file of settings, or the name of a recipe, which `maskstream recipes` lists "
-                        f"(default: {default_recipe}); given again, a file is laid over the ones before")
+                        help="YAML file of settings, or the name of a recipe (see `maskstream recipes`; default: "
+                        f"{default_recipe}); may be repeated, later files override earlier ones")
     parser.set_defaults(default_recipe=default_recipe)
     return parser
 
 
 def config_files(arguments: argparse.Namespace) -> list[str]:
-    """The files that `--config` names, or the default one."""
+    """The files given with `--config`, or else the default recipe."""
     if not arguments.configs:
         return [str(recipe_path(arguments.default_recipe))]
     return [file_or_recipe(given) for given in arguments.configs]
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """The trailing `key=value` arguments."""
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the YAML file")
+    """Add the trailing `key=value` arguments."""
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the YAML file")
 
 
 def run_entry_point(main: Callable[[], int | None]) -> None:
-    """Run `main` and exit: 0, its return value, one line and the error's code (2: bad input), 130 on Ctrl-C."""
+    """Run `main` and exit with its return value or 0; on an error with one line and its exit code (2: bad input); on
+    Ctrl-C with 130."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding lacks is escaped, never an error
+        if isinstance(stream, io.TextIOWrapper):  # escape characters that the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
     try:
         code = _call(main)
@@ -59,12 +60,12 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader of our output (head, less) went away: not an error
+    except BrokenPipeError:  # the reader of our output (head, less) has closed it: not an error
         _drop_output()
         code = 0
-    except ModuleNotFoundError as error:  # torch, say, which comes with the extra
+    except ModuleNotFoundError as error:  # e.g. torch, which the [train] extra installs
         code = _complain(f"{error}; training, evaluation, prediction and export need: pip install 'maskstream[train]'")
-    except OSError as error:  # a folder that cannot be written, a full disk
+    except OSError as error:  # an unwritable folder, a full disk
         code = _complain(f"{error.filename or type(error).__name__}: {error.strerror or error}")
         if error.filename == _OUTPUT:
             _drop_output()
@@ -72,7 +73,7 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
 
 
 def _call(main: Callable[[], int | None]) -> int | str | None:
-    """What `main` returns, or argparse exits with, once all that it printed has gone out."""
+    """The return value of `main`, or argparse's exit code, after flushing stdout."""
     try:
         code: int | str | None = main()
     except SystemExit as left:
@@ -84,7 +85,7 @@ def _call(main: Callable[[], int | None]) -> int | str | None:
 
 
 def _drop_output() -> None:
-    """What is still buffered cannot be written, and Python would try again at its end."""
+    """Discard buffered output that cannot be written: Python would try to flush it again at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

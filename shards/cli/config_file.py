@@ -1,10 +1,9 @@
-"""Read a configuration: frozen dataclasses + YAML + dotted overrides, one error per mistake.
+"""Load a configuration: frozen dataclasses + YAML + dotted overrides; every mistake is a one-line error.
 
-Both stages (`preprocess`, `trainer`) describe their settings as frozen keyword-only dataclasses whose
-fields are made with `setting`. A value is text until the type of its field is known: a string setting is the text that
-was typed (`010`, `1e3`, `yes`, `runs/exp #2`, `${HOME}` stay as they are), and only numbers, switches, lists and
-mappings are read as such. Nothing is interpolated. pydantic checks the types; this module maps its errors to
-`ConfigError` and writes the table that `--help` prints.
+Both stages (`preprocess`, `trainer`) declare their settings as frozen keyword-only dataclasses whose fields are made
+with `setting`. A value stays text until the type of its field is known: a string setting is exactly what was typed
+(`010`, `1e3`, `yes`, `runs/exp #2`, `${HOME}` stay as they are), and only numbers, booleans, lists and mappings are
+parsed. Nothing is interpolated. pydantic checks the types; this module turns its errors into `ConfigError`.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from shards.cli.settings import ConfigT, check_settings, shown_value
 from shards.errors import ConfigError
 from shards.shown_text import masked_value
 
-_COMMAND_LINE = "command line"  # the source of layers that were typed
+_COMMAND_LINE = "command line"  # the source named in errors about typed settings
 _EXPECTED = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text",
              "list": "a list, e.g. [a, b]", "dict": "a mapping, e.g. {a: b}", "dataclass": "a section of settings"}
 
 
 class _TextLoader(yaml.SafeLoader):
-    """YAML whose plain values stay text, but for null: what they mean is for the field's type to say."""
+    """YAML whose plain values stay text, except null: the type of the field decides how to parse them."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
         start: [(tag, pattern) for tag, pattern in resolvers if tag == "tag:yaml.org,2002:null"]
@@ -37,7 +36,7 @@ class _TextLoader(yaml.SafeLoader):
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """As SafeLoader, which lets the last of two equal keys win without a word."""
+        """As SafeLoader, but duplicate keys are an error (SafeLoader silently keeps the last)."""
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for name in names:
             if names.count(name) > 1:
@@ -49,8 +48,8 @@ def load_config(schema: type[ConfigT], paths: str | Path | Sequence[str | Path] 
                 overrides: Sequence[str] = (), named: Mapping[str, Any] | None = None) -> ConfigT:
     """Defaults of `schema`, then the YAML files, then `named` options, then `key=value` overrides (later wins).
 
-    `named` maps dotted settings to values that are taken exactly as they are. Raises ConfigError naming the unknown
-    key and the nearest legal one, the value that has the wrong type, or the field out of range.
+    `named` maps dotted settings to values that are used unparsed. Raises ConfigError naming the unknown key and its
+    nearest match, the value of the wrong type, or the field out of range.
     """
     files = [paths] if isinstance(paths, str | Path) else paths or []
     layers = [(f"configuration {path}", _read_yaml(path)) for path in files]
@@ -70,7 +69,7 @@ def override_config(config: ConfigT, overrides: Sequence[str]) -> ConfigT:
 def config_from_dict(schema: type[ConfigT], values: Mapping[str, Any], source: str) -> ConfigT:
     """Inverse of `config_to_dict`; `source` is named in errors. Raises ConfigError like `load_config`.
 
-    Older versions stored settings of other types too, which nothing read: they are dropped.
+    Older versions also stored settings that the chosen `type` does not read; they are dropped.
     """
     types_again = {name: {"type": section["type"]} for name, _ in _typed_sections(schema)
                    if isinstance(section := values.get(name), Mapping) and "type" in section}
@@ -91,14 +90,14 @@ def config_changes(before: Any, now: Any) -> list[str]:
 
 def config_to_yaml(config: Any) -> str:
     """The configuration as YAML; `load_config` reads it back to an equal object."""
-    # Unicode stays escaped: YAML takes some of it, such as U+0085, for line breaks.
+    # Unicode stays escaped: YAML treats some characters, such as U+0085, as line breaks.
     text: str = yaml.safe_dump(config_to_dict(config), sort_keys=False, width=120)
     return text
 
 
 def _build(schema: type[ConfigT], layers: _Layers) -> ConfigT:
-    """Lay the layers over each other and make the configuration they describe."""
-    from pydantic import TypeAdapter, ValidationError  # a third of a second that --help need not wait for
+    """Merge the layers and build the configuration they describe."""
+    from pydantic import TypeAdapter, ValidationError  # importing takes 0.3 s, which --help should not wait for
 
     merged: dict[str, Any] = {}
     for source, layer in layers:
@@ -115,7 +114,7 @@ def _build(schema: type[ConfigT], layers: _Layers) -> ConfigT:
 
 
 def _check_names(schema: Any, layer: Mapping[Any, Any], source: str, prefix: str = "") -> None:
-    """Raise ConfigError for a setting that the schema does not have, or a lone value in the place of a section."""
+    """Raise ConfigError for an unknown setting, or for a single value where a section is expected."""
     fields = _field_types(schema)
     for key, value in layer.items():
         if key not in fields:
@@ -129,13 +128,14 @@ def _check_names(schema: Any, layer: Mapping[Any, Any], source: str, prefix: str
             _check_names(fields[key], value, source, f"{prefix}{key}.")
 
 
-_Layers = Sequence[tuple[str, dict[str, Any]]]  # (where it comes from, settings), the lowest first
+_Layers = Sequence[tuple[str, dict[str, Any]]]  # (source, settings), lowest priority first
 
 
 def _without_other_types(schema: Any, layers: _Layers) -> _Layers:
-    """The layers without the settings that do not apply (`only_for`) and that nobody meant to apply.
+    """Drop settings that the chosen `type` does not read (`only_for`), where they were not set for this run.
 
-    Those are settings below the layer that chooses the `type`, and of files above it, which may serve several types.
+    These are settings in layers below the one that chooses the `type`, and in files above it, which may serve several
+    types. Inapplicable settings on the command line stay, for `_refuse_other_types` to report.
     """
     kept = [(source, dict(layer)) for source, layer in layers]
     for name, section in _typed_sections(schema):
@@ -149,7 +149,7 @@ def _without_other_types(schema: Any, layers: _Layers) -> _Layers:
 
 
 def _refuse_other_types(config: Any, layers: _Layers) -> None:
-    """Raise ConfigError for a setting that the chosen `type` of its section does not read, unless it is the default."""
+    """Raise ConfigError for a setting that its section's `type` does not read, unless it has its default value."""
     for name, kind in _typed_sections(type(config)):
         section, default = getattr(config, name), kind()
         for field in dataclasses.fields(kind):
@@ -162,7 +162,7 @@ def _refuse_other_types(config: Any, layers: _Layers) -> None:
 
 
 def _typed_sections(schema: Any) -> Iterator[tuple[str, Any]]:
-    """Sections with settings that only some values of their `type` read."""
+    """Sections with settings that apply only to some values of their `type`."""
     for name, kind in _field_types(schema).items():
         if dataclasses.is_dataclass(kind) and any(field.metadata.get("only_for") for field in dataclasses.fields(kind)):
             yield name, kind
@@ -188,9 +188,9 @@ def _overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, An
 
 
 def _explain(problem: Any, layers: Sequence[tuple[str, Mapping[str, Any]]]) -> ConfigError:
-    """pydantic's first error as one line that says where the value came from and what is legal."""
+    """pydantic's first error as one line naming the value's source and what is legal."""
     if isinstance(inner := problem.get("ctx", {}).get("error"), ConfigError):
-        return inner  # of a section's own checks
+        return inner  # raised by a section's own checks
     place = [part for part in problem["loc"] if isinstance(part, str | int)]
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
     source = next((source for source, layer in reversed(layers) if _holds(layer, place)), "the configuration")
@@ -217,7 +217,7 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _nested(path: Sequence[str], value: Any) -> dict[str, Any]:
-    """`{"a": {"b": value}}` of the path a, b."""
+    """`{"a": {"b": value}}` for the path a, b."""
     for name in reversed(path):
         value = {name: value}
     assert isinstance(value, dict)
@@ -239,7 +239,7 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def _read_override(schema: Any, override: str) -> dict[str, Any]:
-    """`key=value` as a nested mapping; the field's type says whether the value is text."""
+    """`key=value` as a nested mapping; the field's type decides whether the value is text."""
     name, equals, text = override.partition("=")
     if not equals:
         raise ConfigError(f"override {shown_value(override)} is not of the form key=value (for example seed=1)")

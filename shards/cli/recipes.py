@@ -1,6 +1,6 @@
-"""The recipes: the YAML files of configs/, wherever MaskStream runs from, by name.
+"""Recipes: the YAML files of configs/, found by name wherever MaskStream is installed.
 
-In a checkout, `shards/configs` is a link to configs/ at its top; a wheel holds the files themselves there.
+In a checkout, `shards/configs` is a link to the top-level configs/; in a wheel it holds the files themselves.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ _SUFFIX = ".yaml"
 
 
 def recipe_folder() -> Path:
-    """The folder that holds the recipes: the only place that knows where it is."""
+    """The folder that holds the recipes; nothing else knows its location."""
     return Path(str(resources.files("shards"))) / "configs"
 
 
 def recipe_names() -> list[str]:
-    """`demo`, `backbones/vitb16` and so on, each as it is given to `--config`."""
+    """`demo`, `backbones/vitb16` and so on, as passed to `--config`."""
     folder = recipe_folder()
     found = [path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob(f"*{_SUFFIX}")]
     return sorted(found, key=lambda name: (name.count("/"), name))
 
 
 def recipe_path(name: str) -> Path:
-    """The file of a recipe. Raises ConfigError naming the nearest one."""
+    """The file of a recipe. Raises ConfigError naming the closest match."""
     wanted = _plain(name)
     if wanted not in recipe_names():
         raise ConfigError(f"there is no recipe {name!r}; {_hint(wanted)}")
@@ -36,14 +36,15 @@ def recipe_path(name: str) -> Path:
 
 
 def file_or_recipe(given: str) -> str:
-    """What `--config` names: a file, or else the recipe of that name or of that path in a checkout.
+    """Resolve a `--config` argument: an existing file, or else a recipe by name or by its path in a checkout.
 
-    Raises ConfigError when there is neither.
+    Raises ConfigError when it is neither.
     """
     if Path(given).exists():
         return given
     if _plain(given) not in recipe_names():
-        raise ConfigError(f"configuration file {given} does not exist, nor does such a recipe; {_hint(_plain(given))}")
+        raise ConfigError(f"configuration file {given} does not exist, and no recipe has that name; "
+                          f"{_hint(_plain(given))}")
     return str(recipe_path(given))
 
 
@@ -54,13 +55,13 @@ def _hint(wanted: str) -> str:
 
 
 def _plain(name: str) -> str:
-    """`demo` of demo, demo.yaml, configs/demo.yaml."""
+    """`demo` for demo, demo.yaml or configs/demo.yaml."""
     return str(PurePosixPath(name)).removeprefix("configs/").removesuffix(_SUFFIX)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="List the recipes that --config takes by name, or print one.")
-    parser.add_argument("name", nargs="?", help="the recipe to print, e.g. demo > my.yaml")
+    parser = argparse.ArgumentParser(description="List the recipes that --config accepts by name, or print one.")
+    parser.add_argument("name", nargs="?", help="recipe to print, e.g. demo > my.yaml")
     arguments = parser.parse_args()
     if arguments.name is not None:
         print(recipe_path(arguments.name).read_text(encoding="utf-8"), end="")

@@ -1,4 +1,4 @@
-"""Settings: fields of frozen dataclasses with a meaning, a unit and a legal range; `config_file` reads them."""
+"""Settings: dataclass fields that carry their meaning, unit and legal range; `config_file` loads them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from shards.files.outside_json import LARGEST_INTEGER
 from shards.shown_text import masked_value, shown
 
 ConfigT = TypeVar("ConfigT")
-_MAX_SHOWN = 80  # characters of a wrong value that an error repeats
+_MAX_SHOWN = 80  # characters of a wrong value quoted in an error
 
 
 def setting(default: Any, help: str, *, choices: Sequence[str] = (), minimum: float | None = None,
-         maximum: float | None = None, only_for: Sequence[str] = ()) -> Any:
-    """A documented field: `help` says meaning and unit; `choices` or a range are checked by `check_settings`.
+            maximum: float | None = None, only_for: Sequence[str] = ()) -> Any:
+    """A documented field: `help` gives meaning and unit; `check_settings` enforces `choices` and the range.
 
-    `only_for`: values of the section's field `type` that read this one; with another type it may not be set.
-    Lists, dicts and dataclass instances become a `default_factory`, as dataclasses demand.
+    `only_for`: values of the section's `type` that use this setting; with any other type it may not be set. Lists,
+    dicts and dataclass types become a `default_factory`, as dataclasses require.
     """
     metadata = {"help": help, "choices": tuple(choices), "minimum": minimum, "maximum": maximum,
                 "only_for": tuple(only_for)}
@@ -35,13 +35,13 @@ def setting(default: Any, help: str, *, choices: Sequence[str] = (), minimum: fl
 
 
 def place(help: str) -> Any:
-    """A setting that names a folder, file, URL or account of the user: unset by default, left out of exports."""
+    """A setting naming a folder, file, URL or account of the user: unset by default, left out of exports."""
     field: Any = setting(None, help)
     return dataclasses.field(default=None, metadata={**field.metadata, "is_place": True})
 
 
 def without_places(config: ConfigT) -> ConfigT:
-    """The configuration with each `place` unset, at any depth, for what is given to others."""
+    """The configuration with every `place` unset, at any depth, so that it can be shared."""
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(typing.cast(Any, config)):
         value = getattr(config, field.name)
@@ -92,9 +92,9 @@ def describe_config(schema: type[Any], prefix: str = "") -> Iterator[str]:
 
 
 def shown_value(value: Any) -> str:
-    """A wrong value as an error repeats it: short, without control characters and secrets."""
-    limited = reprlib.Repr()  # YAML's aliases, or a checkpoint, may spell a gigabyte of text in ten lines
+    """A wrong value as quoted in an error: short, without control characters or secrets."""
+    limited = reprlib.Repr()  # with YAML aliases, or in a checkpoint, ten lines can expand to a gigabyte of text
     limited.maxlevel, limited.maxstring, limited.maxother = 3, 10_000, 10_000
     short = repr(masked_value(value)) if isinstance(value, str) else limited.repr(value)
-    text = shown(short)  # before it is cut, or a mask might not see the end
+    text = shown(short)  # mask before truncating: a cut URL may no longer be recognised
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}… ({len(text)} characters)"

@@ -1,4 +1,4 @@
-"""Files without a name, for processes of one machine to share: who gets a descriptor can map it, no mount limits it."""
+"""Anonymous files for sharing memory between processes: mapped through a descriptor, not limited by any mount."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _IOV_MAX = 1024  # buffers in one call of writev
 
 
 def write_anonymous_file(name: str, pieces: Sequence[memoryview | bytes]) -> int:
-    """The descriptor of a new file with this content, in memory where the system has such (Linux). Raises OSError.
+    """Create a file with this content, in memory on Linux, and return its descriptor. Raises OSError.
 
-    `name` is for people who look into /proc.
+    `name` only appears in /proc.
     """
     descriptor = _new_file(name)
     try:
@@ -31,7 +31,7 @@ def _new_file(name: str) -> int:
 
 
 def _write_all(descriptor: int, pieces: Sequence[memoryview | bytes]) -> None:
-    """Written, not mapped and copied: where memory is short, writing is an error and touching a page is a crash."""
+    """Write instead of copying into a mapping: out of memory, a write fails cleanly but touching a page crashes."""
     left = [memoryview(piece) for piece in pieces if len(piece)]
     while left:
         written = os.writev(descriptor, left[:_IOV_MAX])

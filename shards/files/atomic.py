@@ -1,4 +1,4 @@
-"""Publish files whole: written under a temporary name, synced, then renamed. Errors name the file."""
+"""Write files atomically: under a temporary name, synced, then renamed. Errors name the file."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-# Of files of a shard set or a run, as `temporary_name` makes them; and of trainer.run.checkpoint_writer.
+# Names made by `temporary_name`, for files of a shard set or run, and by trainer.run.checkpoint_writer.
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp|\.checkpoint\.tmp")
 
 
 def write_atomically(path: Path, data: bytes, *, create: bool = False) -> None:
-    """Write a whole file under a temporary name, sync it, then rename: readers see all of it or nothing.
+    """Write a file under a temporary name, sync it, then rename it: readers see all of it or nothing.
 
-    With `create`, raises FileExistsError when the file is there, even if another process has just made it.
+    With `create`, raises FileExistsError when the file exists, even if another process has just created it.
     """
     _publish(path, lambda file: file.write(data), create)
 
 
 @contextlib.contextmanager
 def opened(source: Path | BinaryIO) -> Iterator[BinaryIO]:
-    """A file to read from its beginning, named or open; one that came open stays so."""
+    """A file, given by path or open, positioned at its beginning; one passed in open stays open."""
     if isinstance(source, Path):
         with source.open("rb") as file:
             yield file
@@ -41,12 +41,12 @@ def copy_atomically(source: Path | BinaryIO, path: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """Where this process writes a file before it gets its name."""
+    """Where this process writes a file before renaming it."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes had begun to write; nobody else may be writing to the folder."""
+    """Remove temporary files of killed processes; no other process may be writing to the folder."""
     for path in folder.glob(".*.tmp"):
         if _TEMPORARY.fullmatch(path.name):
             path.unlink(missing_ok=True)
@@ -54,13 +54,13 @@ def remove_leftovers(folder: Path) -> None:
 
 @contextlib.contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Give the OSErrors of what is done with a file its name: only those of opening it have one by themselves."""
+    """Add a file's name to OSErrors raised inside: by default, only errors of opening a file have one."""
     try:
         yield
     except OSError as error:
         if error.filename is not None:
             raise
-        if error.errno is None:  # a library's own; without a number its name would get lost between processes
+        if error.errno is None:  # raised by a library; without an errno, pickling would lose the file name
             raise OSError(errno.EIO, str(error), str(path)) from error
         error.filename = str(path)
         raise
@@ -73,13 +73,13 @@ def _publish(path: Path, fill: Callable[[BinaryIO], object], create: bool = Fals
 
 @contextlib.contextmanager
 def atomic_path(path: Path, *, create: bool = False) -> Iterator[Path]:
-    """A temporary name to write to, for libraries that want a name; at the end it is synced and becomes `path`.
+    """A temporary path to write to, for libraries that need a path; on exit it is synced and renamed to `path`.
 
-    After an error nothing is left. `create` as in `write_atomically`.
+    Nothing is left after an error. `create` as in `write_atomically`.
     """
     temporary = temporary_name(path)
     try:
-        temporary.unlink(missing_ok=True)  # of a killed process of the same number; or a link, which is not followed
+        temporary.unlink(missing_ok=True)  # left by a killed process with the same pid; or a link, not to be followed
         with naming(path):
             yield temporary
             with temporary.open("rb") as file:
@@ -94,19 +94,19 @@ def atomic_path(path: Path, *, create: bool = False) -> Iterator[Path]:
 
 
 def _link(temporary: Path, path: Path) -> None:
-    """Unlike a rename it refuses a name that is taken; where there are no links, looking first has to do."""
+    """Unlike a rename, a hard link never overwrites; without hard links, checking for existence has to suffice."""
     try:
         path.hardlink_to(temporary)
     except FileExistsError:
         raise
     except OSError:
         if path.exists():
-            raise FileExistsError(f"{path} is there already") from None
+            raise FileExistsError(f"{path} already exists") from None
         temporary.replace(path)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable (a no-op where folders cannot be opened, as on Windows)."""
+    """Make a rename in `folder` durable (no-op where folders cannot be opened, as on Windows)."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:

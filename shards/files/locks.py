@@ -1,4 +1,4 @@
-"""Locks that the system drops with the process, and what to do where the file system has none: warn, and go on."""
+"""File locks, released by the kernel when the process ends; on file systems without locks: warn and continue."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from shards.errors import ConfigError
 
 
 def open_lock(path: str | Path, folder: int | None = None) -> IO[str]:
-    """Open a lock file, to read and write, as it is; it is made where there is none. `folder` is a descriptor.
+    """Open a lock file for reading and writing, creating it if needed. `folder`: descriptor that `path` is relative to.
 
-    Raises ConfigError for a link, which may lead to anybody's file, and for all else that is no file.
+    Raises ConfigError for a symbolic link, which might lead to anyone's file, and for anything but a regular file.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
@@ -26,16 +26,17 @@ def open_lock(path: str | Path, folder: int | None = None) -> IO[str]:
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise
-        raise ConfigError(f"the lock {path} is a link, a folder or a socket, legal: a plain file; remove it") from error
+        raise ConfigError(f"the lock {path} is a link, a folder or a socket, legal: a regular file; remove "
+                          "it") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise ConfigError(f"the lock {path} is no plain file; remove it")
+        raise ConfigError(f"the lock {path} is not a regular file; remove it")
     return open(descriptor, "r+", encoding="utf-8")  # noqa: PTH123 - a descriptor
 
 
 def try_lock(file: IO[Any], *, shared: bool = False) -> OSError | None:
-    """Lock an open file. Returns the reason where that is not possible at all (ENOSYS, ENOLCK, EOPNOTSUPP and so on,
-    as network file systems answer). Raises BlockingIOError when another process has it."""
+    """Lock an open file. Returns the error if the file system has no locks (ENOSYS, ENOLCK, EOPNOTSUPP and the like, as
+    on network file systems). Raises BlockingIOError when another process holds the lock."""
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -45,8 +46,8 @@ def try_lock(file: IO[Any], *, shared: bool = False) -> OSError | None:
     return None
 
 
-def warn_unlocked(folder: Path, reason: OSError, advice: str = "take care that no other run uses it") -> None:
-    """Say that nobody keeps others out of the folder."""
+def warn_unlocked(folder: Path, reason: OSError, advice: str = "make sure that no other run uses it") -> None:
+    """Warn that the folder is not protected against other runs."""
     warnings.warn(f"{folder} cannot be locked ({reason}): {advice}", stacklevel=2)
 
 
@@ -57,7 +58,7 @@ def only_writer(path: Path, folder: Path) -> Iterator[None]:
         try:
             reason = try_lock(file)
         except BlockingIOError:
-            raise ConfigError(f"another run is writing {folder}; wait for it, or use another --output") from None
+            raise ConfigError(f"another run is writing to {folder}; wait for it, or choose another --output") from None
         if reason is not None:
             warn_unlocked(folder, reason)
         yield
@@ -65,9 +66,9 @@ def only_writer(path: Path, folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def among_writers(path: Path, tidy: Callable[[], None]) -> Iterator[None]:
-    """Several processes may write into the folder of the lock file `path`, which is made and, by the last one, removed.
+    """Hold a shared lock on `path` while writing into its folder; the last process to leave removes the lock file.
 
-    The one that finds no other there calls `tidy` first, so that this never takes what another is at.
+    A process that finds no other one calls `tidy` first, so that it never removes files that another is writing.
     """
     with open_lock(path) as file:
         with contextlib.suppress(BlockingIOError):
@@ -75,7 +76,7 @@ def among_writers(path: Path, tidy: Callable[[], None]) -> Iterator[None]:
             if reason is not None:
                 warn_unlocked(path.parent, reason)
             tidy()
-        with contextlib.suppress(OSError):  # waits for another's tidying; warned already where there are no locks
+        with contextlib.suppress(OSError):  # waits while another process tidies; without locks, we have warned already
             fcntl.flock(file, fcntl.LOCK_SH)
         try:
             yield

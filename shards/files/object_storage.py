@@ -1,7 +1,8 @@
 """Object storage and web servers through obstore: the `Storage` of s3://, gs://, az:// and https:// URLs.
 
-A read that is cut, stalls, trickles or meets a server error goes on from the byte reached, after a pause. One that
-cannot succeed (no such object, no permission) or has used up its tries raises StorageError naming object and offset.
+A read that breaks off, stalls, is too slow or meets a server error is resumed from the last byte received, after a
+pause. One that cannot succeed (no such object, no permission) or has used up its tries raises an error naming object
+and offset.
 """
 
 from __future__ import annotations
@@ -25,26 +26,26 @@ from shards.files.atomic import opened
 from shards.files.plain_file import check_size
 from shards.files.storage import LARGEST_WHOLE, RetryPolicy
 from shards.files.storage_errors import brief, is_transient, refused_by
-from shards.files.web import check_redirects, say_if_unprotected
+from shards.files.web import check_redirects, warn_if_unencrypted
 from shards.shown_text import MASK, masked
 
-_PIECE = 8 << 20  # bytes asked for in one request, and held twice at most
+_PIECE = 8 << 20  # bytes per request; at most twice as many are held
 _SETTINGS = ("AWS_", "GOOGLE_", "AZURE_", "MASKSTREAM_")
 _log = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
 
 
 class ObjectStorage:
-    """Object storage by URL. The client is made on first use, in each process; may be shared by threads."""
+    """Object storage by URL. Each process makes its client on first use; threads may share it."""
 
     def __init__(self, url: str, policy: RetryPolicy) -> None:
         location, _, self._query = url.partition("?")
         self._url, self.policy = f"{location.rstrip('/')}{'?' if self._query else ''}{self._query}", policy
         self._location = masked(location.rstrip("/"))
-        self._asked: set[str] = set()  # names whose redirects were looked at
-        self.retries = 0  # of this process, for the warnings
+        self._redirects_checked: set[str] = set()  # names
+        self.retries = 0  # of this process, for warnings
         self._store: Any = None
-        # A loader's fork server may have been started before these were set, and its children have its environment.
+        # Loader processes inherit their fork server's environment, which may have been started before these were set.
         self._settings = {name: value for name, value in os.environ.items() if name.startswith(_SETTINGS)}
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
@@ -52,7 +53,7 @@ class ObjectStorage:
         if length is None:
             length = self.size(name) - offset
             check_size(self.where(name), length, LARGEST_WHOLE)
-        while len(received) < length:  # in pieces, so that no single request takes long
+        while len(received) < length:  # in pieces, to keep each request short
             self._read_piece(name, offset, min(length, len(received) + _PIECE), received)
         return bytes(received)
 
@@ -81,14 +82,14 @@ class ObjectStorage:
             self._with_retries(name, 0, lambda: obstore.put(self._client(), name, data, use_multipart=False,
                                                          mode="create" if create else "overwrite"))
         except exceptions.AlreadyExistsError as error:
-            raise StorageError(f"{self.where(name)} is there already") from error
+            raise StorageError(f"{self.where(name)} already exists") from error
 
     def upload(self, name: str, source: Path | BinaryIO) -> None:
         self._check_writable()
 
         def put() -> None:
             with opened(source) as file:
-                obstore.put(self._client(), name, file)  # in parts when it is large; visible when all are there
+                obstore.put(self._client(), name, file)  # multipart if large; visible only once complete
 
         self._with_retries(name, 0, put)
 
@@ -113,23 +114,23 @@ class ObjectStorage:
 
     def _check_writable(self) -> None:
         if self._is_web:
-            raise ConfigError(f"{self.root} can only be read; write to a path, or to s3://, gs:// or az://")
+            raise ConfigError(f"{self.root} is read-only; write to a path, or to s3://, gs:// or az://")
 
     def _check_redirects(self, name: str) -> None:
-        if self._is_web and name not in self._asked:
+        if self._is_web and name not in self._redirects_checked:
             location, mark, query = self._url.partition("?")
             check_redirects(f"{location}/{name}{mark}{query}", self.policy.timeout)
-            self._asked.add(name)
+            self._redirects_checked.add(name)
 
     def _read_piece(self, name: str, offset: int, end: int, received: bytearray) -> None:
-        """Append bytes of an object until there are `end`, counted from `offset`."""
+        """Append an object's bytes to `received` until it has `end` of them; its first byte is at `offset`."""
 
         def read_rest() -> None:
             self._check_redirects(name)
             start = offset + len(received)
             answer = obstore.get(self._client(), name, options={"range": (start, offset + end)})
             if next(iter(answer.range)) != start:
-                raise exceptions.GenericError(f"asked for bytes from {start}, got {answer.range}")
+                raise exceptions.GenericError(f"requested bytes from {start}, got {answer.range}")
             for chunk in answer.stream(min_chunk_size=1):
                 received.extend(bytes(chunk)[: end - len(received)])
             if len(received) < end:
@@ -139,7 +140,7 @@ class ObjectStorage:
 
     def _with_retries(self, name: str, offset: int, call: Callable[[], _Value],
                       reached: Callable[[], str] = lambda: "") -> _Value:
-        """`call`, retrying transient errors. Raises FileNotFoundError; StorageError for all else."""
+        """Run `call`, retrying transient errors. Raises FileNotFoundError, or StorageError for other failures."""
         place = f"{self.where(name)} (offset {offset})"
 
         def warn(state: RetryCallState) -> None:
@@ -169,17 +170,17 @@ class ObjectStorage:
 
     def _client(self) -> Any:
         if _fork_broke_clients:
-            raise StorageError(f"{self.root}: this process was forked from one that had used object storage, which "
-                               "would hang; start workers with multiprocessing_context='forkserver' or 'spawn'")
+            raise StorageError(f"{self.root}: this process was forked from one that had used object storage, so its "
+                               "client would hang; start workers with multiprocessing_context='forkserver' or 'spawn'")
         if self._store is None:
             _note_client()
             os.environ.update(self._settings)
             pause = timedelta(seconds=self.policy.timeout)
-            say_if_unprotected(self._url)
+            warn_if_unencrypted(self._url)
             options = {"timeout": pause, "connect_timeout": pause, "read_timeout": pause,
                        "allow_http": not self._url.startswith("https:")}  # an endpoint in the environment may be one
             try:
-                # Its own retries are off: ours go on from the byte reached, for every cause, and say so.
+                # The client's own retries are off: ours resume mid-object, cover every cause, and are logged.
                 make: Callable[..., Any] = from_url
                 self._store = make(self._url, client_options=options,
                                    retry_config={"max_retries": 0, "retry_timeout": pause})
@@ -192,7 +193,7 @@ _clients_used = _fork_broke_clients = False
 
 
 def _note_client() -> None:
-    """From now on, a fork of this process has clients that hang."""
+    """From now on, clients would hang in forks of this process, so forks must refuse to use them."""
     global _clients_used
     if not _clients_used:
         _clients_used = True

@@ -1,4 +1,4 @@
-"""JSON that somebody else may have written: parsed, and built into our dataclasses, or refused in one line."""
+"""Untrusted JSON: parse it and build our dataclasses from it, or reject it with a one-line error."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any, TypeVar
 from shards.errors import ConfigError, MaskStreamError
 
 _Built = TypeVar("_Built")
-LARGEST_INTEGER = 2**62  # what numpy, and a sum of two, still holds
+LARGEST_INTEGER = 2**62  # the sum of two still fits int64
 _LONGEST_TEXT = 4096  # characters
-_DEEPEST = 32  # containers in one another, where anything goes
-_SHOWN = 80  # characters of a wrong value
+_DEEPEST = 32  # nesting depth of fields of type Any
+_SHOWN = 80  # characters of a wrong value quoted in errors
 _NAMES = {int: f"a whole number from 0 to {LARGEST_INTEGER}", str: f"text of at most {_LONGEST_TEXT} characters",
           dict: "an object", list: "a list"}
 
 
 def parse_json(data: bytes | str, name: str, error: type[MaskStreamError] = ConfigError) -> dict[str, Any]:
-    """The JSON object in `data`. Raises `error`, naming `name`, for any other text: malformed, nested thousands deep,
-    with numbers of thousands of digits."""
+    """Parse a JSON object. Raises `error`, naming `name`, for anything else: malformed, nested thousands deep, with
+    numbers of thousands of digits."""
     try:
         content = json.loads(data)
     except RecursionError:
@@ -30,14 +30,14 @@ def parse_json(data: bytes | str, name: str, error: type[MaskStreamError] = Conf
     except ValueError as problem:
         raise error(f"{name} is not valid JSON: {problem}") from problem
     if not isinstance(content, dict):
-        raise error(f"{name} must hold an object, it holds: {_shown(content)}")
+        raise error(f"{name} must hold a JSON object, but holds {_shown(content)}")
     return content
 
 
 def built(kind: type[_Built], value: Any, where: str = "") -> _Built:
-    """`kind`, a dataclass of whole numbers, texts and containers, from plain ones. Raises ValueError naming the field.
+    """Build the dataclass `kind` from plain containers, checking types. Raises ValueError naming the field.
 
-    Numbers are whole and not negative; a field of any type may be nested `_DEEPEST` deep.
+    Numbers must be non-negative integers; a field of type Any may be nested at most `_DEEPEST` deep.
     """
     made: _Built = _built(kind, value, where)
     return made
@@ -81,7 +81,7 @@ def _dataclass(kind: Any, value: Any, where: str) -> Any:
 
 @functools.cache
 def _fields(kind: Any) -> tuple[dict[str, Any], frozenset[str]]:
-    """Types of a dataclass's fields, and those that have no default."""
+    """(types of a dataclass's fields, names of those without a default)"""
     hints = typing.get_type_hints(kind)
     absent = dataclasses.MISSING
     needed = (field.name for field in dataclasses.fields(kind)
@@ -104,6 +104,6 @@ def _shown(value: Any) -> str:
         return f"a number of {value.bit_length()} bits"
     try:
         text = repr(value)
-    except (RecursionError, ValueError):  # nested, or numbers of too many digits, inside
+    except (RecursionError, ValueError):  # nested too deep, or a number in it has too many digits
         text = f"a {type(value).__name__}"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

@@ -1,4 +1,4 @@
-"""Open files that others named: only regular ones. A named pipe would hang, a device never end, a folder say EISDIR."""
+"""Open user-supplied paths, accepting only regular files: a named pipe would hang, a device might never end."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from shards.errors import StorageError
 from shards.files.atomic import naming
 
 LARGEST_PICTURE = 1 << 30  # bytes of an encoded image, or of a sample that holds one
-_MOST_AT_ONCE = 0x7FFFF000  # bytes; Linux reads no more in one call
-_OPEN_FILES = 256  # more than data.lanes, which read one shard each
+_MAX_READ = 0x7FFFF000  # bytes that Linux reads in one call
+_OPEN_FILES = 256  # more than data.lanes, each of which reads one shard
 _KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"),
           (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"))
 
 
 def open_plain(path: str | Path) -> int:
-    """A descriptor to read a regular file (or what a link leads to). Raises StorageError for others, and OSError.
+    """A descriptor for reading a regular file; links are followed. Raises StorageError for other kinds, and OSError.
 
-    Looked at before it is opened, as opening a device may do something, and after, as it may have been exchanged.
+    Checked before opening, as opening a device may have side effects, and after, as the file may have been replaced.
     """
     plain_size(path)
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
@@ -34,7 +34,7 @@ def open_plain(path: str | Path) -> int:
 
 
 def read_plain(path: str | Path, most: int) -> bytes:
-    """A whole regular file of at most `most` bytes. Raises StorageError, without reading, for others; OSError."""
+    """Read a regular file of at most `most` bytes. Raises StorageError, before reading, for any other; OSError."""
     with naming(path), open(open_plain(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         check_size(str(path), size, most)
@@ -42,20 +42,20 @@ def read_plain(path: str | Path, most: int) -> bytes:
 
 
 def plain_size(path: str | Path) -> int:
-    """Bytes of a regular file. Raises StorageError for others, and OSError."""
+    """Size in bytes of a regular file. Raises StorageError for other kinds, and OSError."""
     state = os.stat(path)  # noqa: PTH116
     _check_kind(state, path)
     return state.st_size
 
 
 def check_size(name: str, size: int, most: int) -> None:
-    """Raise StorageError for a file that is too large to be what it should be, and to be read whole."""
+    """Raise StorageError for a file that is too large to be what it claims, and too large to read into memory."""
     if size > most:
-        raise StorageError(f"{name} has {size} bytes, legal for a file read whole: at most {most}")
+        raise StorageError(f"{name} has {size} bytes, legal: at most {most} for a file read into memory")
 
 
 class OpenFiles:
-    """Files of a folder that stay open. Descriptors are this process's own, so it may be forked or pickled."""
+    """Keeps files of a folder open. Safe to fork and pickle: each process opens its own descriptors."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -63,15 +63,15 @@ class OpenFiles:
         self._owner = os.getpid()
 
     def read(self, name: str, offset: int, length: int) -> bytes:
-        """Some bytes of a file, fewer at its end. Raises as `open_plain`."""
+        """`length` bytes of a file from `offset`; fewer at its end. Raises as `open_plain`."""
         with naming(self.folder / name):
             data = os.pread(self._descriptor(name), length, offset)
-        if len(data) < _MOST_AT_ONCE:
+        if len(data) < _MAX_READ:
             return data
         return b"".join([data, self.read(name, offset + len(data), length - len(data))])
 
     def forget(self, name: str) -> None:
-        """Close a file that will be another one under its name."""
+        """Close a file that is about to be replaced."""
         if self._owner == os.getpid() and name in self._files:
             os.close(self._files.pop(name))
 

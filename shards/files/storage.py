@@ -1,10 +1,10 @@
-"""Where shard sets live: a folder, or object storage. Everything that reads or writes a set goes through here.
+"""Storage of shard sets: a folder or object storage. All reads and writes of a set go through here.
 
-    path                    reads are `pread`s; writes take a temporary name, are synced, then renamed
+    path                    reads by `pread`; writes go to a temporary name, are synced, then renamed
     s3://bucket/prefix      \\
-    gs://bucket/prefix       } obstore; credentials, region, endpoint and so on from the usual environment variables
+    gs://bucket/prefix       } obstore; credentials, region, endpoint etc. from the usual environment variables
     az://container/prefix   /  (AWS_*, GOOGLE_*, AZURE_*; the account is AZURE_STORAGE_ACCOUNT_NAME)
-    https://host/prefix     obstore, read only; redirects as `shards.files.web` says
+    https://host/prefix     obstore, read-only; redirects restricted by `shards.files.web`
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from shards.shown_text import MASK, is_masked, masked
 
 REMOTE_SCHEMES = ("s3", "gs", "az", "https", "http")
 READS_OF_DAMAGED = 4
-LARGEST_WHOLE = 4 << 30  # bytes; of what is read whole
+LARGEST_WHOLE = 4 << 30  # bytes; limit for reading a whole file into memory
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(//)?")
 _log = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
@@ -31,11 +31,11 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True, kw_only=True)
 class RetryPolicy:
-    """How long to try. A read takes at most about tries x (timeout + longest_pause) seconds before it fails."""
+    """Retry limits. A request fails for good after at most about tries x (timeout + longest_pause) seconds."""
 
     tries: int = 8
-    timeout: float = 30.0  # seconds for one request, its body included
-    longest_pause: float = 15.0  # seconds; pauses double from a fifth of a second, less a random part
+    timeout: float = 30.0  # seconds for one request, including its body
+    longest_pause: float = 15.0  # seconds; pauses start at 0.2 s and double, reduced by up to half at random
 
 
 class Storage(Protocol):
@@ -43,57 +43,58 @@ class Storage(Protocol):
 
     @property
     def root(self) -> str:
-        """Path or URL, for messages."""
+        """Path or URL of the set, for messages."""
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
-        """`length` bytes from `offset`, or all of them. May return fewer at the end of a local file.
+        """`length` bytes from `offset`, or all that follow. May return fewer at the end of a local file.
 
         Raises FileNotFoundError when there is no such blob, StorageError when it cannot be read.
         """
 
     def size(self, name: str) -> int:
-        """Bytes of a blob. Raises FileNotFoundError, and StorageError for what is no file."""
+        """Size of a blob in bytes. Raises FileNotFoundError, and StorageError when it is not a file."""
 
     def sizes(self) -> dict[str, int] | None:
-        """Bytes of each blob; None where the store cannot say."""
+        """Size of each blob in bytes; None if the storage cannot list them."""
 
     def write(self, name: str, data: bytes, *, create: bool = False) -> None:
-        """Publish a whole blob at once. With `create`, raises StorageError when it is there already."""
+        """Write a blob atomically. With `create`, raises StorageError when it already exists."""
 
     def upload(self, name: str, source: Path | BinaryIO) -> None:
-        """Publish the content of a file, named or open, as a blob, at once, however large."""
+        """Write the content of a file, given by path or open, to a blob, atomically, whatever its size."""
 
     def delete(self, name: str) -> None:
-        """Remove a blob, if it is there."""
+        """Delete a blob, if it exists."""
 
     def where(self, name: str) -> str:
-        """Path or URL, for messages."""
+        """Path or URL of a blob, for messages."""
 
 
 def open_storage(root: str | Path | Storage, policy: RetryPolicy | None = None) -> Storage:
-    """The storage at a path or URL. Raises ConfigError for schemes other than those above; no request is made."""
+    """The storage at a path or URL; makes no request. Raises ConfigError for other schemes than those above."""
     if not isinstance(root, str | Path):
         return root
     found = _URL.match(str(root))
     if isinstance(root, Path) or found is None or (found[2] is None and Path(root).exists()):
         return LocalStorage(Path(root))
     if found[2] is None and len(found[1]) > 1 and found[1].lower() not in (*REMOTE_SCHEMES, "pipe", "file"):
-        return LocalStorage(Path(root))  # a colon in a file name
+        return LocalStorage(Path(root))  # a file name with a colon
     if is_masked(root):
-        raise ConfigError(f"{root} has {MASK} where its credentials were, which are never stored; type the whole URL "
+        raise ConfigError(f"{root} has {MASK} in place of its credentials, which are never stored; pass the full URL "
                           "again, as data.root=URL, train.checkpoint_dir=URL or --output URL")
     named = str(root)[found.end():].strip("/")  # bucket and folder, or host and path
     if found[2] is None or not named or found[1].lower() not in REMOTE_SCHEMES:
-        raise ConfigError(f"{masked(root)!r} is not a place for shards, legal: a path, or a URL such as "
-                          "s3://bucket/folder, gs://, az:// and https:// likewise")
-    from shards.files.object_storage import ObjectStorage  # obstore and tenacity, which a folder does not need
+        raise ConfigError(f"{masked(root)!r} is not a supported location, legal: a path, or a URL such as "
+                          "s3://bucket/folder (likewise gs://, az:// and https://)")
+    from shards.files.object_storage import ObjectStorage  # imports obstore and tenacity, which folders do not need
 
     return ObjectStorage(str(root), policy or RetryPolicy())
 
 
 def read_checked(storage: Storage, name: str, check: Callable[[bytes], _Value], most: int = LARGEST_WHOLE) -> _Value:
-    """What `check` makes of a whole blob. From object storage it is read again when `check` raises CorruptShardError:
-    a bit may have flipped on the way. Raises StorageError, before reading, for more than `most` bytes."""
+    """Read a whole blob and return `check(data)`. From object storage it is read again when `check` raises
+    CorruptShardError, as a bit may have flipped in transit. Raises StorageError, before reading, for more than `most`
+    bytes."""
     size = storage.size(name)
     check_size(storage.where(name), size, most)
     tries = 1 if isinstance(storage, LocalStorage) else READS_OF_DAMAGED
@@ -113,14 +114,14 @@ def is_remote(root: str | Path) -> bool:
 
 
 class LocalStorage:
-    """A folder. Files stay open; descriptors are this process's own, so it may be forked or pickled."""
+    """A local folder. Keeps files open; safe to fork and pickle, as each process opens its own descriptors."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.root = folder, str(folder)
         self._files = OpenFiles(folder)
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
-        if length is None:  # opened anew: it may have been exchanged
+        if length is None:  # not through the open files: it may have been replaced
             return read_plain(self.folder / name, LARGEST_WHOLE)[offset:]
         return self._files.read(name, offset, length)
 
@@ -136,7 +137,7 @@ class LocalStorage:
         try:
             write_atomically(self.folder / name, data, create=create)
         except FileExistsError as error:
-            raise StorageError(f"{self.where(name)} is there already") from error
+            raise StorageError(f"{self.where(name)} already exists") from error
 
     def upload(self, name: str, source: Path | BinaryIO) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""JSON that every parser takes: it knows no NaN and no infinity, which Python would write all the same.
+"""Write standard JSON, which has no NaN or infinity (Python's encoder writes them by default).
 
-All JSON of this project is written here, but for the canonical form that hashes are taken over (`shards.manifest`).
+All JSON of this project is written here, except the canonical form used for hashing (`shards.manifest`).
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 
 
 def to_json(value: Any, *, indent: int | None = None, not_finite: Callable[[float], Any] = lambda number: None) -> str:
-    """`value` as JSON text; numbers that are not finite become what `not_finite` makes of them, null by default."""
+    """`value` as JSON text; non-finite numbers are replaced by `not_finite(number)`, by default null."""
     return json.dumps(_finite(value, not_finite), indent=indent, allow_nan=False)
 
 
 def nan_for_null(value: Any) -> Any:
-    """A record of numbers as it was before `to_json`: null was a number that is not finite."""
+    """Undo `to_json` for a record of numbers: every null becomes NaN."""
     if value is None:
         return math.nan
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Numbers recorded from the public reference code. Sizes come from the golden files, so another set runs unchanged."""
+"""Loss and evaluation against numbers recorded from the public reference code. Sizes come from the golden files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def assert_gradients_close(actual: Tensor, expected: Tensor) -> None:
 
 
 class MaskLossCase:
-    """The parts of `mask_loss_small` that the tests below share."""
+    """The parts of `mask_loss_small` shared by the tests below."""
 
     def __init__(self, info: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.info, self.tensors = info, tensors
@@ -239,7 +239,7 @@ class ToyModel:
 
 
 def reference_predictor(model: ToyModel, num_classes: int, crop: int, stride: int) -> Predictor:
-    """What `eval.reference=dinov3` gives users."""
+    """The behaviour that `eval.reference=dinov3` gives users."""
     settings = EvalConfig(reference="dinov3", crop_size=crop, stride=stride)
     return Predictor(model, RunConfig(eval=settings), num_classes, CPU)  # type: ignore[arg-type]
 

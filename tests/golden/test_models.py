@@ -1,4 +1,4 @@
-"""The networks against numbers recorded from the reference; sizes come from the golden files alone."""
+"""The networks against numbers recorded from the reference. Sizes come from the golden files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GRADIENT_NORM_FLOOR = 1e-6  # some gradients are zero but for rounding, because 
 
 
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors under `prefix`, without it."""
+    """The tensors whose names start with `prefix`, without the prefix."""
     return {name[len(prefix):]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
@@ -37,7 +37,7 @@ def assert_gradient(actual: Tensor | None, expected: Tensor, name: str) -> None:
 
 
 def assert_gradient_norms(module: nn.Module, expected: dict[str, float]) -> None:
-    """Every recorded norm, and nothing that trains is left out of the record."""
+    """Checks every recorded norm, and that every trainable parameter is recorded."""
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     assert trained.keys() == expected.keys()
     for name, norm in expected.items():
@@ -47,7 +47,7 @@ def assert_gradient_norms(module: nn.Module, expected: dict[str, float]) -> None
 
 
 def vit_from_meta(state: dict[str, Any], num_heads: int) -> DINOv3ViTModel:
-    """A ViT of the sizes that the weights under Meta's keys have (num_heads leaves no trace in shapes)."""
+    """A ViT with the sizes of the weights under Meta's keys (num_heads is not visible in shapes)."""
     gated = "blocks.0.mlp.w1.weight" in state
     has_bias = "blocks.0.attn.qkv.bias" in state
     return DINOv3ViTModel(DINOv3ViTConfig(

@@ -1,4 +1,4 @@
-"""The main job through its entry points: train, resume, two ranks, evaluate, predict, and stop on bad numbers."""
+"""The whole workflow through its entry points: train, resume, two ranks, evaluate, predict, stop on bad numbers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def tiny(root: Path, run: Path, *overrides: str) -> RunConfig:
 
 
 def losses(run: Path) -> list[dict[str, float]]:
-    """Per logged step everything but the timings."""
+    """Every logged step, without timings."""
     timings = ("images_per_second", "data_wait_share", "seconds_per_step", "memory_gb")
     records = [record for record in read_metrics(run) if record["kind"] == "train"]
     return [{name: value for name, value in record.items() if name not in timings} for record in records]
@@ -177,7 +177,7 @@ def test_a_run_of_which_only_the_best_is_left_goes_on_from_it(scene_shards: Path
 
 
 def test_the_best_so_far_is_known_after_a_resume(scene_shards: Path, finished: Path, tmp_path: Path) -> None:
-    """One that is not reached again stays, and with it its number."""
+    """A best score that is not reached again is kept, along with its checkpoint."""
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     for path in (run / "checkpoints").glob("*.pt"):
         content = torch.load(path, weights_only=True) | {"best_miou": 0.99}

@@ -1,4 +1,4 @@
-"""What is exported gives the same numbers again, through every door."""
+"""Exported models reproduce the same numbers through every way of loading them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HEADS = {"m2f": (), "linear": ("decoder_head.type=linear",), "eomt": EOMT}
 
 @pytest.fixture(scope="module", params=HEADS)
 def exported(request: pytest.FixtureRequest, scene_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with run/ (two steps of training) and exported/, by the command line."""
+    """A folder with run/ (two training steps) and exported/, made by the command line."""
     folder = tmp_path_factory.mktemp(f"export-{request.param}")
     train(tiny(scene_shards, folder / "run", "train.total_steps=2", *HEADS[request.param]), ALONE)
     result = run_program("trainer/export.py", "--checkpoint", folder / "run/checkpoints/best.pt", "--output",
@@ -76,7 +76,7 @@ def test_the_directory_predicts_what_the_checkpoint_predicts(exported: Path, tmp
 
 @pytest.mark.slow
 def test_the_program_needs_no_code_of_ours(exported: Path, tmp_path: Path) -> None:
-    """Another process, without the repository on its path, at sizes that were not traced."""
+    """In another process, without the repository on its path, at sizes that were not traced."""
     script = (
         "import sys, torch\n"
         "program = torch.export.load(sys.argv[1]).module()\n"
@@ -144,7 +144,7 @@ def test_a_damaged_or_foreign_export_is_refused(exported: Path, tmp_path: Path) 
 
 
 def test_no_setting_that_names_a_place_is_exported(tmp_path: Path) -> None:
-    """A new text setting either has choices, is known here to name none, or is unset in what is given to others."""
+    """Every new text setting must have choices, be listed here as naming no place, or be unset in exports."""
     harmless = {"data.train_split", "data.val_split"}
     overrides = {f"{prefix}{field.name}": "/secret/place" for prefix, field in text_fields(RunConfig())
                  if f"{prefix}{field.name}" not in harmless}

@@ -1,4 +1,4 @@
-"""Runs that start from a trained head, and evaluation and prediction with heads that other programs saved."""
+"""Runs that start from a trained head, and evaluation and prediction with heads saved by other programs."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from trainer.run.start import start_run
 
 
 def started(root: Path, folder: Path, *overrides: str) -> Run:
-    """A run as `train` has it before its first step."""
+    """A run as set up by `train`, before its first step."""
     config = tiny(root, folder, *overrides)
     return start_run(config, ALONE, run_places(config))
 
 
 @pytest.fixture(scope="module")
 def pretrained(scene_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps; its checkpoint is what the others start from."""
+    """A run of two steps, from whose checkpoint the others start."""
     folder = tmp_path_factory.mktemp("pretrained")
     train(tiny(scene_shards, folder, "train.total_steps=2"), ALONE)
     return folder
@@ -36,7 +36,7 @@ def pretrained(scene_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def full_model(scene_shards: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model as one file in Meta's layout, as another program would have saved it."""
+    """The same model as one file in Meta's layout, as another program would save it."""
     path = tmp_path_factory.mktemp("foreign") / "model_final.pth"
     checkpoint = load_latest(pretrained / "checkpoints")
     assert checkpoint is not None

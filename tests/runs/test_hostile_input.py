@@ -1,4 +1,4 @@
-"""What others wrote to do harm, or by mistake, ends in one line that names it, and takes neither memory nor time."""
+"""Malicious or malformed input ends in one line that names it, without using much memory or time."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Change = Callable[[Content], object]
 
 
 def change(*path: str | int, to: Any) -> Change:
-    """Set what lies at a path."""
+    """Set the value at a path."""
     def apply(content: Any) -> None:
         for part in path[:-1]:
             content = content[part]
@@ -175,9 +175,9 @@ def test_a_vit_file_that_names_block_a_billion_is_refused() -> None:
 
 def test_class_names_with_control_characters_are_refused_at_every_door() -> None:
     for name in ("\x1b[31mred", "a\x00b", "two\nlines", "\u202eevil", "\x9b", ""):
-        with pytest.raises(ValueError, match=r"legal: text without control characters"):
+        with pytest.raises(ValueError, match=r"legal: non-empty text without control characters"):
             ClassInfo(name=name, color=(0, 0, 0))
-    with pytest.raises(ConfigError, match=r"line 2: a class is named 'a\\x1b\[2J', legal: text"):
+    with pytest.raises(ConfigError, match=r"line 2: class name 'a\\x1b\[2J', legal: non-empty text"):
         parse_classes("sky\na\x1b[2J\n", "classes.txt")
     assert ClassInfo(name="Ärger, نَعَم 🛣", color=(0, 0, 0)).name.startswith("Ä")
 
@@ -195,10 +195,10 @@ def test_a_sample_larger_than_its_whole_split_is_refused_before_it_is_decoded(sc
 
 
 def test_an_image_named_by_dots_alone_is_left_over_with_a_reason() -> None:
-    """A folder's hidden files are not looked at; an archive's are."""
+    """Hidden files are skipped in a folder, but not in an archive."""
     rejected: list[tuple[str, str]] = []
     assert set(_by_stem({"images/...jpg": 1, "images/a.b.jpg": 1}, "images", (".jpg",), rejected)) == {"a.b"}
-    assert rejected == [("images/...jpg", "its name is nothing but dots and a suffix")]
+    assert rejected == [("images/...jpg", "its name consists only of dots and a suffix")]
 
 
 @pytest.mark.slow

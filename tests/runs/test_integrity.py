@@ -1,4 +1,4 @@
-"""No damaged byte of a checkpoint or an export is taken for weights, whichever door it comes through."""
+"""Damaged bytes in a checkpoint or an export are never used as weights, however they are loaded."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAME = "step-00000001.pt"
 
 
 def flip(path: Path, rng: random.Random) -> tuple[int, bytes]:
-    """Change one bit; returns its place and the sound content."""
+    """Flip one bit; returns its position and the original content."""
     sound = path.read_bytes()
     place = rng.randrange(8 * len(sound))
     damaged = bytearray(sound)
@@ -156,7 +156,7 @@ def test_a_hash_beside_other_peoples_files_counts_too(name: str, tmp_path: Path)
 
 
 def test_a_file_that_is_replaced_while_it_is_read_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """best.pt of a run that goes on."""
+    """best.pt of a run that continues."""
     written(tmp_path, tmp_path, 1, best=1)
     path, digest, files = tmp_path / "best.pt", "hashlib.file_digest", []
     import hashlib

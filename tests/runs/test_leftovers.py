@@ -1,4 +1,4 @@
-"""What is killed, with all its helpers at once, leaves nothing that the next start does not remove."""
+"""Whatever killed processes leave behind, the next start removes."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def temporary() -> Iterator[Path]:
-    """A TMPDIR of its own, whose path is short."""
+    """A separate TMPDIR with a short path."""
     folder = Path(tempfile.mkdtemp(prefix="left-", dir="/tmp"))
     yield folder
     shutil.rmtree(folder)
 
 
 def start(temporary: Path, *command: object) -> subprocess.Popen[str]:
-    """Programs, in a process group of their own."""
+    """Start programs in a process group of their own."""
     return subprocess.Popen([sys.executable, *map(str, command)], cwd=REPOSITORY, text=True, start_new_session=True,
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             env={**os.environ, "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"})
 
 
 def kill_all(process: subprocess.Popen[str]) -> None:
-    """kill -9 of the group, and of loader processes, each of which has a group of its own."""
+    """kill -9 the group, and the loader processes, each of which has its own group."""
     children = children_of(process.pid)
     loaders = [loader for child in children for loader in children_of(child)]
     os.killpg(process.pid, signal.SIGKILL)
@@ -71,7 +71,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def semaphores(temporary: Path) -> set[Path]:
-    """Those of the processes whose folders are in there, or were."""
+    """Semaphores of the processes whose folders are, or were, in `temporary`."""
     return {path for folder in temporary.glob("mstream-*") for path in SEMAPHORES.glob(f"sem.{folder.name}-*")}
 
 

@@ -1,4 +1,4 @@
-"""Prediction shows an image the way up that a viewer does."""
+"""Prediction shows images upright, as viewers do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What must not be stored, shown or raised: credentials in URLs, variables of the environment, control characters."""
+"""What must never be stored, shown or raised: credentials in URLs, environment variables, control characters."""
 
 from __future__ import annotations
 
@@ -85,12 +85,12 @@ def test_stored_configurations_hold_no_secrets_and_the_running_one_keeps_them() 
 
 
 def test_a_masked_place_says_what_to_type() -> None:
-    with pytest.raises(ConfigError, match=r"where its credentials were, which are never stored; type the whole URL"):
+    with pytest.raises(ConfigError, match=r"in place of its credentials, which are never stored; pass the full URL"):
         open_storage("https://***@host/set?***")
 
 
 def test_servers_and_clients_repeat_no_secrets(tmp_path: Path) -> None:
-    """Not even in the errors that ours were raised from."""
+    """Not even in the exceptions that caused ours."""
     with cloud_stub(tmp_path) as (address, asked):
         storage = open_storage(url_with_secrets(address), RetryPolicy(tries=1, timeout=5))
         with pytest.raises(FileNotFoundError) as missing:
@@ -125,7 +125,7 @@ def test_a_run_from_a_signed_url_leaves_the_signature_nowhere(scene_shards: Path
         if path.is_file():
             assert_clean(path.read_bytes().decode("latin-1"))
     again = load_run_config(run / "config.yaml", [])
-    with pytest.raises(ConfigError, match="type the whole URL again"):
+    with pytest.raises(ConfigError, match="pass the full URL again"):
         open_reader(again.data, "train")
 
 

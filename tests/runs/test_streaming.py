@@ -1,4 +1,4 @@
-"""Training from object storage: the same batches as from a folder, bit for bit, whatever happens on the way."""
+"""Training from object storage gives the same batches as from a folder, bit for bit, whatever the network does."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def largest_span(dataset: TrainCrops) -> int:
 
 @pytest.fixture(scope="session")
 def expected(scene_shards: Path) -> list[Batch]:
-    """36 samples of 24: one epoch and a half, from the folder."""
+    """36 samples of a set of 24: one and a half epochs, from the folder."""
     return batches(scene_shards)
 
 
@@ -117,7 +117,7 @@ def test_a_killed_server_that_comes_back_costs_time_only(
         with caplog.at_level(logging.WARNING):
             found += stream
         restart.join()
-        assert "going on from there" in caplog.text, "it did not notice"
+        assert "continuing from there" in caplog.text, "it did not notice"
         assert_same(found, expected)
 
 
@@ -132,7 +132,7 @@ def test_shards_that_vanish_end_all_ranks_with_one_error(s3_shards: str, tmp_pat
     assert run.wait(120) == 1
     run.assert_gone()
     errors = set(re.findall(r"^error: .*", run.text, re.MULTILINE))
-    told = rf"error: .*{s3_shards}/train-\d+\.tar \(offset \d+\): the manifest lists this shard, but it is not there"
+    told = rf"error: .*{s3_shards}/train-\d+\.tar \(offset \d+\): the manifest lists this shard, but it does not exist"
     assert any(re.match(told, error) for error in errors), run.text
     state = read_state(tmp_path / "run")
     assert state is not None and state.status == "failed" and state.step < 400
@@ -161,7 +161,7 @@ def test_a_server_that_stays_away_ends_the_run_in_bounded_time(
 def test_each_byte_is_fetched_once_an_epoch_and_ranks_make_up_the_same_batches(
     s3: FaultyProxy, s3_shards: str, ranks: int, workers: int, accumulation: int
 ) -> None:
-    """Two epochs of 24 samples in 6 steps of 8, as each worker of each rank reads them."""
+    """Two epochs of 24 samples in 6 steps of 8, as read by each worker of each rank."""
     reader = ShardReader(s3_shards, "train")
     size = sum(shard.bytes for shard in reader.info.shards)
     datasets = [[crops(s3_shards) for _ in range(workers)] for _ in range(ranks)]
@@ -202,7 +202,7 @@ def test_memory_is_bounded_and_too_little_of_it_costs_requests_only(
 
 
 class SlowReader:
-    """Samples of half a megabyte whose bytes are here before their request is over."""
+    """Samples of half a megabyte whose bytes arrive before their request is finished."""
 
     def fetch(self, numbers: Sequence[int]) -> list[bytes]:
         data = [bytes(1 << 19) for _ in numbers]
@@ -215,7 +215,7 @@ class SlowReader:
 
 @pytest.mark.parametrize(("budget", "least", "most"), [(6, 5, 7.5), (60, 30, 62)])
 def test_what_is_read_ahead_takes_no_more_memory_than_allowed(budget: int, least: float, most: float) -> None:
-    """Megabytes that are really there, of 40 spans of one: each has to go once before it was used up."""
+    """Peak memory in MiB, with 40 spans of two samples (1 MiB): with a small budget each is evicted half used."""
     ahead = ReadAhead(SlowReader(), budget << 20)  # type: ignore[arg-type]
     order = [(span, 2 * span + turn) for turn in range(2) for span in range(40)]
 
@@ -247,7 +247,7 @@ def test_requests_that_nobody_waits_for_any_more_count_until_they_are_over() -> 
 
 
 def test_the_first_batch_costs_no_more_late_in_a_run(s3: FaultyProxy, s3_shards: str) -> None:
-    """A million epochs on: nothing of what came before is read or counted through."""
+    """A million epochs in, nothing that came before is read or counted through."""
     asked = []
     for first in (0, 12 * 10**6):
         dataset = crops(s3_shards)
@@ -295,7 +295,7 @@ def test_a_run_whose_checkpoints_are_in_object_storage_goes_on_bit_for_bit(
 
 
 def damaged(shards: Path, folder: Path, samples: list[int]) -> Path:
-    """A copy of a set in which some training samples are not what was written."""
+    """A copy of a set with some damaged training samples."""
     copied = Path(shutil.copytree(shards, folder))
     reader = ShardReader(shards, "train")
     for number in samples:
@@ -357,7 +357,7 @@ def test_without_any_good_sample_there_is_an_error(scene_shards: Path, tmp_path:
 
 
 def samples_of(batches: list[Batch]) -> list[tuple[str, bytes, bytes]]:
-    """Each sample on its own: key, pixels, segment map."""
+    """Each sample separately: key, pixels, segment map."""
     return [(key, image.numpy().tobytes(), segments.numpy().tobytes()) for batch in batches
             for key, image, segments in zip(batch.keys, batch.images, batch.segment_maps, strict=True)]  # type: ignore[arg-type]
 
@@ -366,7 +366,8 @@ def samples_of(batches: list[Batch]) -> list[tuple[str, bytes, bytes]]:
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_a_damaged_sample_gives_way_to_the_next_of_its_global_batch(scene_shards: Path, tmp_path: Path, batch: int,
                                                                     workers: int) -> None:
-    """Whatever the size of a micro-batch, 1 too; and for any ranks, as all take micro-batches of this sequence."""
+    """For any micro-batch size, including 1; and for any number of ranks, which all take micro-batches of this
+    sequence."""
     whole = samples_of(batches(scene_shards, range(24), crop_size=48))  # 48 samples, in places
     plan = crops(scene_shards, 1).plan
     bad = [plan.sample_at(place).sample for place in (2, 3, 11, 12)]  # neighbours; a last and a first of a global batch

@@ -1,4 +1,4 @@
-"""Machines as they are: no locks, full disks, terminals without Unicode, processes that were killed."""
+"""Real machines: no locks, full disks, terminals without Unicode, killed processes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def no_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.usefixtures("no_locks")
 def test_where_files_cannot_be_locked_all_go_on_with_a_warning(scenes: Path, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"set cannot be locked \(.*\): take care that no other run uses it"):
+    with pytest.warns(UserWarning, match=r"set cannot be locked \(.*\): make sure that no other run uses it"):
         make_shards(tmp_path / "set", scenes)
     with pytest.warns(UserWarning, match=r"mirror cannot be locked"):
         assert copy_set(tmp_path / "set", tmp_path / "mirror") == 7
@@ -59,7 +59,7 @@ def test_where_files_cannot_be_locked_all_go_on_with_a_warning(scenes: Path, tmp
 
 
 def test_a_lock_that_another_holds_is_still_refused(tmp_path: Path) -> None:
-    refused = pytest.raises(ConfigError, match=f"another run is writing {tmp_path}")
+    refused = pytest.raises(ConfigError, match=f"another run is writing to {tmp_path}")
     with only_writer(tmp_path / "lock", tmp_path), refused, only_writer(tmp_path / "lock", tmp_path):
         pass
 

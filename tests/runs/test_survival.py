@@ -1,4 +1,4 @@
-"""Runs that meet signals, dead and hanging processes, short memory, bad numbers: what they say, and that they go on."""
+"""Runs that meet signals, dead or hanging processes, lack of memory, bad numbers: their messages, and recovery."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_ranks_stop_together_and_go_on_bit_for_bit(scene_shards: Path, tmp_path:
 
 
 def test_each_start_of_the_ranks_has_keys_of_its_own() -> None:
-    """In a store that holds what dead ranks wrote: an answered greeting, and one that nobody answered."""
+    """With a store that holds what dead ranks wrote: one greeting that was answered and one that was not."""
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     stale = store.add("greetings/1", 1)
     store.set(f"answers/1/{stale}", "start-1")
@@ -278,7 +278,7 @@ def test_loading_may_take_any_time_but_silence_may_not() -> None:
 
 
 def wait_for_lock(run: TrainingRun) -> None:
-    """Until a rank holds the run's folder: data and model begin to load."""
+    """Wait until a rank holds the run's folder and starts loading data and model."""
     deadline = time.monotonic() + 90
     while not (run.folder / ".lock").exists():
         assert time.monotonic() < deadline and run.process.poll() is None, run.text
@@ -338,7 +338,7 @@ def test_a_store_that_cannot_be_reached_ends_the_rank(monkeypatch: pytest.Monkey
 
 
 def test_a_rank_whose_launcher_died_before_it_began_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the kernel was asked to watch the launcher: nobody listens at its store any more."""
+    """Before the kernel was asked to watch the launcher; nobody listens at its store any more."""
     monkeypatch.setattr(stopping, "die_with_parent", lambda: None)
     with socket.create_server(("localhost", 0)) as store:
         for name, value in (("LOCAL_RANK", "0"), ("RANK", "0"), ("TORCHELASTIC_USE_AGENT_STORE", "True"),
@@ -388,7 +388,7 @@ def test_a_single_process_that_hangs_ends(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.stress
 def test_other_nodes_continue_the_same_batches(scene_shards: Path, tmp_path: Path) -> None:
-    """`torchrun --nnodes 1:2`: two nodes begin, one is lost, the other goes on alone with twice the accumulation."""
+    """`torchrun --nnodes 1:2`: two nodes start, one is lost, the other continues alone with twice the accumulation."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -459,7 +459,7 @@ def tiny_run(root: Path, folder: Path) -> Any:
 
 
 def with_bad_image(monkeypatch: pytest.MonkeyPatch, micro_batch: int) -> None:
-    """One micro-batch's pixels are NaN, whenever it is computed."""
+    """The pixels of one micro-batch are NaN, whenever it is computed."""
     real = loop.prepare_images
 
     def prepare(batch: Any, config: Any) -> torch.Tensor:

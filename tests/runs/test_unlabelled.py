@@ -1,4 +1,4 @@
-"""No labelled pixel, and numbers that do not exist: refused at the start, null in every JSON, shown all the same."""
+"""No labelled pixels, and non-finite numbers: refused at the start, null in all JSON, and still displayed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def tiny(root: Path, run: Path, *overrides: str) -> RunConfig:
 
 
 def strict(text: str) -> Any:
-    """As every other language reads it."""
+    """Parse JSON as strictly as other languages do."""
     def refuse(token: str) -> None:
         raise AssertionError(f"{token} is not JSON")
 
@@ -77,7 +77,7 @@ def test_a_run_without_a_miou_is_recorded_shown_and_reported(scene_shards: Path,
 
 @pytest.fixture
 def unlabelled(scene_shards: Path, tmp_path: Path) -> Path:
-    """The scenes, as an older version would have published them with a val split that is all ignored."""
+    """The scenes, as an older version would have published them with a fully ignored val split."""
     root = Path(shutil.copytree(scene_shards, tmp_path / "shards"))
     manifest = load_manifest(root)
     nothing = [0] * manifest.num_classes

@@ -1,4 +1,4 @@
-"""Watching a run: the log line, state.json, status.py, the record's events, Weights & Biases and report.html."""
+"""Monitoring a run: log lines, state.json, status.py, recorded events, Weights & Biases and report.html."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def tiny(root: Path, run: Path, *overrides: str) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def finished(scene_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of four steps, evaluated twice."""
+    """A finished run of four steps with two evaluations."""
     run = tmp_path_factory.mktemp("runs") / "finished"
     train(tiny(scene_shards, run, "train.eval_every=2"), ALONE)
     return run
@@ -74,7 +74,7 @@ def test_durations_have_two_units(seconds: float, text: str) -> None:
 
 
 def test_a_board_that_cannot_be_closed_holds_up_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TensorBoard's own thread dies on a full disk, and closing waits for it for ever."""
+    """TensorBoard's thread dies on a full disk, and closing would wait for it forever."""
     import threading
 
     monkeypatch.setattr("trainer.reporting.run_logger._BOARD_SECONDS", 0.1)
@@ -108,7 +108,7 @@ def test_a_held_lock_means_that_it_runs(host: str, in_use: bool | None, old: boo
 
 
 def test_a_run_that_evaluates_for_hours_is_not_lost(tmp_path: Path) -> None:
-    """What a script that queues jobs is told."""
+    """The exit codes that a job scheduling script sees."""
     state = dataclasses.replace(STATE, status="running", host=socket.gethostname(), pid=os.getpid(), updated=1e9)
     with lock_run_folder(tmp_path):
         write_state(tmp_path, state)
@@ -175,7 +175,7 @@ def test_a_state_comes_back_as_it_was_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    (b"{", "not valid JSON"), (b"\xff", "not valid JSON"), (b"[1]", "must hold an object"),
+    (b"{", "not valid JSON"), (b"\xff", "not valid JSON"), (b"[1]", "must hold a JSON object"),
     ({"status": "asleep"}, "'status' is 'asleep', legal: running, stopped, failed, finished"),
     ({"step": "3"}, "field 'step' is '3', legal: int"), ({"step": True}, "field 'step' is True"),
     ({"total_steps": 0}, "'total_steps' is 0, legal: from 1 to"), ({"updated": float("nan")}, "legal: from 0 to"),
@@ -392,7 +392,7 @@ def test_tensorboard_has_losses_per_layer_speed_validation_and_pictures(finished
 
 
 class FakeWandb(ModuleType):
-    """What of wandb is used; remembers what it was given."""
+    """The part of wandb's API that is used; records what it receives."""
 
     class Error(Exception):
         pass
@@ -451,7 +451,7 @@ def test_wandb_that_is_absent_or_refuses_is_a_clear_error(tmp_path: Path, monkey
 
 
 class Page(HTMLParser):
-    """Tags, attributes and text of a page."""
+    """Tags, attributes and text of an HTML page."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()

@@ -76,7 +76,7 @@ class Account:
 
 def chaos(root: Path, folder: Path, kills: int, steps: int, seed: int, kinds: tuple[str, ...] = DECK,
           ranks: tuple[int, ...] = (2,)) -> Account:
-    """The whole experiment. Raises AssertionError when the two runs do not end alike."""
+    """The whole experiment. Raises AssertionError when the two runs end differently."""
     evaluations = (f"train.eval_every={EVAL_EVERY}", "eval.stride=8", "eval.max_images=null")  # long enough to be met
     settings = (f"train.total_steps={steps}", "train.checkpoint_every=3", "data.workers=1", "train.keep_checkpoints=3",
                 *(evaluations if "evaluation" in kinds else (f"train.eval_every={steps}",)),
@@ -101,7 +101,7 @@ def chaos(root: Path, folder: Path, kills: int, steps: int, seed: int, kinds: tu
 
 
 def evaluated_steps(folder: Path) -> set[int]:
-    """Steps whose evaluation is in the run's record."""
+    """Steps with an evaluation in the run's record."""
     try:
         lines = (folder / "metrics.jsonl").read_text(errors="replace").splitlines()
     except OSError:
@@ -110,7 +110,7 @@ def evaluated_steps(folder: Path) -> set[int]:
 
 
 def assert_close_ends(one: Path, other: Path) -> None:
-    """Two finished runs have the same weights up to the rounding of sums in another order."""
+    """Two finished runs have equal weights, up to rounding from a different order of summation."""
     import torch
 
     ours, theirs = final_state(one), final_state(other)
@@ -120,7 +120,7 @@ def assert_close_ends(one: Path, other: Path) -> None:
 
 
 def mount_small_disk(folder: Path) -> bool:
-    """A tmpfs of its own for the run, where that is allowed."""
+    """A separate tmpfs for the run, where permitted."""
     command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MEGABYTES}m", "tmpfs", str(folder)]
     try:
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
@@ -164,7 +164,7 @@ class _Disturber:
         return self.account
 
     def _ran_on(self, seconds: float) -> bool:
-        """Wait for a new step and some seconds; False when the run is done meanwhile."""
+        """Wait for a new step and some seconds more; False if the run finishes first."""
         before, deadline = newest_step(self.folder), time.monotonic() + _PATIENCE
         while newest_step(self.folder) == before and self.run.process.poll() is None:
             assert time.monotonic() < deadline, self.run.text
@@ -218,7 +218,7 @@ class _Disturber:
         self.run = self._start()
 
     def _reaches_evaluation(self) -> bool:
-        """Wait until an evaluation has begun; False when the run ends before."""
+        """Wait until an evaluation has started; False if the run finishes first."""
         deadline = time.monotonic() + _PATIENCE
         while True:
             step = newest_step(self.folder)
@@ -230,7 +230,7 @@ class _Disturber:
             time.sleep(0.01)
 
     def _survives(self, pid: int) -> bool:
-        """kill -9 a process of the run, whatever it is, and see it go on."""
+        """kill -9 some process of the run, and check that the run continues."""
         began, step = time.monotonic(), newest_step(self.folder)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -251,7 +251,7 @@ class _Disturber:
         return True
 
     def _starts(self) -> list[int]:
-        """The steps that all starts so far began at."""
+        """The first step of every start so far."""
         return [int(found or 0) for run in self.logs for found in _STARTED.findall(run.text)]
 
     def _damage_newest(self) -> None:

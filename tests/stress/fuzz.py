@@ -30,7 +30,7 @@ LARGEST = 100_000_000  # bytes that a decoder may take for inputs of some 10 KB
 
 
 def decoders(root: Path) -> dict[str, tuple[bytes, Callable[[bytes], object]]]:
-    """name -> (a sound input, what reads it)"""
+    """name -> (valid input, function that reads it)"""
     reader, index_name = ShardReader(root, "train"), "train.index"
     span = reader.fetch([0])[0]
     payload = span[span.index(b".mp\x00") // 512 * 512 + 512 :]
@@ -66,7 +66,7 @@ def decoders(root: Path) -> dict[str, tuple[bytes, Callable[[bytes], object]]]:
 
 
 class Overlaid(LocalStorage):
-    """A folder, with other content for some of its files."""
+    """A folder in which some files have other content."""
 
     def __init__(self, folder: Path, content: dict[str, bytes]) -> None:
         super().__init__(folder)
@@ -80,7 +80,7 @@ class Overlaid(LocalStorage):
 
 
 def mutated(data: bytes, rng: np.random.Generator) -> bytes:
-    """A few bytes changed, removed, repeated or taken from elsewhere."""
+    """Change, remove, repeat or move a few bytes."""
     changed = bytearray(data)
     for _ in range(int(rng.integers(1, 6))):
         place, length = int(rng.integers(0, len(changed) or 1)), int(rng.integers(1, 40))
@@ -99,7 +99,7 @@ def mutated(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def fuzz(root: Path, inputs: int, seed: int = 0) -> Counter[str]:
-    """Outcomes by decoder. Raises what a decoder should not have raised; MemoryError when one took too much."""
+    """Outcomes by decoder. Re-raises illegal exceptions; raises MemoryError if a decoder used too much."""
     outcomes: Counter[str] = Counter()
     tracemalloc.start()
     try:

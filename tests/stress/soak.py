@@ -45,7 +45,7 @@ FAULTS = (cut, flip, short, unavailable, internal_error, stall, trickle)
 
 
 def train_and_note(root: str, folder: Path) -> None:
-    """The run of one process: trainer.loop, with a line per step in keys.jsonl."""
+    """The run of one process: trainer.loop, with one line per step in keys.jsonl."""
     import torch
 
     from trainer import loop
@@ -71,7 +71,7 @@ def train_and_note(root: str, folder: Path) -> None:
 
 
 def noted_steps(folder: Path) -> dict[int, dict[str, Any]]:
-    """What the last process to reach each step saw; a line that a kill cut short does not count."""
+    """What the last process to reach each step saw; a line truncated by a kill does not count."""
     found: dict[int, dict[str, Any]] = {}
     for line in (folder / "keys.jsonl").read_text().splitlines():
         try:
@@ -94,7 +94,7 @@ def child(root: str, folder: Path) -> subprocess.Popen[bytes]:
 
 
 def disturb(proxy: FaultyProxy, rng: random.Random, stop: threading.Event, bursts: list[int]) -> None:
-    """A few faults every now and then, and a note of how many."""
+    """Inject a few faults now and then, and count them."""
     while not stop.wait(rng.uniform(1.0, 5.0)):
         if proxy.faults:  # nobody is reading: faults would pile up beyond any patience
             continue
@@ -138,7 +138,7 @@ def soak(minutes: float, seed: int) -> None:
 
 
 def run_and_kill(folder: Path, seconds: float, rng: random.Random) -> int:
-    """Train for so long, killing the run and starting it again; how many kills."""
+    """Train for a given time, killing and restarting the run; returns the number of kills."""
     kills, ends = 0, time.monotonic() + seconds
     with tqdm(total=round(seconds), unit="s", disable=None) as bar:
         while (left := ends - time.monotonic()) > 0:

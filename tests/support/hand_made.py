@@ -1,4 +1,4 @@
-"""Small shard sets written sample by sample, for what no image folder would give."""
+"""Small shard sets written sample by sample, for content that no image folder would produce."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def jpeg(height: int, width: int) -> bytes:
 
 
 def write_set(root: Path, shards: Sequence[Sequence[bytes]], size: tuple[int, int] = (64, 64)) -> Path:
-    """A set with one split "train" of crops; `shards` holds each shard's images, their masks are all of class 0."""
+    """A set with one split "train" of crops; `shards` lists each shard's images, whose masks are all class 0."""
     root.mkdir(parents=True, exist_ok=True)
     record = encode_rle(np.zeros(size, np.uint8))
     infos, index = [], b""
@@ -47,7 +47,7 @@ def write_set(root: Path, shards: Sequence[Sequence[bytes]], size: tuple[int, in
 
 
 def write_manifest(root: Path, shards: list[ShardInfo], index: bytes, samples: int, size: tuple[int, int]) -> None:
-    """The index and the manifest of `write_set`."""
+    """Write the index and manifest for `write_set`."""
     (root / "train.index").write_bytes(index)
     split = SplitInfo(
         kind="crops", images=samples, samples=samples, shards=shards, class_pixels=[samples * size[0] * size[1], 0],

@@ -1,4 +1,4 @@
-"""Ways to make the loss a little wrong, for tests of the tests: each comparison has to notice those that concern it."""
+"""Small mistakes to plant in the loss, to test the tests: every comparison must notice the ones that concern it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _PLACES: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
 
 
 def mutate(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Make one part of the loss wrong until the test's end."""
+    """Make one part of the loss wrong until the end of the test."""
     if name == "gradient of factors":
         right = mask_gradients._FactorGradients.backward
         monkeypatch.setattr(mask_gradients._FactorGradients, "backward",
@@ -66,7 +66,7 @@ def mutate(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 
 def _blur_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if sums over points were taken in low precision: what matters is that they are off, in bf16 only."""
+    """As if sums over points had low precision: all that matters is that they are off, in bf16 only."""
     right = matcher.HungarianMatcher.costs
 
     def blurred(self: Any, predictions: Any, *rest: Any) -> torch.Tensor:

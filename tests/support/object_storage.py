@@ -1,4 +1,4 @@
-"""A real S3 server on the loopback, and a proxy before it that does what networks do."""
+"""A real S3 server on the loopback interface, and a proxy that behaves like a bad network."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def free_ports(count: int) -> list[int]:
 
 
 class S3Server:
-    """SeaweedFS. May be stopped and started again: it keeps its ports and its data."""
+    """SeaweedFS. May be stopped and restarted: it keeps its ports and data."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.ports = folder, free_ports(8)
@@ -48,7 +48,7 @@ class S3Server:
 
     @property
     def web(self) -> str:
-        """Its plain HTTP side: objects under /buckets/<bucket>/<key>."""
+        """Its plain HTTP interface: objects under /buckets/<bucket>/<key>."""
         return f"http://127.0.0.1:{self.ports[5]}"
 
     def start(self) -> None:
@@ -102,9 +102,9 @@ Fault = Callable[[bytes, socket.socket], bytes | None]
 
 
 class FaultyProxy:
-    """Forwards TCP to a server. `faults` are used up one by one, each by a response that has a body of its size.
+    """Forwards TCP to a server. Each fault in `faults` is used once, by a response with a body of its size.
 
-    `fault(part, client)` sees each part of such a response. Connections are as many as the client likes.
+    `fault(part, client)` sees each part of such a response. The number of connections is up to the client.
     """
 
     def __init__(self, target: int, delay: float = 0.0) -> None:
@@ -123,7 +123,7 @@ class FaultyProxy:
             request_queue_size = 64
 
             def handle_error(self, request: object, client_address: object) -> None:
-                """A closed connection is what this proxy is for."""
+                """Closed connections are normal for this proxy."""
 
         self._server = Server(("127.0.0.1", 0), Handler)
         self.port = self._server.server_address[1]
@@ -140,7 +140,7 @@ class FaultyProxy:
         self._thread.join()
 
     def _serve(self, client: socket.socket) -> None:
-        """Requests of one connection, one after the other; a request ends where its header does (GET) or its body."""
+        """Requests of one connection, one by one; a request ends with its header (GET) or its body."""
         try:
             with socket.create_connection(("127.0.0.1", self.target), timeout=60) as server:
                 while request := _message(client):
@@ -166,7 +166,7 @@ class FaultyProxy:
 
 
 def _message(connection: socket.socket, is_head: bool = False) -> bytes:
-    """One HTTP message, header and body; nothing when the peer has closed."""
+    """One HTTP message, header and body; empty when the peer has closed."""
     data = b""
     while b"\r\n\r\n" not in data:
         part = connection.recv(1 << 16)
@@ -189,12 +189,12 @@ def _message(connection: socket.socket, is_head: bool = False) -> bytes:
 
 
 def cut(answer: bytes, client: socket.socket) -> None:
-    """The connection ends in the middle of the body."""
+    """The connection ends mid-body."""
     client.sendall(answer[: _body(answer) + (len(answer) - _body(answer)) // 2])
 
 
 def stall(answer: bytes, client: socket.socket) -> None:
-    """Half the body, then nothing, until the client gives up."""
+    """Send half the body, then nothing until the client gives up."""
     cut(answer, client)
     client.settimeout(30)
     with contextlib.suppress(OSError):
@@ -202,7 +202,7 @@ def stall(answer: bytes, client: socket.socket) -> None:
 
 
 def trickle(answer: bytes, client: socket.socket) -> None:
-    """A byte now and then: never silent for long, never done."""
+    """Trickle: send a byte now and then, never silent for long and never done."""
     client.sendall(answer[: _body(answer)])
     with contextlib.suppress(OSError):
         for number in range(_body(answer), len(answer)):
@@ -211,13 +211,13 @@ def trickle(answer: bytes, client: socket.socket) -> None:
 
 
 def flip(answer: bytes, client: socket.socket) -> bytes:
-    """One bit of the body is another."""
+    """Flip one bit of the body."""
     place = (_body(answer) + len(answer)) // 2
     return answer[:place] + bytes([answer[place] ^ 4]) + answer[place + 1 :]
 
 
 def short(answer: bytes, client: socket.socket) -> bytes:
-    """A body that claims to be whole, and is not."""
+    """A truncated body that claims to be complete."""
     header, body = answer.split(b"\r\n\r\n", 1)
     kept = body[: len(body) // 2]
     lines = [b"Content-Length: %d" % len(kept) if line.lower().startswith(b"content-length") else line
@@ -231,7 +231,7 @@ def unavailable(answer: bytes, client: socket.socket) -> bytes:
 
 
 def internal_error(answer: bytes, client: socket.socket) -> bytes:
-    """500."""
+    """500 Internal Server Error."""
     return b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n"
 
 
@@ -243,8 +243,10 @@ def _body(answer: bytes) -> int:
 
 
 class CloudStub(http.server.BaseHTTPRequestHandler):
-    """Answers reads of a folder's files as Azure Blob Storage (/account/container/key) and Google Cloud Storage
-    (/bucket/key) do: enough to see which keys a client asks for, not whether it may."""
+    """Serves a folder's files like Azure Blob Storage (/account/container/key) and Google Cloud Storage (/bucket/key).
+
+    Enough to see which keys a client requests; permissions are not checked.
+    """
 
     protocol_version = "HTTP/1.1"
     folder: Path
@@ -295,7 +297,7 @@ class CloudStub(http.server.BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def cloud_stub(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """(its address, the paths that it was asked for)"""
+    """(its address, the paths requested from it)"""
     handler = type("Handler", (CloudStub,), {"folder": folder, "asked": []})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

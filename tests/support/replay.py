@@ -1,4 +1,4 @@
-"""Recorded points in place of random ones."""
+"""Replay recorded points in place of random ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainer.loss.matcher import in_chunks
 
 
 def in_drawing_order(matcher: Sequence[Tensor], candidates: Sequence[Tensor], rests: Sequence[Tensor]) -> list[Tensor]:
-    """Points recorded per prediction, in the order in which a step draws them: in the losses, in chunks of a few."""
+    """Points recorded per prediction, in the order in which a step draws them; in the losses, in chunks."""
     ordered = list(matcher)
     for some in in_chunks(range(len(candidates))):
         ordered += [torch.cat([points[layer] for layer in some]) for points in (candidates, rests)]
@@ -20,7 +20,7 @@ def in_drawing_order(matcher: Sequence[Tensor], candidates: Sequence[Tensor], re
 
 
 def replay(recorded: Sequence[Tensor]) -> Callable[[tuple[int, ...]], Tensor]:
-    """Draws the recorded points; one draw may take several, but must ask for their shape together."""
+    """Returns the recorded points; one draw may cover several, if their shapes add up."""
     queue = iter(recorded)
 
     def draw(shape: tuple[int, ...]) -> Tensor:
@@ -34,7 +34,7 @@ def replay(recorded: Sequence[Tensor]) -> Callable[[tuple[int, ...]], Tensor]:
 
 
 class ReplayedLoss(MaskClassificationLoss):
-    """The loss with recorded points."""
+    """The loss, using recorded points."""
 
     recorded: Sequence[Tensor]
 

@@ -1,4 +1,4 @@
-"""Training runs as processes, to be killed: start them, see how far they are, find everything they left behind."""
+"""Training runs as processes to be killed: start them, follow their progress, find everything they leave behind."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MARK = "MASKSTREAM_TEST_RUN"  # in the environment of all processes of a run
 
 
 class TrainingRun:
-    """One start of trainer/train.py (or another program), under torchrun when `ranks` is given."""
+    """One start of trainer/train.py (or another program), under torchrun if `ranks` is given."""
 
     def __init__(self, root: Path | str, folder: Path, *overrides: str, ranks: int = 0,
                  launcher: tuple[str, ...] = ("--standalone",),
@@ -47,14 +47,14 @@ class TrainingRun:
         return self.log.read_text(errors="replace")
 
     def wait(self, timeout: float = 180) -> int:
-        """Its exit code."""
+        """Wait for its exit code."""
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {timeout} s:\n{self.text}") from None
 
     def wait_for_step(self, step: int, timeout: float = 180) -> None:
-        """Until the step is logged, or later ones."""
+        """Wait until this or a later step is logged."""
         deadline = time.monotonic() + timeout
         while newest_step(self.folder) < step:
             assert self.process.poll() is None, f"ended too early:\n{self.text}"
@@ -90,13 +90,13 @@ class TrainingRun:
         return [pid for pid in servers if _parent(pid) in servers]
 
     def zombies(self) -> list[int]:
-        """pids of dead children that its processes have not buried."""
+        """pids of zombies: dead children that its processes have not waited for."""
         alive = self.processes()
         stats = [Path(folder, "stat") for folder in Path("/proc").glob("[0-9]*")]
         return [int(stat.parent.name) for stat in stats if _parent(int(stat.parent.name)) in alive and _is_dead(stat)]
 
     def assert_gone(self, timeout: float = 60) -> None:
-        """Nothing of it lives any more."""
+        """Wait until none of its processes is alive."""
         deadline = time.monotonic() + timeout
         while left := self.processes():
             assert time.monotonic() < deadline, f"left behind: {left}\n{self.text}"
@@ -104,7 +104,7 @@ class TrainingRun:
 
 
 def newest_step(folder: Path) -> int:
-    """The newest step in a run's record, 0 without one."""
+    """The newest step in a run's record; 0 without a record."""
     step = 0
     try:
         lines = (folder / "metrics.jsonl").read_text(errors="replace").splitlines()
@@ -125,7 +125,7 @@ def final_state(folder: Path) -> Checkpoint:
 
 
 def assert_equal_states(one: Any, other: Any, where: str = "") -> None:
-    """Bit for bit."""
+    """Assert that two values are equal, bit for bit."""
     if isinstance(one, torch.Tensor):
         assert torch.equal(one, other), where
     elif isinstance(one, dict):

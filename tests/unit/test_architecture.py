@@ -1,4 +1,4 @@
-"""The house rules that a reviewer would otherwise have to remember. Each is tried on a planted violation too."""
+"""Project rules that a reviewer would otherwise have to remember. Each is also tested on a planted violation."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def tree_of(path: Path) -> ast.Module:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Every module name that a file imports, at any depth. A name imported from a package may be a module too."""
+    """Every module name that a file imports, at any depth. A name imported from a package may also be a module."""
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -91,7 +91,7 @@ def packages_meet_only_in_the_format(root: Path) -> Iterator[str]:
 
 
 def nobody_imports(root: Path) -> Iterator[str]:
-    """Entry points, unpickling, torchvision (absent beside CPU builds), and anything by a relative name."""
+    """Entry points, unpickling, torchvision (not available for all CPU builds), and relative imports."""
     for path in sources(root):
         for name in imports(path):
             if name in ENTRY_POINTS | {"pickle", "torchvision"} or name.startswith("."):
@@ -117,12 +117,12 @@ def imports_point_downwards(root: Path) -> Iterator[str]:
 
 
 def layer_of(package: str, names: list[str]) -> int | None:
-    """The number of a module's layer; `names` are what follows the package in its dotted name."""
+    """The layer number of a module; `names` are the parts of its dotted name after the package."""
     return next((number for number, members in enumerate(LAYERS[package]) if names[0] in members), None)
 
 
 def json_is_written_in_one_place(root: Path) -> Iterator[str]:
-    """By `strict_json`, as Python's own writes NaN; the manifest's canonical form is hashed and refuses NaN."""
+    """All JSON is written by `strict_json`, except the manifest's canonical form, which is hashed and rejects NaN."""
     for path in [*sources(root), *sorted((root / "benchmarks").glob("*.py"))]:
         if module_of(root, path) in ("shards.files.strict_json", "shards.manifest"):
             continue
@@ -132,7 +132,7 @@ def json_is_written_in_one_place(root: Path) -> Iterator[str]:
 
 
 def no_module_shadows_another(root: Path) -> Iterator[str]:
-    """`python trainer/x.py` puts trainer/ first on the path: what lies in it must not hide anybody's module."""
+    """`python trainer/x.py` puts trainer/ first on sys.path: its files must not shadow other modules."""
     taken = set(sys.stdlib_module_names) | {"datasets", "evaluate", "utils", "transformers", "torch", "numpy"}
     for path in sources(root):
         names = {path.stem, *path.relative_to(root).parts[1:-1]}
@@ -185,7 +185,7 @@ def everything_public_has_a_docstring(root: Path) -> Iterator[str]:
 
 
 def importing_changes_nothing(root: Path) -> Iterator[str]:
-    """No module acts on the process, or on another module's things, because it was imported."""
+    """Importing a module must not change the process or another module's state."""
     for path in sources(root):
         for node in run_on_import(tree_of(path).body):
             if (isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant)) or isinstance(node, ACTS):
@@ -206,7 +206,8 @@ FORBIDDEN_ON_IMPORT = ("os.", "signal.", "atexit.", "warnings.", "faulthandler."
 
 
 def run_on_import(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements that an import runs: also those in classes and branches, but not what a program alone does."""
+    """The statements that run on import: also inside classes and branches, but not under `if __name__ ==
+    "__main__"`."""
     for node in body:
         if isinstance(node, ast.If) and ast.unparse(node.test) in ("__name__ == '__main__'", "TYPE_CHECKING"):
             continue
@@ -217,7 +218,7 @@ def run_on_import(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def calls_on_import(node: ast.AST) -> Iterator[ast.Call]:
-    """The calls in a statement, but for those that a function in it would make; its defaults and decorators count."""
+    """The calls in a statement, except inside the functions it defines; their defaults and decorators count."""
     if isinstance(node, ast.Call):
         yield node
     is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
@@ -302,7 +303,7 @@ def test_rule_notices_a_planted_violation(rule: Rule, name: str, text: str, copy
 
 
 def test_rules_notice_what_a_file_cannot_plant(copy_of_the_tree: Path) -> None:
-    """A setting that nothing reads, and a folder that grew too full."""
+    """Planted: a setting that nothing reads, and an overfull folder."""
     reader = copy_of_the_tree / "trainer" / "optimizer.py"
     text = reader.read_text()
     reader.write_text(text.replace(".layer_decay", ".something_else"))

@@ -1,4 +1,4 @@
-"""Sizes of the published ViTs' heads: configs/backbones/*.yaml laid over the recipes."""
+"""Head sizes for the published ViTs: configs/backbones/*.yaml applied on top of the recipes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PRESETS = sorted((CONFIGS / "backbones").glob("*.yaml"))
 
 
 def on_meta(monkeypatch: pytest.MonkeyPatch, recipe: str, preset: Path, *overrides: str) -> Segmenter:
-    """The configured model for 150 classes, without memory: the preset's ViT is not downloaded."""
+    """The configured model for 150 classes, without memory or downloading the preset's ViT."""
     def vit(config: BackboneConfig) -> tuple[DINOv3ViTModel, dict[str, torch.Tensor]]:
         assert config.source is not None and preset.stem in config.source
         return DINOv3ViTModel(RELEASED_VITS[preset.stem].config()), {}
@@ -58,7 +58,7 @@ def test_presets_have_the_parameters_they_claim(preset: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.name)
 def test_no_recipe_claims_a_number_that_was_not_made_with_it(path: Path) -> None:
-    """No mIoU of anybody's: recipes differ, and those of the ADE20K recipes say in what."""
+    """Configurations quote nobody's mIoU, as recipes differ; ADE20K recipes say how they differ."""
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"mIoU\D{0,40}\d\d\.\d|\d\d\.\d\s*(?:/ [\d.]+ )?mIoU", text)
     if path.name.startswith("config-ade20k"):

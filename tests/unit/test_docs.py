@@ -45,7 +45,7 @@ PACKAGES = ("preprocess", "shards", "trainer", "tests", "configs", "benchmarks")
 
 
 class Block(NamedTuple):
-    """A fenced block, and the comment before it."""
+    """A fenced block and the comment before it."""
 
     page: Path
     line: int
@@ -76,7 +76,7 @@ BLOCKS = [block for page in FILES for block in blocks_of(page, page.read_text(en
 
 
 def problem(block: Block) -> str | None:
-    """Why nothing would run or check this block."""
+    """Why nothing would run or check this block; None if something does."""
     reasons = {"not run": block.detail, "not run here": block.detail, "checked by": block.detail,
                "run with": block.language == "bash" and block.detail, "dry run": block.language == "bash",
                "overrides of": block.language == "yaml" and block.detail}
@@ -95,7 +95,7 @@ def test_each_block_is_run_or_says_why_not(block: Block) -> None:
 
 
 def check_overrides(block: Block) -> None:
-    """Raises ConfigError for a key that does not exist, or a value that is not legal."""
+    """Raises ConfigError for an unknown key or an illegal value."""
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
         file.write(block.text)
         file.flush()
@@ -125,7 +125,7 @@ def test_a_misspelt_setting_is_noticed(tmp_path: Path) -> None:
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Path:
-    """What the pages assume: the checkout's folders, a photograph, ADE20K (two images of each split)."""
+    """What the pages assume: the checkout's folders, a photo, ADE20K (two images per split)."""
     for name in ("configs", "preprocess", "trainer"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     rng = np.random.default_rng(0)
@@ -162,7 +162,7 @@ def run_commands(block: Block, folder: Path) -> None:
 
 
 def command(block: Block, words: list[str], folder: Path) -> tuple[Path, *tuple[str, ...]]:
-    """(program, its arguments)"""
+    """(program, arguments)"""
     if block.mark == "dry run":
         script = next(number for number, word in enumerate(words) if word.endswith(".py"))
         words = ["python", *words[script:], "--dry-run"]
@@ -187,7 +187,7 @@ def finish(block: Block, process: subprocess.CompletedProcess[str]) -> None:
 
 
 def test_the_tree_names_every_folder() -> None:
-    """README.md: no folder is missing or gone."""
+    """README.md lists exactly the folders that exist."""
     (tree,) = (block for block in BLOCKS if block.language == "tree")
     named = {line.split()[0].rstrip("/") for line in tree.text.splitlines()}
     tracked = subprocess.run(["git", "ls-files", *PACKAGES], cwd=REPOSITORY, capture_output=True, text=True)
@@ -198,7 +198,7 @@ def test_the_tree_names_every_folder() -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """Of a page's headings, as GitHub and the site make them."""
+    """Anchors of a page's headings, as GitHub and the site generate them."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

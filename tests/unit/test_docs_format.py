@@ -1,4 +1,4 @@
-"""docs/format.md: its example is decoded by hand, from the page itself, and must be what our code reads and writes."""
+"""docs/format.md: its example, decoded by hand from the page itself, must be what our code reads and writes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HEX = re.compile(r"([0-9a-f]{4})  ((?:[0-9a-f]{2} ?)+)(?: +(.*))?")
 
 
 def block(name: str) -> list[str]:
-    """The lines of the page's only block in a language."""
+    """The lines of the page's only block in a given language."""
     (text,) = re.findall(rf"^```{name}\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
     return text.splitlines()
 
@@ -52,7 +52,7 @@ def labels() -> np.ndarray[Any, Any]:
 
 
 def decoded_by_hand(record: dict[str, Any]) -> np.ndarray[Any, Any]:
-    """As the page explains, run by run."""
+    """Decoded as the page explains, run by run."""
     planes, total = zlib.decompress(record["data"]), sum(record["runs"])
 
     def numbers(first: int, width: int) -> list[int]:
@@ -86,7 +86,7 @@ def test_the_record_of_the_page_is_decoded_by_hand_and_by_our_code() -> None:
 
 
 def header(name: str, size: int) -> bytes:
-    """From the page's table of fields."""
+    """Field names from the page's table."""
     text = bytearray(512)
     for offset, value in ((0, name), (100, "0000644"), (108, "0000000"), (116, "0000000"), (124, f"{size:011o}"),
                           (136, "0" * 11), (148, " " * 8), (156, "0"), (257, "ustar\x0000")):

@@ -1,4 +1,4 @@
-"""Where crops lie under settings that other recipes need, and that these change nothing for sets made before."""
+"""Crop positions under the settings of other recipes, which must not change sets made before."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shards.manifest import FORMAT_VERSION, hash_of
 
 @pytest.mark.parametrize("size", [(480, 640), (640, 480), (512, 512), (33, 2000)], ids=str)
 def test_the_long_side_may_be_what_is_scaled(size: tuple[int, int]) -> None:
-    """As torchvision's ScaleJitter: ratio = min(target / height, target / width) x U, both sides floored."""
+    """As in torchvision's ScaleJitter: ratio = min(target / height, target / width) x U, both sides floored."""
     config = CropConfig(size=512, scaled_side="long", cat_max_ratio=None)
     labels = np.zeros(size, np.uint8)
     crops = [draw_crop(np.random.default_rng(seed), labels, 255, config) for seed in range(200)]
@@ -34,7 +34,7 @@ def test_the_long_side_may_be_what_is_scaled(size: tuple[int, int]) -> None:
 
 
 def test_without_the_rule_on_classes_any_labelled_place_will_do() -> None:
-    """One class alone is redrawn under the rule, and taken at once without; a place without labels never is."""
+    """A crop of a single class is redrawn under the rule, accepted without it; one without labels is never accepted."""
     labels = np.full((64, 64), 255, np.uint8)
     labels[:, :4] = 3
     for config, redraws in ((CropConfig(size=32, cat_max_ratio=None), False), (CropConfig(size=32), True)):
@@ -50,7 +50,7 @@ def test_without_the_rule_on_classes_any_labelled_place_will_do() -> None:
 
 
 def test_later_settings_leave_the_identity_of_earlier_sets_alone(scenes: Path) -> None:
-    """A set made before these settings existed is finished by the same command; the hash here is that of then."""
+    """The same command completes a set started before these settings existed; this hash was recorded then."""
     dataset = open_dataset(DatasetConfig(kind="folder", root=str(scenes)), "fail")
     plain = PreprocessConfig(dataset=DatasetConfig(kind="folder", root=str(scenes)))
     content = config_to_dict(plain)

@@ -31,7 +31,7 @@ from tests.conftest import REPOSITORY, make_shards
 
 
 def write_pair(root: Path, image: str, label: str, labels: np.ndarray, mode: str = "RGB") -> None:
-    """An image of noise and its label map below `root`."""
+    """Write a noise image and its label map below `root`."""
     pixels = np.random.default_rng(labels.sum()).integers(0, 255, (*labels.shape, 3), np.uint8)
     for name, picture in ((image, Image.fromarray(pixels).convert(mode)), (label, Image.fromarray(labels))):
         path = root / name
@@ -128,7 +128,7 @@ def test_class_tables_may_have_a_byte_order_mark_but_no_repeated_name(scenes: Pa
     config = DatasetConfig(kind="folder", root=str(scenes), class_file=str(tmp_path / "bom.txt"))
     assert [item.name for item in open_dataset(config, "fail").classes] == [name for name, _, _ in CLASSES]
     (tmp_path / "twice.txt").write_text("a\nb\na\n")
-    with pytest.raises(ConfigError, match="lines 1 and 3 name the same class 'a'"):
+    with pytest.raises(ConfigError, match="lines 1 and 3 both name the class 'a'"):
         open_dataset(DatasetConfig(kind="folder", root=str(scenes), class_file=str(tmp_path / "twice.txt")), "fail")
 
 
@@ -146,7 +146,7 @@ def test_folders_of_others_are_left_alone(scenes: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     for name in (".notes.tmp", "train-000000.tar"):
         (tmp_path / "mine" / name).write_text("precious")
-    with pytest.raises(ConfigError, match="is not empty and holds no unfinished shard set"):
+    with pytest.raises(ConfigError, match="is not empty and is not an unfinished shard set"):
         make_shards(tmp_path / "mine", scenes)
     assert {path.read_text() for path in (tmp_path / "mine").iterdir()} == {"precious"}
 
@@ -204,7 +204,7 @@ def test_any_usual_image_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
 
 
 def spoil(root: Path, how: str) -> str:
-    """Damage pair scene_train_00003; returns a pattern the error must match."""
+    """Damage pair scene_train_00003; returns a pattern for the expected error."""
     image = root / "images/train/scene_train_00003.jpg"
     label = root / "annotations/train/scene_train_00003.png"
     if how == "truncated image":
@@ -283,7 +283,7 @@ def test_unusable_files_are_named_or_recorded(scenes: Path, tmp_path: Path, how:
         (["dataset.val_fraction=0.5"], "has split folders"),
         (["crops.stored_size=32"], "at least crops.size"),
         (["crops.min_scale=3"], "at most crops.max_scale"),
-        (["dataset.splits={{../evil: train}}"], "names a split '../evil'"),
+        (["dataset.splits={{../evil: train}}"], "has a split named '../evil'"),
         (["output="], "output is not set"),
     ],
 )
@@ -444,12 +444,12 @@ def test_a_stopped_run_leaves_no_half_shard_and_a_rerun_finishes_it(uninterrupte
 
 
 def listen_to_ctrl_c() -> None:
-    """A shell that runs the tests in the background (`pytest &`) has all its children ignore it."""
+    """A shell that runs the tests in the background (`pytest &`) makes all its children ignore SIGINT."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for_orphans(group: int) -> None:
-    """Every process of the session must go away by itself."""
+    """Wait until every process of the session has exited by itself."""
     for _ in range(300):
         try:
             os.killpg(group, 0)

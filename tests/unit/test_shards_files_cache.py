@@ -1,4 +1,4 @@
-"""A cache on a disk that others use: nothing of theirs is read, followed, emptied or deleted."""
+"""A cache on a disk shared with other users: none of their files is read, followed, truncated or deleted."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_an_entry_larger_than_the_cache_is_not_read(cache: DiskCache) -> None:
 
 
 def test_a_folder_that_is_a_link_is_not_used(cache: DiskCache, tmp_path: Path) -> None:
-    """Tidying up would delete what lies there."""
+    """Cleaning up would delete these files."""
     theirs = tmp_path / "home" / "letters"
     theirs.mkdir(parents=True)
     (theirs / ("0" * 64)).write_bytes(PRECIOUS * 1000)
@@ -133,8 +133,8 @@ def test_only_what_is_named_like_an_entry_is_deleted(tmp_path: Path) -> None:
 def test_a_folder_that_others_may_write_to_is_refused(cache: DiskCache, mode: int) -> None:
     cache.folder.mkdir(parents=True)
     cache.folder.chmod(mode)
-    with pytest.raises(ConfigError, match=rf"can be written by others \(mode {mode:o}\), legal: 700; remove it, or set "
-                       "another data.cache_dir"):
+    with pytest.raises(ConfigError, match=rf"is writable by others \(mode {mode:o}\), legal: 700; remove it, or "
+                       "change data.cache_dir"):
         cache.prepare()
     fill(cache)
     assert list(cache.folder.iterdir()) == [], "and not used by who did not ask"
@@ -168,12 +168,12 @@ def test_a_run_uses_a_folder_of_its_own_on_a_disk_that_all_use(scene_shards: Pat
     assert reader.cache is not None and reader.cache.folder == own and own.stat().st_mode & 0o777 == 0o700
     own.rmdir()
     own.symlink_to(tmp_path)
-    with pytest.raises(ConfigError, match="is a link, legal: a folder"):
+    with pytest.raises(ConfigError, match="is a symbolic link, legal: a folder"):
         open_reader(config, "train")
     own.unlink()
     own.mkdir()
     own.chmod(0o777)
-    with pytest.raises(ConfigError, match=r"the cache .* can be written by others"):
+    with pytest.raises(ConfigError, match=r"the cache .* is writable by others"):
         open_reader(config, "train")
 
 

@@ -1,4 +1,4 @@
-"""Object storage over a real S3 server: exact bytes or a clear error, whatever the network does; complete sets only."""
+"""Object storage on a real S3 server: exact bytes or a clear error, whatever the network does; complete sets only."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_large_objects_come_in_pieces_and_whole_ones_have_a_limit(
     assert storage.read("x") == DATA
     assert s3.requests == 1 + -(-len(DATA) // 10_000) + 2
     monkeypatch.setattr(module, "LARGEST_WHOLE", 1000)
-    with pytest.raises(StorageError, match="legal for a file read whole: at most 1000"):
+    with pytest.raises(StorageError, match="legal: at most 1000 for a file read into memory"):
         storage.read("x")
 
 
@@ -151,7 +151,7 @@ def test_writes_are_whole_and_created_only_once(s3: FaultyProxy, s3_root: str, t
     for storage in (open_storage(s3_root), open_storage(tmp_path / "folder")):
         storage.upload("large", large)
         storage.write("small", b"1", create=True)
-        with pytest.raises(StorageError, match="small is there already"):
+        with pytest.raises(StorageError, match="small already exists"):
             storage.write("small", b"2", create=True)
         assert storage.read("large") == large.read_bytes() and storage.read("small") == b"1"
         assert storage.sizes() == {"large": 12 << 20, "small": 1}
@@ -204,7 +204,7 @@ def test_a_web_server_is_read_and_never_written(
         sample.image_bytes for sample in iter_samples(scene_shards, "train")]
     assert verify(url) == []
     assert copy_set(url, tmp_path / "mirror") > 0
-    with pytest.raises(ConfigError, match="can only be read"):
+    with pytest.raises(ConfigError, match="is read-only"):
         copy_set(scene_shards, f"{url}-new")
     with pytest.raises(ShardError, match=r"nowhere/manifest\.json does not exist"):
         load_manifest(f"{s3_server.web}/nowhere")
@@ -236,7 +236,7 @@ def test_missing_replaced_and_newer_sets_are_refused(s3_shards: str, scene_shard
     storage.delete(name)
     with pytest.raises(StorageError, match=rf"{s3_shards}/{name} \(offset 0\): the manifest lists this shard, but"):
         reader.read(number)
-    with pytest.raises(ShardError, match=f"{s3_shards}/{name} cannot be read, but the manifest lists it"):
+    with pytest.raises(ShardError, match=f"{s3_shards}/{name} is missing, but the manifest lists it"):
         ShardReader(s3_shards, "train")
     storage.write(name, bytes(data[:-512]))
     with pytest.raises(CorruptShardError, match=f"{name} has {len(data) - 512} bytes, the manifest says {len(data)}"):
@@ -359,7 +359,7 @@ def test_a_mirror_copies_what_is_missing_or_wrong_and_refuses_another_set(
     assert verify(s3_root) == []
     broken = Path(shutil.copytree(scene_shards, tmp_path / "broken"))
     (broken / "train-000000.tar").write_bytes(bytes((broken / "train-000000.tar").stat().st_size))
-    with pytest.raises(CorruptShardError, match=r"train-000000\.tar has another sha256.*the source is damaged"):
+    with pytest.raises(CorruptShardError, match=r"train-000000\.tar does not match its sha256.*the source is damaged"):
         copy_set(broken, f"{s3_root}-new")
     with pytest.raises(ShardError, match="does not exist"):
         load_manifest(f"{s3_root}-new")
@@ -384,7 +384,7 @@ def test_a_killed_upload_is_never_taken_for_a_set_and_goes_on(
     there = len(storage.sizes() or {})
     files = sum(1 for _ in files_of(load_manifest(scene_shards)))
     assert 2 <= there < files
-    with pytest.raises(ShardError, match="writing it did not finish"):
+    with pytest.raises(ShardError, match="was not finished"):
         load_manifest(s3_root)
     assert copy_set(scene_shards, s3_root) == files - there
     assert verify(s3_root) == []
@@ -408,7 +408,7 @@ def test_a_set_that_another_process_published_meanwhile_is_not_overwritten(
         if file == last:  # all files are there, the manifest would be next
             storage.write(MANIFEST_NAME, other)
 
-    with pytest.raises(StorageError, match=r"manifest\.json is there already"):
+    with pytest.raises(StorageError, match=r"manifest\.json already exists"):
         copy_set(scene_shards, storage, progress=publish)
     assert storage.read(MANIFEST_NAME) == other
 
@@ -439,7 +439,7 @@ def test_preprocessing_publishes_to_object_storage(
     storage = open_storage(s3_root)  # as if killed before the manifest, and before one shard
     storage.delete(MANIFEST_NAME)
     storage.delete("train-000000.tar")
-    with pytest.raises(ShardError, match="writing it did not finish"):
+    with pytest.raises(ShardError, match="was not finished"):
         load_manifest(s3_root)
     s3.writes.clear()
     assert python(*command).returncode == 0 and verify(s3_root) == []
@@ -455,7 +455,7 @@ def test_audit_counts_every_sample_once(scene_shards: Path, s3_shards: str) -> N
         assert done.returncode == 0, done.stdout + done.stderr
         assert "each of 24 samples seen once" in done.stdout
         assert "3 ranks x 2 workers, 8 micro-batches of 1 per rank" in done.stdout
-        assert "12 spans of neighbours, 0 of them read by more than one worker" in done.stdout
+        assert "12 spans of consecutive samples, 0 of them read by more than one worker" in done.stdout
 
 
 def test_local_reads_stay_in_the_folder(scene_shards: Path) -> None:
@@ -479,6 +479,6 @@ def test_a_set_is_never_copied_onto_itself(scene_shards: Path, tmp_path: Path) -
     shard = next((tmp_path / "set").glob("train-*.tar"))
     shard.write_bytes(b"XXXX" + shard.read_bytes()[4:])
     for destination in ("set", "set/../set", "link"):
-        with pytest.raises(ConfigError, match="is the set itself"):
+        with pytest.raises(ConfigError, match="is the source itself"):
             copy_set(tmp_path / "set", tmp_path / destination)
     assert shard.exists(), "damaged, but all there is"

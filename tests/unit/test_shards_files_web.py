@@ -1,4 +1,4 @@
-"""Sets on web servers: that http:// protects nothing is said once, and nobody is led to another host unasked."""
+"""Sets on web servers: plain http:// is warned about once, and redirects to another host are refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.object_storage import cloud_stub
 
 @contextmanager
 def redirecting(target: Callable[[str], str]) -> Iterator[tuple[str, list[str]]]:
-    """(address of a server that sends every request elsewhere, the paths it was asked for)"""
+    """(address of a server that redirects every request, the paths requested from it)"""
     asked: list[str] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -45,7 +45,7 @@ def redirecting(target: Callable[[str], str]) -> Iterator[tuple[str, list[str]]]
 
 @pytest.fixture(autouse=True)
 def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web, "_said", set())
+    monkeypatch.setattr(web, "_warned", set())
     monkeypatch.delenv(web.SETTING, raising=False)
 
 
@@ -123,20 +123,20 @@ def test_http_is_said_once_and_without_credentials(scene_shards: Path, caplog: p
     with cloud_stub(scene_shards) as (address, _):
         for _ in range(3):
             load_manifest(f"{address}/set?sig=abcdef")
-    said = [record.message for record in caplog.records if "is http://" in record.message]
-    assert len(said) == 1 and "credentials too" in said[0] and "abcdef" not in said[0]
+    said = [record.message for record in caplog.records if "is plain http://" in record.message]
+    assert len(said) == 1 and "including credentials" in said[0] and "abcdef" not in said[0]
 
 
 def test_a_cloud_endpoint_that_is_http_is_said_too(s3_shards: str, caplog: pytest.LogCaptureFixture) -> None:
-    web._said.clear()  # the set was made by this process
+    web._warned.clear()  # the set was made by this process
     load_manifest(s3_shards)
     load_manifest(s3_shards)
-    said = [record.message for record in caplog.records if "is http://" in record.message]
+    said = [record.message for record in caplog.records if "is plain http://" in record.message]
     assert len(said) == 1 and "AWS_ENDPOINT=http://127.0.0.1" in said[0]
 
 
 def test_https_is_never_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client is told so too."""
+    """The client is configured accordingly."""
     options: list[dict[str, object]] = []
     monkeypatch.setattr("shards.files.object_storage.from_url",
                         lambda url, client_options, **_: options.append(client_options))

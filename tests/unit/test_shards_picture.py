@@ -1,4 +1,4 @@
-"""Pictures show what they should: colours by class, borders, ignored pixels, one tile per picture."""
+"""Pictures: colours by class, borders, ignored pixels, one tile per picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Few bytes that decode to many: refused by what the header says, before anything of that size is made."""
+"""Small files that decode to huge images are refused by their header, before any such memory is allocated."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.support.hand_made import jpeg, write_manifest, write_set
 
 
 def png_bomb(side: int, depth: int = 8, colour: int = 2) -> bytes:
-    """A PNG whose header promises side x side pixels; the pixels are all zero, compressed a thousandfold."""
+    """A PNG whose header declares side x side pixels; all zero, compressed a thousandfold."""
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -40,7 +40,7 @@ def png_bomb(side: int, depth: int = 8, colour: int = 2) -> bytes:
 
 
 def jpeg_bomb(side: int) -> bytes:
-    """A small JPEG with the size of a large one in its header."""
+    """A small JPEG with a large size in its header."""
     data = bytearray(jpeg(64, 64))
     at = data.index(b"\xff\xc0")
     data[at + 5 : at + 9] = struct.pack(">HH", side, side)
@@ -69,7 +69,7 @@ def test_an_image_larger_than_its_record_is_refused_by_its_header(tmp_path: Path
 
 
 def test_a_record_larger_than_the_manifest_knows_is_refused(tmp_path: Path) -> None:
-    """Sound in itself: 16000x16000 pixels of one class, a few hundred bytes in runs."""
+    """Valid in itself: 16000x16000 pixels of one class, a few hundred bytes as runs."""
     write_set(tmp_path, [[jpeg(64, 64)] * 3])
     record = encode_rle(np.zeros((64, 64), np.uint8))
     huge = encode_rle(np.zeros((16_000, 16_000), np.uint8))
@@ -81,7 +81,7 @@ def test_a_record_larger_than_the_manifest_knows_is_refused(tmp_path: Path) -> N
     reader = ShardReader(tmp_path, "train")
     assert reader.read(0).image.shape == reader.read(2).image.shape
     with pytest.raises(CorruptShardError, match=r"train-000000\.tar, sample 1 \(offset \d+\): it is 16000x16000, but "
-                       r"by the manifest no sample of its split has more than 12288 pixels"):
+                       r"according to the manifest no sample of its split has more than 12288 pixels"):
         reader.read(1)
     reader.close()
     assert any("sample 1" in problem and "it is 16000x16000" in problem for problem in verify(tmp_path))
@@ -129,7 +129,7 @@ def test_a_label_map_larger_than_its_image_is_not_decoded(scenes: Path, tmp_path
 
     monkeypatch.setattr("preprocess.pairs.load_picture", refuse)
     dataset = open_dataset(DatasetConfig(kind="folder", root=str(tmp_path)), "fail")
-    with pytest.raises(DatasetError, match=r"a\.png is 16000x16000 pixels, its image has 4096 in all"):
+    with pytest.raises(DatasetError, match=r"a\.png is 16000x16000, but its image has only 4096 pixels"):
         read_pair(dataset, dataset.splits["train"][0])
 
 

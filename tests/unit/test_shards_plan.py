@@ -1,4 +1,4 @@
-"""The order of samples: exactly once an epoch, the same global batches at any topology, directly computable."""
+"""The order of samples: each exactly once per epoch, the same global batches for any topology, directly computable."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_span_belongs_to_one_worker_when_all_divide_the_lanes(batch: int, rank
 
 
 def test_neighbours_are_shuffled_far_apart() -> None:
-    """Next samples of a shard, and shards in a batch: close to a full permutation, far from storage order."""
+    """Consecutive samples of a shard, and shards per batch: close to a full permutation, far from storage order."""
     plan = TrainPlan([100] * 200, 16, 0)
     order = np.array([draw.sample for draw in draws(plan, 20_000)])
     place = np.argsort(order)
@@ -77,7 +77,7 @@ def test_neighbours_are_shuffled_far_apart() -> None:
 
 
 def test_a_huge_plan_starts_anywhere_at_once() -> None:
-    """In all lanes, over the seam of two epochs. How long that takes is in benchmarks/shuffling.py."""
+    """In all lanes, across the boundary of two epochs. For timings see benchmarks/shuffling.py."""
     tracemalloc.start()
     plan = TrainPlan([1000] * 100_000, 4, 0)  # 10^8 samples
     found = [draw for number in range(25 * 10**6 - 64, 25 * 10**6 + 64) for draw in plan.micro_batch(number)]
@@ -145,6 +145,6 @@ def test_spans_longer_than_any_lane_are_whole_lanes_and_reach_over_shards() -> N
 
 
 def test_the_order_is_a_contract() -> None:
-    """A change of these numbers changes every running job's data: bump nothing silently."""
+    """Changing these numbers changes the data of every running job: never update them silently."""
     plan = TrainPlan([4, 6], 4, 0, lanes=2, span_samples=3)
     assert [tuple(draw) for draw in draws(plan, 5)] == [(0, 8), (0, 3), (0, 9), (0, 4), (0, 7)]

@@ -1,4 +1,5 @@
-"""Samples, tar writer, manifest, reader, verify: what is on disk is what was written, or an error says where."""
+"""Samples, tar writer, manifest, reader, verify: what was written is read back, or an error says where it is
+damaged."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def payload(key: str = "a") -> bytes:
 
 @pytest.fixture
 def damaged(scene_shards: Path, tmp_path: Path) -> Path:
-    """A private copy of the scene set, to damage."""
+    """A copy of the scene set that the test may damage."""
     return Path(shutil.copytree(scene_shards, tmp_path / "set"))
 
 
@@ -224,7 +225,7 @@ def test_a_missing_and_an_extra_shard_are_found(damaged: Path) -> None:
     (damaged / "val-000000.tar").rename(damaged / "val-000009.tar")
     problems = "\n".join(verify(damaged))
     assert "val-000000.tar cannot be read" in problems and "val-000009.tar is not in the manifest" in problems
-    with pytest.raises(ShardError, match=r"val-000000\.tar cannot be read, but the manifest lists it"):
+    with pytest.raises(ShardError, match=r"val-000000\.tar is missing, but the manifest lists it"):
         ShardReader(damaged, "val")
 
 
@@ -257,12 +258,12 @@ def test_manifests_that_cannot_be_trusted_are_refused(damaged: Path) -> None:
         ({"format_version": 2}, FormatVersionError, "format_version 2"),
         ({"splits": wrong_count}, CorruptShardError, "do not add up to 6"),
         ({"splits": escaping}, CorruptShardError, "not a plain file name"),
-        ({"classes": 3}, CorruptShardError, "lacks or misspells"),
-        ({"splits": [1]}, CorruptShardError, "lacks or misspells"),
+        ({"classes": 3}, CorruptShardError, "has a missing or malformed field"),
+        ({"splits": [1]}, CorruptShardError, "has a missing or malformed field"),
         ({"splits": {**splits, "val": splits["val"] | {"samples": "5"}}}, CorruptShardError,
              "splits.val.samples is '5', legal: a whole number"),
         ({"ignore_index": -1}, CorruptShardError, "ignore_index is -1, legal: a whole number from 0"),
-            ({"ignore_index": 254}, CorruptShardError, "ignore_index 254 does not suit"),
+            ({"ignore_index": 254}, CorruptShardError, "ignore_index 254 does not match the number"),
         ({"classes": [{"name": "a", "color": [300, 0, 0]}]}, CorruptShardError, "legal: three integers"),
     ):
         path.write_bytes(original)
@@ -277,7 +278,7 @@ def test_manifests_that_cannot_be_trusted_are_refused(damaged: Path) -> None:
     with pytest.raises(CorruptShardError, match="manifest_sha256"):
         load_manifest(damaged)
     path.unlink()
-    with pytest.raises(ShardError, match="not a shard set, or writing it did not finish"):
+    with pytest.raises(ShardError, match="not a shard set, or was not finished"):
         load_manifest(damaged)
 
 

@@ -26,7 +26,7 @@ from shards.rle import (
 
 
 def label_maps(max_label: int = 65534) -> st.SearchStrategy[np.ndarray]:
-    """Maps from few values (long runs) or many (short runs), ignored pixels included."""
+    """Maps with few values (long runs) or many (short runs), including ignored pixels."""
     shapes = st.tuples(st.integers(1, 24), st.integers(1, 24))
     values = st.sampled_from([0, 1, 2, 200, 255, 256, 300, 65534, 65535])
     allowed = values.filter(lambda value: value <= max_label or value == 65535)

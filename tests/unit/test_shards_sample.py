@@ -1,4 +1,4 @@
-"""Images: the fast JPEG path gives Pillow's pixels, and leaves to Pillow what it must not decide."""
+"""Images: the fast JPEG path gives the same pixels as Pillow, and leaves unusual files to Pillow."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_plain_jpegs_do_not_pass_through_pillow(monkeypatch: pytest.MonkeyPatch)
 
 @given(data=st.data())
 def test_a_damaged_jpeg_is_what_pillow_says_it_is(data: st.DataObject) -> None:
-    """Cut short or changed: the same pixels, or an error by name from both."""
+    """Truncated or damaged: both give the same pixels, or both an error naming the file."""
     changed = bytearray(jpeg(picture(48, 64)))
     for _ in range(data.draw(st.integers(0, 3))):
         changed[data.draw(st.integers(0, len(changed) - 1))] = data.draw(st.integers(0, 255))

@@ -1,4 +1,4 @@
-"""A reader handed to new processes: they share its arrays, and are told no manifest."""
+"""A reader passed to new processes: they share its arrays and do not receive the manifest."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def start(reader: ShardReader) -> None:
 
 
 def look(number: int) -> dict[str, Any]:
-    """What a process sees of the reader that it was started with."""
+    """What a process sees of the reader it was started with."""
     had_manifest = _reader._manifest is not None
     place, sample = _reader.place(number), _reader.read(number)
     maps = Path("/proc/self/maps").read_text() if Path("/proc/self/maps").exists() else "maskstream-shards"
@@ -54,7 +54,7 @@ def test_a_new_process_shares_the_arrays_and_reads_the_same(scene_shards: Path, 
 
 @contextmanager
 def spawning() -> Iterator[list[int]]:
-    """As if a process was being started; collects the descriptors that it would get."""
+    """Pickle as if starting a process; collects the descriptors that it would receive."""
     given: list[int] = []
 
     class Popen:

@@ -1,4 +1,4 @@
-"""Training crops that a head cannot train on are refused before the first step, with the least size that it can."""
+"""Crops that a head cannot train on are refused before the first step, naming the smallest legal size."""
 
 from __future__ import annotations
 

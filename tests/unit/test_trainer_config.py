@@ -1,4 +1,4 @@
-"""Configuration: every mistake is one clear error, and what is saved reads back equal."""
+"""Configuration: every mistake is one clear error, and saved configurations load back equal."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_choosing_another_head_drops_what_was_set_for_the_one_before(tmp_path: P
 
 
 def test_a_stored_configuration_may_hold_settings_that_nothing_read() -> None:
-    """Versions before this rule stored them."""
+    """Versions before this rule stored such settings."""
     values = config_to_dict(load_run_config(None, ["decoder_head.type=linear"]))
     values["decoder_head"]["hidden_dim"] = 64
     assert run_config_from_dict(values).decoder_head == DecoderHeadConfig(type="linear")

@@ -1,4 +1,4 @@
-"""Batches: the same whatever the workers, dense equal to segment maps, augmentation a function of the sample."""
+"""Batches: independent of workers, segment maps equal to dense masks, augmentation determined by the sample."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def equal(first: Batch, second: Batch) -> bool:
 
 
 def slow_mirror(picture: torch.Tensor, width: int) -> torch.Tensor:
-    """Column by column, over the last dimension: the first `width` change places, the others are padding."""
+    """Mirror column by column: the first `width` columns are reversed, the rest is padding."""
     columns = [width - 1 - column if column < width else column for column in range(picture.shape[-1])]
     return torch.stack([picture[..., column] for column in columns], -1)
 

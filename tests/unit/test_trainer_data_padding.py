@@ -31,12 +31,12 @@ from trainer.model_config import IMAGENET_MEAN, IMAGENET_STD
 
 @pytest.fixture(scope="module")
 def padded_shards(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Crops of scenes that are scaled far down: most of them are padded, below, at the right, or both."""
+    """Crops of strongly downscaled scenes: most are padded below, on the right, or both."""
     return make_shards(tmp_path_factory.mktemp("padded") / "set", scenes, "crops.min_scale=0.4", "crops.max_scale=1.1")
 
 
 def slow_reference(batch: Batch) -> list[tuple[Tensor, Tensor]]:
-    """(normalised image [3, H, W], label map [H, W]) of each sample of a batch as the loader hands it over."""
+    """(normalised image [3, H, W], label map [H, W]) of each sample of a batch, as the loader delivers it."""
     found = []
     for place, target in enumerate(batch.targets()):
         height, width = batch.valid[place]
@@ -54,7 +54,7 @@ def slow_reference(batch: Batch) -> list[tuple[Tensor, Tensor]]:
 
 
 def label_map_of(target: Any) -> Tensor:
-    """int64 [H, W], -1 where nothing is labelled."""
+    """int64 [H, W], -1 for unlabelled pixels."""
     dense = to_dense(target)
     label_map = torch.full(dense["masks"].shape[1:], -1)
     for mask, label in zip(dense["masks"], dense["labels"], strict=True):
@@ -84,7 +84,7 @@ def test_batches_are_what_the_reference_makes_of_the_same_crops(padded_shards: P
 
 
 def test_the_valid_size_is_that_of_the_crop_s_own_record(padded_shards: Path) -> None:
-    """In shards written before anything read it there, too: `meta.crop` has always been written."""
+    """Also for shards written before the trainer read it: `meta.crop` has always been stored."""
     reader = ShardReader(padded_shards, "train")
     for sample in iter_samples(padded_shards, "train"):
         height, width = sample.valid_size
@@ -114,7 +114,7 @@ def test_a_sample_that_says_its_valid_size_is_read(padded_shards: Path) -> None:
 
 @pytest.mark.parametrize("targets", ["segment_map", "dense"])
 def test_cropping_again_keeps_padding_right_and_below(scenes: Path, tmp_path: Path, targets: str) -> None:
-    """A larger stored window, some of it padding: the crop holds as much of the picture as fits, and says how much."""
+    """A larger stored window with padding: the crop holds as much of the picture as fits, and says how much."""
     root = make_shards(tmp_path / "set", scenes, "crops.stored_size=96", "crops.min_scale=0.4", "crops.max_scale=1.2")
     dataset = crops(root, batch=12, crop_size=64, targets=targets)
     samples = {sample.key: sample for sample in iter_samples(root, "train")}

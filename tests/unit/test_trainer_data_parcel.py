@@ -1,4 +1,4 @@
-"""Whatever is asked of a loader process arrives, in order, or the run ends with one line that says why."""
+"""Everything requested from a loader process arrives, in order, or the run ends with one line saying why."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_label_maps_are_sent_narrow(dtype: type) -> None:
 
 
 def test_what_is_queued_is_a_descriptor_and_not_the_pixels() -> None:
-    """A short message is written to the pipe at once: a worker that is killed leaves no half of one."""
+    """Short messages are written to the pipe at once: a killed worker never leaves half a message."""
     large = dataclasses.replace(batch_of(dense=False), images=torch.zeros(2, 3, 512, 512, dtype=torch.uint8))
     assert len(pickle.dumps(Parcel(large))) < 2000
 
@@ -141,7 +141,7 @@ TINY_SHM = ("unshare", "-m", "bash", "-c", 'mount -t tmpfs -o size=64k tmpfs /de
 @pytest.mark.slow
 @pytest.mark.parametrize("small", ["files", "/dev/shm"])
 def test_every_image_arrives_where_there_is_no_room_to_share(scene_shards: Path, small: str) -> None:
-    """Torch's own hand-over loses images there, and the evaluation ends with exit code 0."""
+    """torch's own transfer loses images there, and the evaluation would end with exit code 0."""
     reader = open_reader(DataConfig(root=str(scene_shards), workers=0), "val")
     images = [WholeImages(reader, DataConfig())[number % len(reader)] for number in range(40)]
     expected = [f"{item.key} {int(item.image.sum())} {int(item.label_map.long().sum())}" for item in images]
@@ -154,7 +154,7 @@ def test_every_image_arrives_where_there_is_no_room_to_share(scene_shards: Path,
 
 
 class _Losing(WholeImages):
-    """Loses, repeats or reorders numbers on the way."""
+    """Loses, repeats or reorders numbers in transit."""
 
     damage: Callable[[list[int]], list[int]]
 
@@ -195,7 +195,7 @@ def test_a_long_tmpdir_is_no_obstacle(scene_shards: Path, tmp_path: Path, monkey
 
 
 class _Sleeping(WholeImages):
-    """Storage that does not answer."""
+    """Storage that never answers."""
 
     def __iter__(self) -> Iterator[LabelledImage]:
         time.sleep(600)

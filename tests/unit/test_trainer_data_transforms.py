@@ -1,4 +1,4 @@
-"""Colour augmentation of batches, against one pixel at a time with colorsys."""
+"""Colour augmentation of batches, against a pixel-by-pixel computation with colorsys."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_draws_have_their_ranges_and_odds() -> None:
 
 
 def test_the_hue_turns_as_far_as_it_may() -> None:
-    """A limit scales the draw and nothing else; 18 degrees are EoMT's, and the default is any turn."""
+    """A limit scales the draw and nothing else; EoMT's is 18 degrees, the default is any rotation."""
     wide, narrow = (np.stack([draw_photometric(np.random.default_rng(seed), *limit) for seed in range(500)])
                     for limit in ((), (18.0,)))
     assert np.array_equal(wide[:, [0, 1, 2, 4]], narrow[:, [0, 1, 2, 4]])

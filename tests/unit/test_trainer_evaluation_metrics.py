@@ -1,4 +1,4 @@
-"""Confusion matrix and the metrics made of it, against counting by hand."""
+"""The confusion matrix and its metrics, against counting by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a prediction is made of, ours and by the rules of published evaluations, against slow independent pages."""
+"""How predictions are computed, by our rules and those of published evaluations, against slow reimplementations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MEAN, STD = RunConfig().backbone.image_mean, RunConfig().backbone.image_std
 
 
 class Shades:
-    """A network without context: class 0 scores the red channel, class 1 the green one. Notes what it sees."""
+    """A network without context: class 0 scores the red channel, class 1 the green one. Records its inputs."""
 
     def __init__(self) -> None:
         self.windows: list[tuple[int, int]] = []
@@ -37,7 +37,7 @@ class Shades:
 
 
 class Masks(Shades):
-    """Queries whose masks and classes depend on place and colour, scored by the product's own head."""
+    """Queries whose masks and classes depend on position and colour, scored by the real head."""
 
     def __init__(self, queries: int = 6, classes: int = 4) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ def by_pillow(image: Tensor, height: int, width: int) -> Tensor:
 
 def dinov3_page(model: Masks, image: Tensor, classes: int, crop: int, stride: int, short: int,
                 ratios: list[float]) -> Tensor:
-    """The reference's evaluation, written down from the facts: one window after the other."""
+    """The reference's evaluation, reimplemented from its documented behaviour: one window after the other."""
     height, width = image.shape[1:]
     sizes = []
     for ratio in ratios:

@@ -1,4 +1,4 @@
-"""Our samples in webdataset's pipelines and before Hugging Face's models."""
+"""Our samples in webdataset pipelines and with Hugging Face models."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_epochs_and_seeds_order_the_stream(scene_shards: Path) -> None:
 
 
 def test_a_hugging_face_model_trains_on_our_batches(scene_shards: Path) -> None:
-    """The example of docs/streaming.md, as it stands there."""
+    """The example of docs/streaming.md, verbatim."""
     text = (REPOSITORY / "docs" / "streaming.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     (example,) = (block for block in blocks if "TransformersBatches" in block)

@@ -1,4 +1,4 @@
-"""Kernels for the CPU against the path that other devices take, which a CPU can run too."""
+"""CPU kernels against the path of other devices, which also runs on a CPU."""
 
 from __future__ import annotations
 

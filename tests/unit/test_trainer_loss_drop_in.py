@@ -33,7 +33,7 @@ Targets = Sequence[dict[str, Any]]
 
 
 def expected_losses(masks: Tensor, targets: Targets, classes: Tensor, divisor: str = "matched") -> dict[str, Tensor]:
-    """The losses of EoMT's class: its parent's, divided by the masks that were matched."""
+    """The losses of EoMT's class: its parent's, divided by the number of matched masks."""
     parent = Mask2FormerLoss(Mask2FormerConfig(num_labels=CLASSES, train_num_points=48, dice_weight=4.0), {})
     mask_labels = [target["masks"].to(masks.dtype) for target in targets]
     labels = [target["labels"].long() for target in targets]
@@ -45,7 +45,7 @@ def expected_losses(masks: Tensor, targets: Targets, classes: Tensor, divisor: s
 
 def both(masks: Tensor, targets: Targets, classes: Tensor, seed: int = 0, **settings: Any
          ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(ours, expected) from the same state of torch's generator."""
+    """(ours, expected), from the same state of torch's generator."""
     torch.manual_seed(seed)
     ours = MaskClassificationLoss(**SETTINGS, **settings)(masks, targets, classes)
     torch.manual_seed(seed)
@@ -90,7 +90,7 @@ def test_surplus_targets_count_as_the_rule_says(rule: str, counts: list[int], qu
 @pytest.mark.parametrize("form", ["maps", "dense", "soft"])
 @pytest.mark.parametrize("ignore", ["background", "exclude"])
 def test_every_path_divides_by_the_masks_that_were_matched(form: str, ignore: str) -> None:
-    """One query, four targets, one image: the one match counts whole, where transformers' rule makes it a quarter."""
+    """One query, four targets, one image: the one match counts fully, where transformers' rule makes it a quarter."""
     outputs, maps = outputs_of(1, 1, (6, 8), layers=2), targets_of([4], (24, 32))
     dense: Targets = [dict(to_dense(target)) for target in maps]
     soft: Targets = [{**target, "masks": target["masks"].float()} for target in dense]
@@ -107,7 +107,7 @@ def test_every_path_divides_by_the_masks_that_were_matched(form: str, ignore: st
 
 
 def test_training_divides_by_the_masks_that_were_matched() -> None:
-    """The number is known before the forward pass, from the counts of a whole step."""
+    """The number is known before the forward pass, from the counts of the whole step."""
     batches = [SimpleNamespace(counts=counts) for counts in ([9, 2], [1, 0])]
     context: Any = SimpleNamespace(device=CPU, all_reduce_sum=lambda numbers: numbers)
     for rule, expected in ((), 3.0), (("loss.num_masks_counts=all",), 6.0):
@@ -161,7 +161,7 @@ def test_the_matcher_called_as_the_original_s_is_that_one() -> None:
 
 
 def test_the_parts_put_together_by_hand_are_forward() -> None:
-    """As code does that extends the original: matcher, then `loss_masks`, then `loss_labels`."""
+    """As in code that extends the original: matcher, then `loss_masks`, then `loss_labels`."""
     masks, targets, classes = dense_case([9, 2], queries=5)
     loss = MaskClassificationLoss(**SETTINGS)
     mask_labels, labels = [t["masks"].float() for t in targets], [t["labels"] for t in targets]
@@ -220,7 +220,7 @@ def test_coefficients_that_change_while_training_take_effect() -> None:
 
 
 def test_a_loss_of_nothing_is_refused() -> None:
-    """The matcher, like the original's, has nothing to go by then; a configuration says so before there is one."""
+    """Like the original's, the matcher then has no cost to compare; a configuration is refused earlier."""
     nothing = [f"loss.{name}_coefficient=0" for name in ("mask", "dice", "class")]
     with pytest.raises(ConfigError, match="class_coefficient are all 0, legal: at least one above 0"):
         load_run_config(None, nothing)
@@ -302,7 +302,7 @@ def test_a_step_takes_soft_masks_and_different_sizes_as_forward_does(
 
 
 def test_half_a_mask_is_not_a_whole_one() -> None:
-    """The control of the above: masks of 0.5 cost something else than masks of 1."""
+    """Negative control of the above: masks of 0.5 do not cost the same as masks of 1."""
     masks, targets, classes = dense_case([3], queries=5)
     half: Targets = [{**targets[0], "masks": targets[0]["masks"] * 0.5}]
     whole, _ = both(masks, targets, classes)
@@ -371,7 +371,7 @@ def test_ranks_divide_by_the_mean_of_what_they_matched(tmp_path: Any) -> None:
 
 
 def test_cross_entropy_of_matched_queries_is_the_weighted_mean() -> None:
-    """A slow computation of its own: every query has a class, and "no object" weighs a tenth."""
+    """An independent slow computation: every query has a class, and "no object" weighs a tenth."""
     masks, targets, classes = dense_case([2], queries=5)
     loss = MaskClassificationLoss(**SETTINGS)
     torch.manual_seed(0)

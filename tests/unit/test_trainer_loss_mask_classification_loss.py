@@ -1,4 +1,4 @@
-"""The loss of a whole step: the reference's numbers, with one wait, few operations and little memory."""
+"""The loss of a whole step: the reference's numbers, with one device wait, few operations and little memory."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def targets_of(counts: Sequence[int], size: tuple[int, int], seed: int = 0) -> list[dict[str, Tensor]]:
-    """Segment maps with `counts` segments and a fifth of ignored pixels."""
+    """Segment maps with `counts` segments and a fifth of the pixels ignored."""
     generator = seeded(seed)
     found = []
     for count in counts:
@@ -84,7 +84,7 @@ def items_of(outputs: dict[str, Any]) -> list[dict[str, Tensor]]:
 def test_a_step_equals_transformers_loss(
     counts: list[int], queries: int, height: int, width: int, scale: int, seed: int
 ) -> None:
-    """Any batch, more targets than queries, none at all, sizes that are not square, ignored pixels; gradients too."""
+    """Any batch: more targets than queries, none at all, non-square sizes, ignored pixels; gradients too."""
     outputs = outputs_of(len(counts), queries, (height, width), seed=seed)
     targets = targets_of(counts, (scale * height, scale * width), seed)
     dense = [to_dense(target) for target in targets]
@@ -180,7 +180,7 @@ def test_gradients_in_closed_form_equal_autograd() -> None:
 @pytest.mark.parametrize("counts", [[3, 0, 5], [9, 2, 1], [0, 0, 0]], ids=str)
 @pytest.mark.parametrize("shared", [True, False], ids=["m2f", "eomt"])
 def test_only_matched_queries_carry_the_same_gradients(counts: list[int], shared: bool) -> None:
-    """Features shared by all predictions, as in Mask2Former, or each its own, as in EoMT."""
+    """Features shared by all predictions, as in Mask2Former, or separate for each, as in EoMT."""
     outputs = outputs_of(3, 7, (6, 8), factors=16)
     if not shared:
         for item in outputs["aux_outputs"]:
@@ -254,7 +254,7 @@ def test_masks_at_points_are_those_of_grid_sample() -> None:
 
 
 def test_excluded_pixels_do_not_count() -> None:
-    """Whatever is predicted there: neither losses nor their gradients change; as background, they do."""
+    """Predictions there affect neither losses nor gradients; if the pixels were background, they would."""
     targets = [{"segment_map": torch.tensor([0] * 8 + [255] * 8, dtype=torch.uint8).repeat(16, 1),
                 "labels": torch.tensor([2])}]
     for ignore, same in (("exclude", True), ("background", False)):
@@ -296,7 +296,7 @@ def test_what_is_ignored_has_two_meanings() -> None:
 
 
 class HostCalls(TorchFunctionMode):
-    """Counts what would make a host wait for an accelerator, as Python says it: values read, tensors brought over."""
+    """Counts Python calls that make the host wait for an accelerator: reading values, copying tensors over."""
 
     NAMES = ("item", "cpu", "numpy", "tolist", "nonzero", "masked_select", "unique", "__bool__", "__int__", "__float__",
              "__index__", "__array__", "equal")
@@ -316,7 +316,7 @@ class HostCalls(TorchFunctionMode):
 
 
 class Operations(TorchDispatchMode):
-    """Counts dispatched operations, those that wait, and the largest float tensor made."""
+    """Counts dispatched operations and those that wait, and records the largest float tensor created."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -333,12 +333,12 @@ class Operations(TorchDispatchMode):
 
 
 def on_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the branches that other devices than the CPU take."""
+    """Take the code paths of devices other than the CPU."""
     monkeypatch.setattr(cpu_kernels, "serve", lambda values: False)
 
 
 def whole_step(counts: Sequence[int], *, dense: bool = False, ignore: str = "background") -> Callable[[], StepLoss]:
-    """A step on ten predictions, ready to be taken."""
+    """A step on ten predictions, ready to run."""
     outputs, targets = outputs_of(len(counts), 9, (8, 8), 10, factors=4), targets_of(counts, (32, 32))
     if dense:
         targets = [to_dense(target) for target in targets]

@@ -1,4 +1,4 @@
-"""The networks on their own: shapes, freezing, gradients, errors. Needs no recorded data, except for the key lists."""
+"""The networks alone: shapes, freezing, gradients, errors. Needs no recorded data except the key lists."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def make_images(batch: int = 2, height: int = 64, width: int = 96, seed: int = 1
 
 
 def all_predictions_loss(outputs: dict[str, Any]) -> Tensor:
-    """A smooth loss that reads every prediction, averaged over the batch."""
+    """A smooth loss that depends on every prediction, averaged over the batch."""
     if "logits" in outputs:
         return (outputs["logits"] ** 3).mean()
     return torch.stack([(prediction[name] ** 2).mean() for prediction in [outputs, *outputs["aux_outputs"]]

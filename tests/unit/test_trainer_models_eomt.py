@@ -86,7 +86,7 @@ def test_training_masks_the_share_that_transformers_masks_and_evaluation_draws_n
 
 
 def test_masking_and_epsilon_matter(tmp_path: Path) -> None:
-    """The comparison above would notice a mask left out, or the other epsilon of layer norms."""
+    """The comparison above notices a missing mask, or a different layer norm epsilon."""
     theirs = published(tmp_path / "a", layer_norm_eps=1e-2)
     model = ours(tmp_path / "a")
     expected = theirs(images()).masks_queries_logits
@@ -99,7 +99,7 @@ def test_masking_and_epsilon_matter(tmp_path: Path) -> None:
 
 
 def test_sizes_that_are_not_square(tmp_path: Path) -> None:
-    """Transformers' class knows one square grid; given the other grid by hand, it agrees with ours."""
+    """transformers' class supports one square grid; with the other grid set by hand, it agrees with ours."""
     theirs = published(tmp_path)
     theirs.grid_size = (3, 5)
     model = ours(tmp_path)
@@ -144,7 +144,7 @@ def test_a_frozen_vit_still_trains_the_queries_in_front(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("head", ["eomt", "m2f", "linear"])
 def test_a_trainable_vit_gets_all_its_gradients_and_stays_in_evaluation_mode(head: str) -> None:
-    """Every trainable parameter must get one, or DDP waits for it."""
+    """Every trainable parameter must get a gradient, or DDP would wait for it."""
     config = settings(None, f"decoder_head.type={head}", "decoder_head.hidden_dim=32", "decoder_head.enc_layers=1",
                       "decoder_head.dec_layers=1", "decoder_head.use_cls_token=true", "adapter.deform_num_heads=4",
                       "adapter.drop_path=0")

@@ -26,7 +26,7 @@ HEADS = {"m2f": (), "linear": ("decoder_head.use_cls_token=true",),
 
 
 class NoWaiting(TorchDispatchMode):
-    """Fails at what a GPU's host would have to wait for: scalars read back, sizes that depend on data."""
+    """Raises where the host would wait for a GPU: reading scalars, data-dependent sizes."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         indices: Sequence[Any] = args[1] if func.overloadpacket in (aten.index, aten.index_put, aten.index_put_) else ()
@@ -48,7 +48,7 @@ def images(batch: int = 2) -> Tensor:
 
 
 def loss_of(outputs: dict[str, Any]) -> Tensor:
-    """Something to differentiate, from every prediction."""
+    """A differentiable scalar that depends on every prediction."""
     predictions = [outputs, *outputs.get("aux_outputs", ())]
     return torch.stack([value.float().square().mean() for item in predictions for name, value in item.items()
                         if name != "aux_outputs"]).sum()
@@ -77,7 +77,7 @@ def test_no_forward_or_backward_pass_waits(head: str, recompute: str) -> None:
 
 @pytest.mark.parametrize("head", HEADS)
 def test_every_tensor_is_made_where_the_model_is(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the meta device a tensor that was made on the CPU by mistake cannot be mixed in."""
+    """On the meta device, a tensor created on the CPU by mistake cannot be mixed in."""
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # meta has none
     model = model_of(head).to("meta")
     outputs = model.train()(images().to("meta"))
@@ -88,7 +88,7 @@ def test_every_tensor_is_made_where_the_model_is(head: str, monkeypatch: pytest.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's compiler looks at it
 @pytest.mark.parametrize("head", HEADS)
 def test_the_head_compiles_in_one_graph(head: str) -> None:
-    """Traced whole (fullgraph), forward and backward; EoMT not anew for every step of its annealing."""
+    """Traced whole (fullgraph), forward and backward; EoMT is not retraced at each annealing step."""
     torch._dynamo.reset()
     plain, compiled = (model_of(head, "adapter.drop_path=0", "decoder_head.dropout=0").train() for _ in range(2))
     graphs = 0
@@ -111,7 +111,7 @@ def test_the_head_compiles_in_one_graph(head: str) -> None:
 
 
 class Dtypes:
-    """The dtypes that parts of a model put out, by name of the part."""
+    """Output dtypes of parts of a model, by name."""
 
     def __init__(self, model: Segmenter, **parts: nn.Module) -> None:
         self.seen: dict[str, set[torch.dtype]] = {}

@@ -134,7 +134,7 @@ def reference_tokens(state: State, heads: int, images: Tensor, layers: list[int]
 
 
 def worst_difference(backbone: DINOv3Backbone, state: State, heads: int = HEADS) -> float:
-    """Largest difference of any token of any tapped layer between ours and `reference_tokens`."""
+    """Largest difference between ours and `reference_tokens`, over all tokens of all tapped layers."""
     expected = reference_tokens(state, heads, make_images(), backbone.layers)
     worst = 0.0
     for (patches, cls_token), tokens in zip(backbone(make_images()), expected, strict=True):
@@ -337,7 +337,7 @@ def test_a_hugging_face_directory_whose_config_is_of_another_vit_is_refused(
 
 
 class Planted:
-    """Unpickling this makes a file."""
+    """Unpickling this creates a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -408,7 +408,7 @@ def test_a_whole_model_of_another_kind_changes_nothing(vit_file: Path, tmp_path:
 
 
 def saved_head(vit_file: Path, path: Path, layout: str, head: DecoderHeadConfig = M2F) -> Segmenter:
-    """A trained model (seed 7) and its file in one of the layouts that exist."""
+    """A trained model (seed 7) and its file in one of the supported layouts."""
     model = model_on(vit_file, head, seed=7)
     full = model.meta_state_dict()
     bare = {key: value for key, value in full.items() if ".backbone." not in key and ".feature_model." not in key}
@@ -493,7 +493,7 @@ def test_ignored_keys_stay_random_and_are_reported(vit_file: Path, tmp_path: Pat
 
 
 def test_conversion_to_transformers_copies_no_weight() -> None:
-    """A 7B ViT must not be held twice: what is converted are views of what was read."""
+    """A 7B ViT must not be held twice: converted tensors are views of what was read."""
     state = meta_vit(SMALL)
     storages = {tensor.untyped_storage().data_ptr() for tensor in state.values()}
     converted = meta_vit_to_transformers(state)

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, verified, written beside training, thinned out, on a disk or in object storage."""
+"""Checkpoints: atomic, verified, written in the background, thinned out, on disk or object storage."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_training_goes_on_while_a_copy_is_written(tmp_path: Path, monkeypatch: p
 
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
-    """As on a disk that is nearly full: writing beyond it fails."""
+    """Like a nearly full disk: writing beyond it fails."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -218,11 +218,11 @@ def test_checkpoints_live_in_object_storage_too(s3_root: str, tmp_path: Path) ->
 
 
 class Killed(BaseException):
-    """The process dies here."""
+    """Simulates the death of the process."""
 
 
 class Death:
-    """Counts calls; the one of a given number, and all after it, are not made."""
+    """Counts calls; from a given one on, they are not made."""
 
     def __init__(self, at: int) -> None:
         self.at, self.calls = at, 0
@@ -237,7 +237,7 @@ class Death:
 
 
 def again(place: Path | str, scratch: Path, prepare: Callable[[CheckpointWriter], object]) -> bool:
-    """Write step 2 again, with other numbers and as the best; whether that was killed."""
+    """Write step 2 again, with other values and as the best; returns whether that was killed."""
     writer = CheckpointWriter(place, scratch, 2, None)
     prepare(writer)
     checkpoint = state(2)
@@ -251,7 +251,7 @@ def again(place: Path | str, scratch: Path, prepare: Callable[[CheckpointWriter]
 
 
 def assert_step_2_is_whole(place: Path | str) -> None:
-    """The old one or the new one, and nothing damaged on the way to it."""
+    """Either the old or the new checkpoint loads, with nothing damaged on the way to it."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = load_latest(place)
@@ -314,7 +314,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def run_at(place: str, folder: Path, step: int) -> str:
-    """A start of the run in `folder`, which writes a checkpoint; its identity."""
+    """A start of the run in `folder` that writes a checkpoint; returns its identity."""
     folder.mkdir(exist_ok=True)
     with lock_checkpoints(place, folder):
         checkpoint = state(step)

@@ -1,4 +1,4 @@
-"""The small parts around a run: device choice, seeds, the record, checkpoints."""
+"""Utilities of a run: device choice, seeds, the record, checkpoints."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The command `maskstream`: one name for the programs of the three packages.
+"""The `maskstream` command: one name for the programs of all three packages.
 
-It is a package of its own once installed, since the names of the three are generic: where another installed package
-owns one of them, this one still runs, and says so. It imports the program that is asked for and nothing else.
+It is installed as a separate package because the names of the three are generic: if another installed package shadows
+one of them, this one still runs and reports it. It imports only the requested program.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import importlib.util
 import sys
 from pathlib import Path
 
-PACKAGES = {"shards": "recipes.py", "preprocess": "make_shards.py", "trainer": "train.py"}  # and a file to know it by
+PACKAGES = {"shards": "recipes.py", "preprocess": "make_shards.py", "trainer": "train.py"}  # each with a file of ours
 COMMANDS = {
-    "make-scenes": ("preprocess.make_scenes", "draw a small labelled dataset, for trying things out"),
+    "make-scenes": ("preprocess.make_scenes", "draw a small synthetic dataset with labels, for demos"),
     "make-shards": ("preprocess.make_shards", "turn images and label PNGs into a shard set"),
     "train": ("trainer.train", "train; with several ranks: torchrun --nproc-per-node N -m trainer.train"),
-    "eval": ("trainer.eval", "evaluate a checkpoint: mIoU, per class too"),
-    "predict": ("trainer.predict", "predict images: class-id PNGs and overlays"),
-    "export": ("trainer.export", "write a trained model to load anywhere"),
-    "status": ("trainer.status", "say how a run is"),
-    "shards": ("shards.__main__", "info, verify, show, audit, copy: look at a shard set, or mirror it"),
-    "recipes": ("shards.cli.recipes", "list the settings files that --config takes by name, or print one"),
+    "eval": ("trainer.eval", "evaluate a checkpoint: mIoU and per-class IoU"),
+    "predict": ("trainer.predict", "segment images: class-id PNGs and overlays"),
+    "export": ("trainer.export", "export a trained model for use elsewhere"),
+    "status": ("trainer.status", "show the state of a run"),
+    "shards": ("shards.__main__", "info, verify, show, audit, copy: inspect, check or copy a shard set"),
+    "recipes": ("shards.cli.recipes", "list the recipes that --config accepts by name, or print one"),
 }
 _EXIT_BAD_INPUT = 2
 
@@ -45,18 +45,18 @@ def main() -> None:
     try:
         run_entry_point = importlib.import_module("shards.cli.command_line").run_entry_point
         program = importlib.import_module(COMMANDS[name][0]).main
-    except (ImportError, AttributeError, SystemExit) as error:  # programs exit where an import of theirs fails
+    except (ImportError, AttributeError, SystemExit) as error:  # programs exit when one of their imports fails
         _fail(_why(error))
     run_entry_point(program)
 
 
 def _help() -> str:
     lines = [f"  {name:{max(map(len, COMMANDS))}}  {meaning}" for name, (_, meaning) in COMMANDS.items()]
-    return "\n".join(["usage: maskstream COMMAND ...", "", *lines, "", "maskstream COMMAND --help: its options"])
+    return "\n".join(["usage: maskstream COMMAND ...", "", *lines, "", "maskstream COMMAND --help shows its options"])
 
 
 def _why(error: BaseException) -> str:
-    """One line on a program that cannot be imported: whose package has our name, or which library is missing."""
+    """Why a program cannot be imported, in one line: which package shadows ours, or which library is missing."""
     owners = importlib.metadata.packages_distributions()
     for package, file in PACKAGES.items():
         spec = importlib.util.find_spec(package)
@@ -66,8 +66,8 @@ def _why(error: BaseException) -> str:
             place = folders[0] if folders else spec.origin if spec else "nowhere"
             owner = f", which {' and '.join(sorted(others))} installed" if others else ""
             return (f"the package {package!r} that Python finds ({place}{owner}) is not, or not only, MaskStream's "
-                    f"({error}); install MaskStream into an environment of its own, and look for that name in the "
-                    "working directory and on PYTHONPATH")
+                    f"({error}); install MaskStream in its own environment, and check the working directory and "
+                    "PYTHONPATH for that name")
     return f"{error}; training, evaluation, prediction and export need: pip install 'maskstream[train]'"
 
 
