@@ -114,10 +114,10 @@ def test_a_run_that_evaluates_for_hours_is_not_lost(tmp_path: Path) -> None:
         result = run_program("trainer/status.py", tmp_path)
         assert result.returncode == 0 and "running" in result.stdout
     result = run_program("trainer/status.py", tmp_path)
-    assert result.returncode == 75 and "is gone, or hangs, and has been silent for" in result.stdout
+    assert result.returncode == 75 and "has exited or hangs, and has been silent for" in result.stdout
     write_state(tmp_path, dataclasses.replace(state, host="elsewhere"))
     result = run_program("trainer/status.py", tmp_path)
-    assert result.returncode == 75 and "cannot be seen from this host and has been silent for" in result.stdout
+    assert result.returncode == 75 and "is on another host, and has been silent for" in result.stdout
 
 
 def test_waiting_refreshes_the_state_now_and_then(tmp_path: Path) -> None:
@@ -259,13 +259,13 @@ def gone_process() -> int:
 
 
 @pytest.mark.parametrize(("changes", "code", "text"), [
-    ({}, 0, r"running for 1h00m, last heard of 1\ds ago"),
+    ({}, 0, r"running for 1h00m, last update 1\ds ago"),
     ({"host": "elsewhere", "pid": 999999999}, 0, "running"),
     ({"status": "finished", "step": 120}, 0, r"finished 1\ds ago"),
-    ({"status": "stopped", "message": "SIGTERM"}, 75, r"stopped 1\ds ago: SIGTERM; continue with the same command"),
+    ({"status": "stopped", "message": "SIGTERM"}, 75, r"stopped 1\ds ago: SIGTERM; resume with the same command"),
     ({"status": "failed", "message": "loss is nan"}, 1, r"failed 1\ds ago: loss is nan"),
     ({"pid": "gone"}, 75, "lost: "),
-    ({"host": "elsewhere", "updated": -5000}, 75, "silent for 1h23m; continue with the same command"),
+    ({"host": "elsewhere", "updated": -5000}, 75, "silent for 1h23m; resume with the same command"),
 ])
 def test_status_tells_people_and_scripts(tmp_path: Path, changes: dict[str, Any], code: int, text: str) -> None:
     now = time.time()
