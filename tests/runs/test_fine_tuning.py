@@ -70,7 +70,7 @@ def test_ignored_weights_are_announced_and_random(
     printed = capsys.readouterr().out
     fresh = started(scene_shards, tmp_path).model.trainable_state_dict()
     key = "segmentation_model.1.predictor.class_embed.weight"
-    assert f"left random, as load.ignore says: {key.replace('weight', 'bias')}, {key}" in printed
+    assert f"randomly initialised because of load.ignore: {key.replace('weight', 'bias')}, {key}" in printed
     assert torch.equal(state[key], fresh[key])
     loaded = key.replace("class_embed", "query_feat")
     assert not torch.equal(state[loaded], fresh[loaded])

@@ -346,7 +346,7 @@ def test_a_run_records_the_samples_it_left_out(scene_shards: Path, tmp_path: Pat
     assert len(lines) == 2
     for (step, where), line in zip(expected, lines, strict=True):
         assert (line["step"], line["rank"]) == (step, 0) and where in line["sample"] and "CRC-32" in line["sample"]
-    assert sum("left out a damaged sample" in record.get("what", "") for record in read_metrics(tmp_path / "run")) == 2
+    assert sum("skipped a corrupt sample" in record.get("what", "") for record in read_metrics(tmp_path / "run")) == 2
 
 
 def test_without_any_good_sample_there_is_an_error(scene_shards: Path, tmp_path: Path) -> None:

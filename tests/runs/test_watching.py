@@ -234,7 +234,7 @@ def test_the_report_is_there_from_the_first_evaluation_on(scene_shards: Path, tm
 def test_targets_that_no_query_was_left_for_are_told_once(scene_shards: Path, tmp_path: Path) -> None:
     train(tiny(scene_shards, tmp_path / "run", "train.total_steps=3", "decoder_head.num_queries=1"), ALONE)
     events = [record["what"] for record in read_metrics(tmp_path / "run") if record["kind"] == "event"]
-    assert len(events) == 1 and re.match(r"step 1: \d+ targets stayed unmatched, of images with more", events[0])
+    assert len(events) == 1 and re.match(r"step 1: \d+ targets stayed unmatched, in images with more", events[0])
 
 
 def test_a_finished_run_says_so(finished: Path) -> None:
@@ -353,7 +353,7 @@ def test_a_full_disk_costs_records_not_the_run(tmp_path: Path, monkeypatch: pyte
     logger = RunLogger(tmp_path, 0)
     logger.event(1, "before")
     allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with pytest.warns(UserWarning, match="the record in .* could not be written: .*File too large. Training goes on"):
+    with pytest.warns(UserWarning, match="the record in .* could not be written: .*File too large. Training continues"):
         resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size, allowed[1]))
         try:
             logger.scalars(2, "train", {"loss": 1.0})
