@@ -212,7 +212,7 @@ def test_a_death_ends_the_run_soon_and_leaves_nothing(scene_shards: Path, tmp_pa
     assert run.wait(90) != 0
     run.assert_gone()
     expected = {"rank 1": r"rank 0 on \S+, step \d+: another rank died or became unreachable",
-                "loader worker": r"rank [01] on \S+, step \d+: loader processes ended .*one was ended by SIGKILL",
+                "loader worker": r"rank [01] on \S+, step \d+: loader processes died .*one was killed by SIGKILL",
                 "launcher": ""}[victim]  # the kernel ends them at once
     assert re.search(expected, run.text), run.text
 
