@@ -94,5 +94,5 @@ def test_layer_choices_of_the_linear_head(monkeypatch: pytest.MonkeyPatch) -> No
         model = on_meta(monkeypatch, "linear", PRESETS[0], f"backbone.layers={layers}")
         assert len(model.backbone.layers) == taps
         assert trainable(model) == taps * (2 + 150) * model.backbone.embed_dim + 150
-    with pytest.raises(ConfigError, match="needs four tapped layers"):
+    with pytest.raises(ConfigError, match="needs features of four layers"):
         on_meta(monkeypatch, "m2f", PRESETS[0], "backbone.layers=LAST")
