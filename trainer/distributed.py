@@ -70,23 +70,23 @@ def distributed(device: str, hang_timeout: float = JOIN_TIMEOUT.total_seconds())
     available, RunError when the launcher's store or other ranks do not answer.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    chosen = pick_device(device, local_rank)
+    rank_device = pick_device(device, local_rank)
     if not is_launched():
         with Watchdog(0, 1, None, hang_timeout) as watchdog:
-            yield DistContext(rank=0, world_size=1, device=chosen, watchdog=watchdog)
+            yield DistContext(rank=0, world_size=1, device=rank_device, watchdog=watchdog)
         return
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
+    if rank_device.type == "cuda":
+        torch.cuda.set_device(rank_device)
     store, rank, world_size, prefix = _join(datetime.timedelta(seconds=max(hang_timeout, _MIN_JOIN_SECONDS)))
     with Watchdog(rank, world_size, partial(_connect_store, prefix), hang_timeout) as watchdog:
         dist.init_process_group(
-            "nccl" if chosen.type == "cuda" else "gloo",
+            "nccl" if rank_device.type == "cuda" else "gloo",
             store=dist.PrefixStore(prefix, store), rank=rank, world_size=world_size,
             timeout=COLLECTIVE_TIMEOUT,
-            device_id=chosen if chosen.type == "cuda" else None,
+            device_id=rank_device if rank_device.type == "cuda" else None,
         )
         try:
-            yield DistContext(rank=rank, world_size=world_size, device=chosen, watchdog=watchdog)
+            yield DistContext(rank=rank, world_size=world_size, device=rank_device, watchdog=watchdog)
         finally:
             dist.destroy_process_group()
 

@@ -62,7 +62,7 @@ def test_no_recipe_claims_a_number_that_was_not_made_with_it(path: Path) -> None
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"mIoU\D{0,40}\d\d\.\d|\d\d\.\d\s*(?:/ [\d.]+ )?mIoU", text)
     if path.name.startswith("config-ade20k"):
-        assert re.search("not theirs|publishes no training recipe", text)
+        assert re.search("[Dd]ifference|publishes no training recipe", text)
 
 
 def test_the_eomt_recipe_says_what_is_published() -> None:

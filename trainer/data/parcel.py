@@ -48,12 +48,12 @@ class Parcel:
 
     def __init__(self, item: Packable) -> None:
         pieces: list[memoryview | bytes] = []
-        places = item.map_tensors(functools.partial(_add_tensor, pieces))
+        packed = item.map_tensors(functools.partial(_add_tensor, pieces))
         self._contents: tuple[Any, ...]
         try:
-            self._contents = (_from_file, places, _send_file(pieces))
+            self._contents = (_from_file, packed, _send_file(pieces))
         except OSError as error:
-            self._contents = (_from_bytes, places, b"".join(pieces), error.strerror or repr(error))
+            self._contents = (_from_bytes, packed, b"".join(pieces), error.strerror or repr(error))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return self._contents[0], self._contents[1:]
@@ -86,18 +86,18 @@ def _send_file(pieces: Sequence[memoryview | bytes]) -> Any:
         os.close(descriptor)
 
 
-def _from_file(places: Packable, descriptor: Any) -> Any:
+def _from_file(packed: Packable, descriptor: Any) -> Any:
     opened = descriptor.detach()
     try:
         contents = mmap.mmap(opened, 0) if os.fstat(opened).st_size else bytearray()
     finally:
         os.close(opened)
-    return places.map_tensors(functools.partial(_tensor_at, contents))
+    return packed.map_tensors(functools.partial(_tensor_at, contents))
 
 
-def _from_bytes(places: Packable, contents: bytes, reason: str) -> Any:
+def _from_bytes(packed: Packable, contents: bytes, reason: str) -> Any:
     _warn_once(reason)
-    return places.map_tensors(functools.partial(_tensor_at, bytearray(contents)))
+    return packed.map_tensors(functools.partial(_tensor_at, bytearray(contents)))
 
 
 @functools.cache

@@ -145,8 +145,8 @@ class EomtHead(MaskClassificationHead):
         self.mask_head = MaskHead(dim, ACT2FN[activation])
         self.class_predictor = nn.Linear(dim, num_classes + 1)
         self.register_buffer("attn_mask_probs", torch.ones(num_blocks))
-        self._note_masked_blocks([1.0] * num_blocks)
-        self.register_load_state_dict_post_hook(_note_loaded_shares)
+        self._update_masked_blocks([1.0] * num_blocks)
+        self.register_load_state_dict_post_hook(_update_after_loading)
 
     def set_matched_gradients(self, enabled: bool) -> None:
         """See `mask_decoder.predicted_masks`."""
@@ -154,10 +154,10 @@ class EomtHead(MaskClassificationHead):
 
     def set_progress(self, step: float, total_steps: int) -> None:
         """Set the fractions of masked queries for this step of the run."""
-        shares = [faded((step - start) / (end - start)) for start, end in self.annealing_steps]
+        shares = [remaining_share((step - start) / (end - start)) for start, end in self.annealing_steps]
         if not shares:
             shares = masking_shares(step / total_steps, len(self.attn_mask_probs), self.mask_annealing)
-        self._note_masked_blocks(shares)
+        self._update_masked_blocks(shares)
         for entry, share in zip(self.attn_mask_probs.unbind(), shares, strict=True):
             entry.fill_(share)  # copying a new host tensor would synchronise with the device
 
@@ -187,7 +187,7 @@ class EomtHead(MaskClassificationHead):
             outputs["aux_outputs"] = aux_outputs
         return outputs
 
-    def _note_masked_blocks(self, shares: Sequence[float]) -> None:
+    def _update_masked_blocks(self, shares: Sequence[float]) -> None:
         """Keep host copies of what the buffer implies, to avoid synchronising with the device."""
         self._masked_in_training = [share > 0 for share in shares]
         self._masked_in_evaluation = [share >= 0.5 for share in shares]
@@ -220,14 +220,14 @@ def masking_shares(progress: float, num_blocks: int, window: tuple[float, float]
     """
     start, end = window
     period = (end - start) / (num_blocks - 1 / 3)
-    return [faded((progress - start - block * period) / (2 / 3 * period)) for block in range(num_blocks)]
+    return [remaining_share((progress - start - block * period) / (2 / 3 * period)) for block in range(num_blocks)]
 
 
-def faded(t: float) -> float:
+def remaining_share(t: float) -> float:
     """Fraction of queries still masked at t of a block's interval: 1 before it, (1 - t)^0.9 within, 0 after."""
     return float((1.0 - min(max(t, 0.0), 1.0)) ** _ANNEALING_POWER)
 
 
-def _note_loaded_shares(head: nn.Module, _: Any) -> None:
+def _update_after_loading(head: nn.Module, _: Any) -> None:
     assert isinstance(head, EomtHead)
-    head._note_masked_blocks(head.attn_mask_probs.tolist())
+    head._update_masked_blocks(head.attn_mask_probs.tolist())

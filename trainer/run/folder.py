@@ -42,7 +42,7 @@ def lock_run_folder(folder: Path, wait_seconds: float = _WAIT_SECONDS, setting: 
 
 def _lock(file: IO[str], folder: Path, deadline: float, setting: str) -> bool:
     """Acquire the lock. False on a file system without locks, which gets a warning."""
-    told = False
+    announced = False
     while True:
         try:
             reason = try_lock(file)
@@ -52,9 +52,9 @@ def _lock(file: IO[str], folder: Path, deadline: float, setting: str) -> bool:
             holder = f"{folder} is in use by a run ({file.read().strip() or 'which has just started'})"
             if time.monotonic() > deadline:
                 raise FolderInUse(f"{holder}; wait for its end, or choose another {setting}") from None
-            if not told:
+            if not announced:
                 print(f"{holder}; waiting for its end", flush=True)
-                told = True
+                announced = True
             time.sleep(_POLL_SECONDS)
     if reason is not None:
         warn_unlocked(folder, reason)
