@@ -22,7 +22,7 @@ class DataConfig:
     train_split: str = setting("train", "split of the shard set to train on")
     val_split: str = setting("val", "split of the shard set to evaluate on")
     workers: int = setting(4, "loader processes per rank; 0: decode in the training process", minimum=0)
-    prefetch_batches: int = setting(4, "micro-batches that each worker prefetches", minimum=1)
+    prefetch_batches: int = setting(4, "micro-batches prefetched by each worker", minimum=1)
     targets: str = setting("segment_map", "format in which workers send targets: packed uint8 segment maps, or dense "
                            "{masks, labels} (same results, 10 to 40 times the bytes)",
                            choices=("segment_map", "dense"))
@@ -46,8 +46,8 @@ class DataConfig:
                              minimum=0.1)
     on_corrupt: str = setting("fail", "what to do with a corrupt training sample: fail, or skip it and use the next "
                               "sample of its global batch instead", choices=("fail", "skip"))
-    corrupt_budget: int = setting(10, "on_corrupt skip: samples that each rank may skip before the run fails; counted "
-                                  "anew whenever it is restarted", minimum=1)
+    corrupt_budget: int = setting(10, "on_corrupt skip: samples that each rank may skip before the run fails; a "
+                                  "resumed run starts counting from 0", minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +146,7 @@ class TrainConfig:
     on_non_finite: str = setting("stop", "what to do when a loss or gradient is NaN or infinite, once it is recorded "
                                  "in output_dir/non-finite: stop; skip the step; rollback to the last checkpoint and "
                                  "continue without the step", choices=("stop", "skip", "rollback"))
-    non_finite_budget: int = setting(3, "on_non_finite skip and rollback: steps that may be left out before the run "
+    non_finite_budget: int = setting(3, "on_non_finite skip and rollback: steps that may be skipped before the run "
                                      "stops", minimum=1)
     hang_timeout: float = setting(600.0, "seconds without progress on any rank after which the run counts as hung and "
                                   "is terminated", minimum=1)

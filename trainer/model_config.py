@@ -30,7 +30,7 @@ class RandomBackboneConfig:
 class BackboneConfig:
     """The DINOv3 ViT."""
 
-    source: str | None = place("DINOv3 or EoMT directory in Hugging Face format or hub id, e.g. "
+    source: str | None = place("DINOv3 or EoMT model as a Hugging Face directory or hub id, e.g. "
                                "facebook/dinov3-vits16-pretrain-lvd1689m; or a DINOv3 ViT as Meta's .pth")
     random: RandomBackboneConfig = setting(RandomBackboneConfig, "random weights instead of `source`")
     layers: str = setting("FOUR_EVEN_INTERVALS", "blocks whose output tokens are used as features",
@@ -81,7 +81,7 @@ class DecoderHeadConfig:
                               only_for=("m2f",))
     enc_ffn: int = setting(4096, "FFN width of the pixel decoder's encoder", minimum=1, maximum=65536,
                            only_for=("m2f",))
-    dec_layers: int = setting(9, "masked-attention decoder layers (they give dec_layers + 1 predictions)", minimum=1,
+    dec_layers: int = setting(9, "masked-attention decoder layers (giving dec_layers + 1 predictions)", minimum=1,
                               maximum=64, only_for=("m2f",))
     dec_ffn: int = setting(4096, "FFN width of the mask decoder", minimum=1, maximum=65536, only_for=("m2f",))
     # linear
@@ -91,8 +91,8 @@ class DecoderHeadConfig:
     use_cls_token: bool = setting(False, "concatenate the class token to every patch feature", only_for=("linear",))
     use_backbone_norm: bool = setting(True, "apply the ViT's final norm to the features", only_for=("linear",))
     # EoMT
-    num_blocks: int = setting(4, "last ViT blocks, which also process the queries (they give num_blocks + 1 "
-                              "predictions)", minimum=1, maximum=256, only_for=("eomt",))
+    num_blocks: int = setting(4, "last ViT blocks, which also process the queries (giving num_blocks + 1 predictions)",
+                              minimum=1, maximum=256, only_for=("eomt",))
     num_upscale_blocks: int = setting(2, "times the patch grid is upscaled by 2; 2 gives masks at stride 4", minimum=0,
                                       maximum=4, only_for=("eomt",))
     mask_annealing: list[float] = setting([0.125, 0.8125], "interval of the run over which masked attention is phased "

@@ -30,7 +30,7 @@ class RunStopped(RunError):
     """A signal stopped the run after a completed step; the message names the signal and the step."""
 
     exit_code = EXIT_TO_BE_CONTINUED
-    label = "stopped as asked"
+    label = "stopped on request"
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Train a segmentation head on a frozen DINOv3 backbone.
+"""Train a segmentation head on a DINOv3 backbone, which is frozen by default.
 
 example: torchrun --standalone --nproc-per-node 2 trainer/train.py --config configs/config-ade20k-m2f-training.yaml
          data.root=shards-ade20k output_dir=runs/ade20k-m2f

@@ -116,7 +116,7 @@ def test_one_process_stops_after_a_whole_step_and_leaves_nothing(scene_shards: P
     assert not run.zombies(), "evaluations have come and gone, with their loader processes"
     os.killpg(run.process.pid, number)  # all its processes, as a terminal and torchrun do
     assert run.wait(60) == code, run.text
-    assert f"stopped as asked: {number.name}: stopped after step" in run.text and "Traceback" not in run.text
+    assert f"stopped on request: {number.name}: stopped after step" in run.text and "Traceback" not in run.text
     assert final_state(run.folder).step == newest_step(run.folder)
     run.assert_gone()
 
