@@ -1,4 +1,4 @@
-"""The one place where `decoder_head.type` decides: which network, and which loss trains it."""
+"""The only place that branches on `decoder_head.type`: it selects the network and its loss."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class HeadKind(NamedTuple):
 
     model: Callable[[RunConfig, int], Segmenter]
     criterion: Callable[[RunConfig, int, int], MaskCriterion | PixelCriterion]
-    has_batch_norm: Callable[[RunConfig], bool]  # over a map with one value for each cell of its size divisor
+    has_batch_norm: Callable[[RunConfig], bool]  # on a map with one value per size_divisor x size_divisor pixels
 
 
 HEADS = {
@@ -40,7 +40,7 @@ HEADS = {
 
 
 def build_model(config: RunConfig, num_classes: int) -> Segmenter:
-    """The configured network, float32 on the CPU; adapter and head come from torch's global random state."""
+    """The configured network, float32 on the CPU; adapter and head are initialised from torch's global RNG."""
     model = HEADS[config.decoder_head.type].model(config, num_classes)
     set_gradient_checkpointing(model, config.train.gradient_checkpointing)
     model.head.set_matched_gradients(config.loss.matched_gradients)
@@ -48,14 +48,14 @@ def build_model(config: RunConfig, num_classes: int) -> Segmenter:
 
 
 def build_criterion(config: RunConfig, num_classes: int, ignore_index: int) -> MaskCriterion | PixelCriterion:
-    """The loss that belongs to the configured head."""
+    """The configured head's loss."""
     return HEADS[config.decoder_head.type].criterion(config, num_classes, ignore_index)
 
 
 def check_crop_size(config: RunConfig, height: int, width: int) -> None:
-    """Raise ConfigError for training crops whose size does not suit the head, or gives batch norm one value only.
+    """Raise ConfigError for training crops whose size does not fit the head, or leaves batch norm a single value.
 
-    On CUDA several ranks share their statistics, but a configuration is to run on one, too.
+    On CUDA, ranks share batch norm statistics, but a configuration must also run on a single rank.
     """
     kind, divisor = config.decoder_head.type, config.decoder_head.size_divisor
     if height % divisor or width % divisor:
@@ -63,7 +63,7 @@ def check_crop_size(config: RunConfig, height: int, width: int) -> None:
                           f"of {divisor}. Set data.crop_size, or shard again with another crops.size")
     if height == width == divisor and config.train.micro_batch_size == 1 and HEADS[kind].has_batch_norm(config):
         raise ConfigError(
-            f"training crops are {height}x{width} pixels and train.micro_batch_size is 1: batch norm of "
-            f"decoder_head.type {kind} has one value per {divisor}x{divisor} pixels, and needs two. Legal: crops of at "
-            f"least {2 * divisor}x{2 * divisor}, or a train.micro_batch_size of at least 2"
+            f"training crops are {height}x{width} pixels and train.micro_batch_size is 1: batch norm in "
+            f"decoder_head.type {kind} sees one value per {divisor}x{divisor} pixels and needs at least two. Legal: "
+            f"crops of at least {2 * divisor}x{2 * divisor}, or a train.micro_batch_size of at least 2"
         )

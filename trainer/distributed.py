@@ -1,4 +1,4 @@
-"""Ranks: one small object says who we are; everything works the same with one process and no group."""
+"""Distributed set-up. `DistContext` describes this rank; a single process works the same way, without a group."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from torch import Tensor
 from shards.errors import ConfigError, RunError
 from trainer.watchdog import Watchdog
 
-# Ranks wait for each other as long as one of them makes progress; trainer.watchdog notices when none does.
+# Collectives must not time out while any rank makes progress; trainer.watchdog ends the run when none does.
 COLLECTIVE_TIMEOUT = datetime.timedelta(days=1)
 JOIN_TIMEOUT = datetime.timedelta(minutes=10)
-_SHORTEST_JOIN = 60.0  # seconds: imports take that long on a busy machine
+_MIN_JOIN_SECONDS = 60.0  # imports can take this long on a busy machine
 _POLL = 0.02  # seconds
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistContext:
-    """This process's place among the ranks, and its device."""
+    """This process's rank and device."""
 
     rank: int
     world_size: int
@@ -39,7 +39,7 @@ class DistContext:
         return self.rank == 0
 
     def beat(self, phase: str, step: int | None = None) -> None:
-        """Tell the watchdog, if there is one, that a phase begins; `step`: so many are finished now."""
+        """Report the start of a phase to the watchdog, if there is one; `step`: number of completed steps."""
         if self.watchdog is not None:
             self.watchdog.beat(phase, step)
 
@@ -63,47 +63,47 @@ class DistContext:
 
 @contextmanager
 def distributed(device: str, hang_timeout: float = JOIN_TIMEOUT.total_seconds()) -> Iterator[DistContext]:
-    """Join the process group that torchrun describes (NCCL on CUDA, gloo on CPU), and leave it at the end. A watchdog
-    looks after all that happens in between, loading included (see `trainer.watchdog`).
+    """Join the process group that torchrun describes (NCCL on CUDA, gloo on CPU), and leave it on exit. A watchdog
+    monitors everything in between, loading included (see `trainer.watchdog`).
 
-    Without torchrun's environment there is no group and one rank. Raises ConfigError when "cuda" is asked
-    for and absent, RunError when the launcher's store or other ranks do not answer.
+    Without torchrun's environment there is one rank and no group. Raises ConfigError when "cuda" is requested but not
+    available, RunError when the launcher's store or other ranks do not answer.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    chosen = pick_device(device, local_rank)
+    rank_device = pick_device(device, local_rank)
     if not is_launched():
         with Watchdog(0, 1, None, hang_timeout) as watchdog:
-            yield DistContext(rank=0, world_size=1, device=chosen, watchdog=watchdog)
+            yield DistContext(rank=0, world_size=1, device=rank_device, watchdog=watchdog)
         return
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-    store, rank, world_size, prefix = _join(datetime.timedelta(seconds=max(hang_timeout, _SHORTEST_JOIN)))
+    if rank_device.type == "cuda":
+        torch.cuda.set_device(rank_device)
+    store, rank, world_size, prefix = _join(datetime.timedelta(seconds=max(hang_timeout, _MIN_JOIN_SECONDS)))
     with Watchdog(rank, world_size, partial(_connect_store, prefix), hang_timeout) as watchdog:
         dist.init_process_group(
-            "nccl" if chosen.type == "cuda" else "gloo",
+            "nccl" if rank_device.type == "cuda" else "gloo",
             store=dist.PrefixStore(prefix, store), rank=rank, world_size=world_size,
             timeout=COLLECTIVE_TIMEOUT,
-            device_id=chosen if chosen.type == "cuda" else None,
+            device_id=rank_device if rank_device.type == "cuda" else None,
         )
         try:
-            yield DistContext(rank=rank, world_size=world_size, device=chosen, watchdog=watchdog)
+            yield DistContext(rank=rank, world_size=world_size, device=rank_device, watchdog=watchdog)
         finally:
             dist.destroy_process_group()
 
 
 def _connect_store(prefix: str) -> dist.Store:
-    """A connection of its own (for a thread) to the store that this start's ranks share."""
+    """A separate connection, for use by a thread, to the store shared by the ranks of this launch."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return dist.PrefixStore(prefix, dist.TCPStore(address, port, timeout=JOIN_TIMEOUT))
 
 
 def is_launched() -> bool:
-    """Whether torchrun, or something that speaks like it, started this process as one of several ranks."""
+    """Whether torchrun, or a launcher that sets the same variables, started this process."""
     return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def _join(timeout: datetime.timedelta) -> tuple[dist.Store, int, int, str]:
-    """(the launcher's store, rank, world size, prefix of this start). Raises RunError when nobody answers in time."""
+    """(launcher's store, rank, world size, key prefix of this launch). Raises RunError when nobody answers in time."""
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
         return store, rank, world_size, agree_on_start(store, rank, world_size, timeout)
@@ -111,17 +111,17 @@ def _join(timeout: datetime.timedelta) -> tuple[dist.Store, int, int, str]:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = str(error).strip().splitlines()[0]
         raise RunError(f"rank {os.environ.get('RANK')} could not join the others through the launcher's store at "
-                       f"{place} within {timeout.total_seconds():.0f} s ({reason}); is torchrun still running there, "
-                       "and does the network let it through?") from error
+                       f"{place} within {timeout.total_seconds():.0f} s ({reason}); check that torchrun is still "
+                       "running there and that the network allows the connection") from error
 
 
 def agree_on_start(store: dist.Store, rank: int, world_size: int, timeout: datetime.timedelta = JOIN_TIMEOUT) -> str:
-    """A prefix for the keys of this start of the ranks, the same on all of them, that no earlier start had.
+    """A key prefix for this launch of the ranks, equal on all of them and never used by an earlier launch.
 
-    torchrun keeps its store when it starts ranks again (after a death, or with other nodes), and with it the addresses
-    of dead ranks, which gloo would call: "connection refused", if a rank looks before the other has written anew. So
-    rank 0 numbers the starts, and answers each rank's own greeting, of which dead ranks have left some too, until
-    all living ones have heard the number.
+    When torchrun restarts ranks (after a death, or with other nodes) it keeps its store, and in it the addresses of
+    dead ranks. A rank that reads one before its peer has written a new address makes gloo fail with "connection
+    refused". So rank 0 numbers the launches and answers every greeting, those of dead ranks included, until all live
+    ranks have confirmed the number.
     """
     if rank:
         greeting = store.add(f"greetings/{rank}", 1)
@@ -145,7 +145,7 @@ def agree_on_start(store: dist.Store, rank: int, world_size: int, timeout: datet
 
 
 def pick_device(device: str, local_rank: int = 0) -> torch.device:
-    """auto | cpu | cuda -> this process's device. Raises ConfigError when it is not there."""
+    """auto | cpu | cuda -> this process's device. Raises ConfigError when it is not available."""
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
         raise ConfigError("device is 'cuda' but torch sees no CUDA device; set device=cpu or device=auto")

@@ -1,9 +1,9 @@
-"""Evaluate a checkpoint on the validation split: mIoU with sliding window and optional views.
+"""Evaluate a checkpoint on the validation split: mIoU, with sliding windows and test-time augmentation as configured.
 
 example: python trainer/eval.py --config runs/ade20k-m2f/config.yaml --checkpoint runs/ade20k-m2f/checkpoints/best.pt
-The network is the checkpoint's own; `data`, `eval` and `device` come from the configuration, and
-`backbone.source` too, for when the ViT lies elsewhere now. What another program saved, such as Meta's Mask2Former or
-linear head, brings weights only: then all settings are the configuration's, the classes the shard set's.
+The network is the checkpoint's own; `data`, `eval` and `device` come from the configuration, and so does
+`backbone.source`, as the ViT may have moved since. A file of another program, such as Meta's Mask2Former or linear
+head, contains only weights: then all settings come from the configuration, and the classes from the shard set.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ try:
     from trainer.config import RunConfig, load_run_config
     from trainer.stopping import die_with_launcher
 except ImportError as error:
-    raise SystemExit(f"error: {error}; is MaskStream installed here (pip install -e .), and is there no other package "
-                     "called shards or trainer?") from None
+    raise SystemExit(f"error: {error}; is MaskStream installed (pip install -e .), and does no other installed package "
+                     "use the name shards or trainer?") from None
 
 DEFAULT_RECIPE = "config-ade20k-m2f-inference"
 
@@ -31,13 +31,13 @@ def main() -> int:
     parser.add_argument("--checkpoint", required=True, help="checkpoint file, e.g. <run>/checkpoints/best.pt, or "
                         "another program's head")
     parser.add_argument("--output", default=None, help="folder for metrics and pictures "
-                        "(default: evaluation/ in the run's or the export's folder)")
+                        "(default: evaluation/ in the folder of the run or export)")
     add_overrides(parser)
     arguments = parser.parse_intermixed_args()
     config = load_run_config(config_files(arguments), arguments.overrides)
     checkpoint_path = Path(arguments.checkpoint)
-    beside = checkpoint_path if checkpoint_path.is_dir() else checkpoint_path.parent.parent
-    output = Path(arguments.output) if arguments.output else beside / "evaluation"
+    folder = checkpoint_path if checkpoint_path.is_dir() else checkpoint_path.parent.parent
+    output = Path(arguments.output) if arguments.output else folder / "evaluation"
     return _evaluate(config, checkpoint_path, output)
 
 
@@ -51,16 +51,16 @@ def _evaluate(config: RunConfig, checkpoint_path: Path, output: Path) -> int:
     from trainer.run.checkpoint import open_checkpoint
 
     if config.data.root is None:
-        raise ConfigError("data.root is not set. Type for example: python trainer/eval.py "
+        raise ConfigError("data.root is not set. Try for example: python trainer/eval.py "
                           f"--checkpoint {checkpoint_path} data.root=<folder of shards>")
-    found = open_checkpoint(checkpoint_path)
+    source = open_checkpoint(checkpoint_path)
     reader = open_reader(config.data, config.data.val_split)
     manifest = reader.manifest
     with distributed(config.device, config.train.hang_timeout) as context:
-        if isinstance(found, WeightsFile) and not found.is_self_contained:
-            pretrained, settings = from_external_weights(found, config, manifest.classes, context.device), config
+        if isinstance(source, WeightsFile) and not source.is_self_contained:
+            pretrained, settings = from_external_weights(source, config, manifest.classes, context.device), config
         else:
-            pretrained = load_pretrained(found, backbone_source=config.backbone.source, device=context.device)
+            pretrained = load_pretrained(source, backbone_source=config.backbone.source, device=context.device)
             settings = replace(pretrained.config, data=config.data, eval=config.eval)
         if pretrained.classes != list(manifest.classes):
             raise ConfigError(f"{config.data.root} and {checkpoint_path} have different class tables "
@@ -74,7 +74,7 @@ def _evaluate(config: RunConfig, checkpoint_path: Path, output: Path) -> int:
             write_atomically(output / "metrics.json", to_json(record, indent=1).encode())
             if result.panels is not None:
                 save_picture(result.panels, output / "panels.png")
-            print(f"metrics.json and panels.png are in {output}")
+            print(f"metrics.json and panels.png written to {output}")
     return 0
 
 

@@ -1,11 +1,11 @@
-"""Write a trained model in the formats that others read: a directory to load, Meta's files, a torch.export program.
+"""Export a trained model for use elsewhere: a self-contained directory, Meta's files, and a torch.export program.
 
 example: python trainer/export.py --checkpoint runs/ade20k-m2f/checkpoints/best.pt --output exported
-    exported/model.safetensors, config.json   the whole model with its ViT, settings and classes; load it with
+    exported/model.safetensors, config.json   the whole model, ViT included, with settings and classes; load it with
                                               trainer.pretrained.load_pretrained, trainer/predict.py or trainer/eval.py
     exported/meta/head.pth, backbone.pth      Meta's layouts: adapter and head as in the released file, and the ViT
-    exported/program.pt2                      torch.export of image -> class scores, any height and width from 64
-                                              in multiples of 32; needs no code of ours
+    exported/program.pt2                      torch.export program from image to class scores; runs without MaskStream;
+                                              height and width: multiples of 32, at least 64
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ try:
     from shards.errors import ConfigError
     from trainer.model_options import add_checkpoint_options, open_pretrained
 except ImportError as error:
-    raise SystemExit(f"error: {error}; is MaskStream installed here (pip install -e .), and is there no other package "
-                     "called shards or trainer?") from None
+    raise SystemExit(f"error: {error}; is MaskStream installed (pip install -e .), and does no other installed package "
+                     "use the name shards or trainer?") from None
 
 FORMATS = ("directory", "meta", "program")
 
@@ -27,13 +27,13 @@ FORMATS = ("directory", "meta", "program")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_checkpoint_options(parser)
-    parser.add_argument("--output", required=True, help="folder to write; one that holds an export already is refused")
+    parser.add_argument("--output", required=True, help="folder to write to; must be new or empty")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), metavar="FORMAT",
                         help=f"what to write: {', '.join(FORMATS)} (default: all)")
     arguments = parser.parse_args()
     output = Path(arguments.output)
     if output.is_dir() and any(output.iterdir()):
-        raise ConfigError(f"--output {output} is not empty; name a new folder")
+        raise ConfigError(f"--output {output} is not empty; choose a new folder")
     return _export(arguments, output)
 
 

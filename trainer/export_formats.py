@@ -1,4 +1,4 @@
-"""The formats that `trainer/export.py` writes. Each file is complete or not there."""
+"""The formats written by `trainer/export.py`. Every file is written atomically."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from trainer.models.integrity import SealedFile, safetensors_metadata, seal_safe
 from trainer.pretrained import Pretrained, export_config
 
 MAX_SIDE = 16_384  # pixels
-_TRACED = (2, 3, 96, 160)  # two images, not square: traced with other numbers than 1, which export takes for constants
+_TRACED = (2, 3, 96, 160)  # two images, not square: torch.export would treat a size of 1 as a constant
 _CHECKED = (1, 3, 128, 64)
 
 
 class ExportError(MaskStreamError):
-    """What was written does not give the model's numbers."""
+    """The exported model's outputs differ from the model's."""
 
 
 def write_directory(pretrained: Pretrained, folder: Path) -> list[Path]:
-    """config.json and model.safetensors (the whole model, keys as in Meta's layout); the first is written last."""
+    """model.safetensors (the whole model, keys as in Meta's layout), then config.json."""
     state = _plain(pretrained.model.meta_state_dict())
 
     def write(path: Path) -> None:
@@ -44,7 +44,7 @@ def write_directory(pretrained: Pretrained, folder: Path) -> list[Path]:
 
 
 def write_meta_files(pretrained: Pretrained, folder: Path) -> list[Path]:
-    """meta/head.pth, bare like Meta's release (adapter and head), and meta/backbone.pth, like Meta's ViTs."""
+    """meta/head.pth, a bare state dict of adapter and head like Meta's release; meta/backbone.pth, like Meta's ViTs."""
     head = _plain(pretrained.model.head_state_dict())
     vit = _plain(pretrained.model.backbone.meta_state_dict())
     return [_written(folder / "meta" / "head.pth", lambda path: _save_sealed(head, path)),
@@ -52,27 +52,27 @@ def write_meta_files(pretrained: Pretrained, folder: Path) -> list[Path]:
 
 
 def write_program(pretrained: Pretrained, folder: Path) -> list[Path]:
-    """program.pt2, compared with the model on an image of another size before it is put in place. ExportError if other.
+    """program.pt2, compared with the model on an image of another size before it is written. ExportError on mismatch.
 
-    Reading it back needs torch alone: `torch.export.load(path).module()(images)`.
+    Loading it needs only torch: `torch.export.load(path).module()(images)`.
     """
     program = inference_program(pretrained)
     images = torch.randint(0, 256, _CHECKED, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     with torch.no_grad():
-        found, expected = program.module()(images), InferenceGraph(pretrained)(images)
-    difference = (found - expected).abs().max().item()
+        actual, expected = program.module()(images), InferenceGraph(pretrained)(images)
+    difference = (actual - expected).abs().max().item()
     if not difference <= 1e-4 * max(1.0, expected.abs().max().item()):
-        raise ExportError(f"the exported program differs from the model by {difference}")
+        raise ExportError(f"scores of the exported program differ from the model's by {difference}")
 
     def write(path: Path) -> None:
-        with path.open("wb") as file:  # a name would have to end in .pt2
+        with path.open("wb") as file:  # not a path: torch would require the suffix .pt2
             torch.export.save(program, file)
 
     return [_written(folder / "program.pt2", write)]
 
 
 class InferenceGraph(nn.Module):
-    """The network from pixels to scores, as one module."""
+    """The network from pixels to scores as a single module."""
 
     def __init__(self, pretrained: Pretrained) -> None:
         super().__init__()
@@ -87,7 +87,8 @@ class InferenceGraph(nn.Module):
 
 
 def inference_program(pretrained: Pretrained) -> ExportedProgram:
-    """`InferenceGraph` traced with any batch size, and any H and W of two or more times the model's size divisor."""
+    """`InferenceGraph`, traced for any batch size, and for any H and W that are multiples (at least 2) of the model's
+    size divisor."""
     divisor = pretrained.config.decoder_head.size_divisor
     rows, columns = (Dim(name, min=2, max=MAX_SIDE // divisor) for name in ("rows", "columns"))
     sizes = {0: Dim("batch", min=1, max=1024), 2: divisor * rows, 3: divisor * columns}
@@ -97,7 +98,7 @@ def inference_program(pretrained: Pretrained) -> ExportedProgram:
     for module in program.graph_module.modules():
         if isinstance(module, GraphModule):
             for node in module.graph.nodes:
-                node.meta.pop("stack_trace", None)  # it names files of this machine
+                node.meta.pop("stack_trace", None)  # it contains local file paths
     return program
 
 
@@ -113,7 +114,7 @@ def _save_sealed(state: dict[str, Tensor], path: Path) -> None:
 
 
 def _written(path: Path, write: Callable[[Path], object]) -> Path:
-    """Publish a file and its sha256 beside it."""
+    """Write a file atomically, with its sha256 next to it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         write(temporary)

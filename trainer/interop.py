@@ -1,4 +1,4 @@
-"""Our samples in other people's pipelines: as a first stage for webdataset, as batches for Hugging Face models."""
+"""Training data for other libraries: first stage of a webdataset pipeline, or batches for Hugging Face models."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from trainer.model_config import IMAGENET_MEAN, IMAGENET_STD
 
 
 class SampleStream(IterableDataset[dict[str, Any]]):
-    """One epoch of training samples in the order of the plan, verified: {"__key__", "jpg" or "png": bytes, "mp": bytes}
+    """One epoch of verified training samples, in planned order: {"__key__", "jpg" or "png": bytes, "mp": bytes}.
 
-    Usable as the first stage of a `webdataset.DataPipeline`. Over all ranks and their loader processes each sample
-    comes exactly once; ranks may differ by one sample.
+    Can be the first stage of a `webdataset.DataPipeline`. Each sample appears exactly once over all ranks and their
+    loader processes; the ranks' numbers of samples may differ by one.
     """
 
     def __init__(self, config: DataConfig, seed: int = 0, epoch: int = 0, rank: int = 0, world_size: int = 1) -> None:
@@ -31,18 +31,17 @@ class SampleStream(IterableDataset[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         first = self.epoch * self.plan.num_samples
-        mine = range(first + self.rank, first + self.plan.num_samples, self.world_size)
-        numbers = [self.plan.sample_at(position).sample for position in share_of_worker(mine)]
+        positions = range(first + self.rank, first + self.plan.num_samples, self.world_size)
+        numbers = [self.plan.sample_at(position).sample for position in share_of_worker(positions)]
         for sample in read_samples(self.reader, numbers, self.budget):
             yield {"__key__": sample.key, sample.image_suffix: sample.image_bytes, "mp": sample.payload}
 
 
 class TransformersBatches(IterableDataset[dict[str, Any]]):
-    """Augmented training batches with the names of Hugging Face's universal segmentation models.
+    """Augmented training batches in the format of Hugging Face's universal segmentation models.
 
-    `{"pixel_values": float32 [B, 3, H, W], "mask_labels": B x float32 [N, H, W], "class_labels": B x int64 [N]}`, for
-    steps first_step to last_step - 1 of micro-batches as the trainer would see them. Give it to a DataLoader with
-    `batch_size=None`.
+    `{"pixel_values": float32 [B, 3, H, W], "mask_labels": B x float32 [N, H, W], "class_labels": B x int64 [N]}`: the
+    trainer's batches of steps first_step to last_step - 1. Use it in a DataLoader with `batch_size=None`.
     """
 
     def __init__(self, config: DataConfig, batch_size: int, last_step: int, first_step: int = 0, seed: int = 0,

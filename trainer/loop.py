@@ -1,4 +1,4 @@
-"""The training loop: `train` -> `run_steps` -> `train_step`, which is the whole of one optimiser update."""
+"""The training loop: `train` -> `run_steps` -> `train_step`, which performs one complete optimiser update."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from trainer.stopping import RunStopped, stop_on_signals
 
 
 def train(config: RunConfig, context: DistContext) -> Run:
-    """Train to `train.total_steps`, resuming a run that is there, and evaluate; returns the finished run.
+    """Train to `train.total_steps`, resuming an existing run, and evaluate; returns the finished run.
 
-    Raises RunStopped after a signal that asks for it (see `trainer.stopping`), and other RunErrors and ConfigErrors.
+    Raises RunStopped after a stop signal (see `trainer.stopping`), and other RunErrors and ConfigErrors.
     """
     with lock_run(config, context) as places:
         run = start_run(config, context, places)
@@ -46,16 +46,16 @@ def train(config: RunConfig, context: DistContext) -> Run:
                     except RollBack as reason:
                         roll_back(run, str(reason))
                         reporter.announce(f"rolled back to step {run.step}: {reason}")
-                if run.metrics is None:  # the same command again, after the end
+                if run.metrics is None:  # the run was already complete when this command started
                     evaluate_finished_run(run, reporter)
             run.writer.close()
     return run
 
 
 def run_steps(run: Run, reporter: RunReporter) -> None:
-    """From the run's step to the last one. After RollBack, restore a checkpoint and call it again."""
+    """Train from the run's current step to the last. After RollBack, restore a checkpoint and call it again."""
     settings, guard = run.config.train, NonFiniteGuard(run)
-    if not run.evaluated:  # a signal interrupted the evaluation
+    if not run.evaluated:  # a signal interrupted the evaluation at this step
         finish_step(run, reporter)
     numbers = MicroBatchNumbers(first_step=run.step, last_step=settings.total_steps, rank=run.context.rank,
                                 world_size=run.context.world_size, accumulation=run.accumulation)
@@ -74,26 +74,26 @@ def run_steps(run: Run, reporter: RunReporter) -> None:
                 reporter.unmatched_targets(result.unmatched)
                 if result.non_finite is not None:
                     guard.leave_out(result.non_finite, micro_batches)
-                    reporter.announce(f"step {run.step + 1} left out: {result.non_finite.reason}")
+                    reporter.announce(f"step {run.step + 1} skipped: {result.non_finite.reason}")
             run.step += 1
             bar.update()
             finish_step(run, reporter, result)
 
 
 class StepResult(NamedTuple):
-    """What one step came to, the same on all ranks except for `unmatched` and this rank's part of `non_finite`."""
+    """Result of one step, equal on all ranks except for `unmatched` and this rank's part of `non_finite`."""
 
-    losses: dict[str, float]  # means over the global batch, "loss" (their weighted total) and "grad_norm"
-    stop_requested: bool  # whether a rank was asked to stop
-    unmatched: int  # targets of this rank that no query was left for
-    non_finite: NonFiniteStep | None = None  # then the weights were not updated
+    losses: dict[str, float]  # means over the global batch, with "loss" (their weighted total) and "grad_norm"
+    stop_requested: bool  # whether any rank was asked to stop
+    unmatched: int  # this rank's targets for which no query was left
+    non_finite: NonFiniteStep | None = None  # if set, the weights were not updated
 
 
 def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepResult:
     """One optimiser update from this rank's share of a global batch.
 
-    Mask losses are divided by the number of masks in the whole global batch, so the update does not depend on how
-    ranks and accumulation share it. Waits for the device twice: for the matching, and for the losses.
+    Mask losses are divided by the number of masks in the whole global batch, so the update does not depend on how the
+    batch is split over ranks and micro-batches. Synchronises with the device twice: for matching, and for the losses.
     """
     config, context = run.config, run.context
     run.beat("counting masks")
@@ -127,14 +127,14 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepResult:
 
 
 def prepare_images(batch: Batch, config: RunConfig) -> Tensor:
-    """What the model sees: float32 `[B,3,H,W]` on the batch's device (see `normalized_images`)."""
+    """The model's input: float32 `[B,3,H,W]` on the batch's device (see `normalized_images`)."""
     return normalized_images(batch, config.backbone.image_mean, config.backbone.image_std)
 
 
 def finish_step(run: Run, reporter: RunReporter, result: StepResult | None = None) -> None:
-    """Log the step, and evaluate and save what is due after it. Raises RunStopped if a rank was asked to stop.
+    """Log the step, then evaluate and save a checkpoint if due. Raises RunStopped if a rank was asked to stop.
 
-    `result` is None for a step that was left out before, and when an interrupted evaluation is made up for.
+    `result` is None for a step that is skipped after a rollback, and to redo an interrupted evaluation.
     """
     settings = run.config.train
     stop_requested = result is not None and result.stop_requested
@@ -151,17 +151,17 @@ def finish_step(run: Run, reporter: RunReporter, result: StepResult | None = Non
     if stops:
         run.writer.close()
         raise RunStopped(f"{run.stop.signal_name or 'a signal to another rank'}: stopped after step {run.step} of "
-                         f"{settings.total_steps}; its checkpoint is written, and the same command continues from it")
+                         f"{settings.total_steps}; its checkpoint was saved, and the same command resumes from it")
 
 
 def evaluate_run(run: Run, reporter: RunReporter) -> None:
-    """Evaluate the model as it is, on all ranks. Raises EvaluationStopped when a rank was asked to stop."""
+    """Evaluate the current model on all ranks. Raises EvaluationStopped when a rank was asked to stop."""
 
     def should_continue() -> bool:
         reporter.still_alive()
         return not run.stop.requested
 
-    # Without synchronised batch norm (CPU) each rank has statistics of its own batches; rank 0's are those saved.
+    # Without synchronised batch norm (CPU) each rank has its own running statistics; rank 0's are the ones saved.
     run.context.broadcast(run.model.buffers())
     with reporter.paused():
         result = evaluate(run.model, run.val_reader, run.config, run.context, run.config.eval.max_images,
@@ -171,21 +171,21 @@ def evaluate_run(run: Run, reporter: RunReporter) -> None:
 
 
 def evaluate_finished_run(run: Run, reporter: RunReporter) -> None:
-    """Metrics for a command that is given again after the end."""
+    """Evaluate again when the training command is repeated on a complete run."""
     try:
         evaluate_run(run, reporter)
     except EvaluationStopped:
-        raise RunStopped("stopped while evaluating a run that is complete") from None
-    if run.best_miou is None:  # its last checkpoint was an ordinary one, of a run that should have been longer
+        raise RunStopped("stopped while evaluating a complete run") from None
+    if run.best_miou is None:  # total_steps was lowered to the step of a checkpoint that had not been evaluated
         run.save_checkpoint()
 
 
 def _count_masks(micro_batches: Sequence[Batch], config: RunConfig, context: DistContext) -> Tensor:
-    """Masks per micro-batch, averaged over the global batch, at least 1; one all-reduce per step."""
+    """Mean number of masks per micro-batch over the global batch, at least 1; one all-reduce per step."""
     masks = sum(count_masks(batch.counts, config.decoder_head.num_queries, config.loss.num_masks_counts)
                 for batch in micro_batches)
-    mine = torch.tensor([masks, len(micro_batches)], dtype=torch.float32)
-    total = context.all_reduce_sum(mine.to(context.device, non_blocking=True))
+    local = torch.tensor([masks, len(micro_batches)], dtype=torch.float32)
+    total = context.all_reduce_sum(local.to(context.device, non_blocking=True))
     return (total[0] / total[1]).clamp(min=1.0)
 
 
@@ -198,10 +198,10 @@ def _gradient_sync(wrapped: nn.Module, is_last: bool) -> AbstractContextManager[
 
 def _mean_over_global_batch(local: list[dict[str, Tensor]], grad_norm: Tensor, stop_requested: bool,
                             context: DistContext) -> tuple[dict[str, float], bool]:
-    """Losses and gradient norm, the same on all ranks, and whether any rank was asked to stop: one all-reduce."""
+    """Losses and gradient norm, averaged over ranks, and whether any rank was asked to stop, in one all-reduce."""
     logged = {name: torch.stack([losses[name] for losses in local]).mean() for name in local[0]}
     logged["grad_norm"] = grad_norm
     stop = torch.full((), float(stop_requested), device=context.device)
     summed = context.all_reduce_sum(torch.stack([*logged.values(), stop]))
-    *means, stops = (summed / context.world_size).tolist()  # waits for the device
+    *means, stops = (summed / context.world_size).tolist()  # synchronises with the device
     return dict(zip(logged, means, strict=True)), stops > 0

@@ -1,4 +1,4 @@
-"""`MaskClassificationLoss` where other programs import it from; it lives in `trainer.loss`."""
+"""Stable import path of `MaskClassificationLoss`, which is defined in `trainer.loss`."""
 
 from trainer.loss.mask_classification_loss import MaskClassificationLoss
 

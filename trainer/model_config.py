@@ -15,12 +15,12 @@ MOST_HEAD_PARAMETERS = 4_000_000_000  # four times the head of the largest publi
 
 @dataclass(frozen=True, kw_only=True)
 class RandomBackboneConfig:
-    """A small DINOv3 ViT with random weights drawn from `seed`: for tests, demos and dry runs."""
+    """A small DINOv3 ViT with random weights drawn from `seed`, for tests, demos and dry runs."""
 
-    hidden_size: int | None = setting(None, "token width; null: no random backbone", minimum=4, maximum=16384)
+    hidden_size: int | None = setting(None, "embedding dimension; null: no random backbone", minimum=4, maximum=16384)
     num_hidden_layers: int = setting(4, "transformer blocks", minimum=1, maximum=256)
     num_attention_heads: int = setting(2, "attention heads", minimum=1, maximum=512)
-    intermediate_size: int = setting(256, "hidden width of the block MLP", minimum=1, maximum=65536)
+    intermediate_size: int = setting(256, "hidden width of the MLP in each block", minimum=1, maximum=65536)
     num_register_tokens: int = setting(4, "register tokens", minimum=0, maximum=4096)
     use_gated_mlp: bool = setting(False, "SwiGLU MLP, as in S+, H+ and 7B")
     seed: int = setting(0, "seed of the random weights", minimum=0, maximum=2**62)
@@ -30,14 +30,14 @@ class RandomBackboneConfig:
 class BackboneConfig:
     """The DINOv3 ViT."""
 
-    source: str | None = place("Hugging Face DINOv3 or EoMT directory or hub id, e.g. "
-                               "facebook/dinov3-vits16-pretrain-lvd1689m; or Meta's .pth of a DINOv3 ViT")
+    source: str | None = place("DINOv3 or EoMT model as a Hugging Face directory or hub id, e.g. "
+                               "facebook/dinov3-vits16-pretrain-lvd1689m; or a DINOv3 ViT as Meta's .pth")
     random: RandomBackboneConfig = setting(RandomBackboneConfig, "random weights instead of `source`")
-    layers: str = setting("FOUR_EVEN_INTERVALS", "blocks whose tokens are tapped",
+    layers: str = setting("FOUR_EVEN_INTERVALS", "blocks whose output tokens are used as features",
                           choices=("FOUR_EVEN_INTERVALS", "FOUR_LAST", "LAST"))
-    trainable: bool = setting(False, "train the ViT too (it stays in evaluation mode: no rotary jitter); checkpoints "
-                              "then hold it")
-    image_mean: list[float] = setting(list(IMAGENET_MEAN), "per-channel mean of the pixels, on a 0..1 scale")
+    trainable: bool = setting(False, "train the ViT too (it stays in eval mode: no rotary jitter); checkpoints then "
+                              "include it")
+    image_mean: list[float] = setting(list(IMAGENET_MEAN), "per-channel mean of pixel values, on a 0..1 scale")
     image_std: list[float] = setting(list(IMAGENET_STD), "per-channel standard deviation, on a 0..1 scale")
 
     def __post_init__(self) -> None:
@@ -46,32 +46,32 @@ class BackboneConfig:
                 raise ConfigError(f"backbone.{name} is {values}, legal: three numbers"
                                   f"{' above 0' if name == 'image_std' else ''}, one per channel")
         if self.source is not None and self.random.hidden_size is not None:
-            raise ConfigError("backbone.source and backbone.random.hidden_size are both set; give one of them")
+            raise ConfigError("backbone.source and backbone.random.hidden_size are both set; set only one of them")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """DINOv3_Adapter (ViT-Adapter without injectors); the defaults are the reference's."""
+    """DINOv3_Adapter (ViT-Adapter without injectors), with the reference's defaults."""
 
-    conv_inplane: int = setting(64, "channels of the convolution stem", minimum=1, maximum=1024)
-    n_points: int = setting(4, "sampling points per head of deformable attention", minimum=1, maximum=64)
-    deform_num_heads: int = setting(16, "heads of deformable attention", minimum=1, maximum=512)
+    conv_inplane: int = setting(64, "channels of the convolutional stem", minimum=1, maximum=1024)
+    n_points: int = setting(4, "sampling points per head in deformable attention", minimum=1, maximum=64)
+    deform_num_heads: int = setting(16, "attention heads in deformable attention", minimum=1, maximum=512)
     drop_path: float = setting(0.3, "stochastic depth rate of the extractors", minimum=0, maximum=0.99)
-    cffn_ratio: float = setting(0.25, "width of the convolutional FFN, as a fraction of the token width", minimum=0.01,
-                                maximum=16)
-    deform_ratio: float = setting(0.5, "value width of deformable attention, as a fraction of the token width; the "
-                                  "result must be a multiple of deform_num_heads", minimum=0.01, maximum=16)
+    cffn_ratio: float = setting(0.25, "hidden width of the convolutional FFN, as a fraction of the embedding "
+                                "dimension", minimum=0.01, maximum=16)
+    deform_ratio: float = setting(0.5, "value width of deformable attention, as a fraction of the embedding dimension; "
+                                  "the result must be a multiple of deform_num_heads", minimum=0.01, maximum=16)
 
 
 SIZE_DIVISORS = {"m2f": 32, "linear": 16, "eomt": 16}
-"""What the sides of images must be multiples of: the adapter's coarsest map, or the ViT's grid of tokens."""
+"""Image height and width must be multiples of it: the stride of the adapter's coarsest map, or the ViT's patch size."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderHeadConfig:
-    """The segmentation head; `type` routes in `trainer.build`, nowhere else."""
+    """The segmentation head; only `trainer.build` branches on `type`."""
 
-    type: str = setting("m2f", "head kind", choices=("m2f", "linear", "eomt"))
+    type: str = setting("m2f", "segmentation head", choices=("m2f", "linear", "eomt"))
     num_queries: int = setting(100, "mask queries", minimum=1, maximum=65536, only_for=("m2f", "eomt"))
     # Mask2Former
     hidden_dim: int = setting(256, "width of pixel decoder, queries and mask features (multiple of 32)", minimum=32,
@@ -81,33 +81,32 @@ class DecoderHeadConfig:
                               only_for=("m2f",))
     enc_ffn: int = setting(4096, "FFN width of the pixel decoder's encoder", minimum=1, maximum=65536,
                            only_for=("m2f",))
-    dec_layers: int = setting(9, "masked-attention decoder layers (dec_layers + 1 predictions)", minimum=1, maximum=64,
-                              only_for=("m2f",))
+    dec_layers: int = setting(9, "masked-attention decoder layers (giving dec_layers + 1 predictions)", minimum=1,
+                              maximum=64, only_for=("m2f",))
     dec_ffn: int = setting(4096, "FFN width of the mask decoder", minimum=1, maximum=65536, only_for=("m2f",))
     # linear
     dropout: float = setting(0.1, "probability of dropping a feature channel", minimum=0, maximum=0.99,
                              only_for=("linear",))
     use_batchnorm: bool = setting(True, "batch norm on the features", only_for=("linear",))
     use_cls_token: bool = setting(False, "concatenate the class token to every patch feature", only_for=("linear",))
-    use_backbone_norm: bool = setting(True, "pass the tapped tokens through the ViT's final norm",
-                                      only_for=("linear",))
+    use_backbone_norm: bool = setting(True, "apply the ViT's final norm to the features", only_for=("linear",))
     # EoMT
-    num_blocks: int = setting(4, "last blocks of the ViT that the queries run through (num_blocks + 1 predictions)",
+    num_blocks: int = setting(4, "last ViT blocks, which also process the queries (giving num_blocks + 1 predictions)",
                               minimum=1, maximum=256, only_for=("eomt",))
-    num_upscale_blocks: int = setting(2, "doublings of the patch grid; 2 give masks at stride 4", minimum=0, maximum=4,
-                                      only_for=("eomt",))
-    mask_annealing: list[float] = setting([0.125, 0.8125], "part of the run in which masked attention fades out, as "
-                                          "two fractions of train.total_steps", minimum=0, maximum=1,
+    num_upscale_blocks: int = setting(2, "times the patch grid is upscaled by 2; 2 gives masks at stride 4", minimum=0,
+                                      maximum=4, only_for=("eomt",))
+    mask_annealing: list[float] = setting([0.125, 0.8125], "interval of the run over which masked attention is phased "
+                                          "out, as two fractions of train.total_steps", minimum=0, maximum=1,
                                           only_for=("eomt",))
-    mask_annealing_starts: list[int] = setting([], "steps at which masked attention begins to fade out, one for each "
-                                               "of num_blocks blocks; empty: as mask_annealing says", minimum=0,
+    mask_annealing_starts: list[int] = setting([], "steps at which masked attention starts to be phased out, one per "
+                                               "block (num_blocks); empty: use mask_annealing", minimum=0,
                                                only_for=("eomt",))
-    mask_annealing_ends: list[int] = setting([], "steps at which it has faded out, one for each block", minimum=1,
-                                             only_for=("eomt",))
+    mask_annealing_ends: list[int] = setting([], "steps at which masked attention is fully phased out, one per block",
+                                             minimum=1, only_for=("eomt",))
 
     @property
     def size_divisor(self) -> int:
-        """What height and width of the network's images must be multiples of."""
+        """Height and width of the network's input images must be multiples of this."""
         return SIZE_DIVISORS[self.type]
 
     def __post_init__(self) -> None:
@@ -127,10 +126,11 @@ class DecoderHeadConfig:
                                   "below its end; or none, to use decoder_head.mask_annealing")
 
     def _check_size(self) -> None:
-        """Of what is legal field by field, and comes from other people's files, but not together."""
+        """Limit the head's total size: settings from untrusted files can each be legal and still exhaust memory."""
         width = self.hidden_dim
         layers = self.enc_layers * (2 * self.enc_ffn + 4 * width) + self.dec_layers * (2 * self.dec_ffn + 8 * width)
         parameters = width * (layers + 2 * self.num_queries)
         if self.type == "m2f" and parameters > MOST_HEAD_PARAMETERS:
             raise ConfigError(f"decoder_head has {parameters / 1e9:.1f} G parameters, legal: at most "
-                              f"{MOST_HEAD_PARAMETERS / 1e9:.0f} G; lower hidden_dim, enc_ffn, dec_ffn or the layers")
+                              f"{MOST_HEAD_PARAMETERS / 1e9:.0f} G; lower hidden_dim, enc_ffn, dec_ffn or the number "
+                              "of layers")

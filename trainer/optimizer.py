@@ -1,4 +1,4 @@
-"""AdamW, which parameters decay, learning rates as pure functions of the step, and gradient clipping."""
+"""AdamW with its weight-decay groups, learning rates as pure functions of the step, and gradient clipping."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ UNDECAYED_NAMES = ("level_embed", "level_encoding", "query_", "cls_token", "regi
 
 
 def param_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Optimiser groups with every trainable parameter in exactly one of them, in the model's order.
+    """Parameter groups that contain every trainable parameter exactly once, in the model's order.
 
     Norms, biases and embeddings (nn.Embedding, and parameters named as in UNDECAYED_NAMES) get no weight decay unless
-    `decay_all`: they have few degrees of freedom, and pulling them to zero only moves the features (Mask2Former's
-    recipe). Besides torch's own entries a group has "lr_scale", what its learning rate is multiplied by, and "is_vit":
-    a ViT block that has n blocks above it learns layer_decay^n times as fast (arXiv:2106.08254). Raises ValueError when
-    nothing is trainable.
+    `decay_all` is set: they have few degrees of freedom, and pulling them to zero only shifts the features
+    (Mask2Former's recipe). Besides torch's keys each group has "is_vit" and "lr_scale", the factor on its learning
+    rate: layer_decay^n for a ViT block with n blocks above it (arXiv:2106.08254). Raises ValueError when nothing is
+    trainable.
     """
     above = {id(parameter): count for module in model.modules() if isinstance(module, DINOv3Backbone)
              for parameter, count in module.layers_above()}
@@ -33,10 +33,10 @@ def param_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, An
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad or id(parameter) in seen:
-                continue  # frozen, or shared with a module that came before
+                continue  # frozen, or shared with an earlier module
             seen.add(id(parameter))
-            spared = isinstance(module, UNDECAYED_MODULES) or name.endswith("bias") or name.startswith(UNDECAYED_NAMES)
-            decays = config.decay_all or not spared
+            exempt = isinstance(module, UNDECAYED_MODULES) or name.endswith("bias") or name.startswith(UNDECAYED_NAMES)
+            decays = config.decay_all or not exempt
             is_vit, count = id(parameter) in above, above.get(id(parameter), 0)
             group = groups.setdefault((is_vit, count, not decays), {
                 "params": [], "weight_decay": config.weight_decay if decays else 0.0,
@@ -44,11 +44,11 @@ def param_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, An
             group["params"].append(parameter)
     if not groups:
         raise ValueError("the model has no trainable parameter")
-    return [groups[key] for key in sorted(groups)]  # adapter and head first, and decayed ones before the others
+    return [groups[key] for key in sorted(groups)]  # adapter and head first, decayed groups before undecayed ones
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; its learning rates are set each step by `set_learning_rates`."""
+    """AdamW over the trainable parameters; `set_learning_rates` sets its learning rates at each step."""
     return torch.optim.AdamW(param_groups(model, config), lr=config.lr, betas=(config.betas[0], config.betas[1]))
 
 
@@ -56,9 +56,9 @@ def learning_rate(step: int, config: OptimizerConfig, total_steps: int, *, is_vi
     """Learning rate of optimiser step `step` (0 for the first of `total_steps`).
 
     poly: (1 - step / total)^power times a linear warm-up that reaches one at its last step. With
-    `backbone_warmup_steps` the ViT waits for the others' warm-up and then has its own, so that a random head cannot
-    spoil it (arXiv:2503.19108).
-    poly_after_warmup: see there.
+    `backbone_warmup_steps` the ViT stays fixed during the others' warm-up and then has its own, so that a randomly
+    initialised head cannot damage it (arXiv:2503.19108).
+    poly_after_warmup: see the function of that name.
     one_cycle: DINOv3's linear recipe, whose schedule lags one step behind because the first is not counted.
     """
     if config.schedule == "one_cycle":
@@ -75,8 +75,8 @@ def learning_rate(step: int, config: OptimizerConfig, total_steps: int, *, is_vi
 
 
 def poly_after_warmup(step: int, warmup_steps: int, total_steps: int, power: float) -> float:
-    """Part of the peak rate at `step` of `total_steps` (below 0: nothing yet): 0 at the first, linear up to one when
-    the warm-up is over, then (1 - t)^power over what is left (EoMT, tue-mps/eomt, for each group of parameters)."""
+    """Fraction of the peak rate at `step` of `total_steps`: 0 up to the first step, rising linearly to 1 at the end of
+    the warm-up, then (1 - t)^power over the remaining steps (EoMT, tue-mps/eomt, for each parameter group)."""
     if step < warmup_steps:
         return max(0, step) / warmup_steps
     return float((1.0 - (step - warmup_steps) / max(1, total_steps - warmup_steps)) ** power)
@@ -84,12 +84,11 @@ def poly_after_warmup(step: int, warmup_steps: int, total_steps: int, power: flo
 
 def one_cycle(count: int, max_lr: float, total_steps: int, warmup_steps: int, *, warmup_ratio: float = 1e-6,
               final_div_factor: float = math.inf, anneal_strategy: str = "cos") -> float:
-    """Learning rate after `count` scheduler steps: a linear warm-up, then annealing "cos" or "linear" to
+    """Learning rate after `count` scheduler steps: linear warm-up, then "cos" or "linear" annealing to
     max_lr / 25 / final_div_factor.
 
-    Kept as the reference has it: annealing counts from the very start, and the warm-up is multiplied by a linear
-    decay, so that with "cos" the rate jumps up by a few per cent when the warm-up ends. Raises ValueError for
-    another strategy.
+    Faithful to the reference: annealing counts from step 0, and the warm-up is multiplied by a linear decay, so with
+    "cos" the rate jumps up by a few per cent when the warm-up ends. Raises ValueError for another strategy.
     """
     if anneal_strategy not in ("cos", "linear"):
         raise ValueError(f"anneal_strategy is {anneal_strategy!r}, legal: cos, linear")
@@ -103,12 +102,12 @@ def one_cycle(count: int, max_lr: float, total_steps: int, warmup_steps: int, *,
 
 
 def one_cycle_beta1(count: int, beta1: float, warmup_steps: int) -> float:
-    """AdamW's beta1 after `count` scheduler steps in the reference's `use_beta1` variant: no momentum in warm-up."""
+    """AdamW's beta1 after `count` scheduler steps in the reference's `use_beta1` variant: 0 during warm-up."""
     return 0.0 if count < warmup_steps else beta1
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Take over saved moments; settings such as weight decay stay those of the current configuration."""
+    """Load saved moments; settings such as weight decay stay those of the current configuration."""
     settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, current in zip(optimizer.param_groups, settings, strict=True):
@@ -116,15 +115,15 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, config: OptimizerConfig, total_steps: int) -> None:
-    """Give every parameter group its learning rate of this step."""
+    """Set every parameter group's learning rate for this step."""
     for group in optimizer.param_groups:
         group["lr"] = group["lr_scale"] * learning_rate(step, config, total_steps, is_vit=group["is_vit"])
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Scale gradients down to a joint L2 norm of `max_norm` (None: leave them) and return the norm they had.
+    """Clip gradients to a global L2 norm of `max_norm` (None: no clipping); return the norm before clipping.
 
-    Never waits for the device; a norm that is NaN or infinite is returned for the caller to act on.
+    Never synchronises with the device. A NaN or infinite norm is returned, for the caller to handle.
     """
     parameters = list(parameters)
     if max_norm is None:

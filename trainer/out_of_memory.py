@@ -1,4 +1,4 @@
-"""Telling an error of an allocator from others."""
+"""Recognise out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import torch
 
 from shards.errors import RunError
 
-_SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
+_PHRASES = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 class OutOfMemory(RunError):
-    """The message says which settings take memory, and what they are now."""
+    """Memory ran out; the message lists the settings that reduce memory use, with their current values."""
 
 
 def allocator_error(error: Exception) -> str | None:
-    """The error in one line if memory was short, on the host or on a GPU; else None."""
+    """The error's first line if host or GPU memory ran out; otherwise None."""
     text = str(error).strip()
-    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(sign in text for sign in _SIGNS):
+    is_known = isinstance(error, MemoryError | torch.OutOfMemoryError) or any(phrase in text for phrase in _PHRASES)
+    if not is_known:
         return None
     return text.splitlines()[0][:300] if text else type(error).__name__

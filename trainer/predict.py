@@ -1,9 +1,9 @@
-"""Predict images with a trained checkpoint: a PNG of class ids and an overlay picture for each.
-Images are predicted, and both PNGs are, the way up that their EXIF orientation says, as viewers show them.
+"""Segment images with a trained model: writes a PNG of class ids and an overlay for each image.
+Images are rotated as their EXIF orientation says before prediction, so both PNGs match what an image viewer shows.
 
 example: python trainer/predict.py --checkpoint runs/ade20k-m2f/checkpoints/best.pt --output out photo.jpg
---checkpoint also takes a directory that trainer/export.py wrote. What another program saved (Meta's Mask2Former or
-linear head, EoMT from Hugging Face) brings weights only: add --config and --classes.
+--checkpoint also takes a directory written by trainer/export.py. A file of another program (Meta's Mask2Former or
+linear head, EoMT from Hugging Face) contains only weights: add --config and --classes.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ try:
     from shards.files.strict_json import to_json
     from trainer.model_options import add_checkpoint_options, open_pretrained
 except ImportError as error:
-    raise SystemExit(f"error: {error}; is MaskStream installed here (pip install -e .), and is there no other package "
-                     "called shards or trainer?") from None
+    raise SystemExit(f"error: {error}; is MaskStream installed (pip install -e .), and does no other installed package "
+                     "use the name shards or trainer?") from None
 
 if TYPE_CHECKING:
     from trainer.pretrained import Pretrained
@@ -46,11 +46,11 @@ def output_names(image: Path) -> tuple[str, str]:
 
 
 def usable_images(images: list[Path]) -> list[Path]:
-    """Those that are files or may become some; raises ConfigError when none is, before a model is loaded."""
+    """Return the images as given; raises ConfigError when none of them is a file, before a model is loaded."""
     problems = []
     for image in images:
         if not image.is_file():
-            hint = f"; settings are given as --set {image}" if "=" in str(image) else ""
+            hint = f"; to change a setting, use --set {image}" if "=" in str(image) else ""
             problems.append(f"image {image} {'is a folder' if image.is_dir() else f'does not exist{hint}'}")
     if len(problems) == len(images):
         raise ConfigError(problems[0])
@@ -65,7 +65,7 @@ def check_outputs(images: list[Path], output: Path) -> None:
             other = written.setdefault(output / name, image)
             if other is not image:
                 raise ConfigError(f"predictions of {other} and {image} would both be written to {output / name}; "
-                                  "predict them into different folders")
+                                  "use a different --output for each")
     inputs = {image.resolve() for image in images}
     for path, image in written.items():
         if path.resolve() in inputs:
@@ -73,7 +73,7 @@ def check_outputs(images: list[Path], output: Path) -> None:
 
 
 def _predict(arguments: argparse.Namespace, images: list[Path]) -> int:
-    """One prediction after the other; an image that cannot be used is said and left out, and the exit code tells."""
+    """Predict the images one by one. Those that fail are reported and skipped, and make the exit code nonzero."""
     pretrained = open_pretrained(arguments)
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
@@ -88,9 +88,9 @@ def _predict(arguments: argparse.Namespace, images: list[Path]) -> int:
         raise failures[0]
     legend = {number: info.name for number, info in enumerate(pretrained.classes)}
     write_atomically(output / "classes.json", to_json(legend, indent=1).encode())
-    print(f"{len(images) - len(failures)} predictions are in {output} (class ids, overlays, classes.json)")
+    print(f"{len(images) - len(failures)} predictions written to {output} (class ids, overlays, classes.json)")
     if failures:
-        raise RunError(f"{len(failures)} of {len(images)} images could not be predicted; each is named above")
+        raise RunError(f"{len(failures)} of {len(images)} images could not be predicted; see the errors above")
     return 0
 
 

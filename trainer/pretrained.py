@@ -1,7 +1,7 @@
-"""A trained model with all it needs to be used: network, settings, classes.
+"""Load a trained model with everything needed to use it: network, settings, classes.
 
     from trainer.pretrained import load_pretrained
-    model = load_pretrained("exported")            # a directory of trainer/export.py, or one of our checkpoints
+    model = load_pretrained("exported")            # a directory from trainer/export.py, or a MaskStream checkpoint
     label_map = model.predict(image)               # file or uint8 [H, W, 3] -> class ids [H, W]; see model.classes
 """
 
@@ -42,16 +42,16 @@ class Pretrained:
     model: Segmenter
     config: RunConfig
     classes: list[ClassInfo]
-    step: int | None = None  # optimiser steps of training, where the source tells
+    step: int | None = None  # optimiser steps of training, if the source records them
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
     def predict(self, image: NDArray[np.uint8] | str | Path) -> NDArray[np.integer[Any]]:
-        """RGB image uint8 [H, W, 3] -> class ids [H, W] (uint8 up to 256 classes, else uint16), as `eval.*` says.
+        """RGB image uint8 [H, W, 3] -> class ids [H, W] (uint8 up to 256 classes, else uint16), configured by `eval.*`.
 
-        A JPEG or PNG file is turned first as its EXIF orientation says. Raises CorruptShardError when it is unreadable.
+        A JPEG or PNG file is first rotated by its EXIF orientation. Raises CorruptShardError when it is unreadable.
         """
         if isinstance(image, str | Path):
             image = decode_upright(read_plain(image, LARGEST_PICTURE), str(image))
@@ -69,45 +69,45 @@ def load_pretrained(
     backbone_source: str | None = None,
     device: torch.device | None = None,
 ) -> Pretrained:
-    """Open an export (a directory or hub id) or one of our checkpoints.
+    """Open an export (a directory or hub id) or a MaskStream checkpoint.
 
-    `overrides` are key=value settings; `backbone_source` says where a checkpoint's frozen ViT lies now; by default the
-    device is the one that the settings name. Raises ConfigError when something is missing or does not fit.
+    `overrides` are key=value settings; `backbone_source` is the current location of a checkpoint's frozen ViT; `device`
+    defaults to the configured one. Raises ConfigError when something is missing or does not fit.
     """
-    found = open_checkpoint(source) if isinstance(source, str | Path) else source
-    if isinstance(found, Checkpoint):
-        config = override_config(found.run_config, overrides)
-        model = restore_model(found, backbone_source or config.backbone.source, device or pick_device(config.device))
-        return Pretrained(model=model, config=config, classes=found.class_infos, step=found.step)
-    if not found.is_self_contained:
-        raise ConfigError(f"{found.path} holds weights only, without settings and classes; give them to "
-                          "trainer/export.py with --config and --classes, and load what it writes")
-    config, classes = _exported_settings(found)
+    opened = open_checkpoint(source) if isinstance(source, str | Path) else source
+    if isinstance(opened, Checkpoint):
+        config = override_config(opened.run_config, overrides)
+        model = restore_model(opened, backbone_source or config.backbone.source, device or pick_device(config.device))
+        return Pretrained(model=model, config=config, classes=opened.class_infos, step=opened.step)
+    if not opened.is_self_contained:
+        raise ConfigError(f"{opened.path} contains only weights, without settings and classes; convert it with "
+                          "trainer/export.py --config ... --classes ..., then load the result")
+    config, classes = _exported_settings(opened)
     config = override_config(config, overrides)
-    return from_external_weights(found, config, classes, device or pick_device(config.device))
+    return from_external_weights(opened, config, classes, device or pick_device(config.device))
 
 
 def from_external_weights(weights: WeightsFile, config: RunConfig, classes: Sequence[ClassInfo],
                           device: torch.device) -> Pretrained:
-    """Weights that another program trained, with the settings and classes they need. Raises ConfigError."""
+    """A model from another program's weights, with the settings and classes given. Raises ConfigError."""
     return Pretrained(model=model_from_weights(weights, config, len(classes), device), config=config,
                       classes=list(classes))
 
 
 def restore_model(checkpoint: Checkpoint, backbone_source: str | None, device: torch.device) -> Segmenter:
-    """The trained network of a checkpoint, in eval mode. `backbone_source` tells where the ViT lies now.
+    """The trained network of a checkpoint, in eval mode. `backbone_source` is the ViT's current location.
 
-    Raises ConfigError when that ViT's weights are not those the head was trained on.
+    Raises ConfigError when the ViT there is not the one that the head was trained on.
     """
     config = checkpoint.run_config
     if backbone_source is not None:
         backbone = replace(config.backbone, source=backbone_source, random=RandomBackboneConfig())
         config = replace(config, backbone=backbone)
     model = build_model(config, len(checkpoint.classes))
-    found = model.backbone.weights_sha256()
-    if found != checkpoint.backbone_sha256 and not config.backbone.trainable:  # a trained ViT is in the checkpoint
+    sha256 = model.backbone.weights_sha256()
+    if sha256 != checkpoint.backbone_sha256 and not config.backbone.trainable:  # a trained ViT is in the checkpoint
         raise ConfigError(
-            f"the backbone's weights have sha256 {found[:16]}, the head was trained on "
+            f"the backbone's weights have sha256 {sha256[:16]}, but the head was trained on "
             f"{checkpoint.backbone_sha256[:16]}; set backbone.source to the ViT used in training "
             "(random backbones also depend on the torch version)"
         )
@@ -116,9 +116,9 @@ def restore_model(checkpoint: Checkpoint, backbone_source: str | None, device: t
 
 
 def model_from_weights(weights: WeightsFile, config: RunConfig, num_classes: int, device: torch.device) -> Segmenter:
-    """The configured network with adapter and head that another program trained, complete, in eval mode.
+    """The configured network with weights of another program, in eval mode.
 
-    Raises ConfigError when the weights do not fit it; `load.ignore` has no say, as nothing may stay random.
+    Raises ConfigError when they do not fit; `load.ignore` is not applied: every weight must load.
     """
     model = build_model(config, num_classes)
     model.load_weights(weights)
@@ -126,7 +126,7 @@ def model_from_weights(weights: WeightsFile, config: RunConfig, num_classes: int
 
 
 def export_config(pretrained: Pretrained) -> dict[str, Any]:
-    """The content of an export's config.json: nothing in it names a place on this machine."""
+    """The content of an export's config.json, without any path of this machine."""
     config = replace(pretrained.config, load=LoadConfig(), device="auto")  # load.ignore goes with load.weights
     config = without_places(replace(config, backbone=replace(config.backbone, random=RandomBackboneConfig())))
     return sealed_config({
@@ -138,11 +138,11 @@ def export_config(pretrained: Pretrained) -> dict[str, Any]:
 
 
 def _exported_settings(weights: WeightsFile) -> tuple[RunConfig, list[ClassInfo]]:
-    """Inverse of `export_config`; the ViT is in the same directory. Raises ConfigError naming what is wrong."""
+    """Inverse of `export_config`, with the ViT from the same directory. Raises ConfigError for malformed content."""
     content = weights.config
     if content.get("format") != EXPORT_FORMAT:
         raise ConfigError(f"{weights.path}/config.json: format is {content.get('format')!r}, legal: {EXPORT_FORMAT}; "
-                          "it was written by another version of MaskStream")
+                          "use the version of MaskStream that wrote it")
     try:
         classes = classes_from_table(content["classes"])
         settings = run_config_from_dict(content["settings"])

@@ -1,4 +1,4 @@
-"""All randomness of a run comes from its seed and from what is being computed, never from who computes it."""
+"""Randomness depends only on the run's seed and on what is computed, never on the rank or process computing it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import torch
 
 
 def sample_rng(seed: int, epoch: int, sample: int) -> np.random.Generator:
-    """The random stream of one sample's augmentation in one epoch."""
+    """RNG for one sample's augmentation in one epoch."""
     return np.random.Generator(np.random.PCG64([seed, epoch, sample]))
 
 
 def micro_batch_seed(seed: int, number: int) -> int:
-    """A 63-bit seed for everything torch draws for micro-batch `number`: stochastic depth, dropout, points."""
+    """A 63-bit seed for all of torch's draws in micro-batch `number`: stochastic depth, dropout, points."""
     low, high = np.random.SeedSequence([seed, 1, number]).generate_state(2)
     return (int(high) << 32 | int(low)) & (2**63 - 1)
 
 
 def seed_micro_batch(seed: int, number: int, device: torch.device) -> torch.Generator:
-    """Seed torch's global state for the forward pass and return a generator on `device` for the loss's points."""
+    """Seed torch's global RNG for the forward pass; return a generator on `device` for the loss's points."""
     torch.manual_seed(micro_batch_seed(seed, number))
     return torch.Generator(device).manual_seed(micro_batch_seed(seed + 1, number))

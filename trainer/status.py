@@ -1,8 +1,8 @@
-"""Say how a run is: whether it goes on, how far it is, how fast, and what it reached.
+"""Show a run's status: whether it is running, its progress, speed and results so far.
 
 example: python trainer/status.py runs/ade20k-m2f
-Exit code: 0 running or finished; 75 stopped or lost, so that the same training command should be given again (for
-scripts that queue jobs); 1 failed; 2 no run there.
+Exit code: 0 running or finished; 75 stopped or lost: run the same training command again (for job-queueing scripts);
+1 failed; 2 no run in this folder.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ try:
     from trainer.reporting.state import STATE_NAME, RunState, format_duration, read_state
     from trainer.run.folder import LOCK_NAME, is_used
 except ImportError as error:
-    raise SystemExit(f"error: {error}; is MaskStream installed here (pip install -e .), and is there no other package "
-                     "called shards or trainer?") from None
+    raise SystemExit(f"error: {error}; is MaskStream installed (pip install -e .), and does no other installed package "
+                     "use the name shards or trainer?") from None
 
 EXIT_CODES = {"running": 0, "finished": 0, "failed": 1, "stopped": 75, "lost": 75}  # 75: EX_TEMPFAIL of sysexits.h
 _EVENTS_SHOWN = 3
@@ -33,34 +33,33 @@ _EVENTS_SHOWN = 3
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the run's folder (output_dir)")
-    parser.add_argument("--json", action="store_true", help="print the state as JSON; its status may be \"lost\" too")
+    parser.add_argument("--json", action="store_true", help="print the state as JSON; its status can also be \"lost\"")
     arguments = parser.parse_args()
     state = read_state(arguments.run)
     if state is None:
-        return _before_the_first_word(arguments.run, arguments.json)
+        return _print_without_state(arguments.run, arguments.json)
     records, now = read_metrics(arguments.run), time.time()
     try:
         is_lost = state.is_lost(_steps_between_updates(records), now, is_used(arguments.run))
         status = "lost" if is_lost else state.status
         lines = _lines(arguments.run, status, state, records, now)
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-        raise ConfigError(f"{arguments.run / METRICS_NAME} holds a record that is not one of a run: "
-                          f"{error!r}") from error
+        raise ConfigError(f"{arguments.run / METRICS_NAME} contains a malformed record: {error!r}") from error
     if arguments.json:
         print(to_json(dataclasses.asdict(state) | {"status": status}, indent=1))
     else:
-        print("\n".join(map(shown, lines)))  # JSON may hold anything
+        print("\n".join(map(shown, lines)))  # escape control characters: the JSON may contain anything
     return EXIT_CODES[status]
 
 
-def _before_the_first_word(run: Path, as_json: bool) -> int:
-    """A start that has locked the folder and has not written its state yet, or died there."""
+def _print_without_state(run: Path, as_json: bool) -> int:
+    """Status of a run that locked its folder but has not written state.json yet, or died before it did."""
     if not (run / LOCK_NAME).exists():
         raise ConfigError(f"{run / STATE_NAME} does not exist: no run was started in {run}")
     status = "running" if is_used(run) else "lost"
-    said = {"running": "running: it has just begun",
-            "lost": "lost: it was killed before it had written its state; give the same command again"}[status]
-    print(to_json({"status": status}, indent=1) if as_json else f"{run}: {said}")
+    verdict = {"running": "running: it has just started",
+               "lost": "lost: it was killed before it wrote its state; run the same command again"}[status]
+    print(to_json({"status": status}, indent=1) if as_json else f"{run}: {verdict}")
     return EXIT_CODES[status]
 
 
@@ -93,18 +92,18 @@ def _verdict(status: str, state: RunState, now: float) -> str:
     silent = format_duration(now - state.updated)
     if status == "lost":
         here = state.host == socket.gethostname()
-        why = "is gone, or hangs, and" if here else "cannot be seen from this host and"
-        return f"lost: {place} {why} has been silent for {silent}; continue with the same command"
+        why = "has exited or hangs, and" if here else "is on another host, and"
+        return f"lost: {place} {why} has been silent for {silent}; resume with the same command"
     if status == "running":
-        return f"running for {format_duration(now - state.started)}, last heard of {silent} ago; {place}"
+        return f"running for {format_duration(now - state.started)}, last update {silent} ago; {place}"
     if status == "stopped":
-        return f"stopped {silent} ago{_because(state)}; continue with the same command"
+        return f"stopped {silent} ago{_reason(state)}; resume with the same command"
     if status == "failed":
-        return f"failed {silent} ago{_because(state)}"
+        return f"failed {silent} ago{_reason(state)}"
     return f"finished {silent} ago"
 
 
-def _because(state: RunState) -> str:
+def _reason(state: RunState) -> str:
     return f": {state.message}" if state.message else ""
 
 

@@ -1,4 +1,4 @@
-"""Train a segmentation head on a frozen DINOv3 backbone.
+"""Train a segmentation head on a DINOv3 backbone, which is frozen by default.
 
 example: torchrun --standalone --nproc-per-node 2 trainer/train.py --config configs/config-ade20k-m2f-training.yaml
          data.root=shards-ade20k output_dir=runs/ade20k-m2f
@@ -14,8 +14,8 @@ try:
     from trainer.config import RunConfig, load_run_config
     from trainer.stopping import die_with_launcher
 except ImportError as error:
-    raise SystemExit(f"error: {error}; is MaskStream installed here (pip install -e .), and is there no other package "
-                     "called shards or trainer?") from None
+    raise SystemExit(f"error: {error}; is MaskStream installed (pip install -e .), and does no other installed package "
+                     "use the name shards or trainer?") from None
 
 DEFAULT_RECIPE = "config-ade20k-m2f-training"
 
@@ -23,7 +23,7 @@ DEFAULT_RECIPE = "config-ade20k-m2f-training"
 def main() -> int:
     die_with_launcher()
     parser = config_parser(str(__doc__), RunConfig, DEFAULT_RECIPE)
-    parser.add_argument("--dry-run", action="store_true", help="print settings, counts and one sample, train nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print settings, counts and one sample, then exit")
     add_overrides(parser)
     arguments = parser.parse_intermixed_args()
     config = load_run_config(config_files(arguments), arguments.overrides)
@@ -35,13 +35,13 @@ def main() -> int:
     from trainer.loop import train
     from trainer.run.run import run_places
 
-    folder = run_places(config).folder  # an error now, before ranks wait for each other
+    folder = run_places(config).folder  # fail here, before ranks wait for each other
     with distributed(config.device, config.train.hang_timeout) as context:
         run = train(config, context)
         if context.is_main:
             assert run.metrics is not None
             print(format_metrics(run.metrics, run.manifest.classes))
-            print(f"checkpoints, report.html, metrics.jsonl, pictures and curves.png are in {folder}")
+            print(f"checkpoints, report.html, metrics.jsonl, pictures and curves.png written to {folder}")
     return 0
 
 
@@ -54,7 +54,7 @@ def _dry_run(config: RunConfig) -> int:
 
     root = run_places(config).root
     if os.environ.get("RANK", "0") != "0":
-        return 0  # under torchrun, one rank tells
+        return 0  # under torchrun only rank 0 prints
     print(config_to_yaml(config))
     manifest = load_manifest(root)
     crops = open_crops(config, manifest)
@@ -64,7 +64,7 @@ def _dry_run(config: RunConfig) -> int:
     print(f"{shown(manifest.dataset)}: {manifest.num_classes} classes, {samples} training samples in "
           f"{len(crops.reader.info.shards)} shards, {val_images} validation samples")
     print(f"{steps} steps of {global_batch} = {steps * global_batch / samples:.2f} epochs; {accumulation} "
-          "micro-batches per step, shared by the ranks")
+          "micro-batches per step, divided among the ranks")
     batch = crops[0]
     names = [manifest.classes[label].name for label in batch.labels[: batch.counts[0]].tolist()]
     print(f"first sample: {shown(batch.keys[0])}, {tuple(batch.images.shape[1:])} {batch.images.dtype}, "

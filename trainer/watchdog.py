@@ -1,9 +1,9 @@
-"""Notice in bounded time that a run hangs, and say whose fault it is; notice that the launcher is gone.
+"""Detect a hung run in bounded time and name the ranks responsible; detect that the launcher has died.
 
-Each rank notes its progress (`beat`); a thread publishes it in the group's store. A rank that waits for another makes
-no progress either, so the run hangs when nobody has made any for `timeout` seconds. The threads then find, each on its
-own, who is to blame: ranks whose threads are silent too (stopped, or their host is gone), else those that are behind
-the others. Data and models may take any time to load: in that phase only silence is a hang.
+Each rank records its progress (`beat`), and a thread publishes it in the group's store. A rank that waits for another
+makes no progress either, so the run hangs when no rank has made any for `timeout` seconds. Every rank's thread then
+determines which ranks are responsible: those whose threads are silent too (stopped, or their host is gone), otherwise
+those behind the others. Loading data and models may take any time: in that phase only silence counts as a hang.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from shards.files.strict_json import to_json
 
 EXIT_HUNG = 70  # EX_SOFTWARE
 PHASES = ("loading", "evaluation", "checkpoint", "waiting for data", "counting masks", "forward pass", "backward pass")
-_LONGEST_PERIOD = 2.0  # seconds between two reports of a rank
-_LOOKS_APART = 3  # periods in which a living rank reports at least once
+_MAX_PERIOD = 2.0  # seconds between two reports of a rank
+_SILENT_PERIODS = 3  # a live rank reports at least once in this many periods
 _LOADING = 0  # index into PHASES
-_LOADING_SILENCE = 30.0  # seconds; imports and model building keep threads from running now and then
+_LOADING_SILENCE = 30.0  # seconds; imports and model building sometimes keep other threads from running
 
 
 class LastHeard(NamedTuple):
@@ -36,22 +36,22 @@ class LastHeard(NamedTuple):
 
     rank: int
     host: str
-    step: int  # finished ones
-    phase: int  # index into PHASES, which are in the order in which they come after a step
-    age: float  # seconds since it made progress
-    published: int  # how often: one that stands still is a process that does
+    step: int  # completed steps
+    phase: int  # index into PHASES, which are in the order in which they follow a step
+    age: float  # seconds since its last progress
+    published: int  # number of reports; if it does not grow, the process is stopped or gone
 
 
 class Watchdog:
-    """Context manager around all that a rank does. On a hang it prints what each rank was doing and ends the process.
+    """Context manager around everything a rank does. On a hang it prints which ranks hang, and where, and exits.
 
-    `connect_store` opens a connection to the store that the ranks share; None without a launcher.
+    `connect_store` opens a connection to the store shared by the ranks; None without a launcher.
     """
 
     def __init__(self, rank: int, world_size: int, connect_store: Callable[[], dist.Store] | None,
                  timeout: float) -> None:
         self.rank, self.world_size, self.connect_store, self.timeout = rank, world_size, connect_store, timeout
-        self.period = min(_LONGEST_PERIOD, timeout / 4)
+        self.period = min(_MAX_PERIOD, timeout / 4)
         self._at, self._since = (0, 0), time.monotonic()
         self._published = 0
         self._launcher = os.getppid() if connect_store is not None else None
@@ -59,8 +59,8 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def beat(self, phase: str, step: int | None = None) -> None:
-        """Progress was made; one of PHASES begins after so many steps (None: as many as before). Costs nothing: call
-        it as often as you like."""
+        """Record progress: the phase, one of PHASES, begins after `step` completed steps (None: unchanged). Cheap
+        enough to call at any rate."""
         self._at = (self._at[0] if step is None else step, PHASES.index(phase))
         self._since = time.monotonic()
 
@@ -76,7 +76,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         store = self.connect_store() if self.connect_store is not None else None
-        suspected: tuple[float, dict[int, LastHeard]] | None = None  # since when, and what all had published then
+        suspected: tuple[float, dict[int, LastHeard]] | None = None  # since when, and all ranks' reports at that time
         while not self._done.wait(self.period if self._published else 0):
             if self._launcher is not None and os.getppid() != self._launcher:
                 _end("the launcher (torchrun) is gone")
@@ -84,7 +84,7 @@ class Watchdog:
             if store is not None:
                 try:
                     store.set(f"progress/{self.rank}", to_json(self._own()))
-                except RuntimeError as error:  # the node that holds the store is gone; torch's errors are of that kind
+                except RuntimeError as error:  # torch's store errors: the node that holds the store is gone
                     if not self._done.is_set():
                         _end(f"the launcher's store does not answer ({str(error).splitlines()[0]})")
             now = time.monotonic()
@@ -92,15 +92,16 @@ class Watchdog:
                 suspected = None
             elif suspected is None:
                 suspected = now, self._progress_of_all(store)
-            elif now - suspected[0] > self._time_between_looks():
+            elif now - suspected[0] > self._confirmation_time():
                 message = describe_hang(suspected[1], self._progress_of_all(store), self.timeout)
                 if message is not None and not self._done.is_set():
                     _end(message)
                 suspected = None
 
-    def _time_between_looks(self) -> float:
-        apart = _LOOKS_APART * self.period
-        return max(apart, min(self.timeout, _LOADING_SILENCE)) if self._at[1] == _LOADING else apart
+    def _confirmation_time(self) -> float:
+        """Seconds between suspecting a hang and deciding on it."""
+        seconds = _SILENT_PERIODS * self.period
+        return max(seconds, min(self.timeout, _LOADING_SILENCE)) if self._at[1] == _LOADING else seconds
 
     def _own(self) -> LastHeard:
         age = time.monotonic() - self._since
@@ -109,18 +110,18 @@ class Watchdog:
     def _progress_of_all(self, store: dist.Store | None) -> dict[int, LastHeard]:
         if store is None:
             return {0: self._own()}
-        found = {}
+        reports = {}
         for rank in range(self.world_size):
-            found[rank] = LastHeard(rank, "an unknown host", 0, 0, self.timeout, 0)
+            reports[rank] = LastHeard(rank, "an unknown host", 0, 0, self.timeout, 0)
             if store.check([f"progress/{rank}"]):
-                found[rank] = LastHeard(*json.loads(store.get(f"progress/{rank}")))
-        return found
+                reports[rank] = LastHeard(*json.loads(store.get(f"progress/{rank}")))
+        return reports
 
 
 def describe_hang(before: Mapping[int, LastHeard], now: Mapping[int, LastHeard], timeout: float) -> str | None:
-    """Whose fault it is, from what all ranks had published at two moments, further apart than a rank needs to publish.
+    """Name the ranks responsible for a hang, given all ranks' reports at two times further apart than a report takes.
 
-    None when there is no hang: some rank made progress.
+    None when there is no hang because some rank made progress.
     """
     silent = [progress for rank, progress in now.items() if progress.published == before[rank].published]
     answering = [progress for progress in now.values() if progress not in silent]
@@ -135,12 +136,12 @@ def describe_hang(before: Mapping[int, LastHeard], now: Mapping[int, LastHeard],
                       f"{PHASES[progress.phase]}, for {progress.age:.0f} s" for progress in blamed)
     others = len(now) - len(blamed)
     waiting = f"; {others} other rank(s) wait for it" if others else ""
-    return (f"no progress for {timeout:g} s (train.hang_timeout): {names}{waiting}. All ranks end here; the "
-            "same command starts again, training from its newest checkpoint")
+    return (f"no progress for {timeout:g} s (train.hang_timeout): {names}{waiting}. All ranks exit; the same command "
+            "resumes training from the newest checkpoint")
 
 
 def _end(message: str) -> None:
     print(f"error: {message}", file=sys.stderr, flush=True)
-    for child in multiprocessing.active_children():  # a loader process that stands still does not notice our end
+    for child in multiprocessing.active_children():  # a stuck loader process would not notice that we exit
         child.kill()
     os._exit(EXIT_HUNG)  # the main thread is stuck where no exception reaches it

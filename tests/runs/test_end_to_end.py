@@ -407,7 +407,7 @@ def test_images_of_which_none_is_a_file_are_refused_at_once(tmp_path: Path) -> N
 
     (tmp_path / "a.jpg").touch()
     for image, message in ((tmp_path, "is a folder"), (tmp_path / "b.jpg", r"b\.jpg does not exist"),
-                           (Path("eval.mode=whole"), "settings are given as --set eval.mode=whole")):
+                           (Path("eval.mode=whole"), "to change a setting, use --set eval.mode=whole")):
         with pytest.raises(ConfigError, match=message):
             usable_images([image, tmp_path / "c.jpg"])
         assert len(usable_images([image, tmp_path / "a.jpg"])) == 2
@@ -420,7 +420,7 @@ def test_prediction_goes_on_after_an_image_that_cannot_be_used(finished: Path, s
                          tmp_path / "out", good[0], tmp_path / "bad.jpg", tmp_path / "missing.jpg", good[1])
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert re.search(r"error: \S*bad\.jpg", result.stderr) and re.search(r"error: \S*missing\.jpg", result.stderr)
-    assert "2 of 4 images could not be predicted" in result.stderr and "2 predictions are in" in result.stdout
+    assert "2 of 4 images could not be predicted" in result.stderr and "2 predictions written to" in result.stdout
     assert all((tmp_path / "out" / f"{path.stem}.png").exists() for path in good)
     assert json.loads((tmp_path / "out/classes.json").read_text())["0"]
 

@@ -136,11 +136,11 @@ def test_a_damaged_or_foreign_export_is_refused(exported: Path, tmp_path: Path) 
         with pytest.raises(ConfigError, match=message):
             load_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ConfigError, match="no readable safetensors"):
+    with pytest.raises(ConfigError, match="not a readable safetensors"):
         load_pretrained(tmp_path)
     result = run_program("trainer/export.py", "--checkpoint", exported / "run/checkpoints/best.pt", "--output",
                          exported / "exported")
-    assert result.returncode == 2 and "is not empty; name a new folder" in result.stderr
+    assert result.returncode == 2 and "is not empty; choose a new folder" in result.stderr
 
 
 def test_no_setting_that_names_a_place_is_exported(tmp_path: Path) -> None:

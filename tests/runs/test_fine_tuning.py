@@ -69,7 +69,7 @@ def test_ignored_weights_are_announced_and_random(
     printed = capsys.readouterr().out
     fresh = started(scene_shards, tmp_path).model.trainable_state_dict()
     key = "segmentation_model.1.predictor.class_embed.weight"
-    assert f"left random, as load.ignore says: {key.replace('weight', 'bias')}, {key}" in printed
+    assert f"randomly initialised because of load.ignore: {key.replace('weight', 'bias')}, {key}" in printed
     assert torch.equal(state[key], fresh[key])
     loaded = key.replace("class_embed", "query_feat")
     assert not torch.equal(state[loaded], fresh[loaded])
@@ -115,11 +115,11 @@ def test_evaluate_and_predict_with_a_head_of_another_program(
             assert np.array_equal(np.asarray(ours), np.asarray(theirs))
     classes = [json.loads((tmp_path / name / "classes.json").read_text()) for name in ("ours", "theirs")]
     assert classes[0] == classes[1]
-    assert "holds weights only; also give --config" in one_line_error(run_program("trainer/predict.py", *foreign))
+    assert "contains only weights; also give --config" in one_line_error(run_program("trainer/predict.py", *foreign))
 
 
 @pytest.mark.slow
 def test_settings_of_a_foreign_head_are_refused_for_ours(pretrained: Path, tmp_path: Path) -> None:
     result = run_program("trainer/predict.py", "--checkpoint", pretrained / "checkpoints/best.pt", "--output", tmp_path,
                          "--config", TINY, TINY)
-    assert "brings its own settings and classes; leave out --config" in one_line_error(result)
+    assert "contains its own settings and classes; leave out --config" in one_line_error(result)

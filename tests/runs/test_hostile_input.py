@@ -243,8 +243,8 @@ def test_checkpoints_that_claim_more_than_they_hold_are_refused(tmp_path: Path) 
     for _ in range(100):
         nested = [nested]
     path = tmp_path / "a.pt"
-    for content, message in (({"cls_token": torch.zeros(1).expand(10**6, 10**6)}, "has fewer numbers in the file"),
-                             ({"model": {"a": torch.zeros(1)}, "config": nested}, "nested more than 32 deep")):
+    for content, message in (({"cls_token": torch.zeros(1).expand(10**6, 10**6)}, "has fewer elements in the file"),
+                             ({"model": {"a": torch.zeros(1)}, "config": nested}, "nested more than 32 levels deep")):
         torch.save(content, path)
         with pytest.raises(ConfigError, match=message):
             open_checkpoint(path)

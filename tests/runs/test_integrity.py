@@ -151,7 +151,7 @@ def test_a_hash_beside_other_peoples_files_counts_too(name: str, tmp_path: Path)
     with pytest.raises(ConfigError, match=rf"its sha256 is not the one in {name}\.sha256"):
         read_weights(path)
     path.with_name(f"{name}.sha256").write_text("to do\n")
-    with pytest.raises(ConfigError, match=r"holds no sha256 of 64 hexadecimal digits; remove it, or write it anew"):
+    with pytest.raises(ConfigError, match=r"contains no sha256 of 64 hexadecimal digits; remove it, or recreate it"):
         read_weights(path)
 
 

@@ -324,7 +324,7 @@ def test_skipped_samples_are_named_counted_and_replaced(
     skipped = sum(len(batch.skipped) for batch in found)
     assert 2 <= skipped <= 4 and caplog.text.count("skipped a training sample") == skipped
     assert_same(batches(root, on_corrupt="skip", workers=2), found)
-    with pytest.raises(CorruptShardError, match=r"2 training samples were skipped, data\.corrupt_budget is 1"):
+    with pytest.raises(CorruptShardError, match=r"2 training samples were skipped, but data\.corrupt_budget is 1"):
         batches(root, on_corrupt="skip", corrupt_budget=1)
 
 
@@ -347,12 +347,12 @@ def test_a_run_records_the_samples_it_left_out(scene_shards: Path, tmp_path: Pat
     assert len(lines) == 2
     for (step, where), line in zip(expected, lines, strict=True):
         assert (line["step"], line["rank"]) == (step, 0) and where in line["sample"] and "CRC-32" in line["sample"]
-    assert sum("left out a damaged sample" in record.get("what", "") for record in read_metrics(tmp_path / "run")) == 2
+    assert sum("skipped a corrupt sample" in record.get("what", "") for record in read_metrics(tmp_path / "run")) == 2
 
 
 def test_without_any_good_sample_there_is_an_error(scene_shards: Path, tmp_path: Path) -> None:
     root = damaged(scene_shards, tmp_path / "set", list(range(24)))
-    with pytest.raises(CorruptShardError, match=r"no sample of the global batch 0 can be used: .*CRC-32"):
+    with pytest.raises(CorruptShardError, match=r"all samples of global batch 0 are corrupt: .*CRC-32"):
         batches(root, on_corrupt="skip")
 
 

@@ -115,10 +115,10 @@ def test_a_run_that_evaluates_for_hours_is_not_lost(tmp_path: Path) -> None:
         result = run_program("trainer/status.py", tmp_path)
         assert result.returncode == 0 and "running" in result.stdout
     result = run_program("trainer/status.py", tmp_path)
-    assert result.returncode == 75 and "is gone, or hangs, and has been silent for" in result.stdout
+    assert result.returncode == 75 and "has exited or hangs, and has been silent for" in result.stdout
     write_state(tmp_path, dataclasses.replace(state, host="elsewhere"))
     result = run_program("trainer/status.py", tmp_path)
-    assert result.returncode == 75 and "cannot be seen from this host and has been silent for" in result.stdout
+    assert result.returncode == 75 and "is on another host, and has been silent for" in result.stdout
 
 
 def test_waiting_refreshes_the_state_now_and_then(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_the_report_is_there_from_the_first_evaluation_on(scene_shards: Path, tm
 def test_targets_that_no_query_was_left_for_are_told_once(scene_shards: Path, tmp_path: Path) -> None:
     train(tiny(scene_shards, tmp_path / "run", "train.total_steps=3", "decoder_head.num_queries=1"), ALONE)
     events = [record["what"] for record in read_metrics(tmp_path / "run") if record["kind"] == "event"]
-    assert len(events) == 1 and re.match(r"step 1: \d+ targets stayed unmatched, of images with more", events[0])
+    assert len(events) == 1 and re.match(r"step 1: \d+ targets stayed unmatched, in images with more", events[0])
 
 
 def test_a_finished_run_says_so(finished: Path) -> None:
@@ -260,13 +260,13 @@ def gone_process() -> int:
 
 
 @pytest.mark.parametrize(("changes", "code", "text"), [
-    ({}, 0, r"running for 1h00m, last heard of 1\ds ago"),
+    ({}, 0, r"running for 1h00m, last update 1\ds ago"),
     ({"host": "elsewhere", "pid": 999999999}, 0, "running"),
     ({"status": "finished", "step": 120}, 0, r"finished 1\ds ago"),
-    ({"status": "stopped", "message": "SIGTERM"}, 75, r"stopped 1\ds ago: SIGTERM; continue with the same command"),
+    ({"status": "stopped", "message": "SIGTERM"}, 75, r"stopped 1\ds ago: SIGTERM; resume with the same command"),
     ({"status": "failed", "message": "loss is nan"}, 1, r"failed 1\ds ago: loss is nan"),
     ({"pid": "gone"}, 75, "lost: "),
-    ({"host": "elsewhere", "updated": -5000}, 75, "silent for 1h23m; continue with the same command"),
+    ({"host": "elsewhere", "updated": -5000}, 75, "silent for 1h23m; resume with the same command"),
 ])
 def test_status_tells_people_and_scripts(tmp_path: Path, changes: dict[str, Any], code: int, text: str) -> None:
     now = time.time()
@@ -354,7 +354,7 @@ def test_a_full_disk_costs_records_not_the_run(tmp_path: Path, monkeypatch: pyte
     logger = RunLogger(tmp_path, 0)
     logger.event(1, "before")
     allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with pytest.warns(UserWarning, match="the record in .* could not be written: .*File too large. Training goes on"):
+    with pytest.warns(UserWarning, match="the record in .* could not be written: .*File too large. Training continues"):
         resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size, allowed[1]))
         try:
             logger.scalars(2, "train", {"loss": 1.0})

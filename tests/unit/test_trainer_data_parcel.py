@@ -168,7 +168,7 @@ def test_an_item_that_is_missing_or_out_of_order_is_an_error(scene_shards: Path,
     config = DataConfig(root=str(scene_shards), workers=0)
     images = _Losing(open_reader(config, "val"), config)
     images.damage = damage
-    with pytest.raises((LoaderError, ValueError), match=r"was due|zip\(\) argument"):
+    with pytest.raises((LoaderError, ValueError), match=r"was expected|zip\(\) argument"):
         list(validation_loader(images, range(4), CPU))
 
 
@@ -203,8 +203,8 @@ class _Sleeping(WholeImages):
 
 
 @pytest.mark.parametrize(("codes", "said"), [
-    ([-9, 0], " (one was ended by SIGKILL, as the kernel does when memory runs out)"), ([None, 1], ""),
-    ([-7], " (one was ended by SIGBUS, as when memory runs out)"), ([-11], " (one was ended by SIGSEGV)"), ([], "")])
+    ([-9, 0], " (one was killed by SIGKILL, as the kernel does when memory runs out)"), ([None, 1], ""),
+    ([-7], " (one was killed by SIGBUS, as when memory runs out)"), ([-11], " (one was killed by SIGSEGV)"), ([], "")])
 def test_how_loader_processes_ended_is_said(codes: list[int | None], said: str) -> None:
     assert loader._deaths([types.SimpleNamespace(exitcode=code) for code in codes]) == said
 

@@ -206,7 +206,7 @@ def test_a_part_that_was_replaced_is_used(part: str) -> None:
     else:
         assert not torch.isclose(found["loss_mask"], expected["loss_mask"])
     loss.ignore = "exclude"
-    with pytest.raises(ValueError, match="ignore is 'exclude' and a part of the loss is replaced"):
+    with pytest.raises(ValueError, match="ignore is 'exclude' but a part of the loss is replaced"):
         loss(masks, targets, classes)
 
 

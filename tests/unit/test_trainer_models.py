@@ -110,7 +110,7 @@ def test_backbone_from_a_directory_equals_the_saved_one(tmp_path: Path) -> None:
 def test_backbone_without_weights_is_refused_with_a_hint(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"neither backbone\.source nor .* accept the licence"):
         build_backbone(BackboneConfig())
-    with pytest.raises(ConfigError, match=r"no existing directory.*hf auth login"):
+    with pytest.raises(ConfigError, match=r"not a directory or file.*hf auth login"):
         build_backbone(BackboneConfig(source=str(tmp_path / "missing")))
     with pytest.raises(ConfigError, match=r"is a folder without config\.json"):
         build_backbone(BackboneConfig(source=str(tmp_path)))
@@ -233,7 +233,7 @@ def test_deformable_attention_stays_in_float32_under_autocast() -> None:
 
 
 def test_deformable_attention_refuses_heads_that_do_not_divide_the_values() -> None:
-    with pytest.raises(ConfigError, match=r"value width 24 .* cannot be split over 16 heads"):
+    with pytest.raises(ConfigError, match=r"value width 24 .* cannot be split into 16 heads"):
         MSDeformAttn(48, n_levels=1, n_heads=16, n_points=4, ratio=0.5)
 
 

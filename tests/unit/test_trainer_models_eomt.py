@@ -258,7 +258,7 @@ def test_layer_decay_and_the_vits_own_warmup() -> None:
 
 
 def test_settings_of_a_trainable_vit_are_refused_for_a_frozen_one() -> None:
-    with pytest.raises(ConfigError, match=r"layer_decay is 0\.8 and the backbone is frozen; set backbone\.trainable"):
+    with pytest.raises(ConfigError, match=r"layer_decay is 0\.8 but the backbone is frozen; set backbone\.trainable"):
         settings(None, "backbone.trainable=false", "optimizer.layer_decay=0.8")
     with pytest.raises(ConfigError, match=r"backbone_warmup_steps is 5, legal with schedule one_cycle: 0"):
         settings(None, "optimizer.backbone_warmup_steps=5", "optimizer.schedule=one_cycle")

@@ -301,18 +301,18 @@ def without(key: str) -> Callable[[State], State]:
 @pytest.mark.parametrize(("damage", "message"), [
     (without("blocks.3.mlp.fc2.bias"), r"do not fit.*missing: blocks\.3\.mlp\.fc2\.bias\."),
     (without("blocks.1.attn.qkv.bias_mask"), r"missing: blocks\.1\.attn\.qkv\.bias_mask"),
-    (without("rope_embed.periods"), r"no DINOv3 ViT in Meta's layout; missing or misshaped: 'rope_embed\.periods'"),
+    (without("rope_embed.periods"), r"not .* in Meta's layout; missing or wrong shape: 'rope_embed\.periods'"),
     (lambda state: state | {"blocks.0.attn.gate": torch.zeros(1)}, r"unexpected: blocks\.0\.attn\.gate\."),
     (lambda state: state | {"local_cls_norm.weight": torch.zeros(DIM)}, r"missing: local_cls_norm\.bias"),
     (altered("blocks.2.norm1.weight", lambda t: t[:-1]), r"of another shape: blocks\.2\.norm1\.weight \(63,\) instead"),
     (altered(f"{QKV_BIAS}_mask", torch.ones_like), r"blocks\.1\.attn\.qkv\.bias times its bias_mask is not finite"),
     (altered(f"{QKV_BIAS}_mask", lambda t: t * math.nan), "is not finite, or not zero for the keys"),
-    (altered("rope_embed.periods", lambda t: t**1.1), "turn by the rotary periods"),
+    (altered("rope_embed.periods", lambda t: t**1.1), "have the rotary periods"),
     (lambda state: {f"layer.{key}": value for key, value in state.items()},
      r"neither a DINOv3 ViT in Meta's layout nor a segmentation model; its keys are .* and \d+ more.*Hugging Face"),
-    (lambda state: {**state, "epoch": 3}, r"entries are no tensors: epoch"),
-    (lambda state: {}, "holds no weights"),
-    (lambda state: {"segmentation_model.1.conv.bias": torch.zeros(1)}, r"a head and no ViT; name a head in load\.w"),
+    (lambda state: {**state, "epoch": 3}, r"entries are not tensors: epoch"),
+    (lambda state: {}, "contains no weights"),
+    (lambda state: {"segmentation_model.1.conv.bias": torch.zeros(1)}, r"a head but no ViT; set load\.w"),
 ])
 def test_a_file_that_is_not_exactly_a_vit_is_refused(
     damage: Callable[[State], State], message: str, tmp_path: Path
@@ -332,7 +332,7 @@ def test_a_hugging_face_directory_whose_config_is_of_another_vit_is_refused(
     DINOv3ViTModel(SMALL_VITS["vits16plus, vith16plus"].config()).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | setting))
-    with pytest.raises(ConfigError, match=rf"config\.json describes another ViT than the weights; {message}"):
+    with pytest.raises(ConfigError, match=rf"config\.json does not describe the ViT in the weights; {message}"):
         build_backbone(BackboneConfig(source=str(tmp_path)))
 
 
@@ -354,7 +354,7 @@ def test_a_planted_pickle_is_not_executed(legacy: bool, tmp_path: Path) -> None:
         path.write_bytes(pickle.dumps(content, protocol=2))
     else:
         torch.save(content, path)
-    with pytest.raises(ConfigError, match=r"vit\.pth cannot be read, .* more than plain tensors: it holds a .*; save"):
+    with pytest.raises(ConfigError, match=r"vit\.pth cannot be read, .* plain tensors: it contains a .*; save"):
         build_backbone(BackboneConfig(source=str(path)))
     with pytest.raises(ConfigError, match="cannot be read"):
         read_weights(path)
@@ -367,7 +367,7 @@ def test_unreadable_files_are_named(tmp_path: Path, vit_file: Path) -> None:
     for path, message in ((cut, "cannot be read"), (tmp_path / "no.pth", "does not exist"), (tmp_path, "is a folder")):
         with pytest.raises(ConfigError, match=message):
             read_weights(path)
-    with pytest.raises(ConfigError, match=r"weights/vit\.pth is no existing directory or file"):
+    with pytest.raises(ConfigError, match=r"weights/vit\.pth is not a directory or file"):
         build_backbone(BackboneConfig(source="weights/vit.pth"))  # not to be taken for a hub id
     (tmp_path / "bad.safetensors").write_bytes(b"not tensors")
     with pytest.raises(ConfigError, match=r"bad\.safetensors cannot be read"):
@@ -467,7 +467,7 @@ def test_a_head_that_does_not_fit_is_refused_key_by_key(vit_file: Path, tmp_path
     with pytest.raises(ConfigError, match=r"of another shape: .*class_embed\.bias \(6,\) instead of \(8,\), "
                                           r".*class_embed\.weight \(6, 32\) instead of \(8, 32\)\. Check"):
         model_on(vit_file, classes=7).load_weights(read_weights(path))
-    with pytest.raises(ConfigError, match=r"holds a ViT and no head; name it in backbone\.source"):
+    with pytest.raises(ConfigError, match=r"contains a ViT but no head; set backbone\.source"):
         model_on(vit_file).load_weights(read_weights(vit_file))
     # What the reference's training saves of a Mask2Former: the adapter is lost.
     head_only = {key: value for key, value in read_weights(path).model.items() if "segmentation_model.1" in key}
@@ -516,7 +516,7 @@ def test_torch_s_advice_to_run_what_is_in_a_file_reaches_nobody(tmp_path: Path, 
         path.write_bytes(raw[name])
     else:
         torch.save(contents[name], path, _use_new_zipfile_serialization=name != "old_module")
-    with pytest.raises(ConfigError, match=r"damaged or holds more than plain tensors: .") as found:
+    with pytest.raises(ConfigError, match=r"damaged or contains more than plain tensors: .") as found:
         read_weights(path)
     assert not re.search(r"weights_only|PyTorch|torch\.load|trust|safe_globals", str(found.value)), found.value
     if name in ("module", "old_module", "namespace"):

@@ -125,7 +125,7 @@ def test_a_full_disk_is_a_warning_and_leaves_the_last_good_checkpoint(tmp_path: 
     writer.wait()
     with files_of_at_most(100_000):
         writer.save(state(2, size=1_000_000), is_best=True)
-        with pytest.warns(UserWarning, match=r"could not be written to .*\. Training goes on"):
+        with pytest.warns(UserWarning, match=r"could not be written to .*\. Training continues"):
             writer.wait()
     assert names(tmp_path) == ["step-00000001.pt", "step-00000001.pt.sha256"], "nothing half-written is left"
     writer.save(state(3), is_best=False)  # room again
@@ -355,7 +355,7 @@ def test_a_start_that_was_killed_is_taken_over_and_cannot_write_any_more(s3_root
         writer.save(state(1), is_best=False)
         writer.wait()
         run_at(s3_root, tmp_path, 2)
-        with pytest.raises(TakenOver, match="another start of this run has taken over s3://"):
+        with pytest.raises(TakenOver, match="another process has taken over s3://"):
             writer.save(state(3), is_best=False)
             writer.wait()
     killed.__exit__(None, None, None)
@@ -374,12 +374,13 @@ def test_a_folder_of_checkpoints_is_locked(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_run_among_ones_own_is_refused() -> None:
     check_identity("a", Path("mine"), "", "old")
     check_identity("a", Path("mine"), "a", "elsewhere")
-    with pytest.raises(ConfigError, match=r"is of runs/theirs \(b\), not of the run in mine \(a\); choose another"):
+    message = r"belongs to the run in runs/theirs \(b\), not to the run in mine \(a\); choose another"
+    with pytest.raises(ConfigError, match=message):
         check_identity("a", Path("mine"), "b", "runs/theirs")
 
 
 def test_a_malformed_owner_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "owner.json").write_text('{"run_id": ' + "9" * 5000 + "}")
-    with pytest.raises(ConfigError, match=r"owner\.json does not say whose checkpoints these are: .*remove it"), \
+    with pytest.raises(ConfigError, match=r"owner\.json is malformed, .*remove it"), \
             lock_checkpoints(tmp_path, tmp_path):
         pytest.fail("whose is it?")

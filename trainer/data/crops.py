@@ -1,7 +1,7 @@
-"""From shards to batches: workers read, decode and crop; the training device does the rest.
+"""From shards to batches: loader workers read, decode and crop; the training device does the rest.
 
-A worker hands over few, packed tensors (uint8 pixels and segment maps): dense masks would be 10 to 40 times
-the bytes, and the hand-off, not the decoding, would then set the pace.
+Workers send a few packed tensors (uint8 pixels and segment maps): dense masks would be 10 to 40 times the bytes, and
+transferring them, not decoding, would then be the bottleneck.
 """
 
 from __future__ import annotations
@@ -40,47 +40,47 @@ from trainer.data.transforms import (
 )
 from trainer.seeding import sample_rng
 
-_IMAGES_AHEAD = 8  # whole ones whose bytes a loader process asks object storage for before it needs them
+_IMAGES_AHEAD = 8  # whole images that a loader process requests from object storage ahead of time
 
 
 class _Crop(NamedTuple):
-    """One sample of a micro-batch, but for its pixels."""
+    """One sample of a micro-batch, without its pixels."""
 
     key: str
     segment_map: npt.NDArray[Any]  # [H, W]
     labels: npt.NDArray[np.int64]  # [N]
-    valid: tuple[int, int]  # height and width of what is no padding; that lies right and below
+    valid: tuple[int, int]  # height and width of the unpadded part; padding is on the right and at the bottom
     mirrored: bool
     photometric: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One micro-batch. `labels` of all images are concatenated; `counts` says how many belong to each."""
+    """One micro-batch. `labels` of all images are concatenated; `counts` has the number per image."""
 
     number: int  # of the micro-batch in the run
     keys: list[str]
-    images: Tensor  # uint8 [B, 3, H, W], in memory as [B, H, W, 3], as decoded: transposing is for the device
+    images: Tensor  # uint8 [B, 3, H, W], channels last in memory, as decoded: the device transposes
     segment_maps: Tensor | None  # uint8 (int32 beyond 255 labels) [B, H, W]; None with dense targets
     masks: list[Tensor] | None  # bool [N, H, W] per image; None with segment maps
     labels: Tensor  # int64 [sum of counts]
     counts: list[int]  # N per image
     photometric: Tensor | None  # float32 [B, K], parameters of `transforms.photometric_distort`
-    valid: list[tuple[int, int]]  # per image: height and width of what is no padding; that lies right and below
-    mirrored: list[bool]  # per image: still to be mirrored, with its targets, by `to`
-    skipped: list[str]  # what was wrong with samples that could not be used
+    valid: list[tuple[int, int]]  # per image: height and width of the unpadded part, at the top left
+    mirrored: list[bool]  # per image: to be mirrored by `to`, with its targets
+    skipped: list[str]  # errors of corrupt samples that were replaced
 
     def targets(self) -> list[Target]:
         """Per image `{"segment_map" [H, W], "labels" [N]}`, or `{"masks" [N, H, W], "labels" [N]}` if dense."""
         labels = self.labels.split(self.counts)
         if self.masks is not None:
-            return [{"masks": masks, "labels": own} for masks, own in zip(self.masks, labels, strict=True)]
+            return [{"masks": masks, "labels": ids} for masks, ids in zip(self.masks, labels, strict=True)]
         assert self.segment_maps is not None
-        return [{"segment_map": segments, "labels": own} for segments, own in zip(self.segment_maps, labels,
+        return [{"segment_map": segments, "labels": ids} for segments, ids in zip(self.segment_maps, labels,
                                                                                  strict=True)]
 
     def to(self, device: torch.device) -> Batch:
-        """Copy to the device without waiting for it (from pinned memory on CUDA), and mirror there what is to be."""
+        """Copy to the device asynchronously (from pinned memory on CUDA), and apply the pending mirroring there."""
         moved = self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
         return moved._mirrored() if any(self.mirrored) else moved
 
@@ -115,7 +115,7 @@ class Batch:
 
 
 def augmented_images(batch: Batch) -> Tensor:
-    """uint8 `[B,3,H,W]` with the batch's colour augmentation, if it carries any; padding keeps its colour."""
+    """uint8 `[B,3,H,W]` with the batch's colour augmentation, if any; padding keeps its colour."""
     if batch.photometric is None:
         return batch.images
     distorted = photometric_distort(batch.images, batch.photometric)
@@ -125,7 +125,7 @@ def augmented_images(batch: Batch) -> Tensor:
 
 
 def normalized_images(batch: Batch, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Float32 `[B,3,H,W]`, colour-augmented and normalised; padding is 0, as the reference pads what is normalised."""
+    """Float32 `[B,3,H,W]`, colour-augmented and normalised; padding is 0, as the reference pads after normalising."""
     images = normalize(augmented_images(batch), mean, std)
     for padding in paddings(images, batch.valid):
         images[padding].zero_()
@@ -151,26 +151,26 @@ class LabelledImage:
 
 
 def open_reader(config: DataConfig, split: str, manifest: Manifest | None = None) -> ShardReader:
-    """The samples of a split of `data.root`, with its cache and policy.
+    """Open a split of `data.root` with the configured cache and retry policy.
 
-    Raises ShardError, and ConfigError for a split without a labelled pixel, as there is nothing to learn or measure;
-    and for a cache that is not this user's alone.
+    Raises ShardError; ConfigError for a split without any labelled pixel, as there is nothing to learn or measure, and
+    for a cache folder that is not private to this user.
     """
     assert config.root is not None
     storage = open_storage(config.root, RetryPolicy(tries=config.tries, timeout=config.timeout))
     cache = None if config.cache_dir is None else DiskCache.in_folder(config.cache_dir, int(config.cache_gb * 1e9))
     reader = ShardReader(storage, split, manifest, cache)
     if not reader.info.labelled_pixels:
-        raise ConfigError(f"{config.root}: split {split!r} has no labelled pixel in its {len(reader)} samples; shard "
-                          "the dataset again with label values that fit, or name another split "
+        raise ConfigError(f"{config.root}: split {split!r} has no labelled pixel in its {len(reader)} samples; make "
+                          "the shards again with a label mapping that fits the dataset, or choose another split "
                           "(data.train_split, data.val_split)")
     return reader
 
 
 class TrainCrops(IterableDataset[Batch]):
-    """Micro-batches of the plan. Number m is a pure function of (shards, configuration, seed, m).
+    """Micro-batches of the plan. Micro-batch m is a pure function of (shards, configuration, seed, m).
 
-    `global_batch_size` is needed for data.on_corrupt "skip"; by default a micro-batch is all there is.
+    `global_batch_size` is needed for data.on_corrupt "skip"; the default is the size of one micro-batch.
     """
 
     def __init__(self, reader: ShardReader, plan: TrainPlan, config: DataConfig, numbers: Iterable[int] = (),
@@ -182,30 +182,30 @@ class TrainCrops(IterableDataset[Batch]):
         return self._batch(number, None)
 
     def __iter__(self) -> Iterator[Batch]:
-        """The micro-batches of `numbers`; of several loader processes each makes its share."""
+        """The micro-batches of `numbers`; in a loader process, only its share of them."""
         if self.reader.is_local:
             yield from map(self.__getitem__, share_of_worker(self.numbers))
             return
         ahead = ReadAhead(self.reader, self.config.read_ahead_mb << 20)
-        # Lanes come to the ends of their spans together: what is needed next then is a span of every lane.
+        # All lanes reach the ends of their spans together; then the next span of every lane is needed at once.
         batches_ahead = -(-self.plan.lanes // self.plan.micro_batch_size)
         try:
             for number in look_ahead(share_of_worker(self.numbers), batches_ahead,
-                                     lambda number: self._ask(number, ahead)):
+                                     lambda number: self._request(number, ahead)):
                 yield self._batch(number, ahead)
         finally:
             ahead.close()
 
-    def _ask(self, number: int, ahead: ReadAhead) -> None:
+    def _request(self, number: int, ahead: ReadAhead) -> None:
         for span in map(self.plan.span, self.plan.positions(number)):
             ahead.ask(span, partial(self.plan.samples, span))
 
     def _batch(self, number: int, ahead: ReadAhead | None) -> Batch:
         images = _Images(self.plan.micro_batch_size)
-        samples, skipped = self._readable(number, ahead, images)
+        samples, skipped = self._read_samples(number, ahead, images)
         keys, segment_maps, labels, valid, mirrored, photometric = zip(*samples, strict=True)  # of each _Crop
         maps = stack_segment_maps(segment_maps)
-        counts = [own.size for own in labels]
+        counts = [ids.size for ids in labels]
         dense = self.config.targets == "dense"
         return Batch(
             number=number,
@@ -222,31 +222,31 @@ class TrainCrops(IterableDataset[Batch]):
             skipped=skipped,
         )
 
-    def _readable(self, number: int, ahead: ReadAhead | None, images: _Images) -> tuple[list[_Crop], list[str]]:
-        """The samples of a micro-batch, and why some could not be used (data.on_corrupt "skip").
+    def _read_samples(self, number: int, ahead: ReadAhead | None, images: _Images) -> tuple[list[_Crop], list[str]]:
+        """The samples of a micro-batch, and the errors of those skipped (data.on_corrupt "skip").
 
-        In its place comes the next one of its global batch that can be, so that batches keep their size, ranks stay in
-        step, and a step trains on the same samples for any number of ranks, workers and samples per micro-batch.
+        A skipped sample is replaced by the next readable one of its global batch, so that batches keep their size,
+        ranks stay in step, and a step's samples do not depend on the number of ranks, workers or micro-batches.
         """
-        found: list[_Crop] = []
+        crops: list[_Crop] = []
         skipped: list[str] = []
         for position in self.plan.positions(number):
             try:
-                found.append(self._sample(position, ahead, images))
+                crops.append(self._sample(position, ahead, images))
             except CorruptShardError as error:
                 if self.config.on_corrupt == "fail":
                     raise
                 skipped.append(str(error))
-                found.append(self._substitute(position, images, error))
-        return found, skipped
+                crops.append(self._substitute(position, images, error))
+        return crops, skipped
 
     def _substitute(self, position: int, images: _Images, error: CorruptShardError) -> _Crop:
         size = self.global_batch_size
-        place = position % size
-        for other in range(place + 1, place + size):
-            with contextlib.suppress(CorruptShardError):  # whose turn it is will tell
-                return self._sample(position - place + other % size, None, images)
-        raise CorruptShardError(f"no sample of the global batch {position // size} can be used: {error}")
+        offset = position % size
+        for other in range(offset + 1, offset + size):
+            with contextlib.suppress(CorruptShardError):  # reported where that sample itself is due
+                return self._sample(position - offset + other % size, None, images)
+        raise CorruptShardError(f"all samples of global batch {position // size} are corrupt: {error}")
 
     def _sample(self, position: int, ahead: ReadAhead | None, images: _Images) -> _Crop:
         draw = self.plan.sample_at(position)
@@ -268,13 +268,13 @@ class TrainCrops(IterableDataset[Batch]):
 
 
 class _Images:
-    """The images of a micro-batch, `pixels` a tensor uint8 [B, H, W, 3]: each is decoded where it stays."""
+    """The images of a micro-batch, decoded in place into `pixels`, a uint8 tensor [B, H, W, 3]."""
 
     def __init__(self, batch: int) -> None:
         self.batch, self.count, self.first = batch, 0, ""
 
     def add(self, sample: CropSample, size: tuple[int, ...], window: tuple[slice, slice] | None) -> None:
-        """The next image, or a window of it. Raises CorruptShardError, ConfigError for another size than the first."""
+        """Add an image, or a window of it. Raises CorruptShardError; ConfigError if its size differs from the first."""
         if not self.count:
             self.pixels, self.first = torch.empty((self.batch, *size, 3), dtype=torch.uint8), sample.key
         height, width = self.pixels.shape[1:3]
@@ -289,7 +289,7 @@ class _Images:
 
 
 class WholeImages(IterableDataset[LabelledImage]):
-    """Validation images of the given numbers. A damaged one is always an error: a metric over fewer images lies."""
+    """Validation images of the given numbers. A corrupt one is always an error: skipping it would bias the metric."""
 
     def __init__(self, reader: ShardReader, config: DataConfig, numbers: Iterable[int] = ()) -> None:
         self.reader, self.config, self.numbers = reader, config, numbers
@@ -313,7 +313,7 @@ class WholeImages(IterableDataset[LabelledImage]):
 
 
 def read_samples(reader: ShardReader, numbers: Iterable[int], budget: int) -> Iterator[CropSample]:
-    """Samples in the given order; from object storage with some read ahead, `budget` bytes of them at most."""
+    """Samples in the given order; from object storage with read-ahead of at most `budget` bytes."""
     if reader.is_local:
         yield from map(reader.read, numbers)
         return
@@ -326,13 +326,13 @@ def read_samples(reader: ShardReader, numbers: Iterable[int], budget: int) -> It
 
 
 def share_of_worker(numbers: Iterable[int]) -> Iterable[int]:
-    """Of n loader processes, each takes every n-th number; DataLoader asks them in turn, which restores the order."""
+    """Each of n loader processes takes every n-th number; DataLoader polls them in turn, which restores the order."""
     worker = get_worker_info()
     return numbers if worker is None else islice(numbers, worker.id, None, worker.num_workers)
 
 
 def check_labels(sample: CropSample, num_classes: int) -> None:
-    """Raise CorruptShardError for a label outside the class table, here where it costs the device nothing."""
+    """Raise CorruptShardError for a label outside the class table; on the CPU, so that the device need not check."""
     if sample.labels.size and sample.labels[-1] >= num_classes:  # ascending
         raise CorruptShardError(f"sample {sample.key} holds the label {sample.labels[-1]}, "
                                 f"legal: 0..{num_classes - 1}")
@@ -341,16 +341,16 @@ def check_labels(sample: CropSample, num_classes: int) -> None:
 def drop_absent_labels(
     segment_map: npt.NDArray[Any], labels: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-    """Renumber a cut segment map so that it has one label per class still present."""
-    present = np.bincount(segment_map.reshape(-1), minlength=labels.size)[: labels.size] > 0
-    kept = labels[present]
-    table = np.full(np.iinfo(segment_map.dtype).max + 1, ignore_value(kept.size), np.uint16)
-    table[np.flatnonzero(present)] = np.arange(kept.size)
-    return table[segment_map].astype(np.uint8 if kept.size <= 255 else np.uint16), kept
+    """Renumber a cropped segment map so that it has one label per class still present."""
+    is_present = np.bincount(segment_map.reshape(-1), minlength=labels.size)[: labels.size] > 0
+    present = labels[is_present]
+    table = np.full(np.iinfo(segment_map.dtype).max + 1, ignore_value(present.size), np.uint16)
+    table[np.flatnonzero(is_present)] = np.arange(present.size)
+    return table[segment_map].astype(np.uint8 if present.size <= 255 else np.uint16), present
 
 
 def stack_segment_maps(segment_maps: Sequence[npt.NDArray[Any]]) -> Tensor:
-    """uint8 [B, H, W]; int32 (ignored: 65535) when one of the crops has more labels than uint8 tells apart."""
+    """uint8 [B, H, W]; int32 (ignored: 65535) if any crop has more labels than uint8 can hold."""
     if all(segments.dtype == np.uint8 for segments in segment_maps):
         return torch.from_numpy(np.stack(segment_maps))
     wide = [np.where(segments == np.iinfo(segments.dtype).max, IGNORE_16_BIT, segments.astype(np.int32))

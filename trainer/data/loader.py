@@ -1,4 +1,4 @@
-"""Loader processes: batches in the order asked for, whatever the number of workers, and errors instead of hangs."""
+"""Loader processes: batches in the requested order for any number of workers, and errors instead of hangs."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from trainer.data.parcel import Parcel, shared_memory_advice
 
 _log = logging.getLogger(__name__)
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-_GRACE = 10  # seconds that a worker lives after SIGTERM, for the last step's batches
+_GRACE = 10  # seconds that a worker keeps running after SIGTERM, for the last step's batches
 
 
 class LoaderError(RunError):
-    """A loader process died, or something it was asked for did not arrive."""
+    """A loader process died, or a batch requested from it did not arrive."""
 
 
 def train_loader(crops: TrainCrops, micro_batches: Iterable[int], device: torch.device) -> Iterator[Batch]:
-    """The micro-batches of the given numbers (an iterable that can be sent to processes, and begun again in each), in
-    that order whatever the number of workers.
+    """The micro-batches of the given numbers, in that order for any number of workers. The iterable must be picklable,
+    and each process iterates over it anew.
 
     Raises what a worker raised (ShardError, ConfigError), and LoaderError when a worker died or a batch is missing.
     """
@@ -42,27 +42,28 @@ def train_loader(crops: TrainCrops, micro_batches: Iterable[int], device: torch.
             _log.warning("skipped a training sample (%d of at most %d): %s", len(skipped), crops.config.corrupt_budget,
                          problem)
         if len(skipped) > crops.config.corrupt_budget:
-            raise CorruptShardError(f"{len(skipped)} training samples were skipped, data.corrupt_budget is "
+            raise CorruptShardError(f"{len(skipped)} training samples were skipped, but data.corrupt_budget is "
                                     f"{crops.config.corrupt_budget}; the last one: {skipped[-1]}")
         yield batch
 
 
 def validation_loader(images: WholeImages, numbers: Iterable[int], device: torch.device) -> Iterator[LabelledImage]:
-    """The validation images of the given numbers, in that order; as `train_loader`."""
+    """The validation images of the given numbers, in that order; raises like `train_loader`."""
     return _items(images, numbers, device)
 
 
 def _items(dataset: TrainCrops | WholeImages, numbers: Iterable[int], device: torch.device) -> Iterator[Any]:
-    """Exactly the items of the numbers; errors of workers without the workers' tracebacks, which they carry as text."""
+    """Exactly the items of these numbers. Workers' errors are raised without the worker tracebacks that torch adds to
+    their text."""
     dataset = copy.copy(dataset)
     dataset.numbers = numbers
     config, workers = dataset.config, []
     try:
         items = iter(_loader(dataset, device))
-        workers = list(getattr(items, "_workers", ()))  # torch forgets them when one dies
+        workers = list(getattr(items, "_workers", ()))  # torch drops them when one dies
         for number, item in zip(numbers, items, strict=True):
             if item.number != number:
-                raise LoaderError(f"loader processes handed over number {item.number} where {number} was due; "
+                raise LoaderError(f"loader processes delivered number {item.number} where {number} was expected; "
                                   f"{shared_memory_advice()}")
             yield item
     except MaskStreamError as error:
@@ -73,40 +74,41 @@ def _items(dataset: TrainCrops | WholeImages, numbers: Iterable[int], device: to
             raise
         ends = _deaths(workers)
         for worker in workers:
-            worker.kill()  # torch would give each of them seconds to finish what nobody waits for
+            worker.kill()  # torch would wait seconds for each of them to finish work that is no longer needed
         raise LoaderError(
-            f"loader processes ended or could not hand over a batch{ends}: "
+            f"loader processes died or could not deliver a batch{ends}: "
             f"{_reason(error)}. Lower data.workers (now {config.workers}) or "
             f"data.prefetch_batches (now {config.prefetch_batches}); {shared_memory_advice()}"
         ) from error
 
 
 def _concerns_workers(error: BaseException) -> bool:
-    """Whether the DataLoader, its pinning thread or `zip` says so; connection errors and EOF come from dead workers."""
+    """Whether the error is about workers: raised by DataLoader, its pinning thread or `zip`, or by a broken connection
+    to a dead worker."""
     if isinstance(error, RuntimeError | ValueError):
         return any(sign in str(error) for sign in ("DataLoader", "Pin memory thread", "zip()", "open files", "ancdata"))
     return True
 
 
 def _reason(error: BaseException) -> str:
-    """One line; of a worker's own error the last, as the others are its traceback."""
+    """The error in one line: the last for a worker's own error, as its traceback comes first."""
     lines = str(error).strip().splitlines() or [repr(error)]
     return lines[-1 if "Original Traceback" in str(error) else 0]
 
 
 def _deaths(workers: Iterable[Any]) -> str:
-    """How worker processes ended that ended by a signal."""
+    """The signals that killed worker processes, as text."""
     signals = sorted({-worker.exitcode for worker in workers if (worker.exitcode or 0) < 0})
     notes = {signal.SIGKILL: ", as the kernel does when memory runs out", signal.SIGBUS: ", as when memory runs out"}
-    return "".join(f" (one was ended by {signal.Signals(number).name}{notes.get(number, '')})" for number in signals)
+    return "".join(f" (one was killed by {signal.Signals(number).name}{notes.get(number, '')})" for number in signals)
 
 
 def _start_worker(number: int) -> None:
-    """Runs first in each loader process, which was born with _STOP_SIGNALS blocked (see `_start_helpers`)."""
+    """Runs first in each loader process, which starts with _STOP_SIGNALS blocked (see `_start_helpers`)."""
     for stop in _STOP_SIGNALS:
-        signal.signal(stop, signal.SIG_IGN)  # one that came already is dropped
-    os.setsid()  # what is sent to the trainer's group, as torchrun does, is no longer sent here
-    # A worker that is stuck must end with its DataLoader, which asks by SIGTERM.
+        signal.signal(stop, signal.SIG_IGN)  # also discards a pending one
+    os.setsid()  # leave the trainer's process group, to which torchrun and terminals send their signals
+    # A stuck worker must exit when its DataLoader, which sends SIGTERM, shuts down.
     signal.signal(signal.SIGTERM, lambda *_: threading.Timer(_GRACE, os._exit, [0]).start())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
     exit_with_parent()
@@ -114,11 +116,11 @@ def _start_worker(number: int) -> None:
 
 
 def _start_helpers() -> None:
-    """Start Python's own helper processes, the fork server and the resource tracker, with _STOP_SIGNALS blocked.
+    """Start Python's helper processes, the fork server and the resource tracker, with _STOP_SIGNALS blocked.
 
-    A signal that asks a run to stop often goes to all its processes (a terminal's Ctrl-C, torchrun, Slurm). The step
-    under way still needs its batches, so neither the helpers nor the loader processes may end by it. They inherit the
-    mask, so there is no moment in which they could; one that comes to the trainer meanwhile is kept until afterwards.
+    A stop signal often goes to all processes of a run (a terminal's Ctrl-C, torchrun, Slurm). The current step still
+    needs its batches, so the signal must kill neither the helpers nor the loader processes. They inherit the mask, so
+    they are never exposed to it; a signal that the trainer receives meanwhile stays pending until the mask is restored.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
@@ -130,7 +132,7 @@ def _start_helpers() -> None:
 
 
 class _Parcels(IterableDataset[Parcel]):
-    """What loader processes iterate over: a dataset's items, packed before they are queued."""
+    """The dataset that loader processes iterate over: items packed into parcels before they are queued."""
 
     def __init__(self, dataset: TrainCrops | WholeImages) -> None:
         self.dataset = dataset
@@ -143,14 +145,14 @@ def _loader(dataset: TrainCrops | WholeImages, device: torch.device) -> DataLoad
     workers = dataset.config.workers
     pin_memory = device.type == "cuda"
     if not workers:
-        return DataLoader(dataset, batch_size=None, pin_memory=pin_memory)  # an item is already a batch
+        return DataLoader(dataset, batch_size=None, pin_memory=pin_memory)  # None: items are batches already
     use_own_temporary_folder()
-    # A forked copy of a process with threads (autograd, NCCL, gloo) can deadlock. The fork server is a clean
-    # process instead; it imports torch once, its children start in milliseconds.
+    # Forking a process that has threads (autograd, NCCL, gloo) can deadlock. The fork server is a clean process
+    # instead: it imports torch once, and its children start in milliseconds.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trainer.data.crops"])
     _start_helpers()
-    # No timeout: with one, torch no longer looks every five seconds whether its workers live.
+    # No timeout: with one, torch no longer checks every five seconds whether its workers are alive.
     return DataLoader(_Parcels(dataset), batch_size=None, num_workers=workers,
                       prefetch_factor=dataset.config.prefetch_batches, multiprocessing_context=context,
                       worker_init_fn=_start_worker, pin_memory=pin_memory)

@@ -1,11 +1,11 @@
-"""Targets: what the loss is told about each image, in two forms that hold the same information.
+"""Targets: one image's ground truth, in either of two equivalent forms.
 
-dense         {"masks": bool, uint8 or float [N, H, W], "labels": int64 [N]}; floats say how much of a pixel is in the
-              mask, of other values all but zero are
+dense         {"masks": bool, uint8 or float [N, H, W], "labels": int64 [N]}; floats are the fraction of a pixel inside
+              the mask; in other dtypes every nonzero pixel is inside
 segment map   {"segment_map": uint8 [H, W], "labels": int64 [N]}, value = index into this image's labels,
-              255 = ignored (int32 maps: 65535). One byte a pixel instead of N, or 4 N as float masks.
+              255 = ignored (int32 maps: 65535). One byte per pixel instead of N, or of 4 N for float masks.
 
-Whatever else a target holds is left alone.
+Other keys of a target are left untouched.
 Ignored pixels are background of every mask, as in the reference (MaskFormer, arXiv:2107.06278, does the same).
 """
 
@@ -31,9 +31,9 @@ def ignore_value(dtype: torch.dtype) -> int:
 
 
 def dense_masks(segment_map: Tensor, num_labels: int) -> Tensor:
-    """Masks bool [N, H, W] of a segment map [H, W]; mask n is where the map holds n.
+    """Masks bool [N, H, W] of a segment map [H, W]; mask n is True where the map is n.
 
-    Raises ValueError when `num_labels` does not leave room for the map's ignore value.
+    Raises ValueError when `num_labels` leaves no room for the map's ignore value.
     """
     limit = ignore_value(segment_map.dtype)
     if not 0 <= num_labels <= limit:
@@ -45,12 +45,12 @@ def dense_masks(segment_map: Tensor, num_labels: int) -> Tensor:
 def segment_map_from_masks(masks: Tensor) -> Tensor:
     """Segment map [H, W] of disjoint masks [N, H, W]: uint8 up to 255 masks, int32 beyond; uncovered = ignored.
 
-    The inverse of `dense_masks`. Raises ValueError when two masks share a pixel: a map cannot say that.
+    The inverse of `dense_masks`. Raises ValueError when masks overlap, which a segment map cannot represent.
     """
     inside = masks.bool()
     overlaps = int((inside.sum(0) > 1).sum())
     if overlaps:
-        raise ValueError(f"{overlaps} pixels lie in several masks; a segment map holds one segment a pixel")
+        raise ValueError(f"{overlaps} pixels are in several masks; a segment map holds one segment per pixel")
     dtype = torch.uint8 if len(inside) <= IGNORE_VALUES[torch.uint8] else torch.int32
     indices = torch.arange(len(inside), dtype=torch.int64, device=inside.device)
     segments = (inside * indices[:, None, None]).sum(0)  # [H, W]
@@ -58,10 +58,10 @@ def segment_map_from_masks(masks: Tensor) -> Tensor:
 
 
 def label_map_from_segments(segment_map: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """Class of every pixel, int64 [H, W], from a segment map [H, W] and its labels int64 [N]: on any device what
-    `shards.rle.label_map_from_segments` is for arrays.
+    """Class of every pixel, int64 [H, W], from a segment map [H, W] and its labels int64 [N]: the counterpart of
+    `shards.rle.label_map_from_segments` for tensors on any device.
 
-    Ignored pixels, and indices that no label answers to, become `ignore_index`. Never waits for the device.
+    Ignored pixels, and indices without a label, become `ignore_index`. Never synchronises with the device.
     """
     table_size = ignore_value(segment_map.dtype) + 1
     table = torch.full((table_size,), ignore_index, dtype=torch.int64, device=segment_map.device)
@@ -72,7 +72,7 @@ def label_map_from_segments(segment_map: Tensor, labels: Tensor, ignore_index: i
 def to_dense(target: Target) -> dict[str, Tensor]:
     """`{"masks" [N, H, W], "labels" [N]}` of a target in either form; dense masks keep their dtype.
 
-    Raises ValueError when the target has neither form, or as many masks as labels is not true.
+    Raises ValueError when the target has neither form, or when the numbers of masks and labels differ.
     """
     if "segment_map" not in target and "masks" not in target:
         raise ValueError(f"a target needs masks or segment_map, this one has {sorted(target)}")

@@ -1,7 +1,7 @@
-"""Mirroring, colour augmentation and normalisation of whole batches, on the device that trains; windows, on workers.
+"""Mirroring, colour augmentation and normalisation of whole batches on the training device; random windows on workers.
 
-Random numbers are drawn on the loader's workers, one small vector per sample, and applied here to all samples at
-once: a sample's result depends on its own vector only, and nothing waits for the device.
+Loader workers draw the random numbers, one small vector per sample; the device applies them to all samples at once.
+A sample's result depends only on its own vector, and nothing synchronises with the device.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from torch import Tensor
 from shards.errors import ConfigError
 
 PHOTOMETRIC_PARAMETERS = ("brightness", "contrast", "saturation", "hue", "contrast_last")
-LUMINANCE = (0.2989, 0.587, 0.114)  # torchvision's; ITU-R BT.601 but for a ten-thousandth of red
-_LOWEST, _RANGE = np.array([-32.0, 0.5, 0.5, -1.0]), np.array([64.0, 1.0, 1.0, 2.0])  # hue: of the largest turn
+LUMINANCE = (0.2989, 0.587, 0.114)  # torchvision's: ITU-R BT.601 with 0.0001 less red
+_LOWEST, _RANGE = np.array([-32.0, 0.5, 0.5, -1.0]), np.array([64.0, 1.0, 1.0, 2.0])  # hue: fraction of the maximum
 _NEUTRAL = np.array([0.0, 1.0, 1.0, 0.0])
-_FROM_UNIT = 255.999 / 255.0  # torchvision multiplies hues' 0..1 by 255.999 before it truncates, to round less down
+_FROM_UNIT = 255.999 / 255.0  # torchvision's adjust_hue scales 0..1 by 255.999 before truncating, to lose less
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(images / 255 - mean) / std, float32 [B, 3, H, W] from uint8 [B, 3, H, W]; mean and std on a 0..1 scale."""
-    planes = images.to(torch.float32, memory_format=torch.contiguous_format)  # batches come with channels last
+    planes = images.to(torch.float32, memory_format=torch.contiguous_format)  # batches arrive channels-last
     return (planes / 255.0 - _channel_map(mean, images.device)) / _channel_map(std, images.device)
 
 
 def _channel_map(values: Sequence[float], device: torch.device) -> Tensor:
-    """float32 [1, 3, 1, 1]. Filled on the device: a copy of host numbers would wait for it on every batch."""
+    """float32 [1, 3, 1, 1], filled on the device: copying host numbers would synchronise on every batch."""
     return torch.stack([torch.full((), value, device=device) for value in values]).view(1, -1, 1, 1)
 
 
 def mirror_left(picture: Tensor, width: int, dim: int) -> Tensor:
-    """`picture` with its first `width` columns, along `dim`, mirrored; what lies right of them is padding and stays."""
+    """`picture` with its first `width` columns along `dim` mirrored; the padding right of them stays."""
     if width == 0:
         return picture
     if width == picture.shape[dim]:
@@ -43,25 +43,25 @@ def mirror_left(picture: Tensor, width: int, dim: int) -> Tensor:
 
 
 def paddings(images: Tensor, valid: Sequence[tuple[int, int]]) -> Iterator[tuple[int | slice, ...]]:
-    """Indices of the padding in images [B, 3, H, W] of which `valid` (height, width) are none: below, then right.
+    """Indices of the padding in images [B, 3, H, W] whose unpadded size is `valid` (height, width): bottom, then right.
 
-    Made of host numbers alone, so that to read or write there waits for no device.
+    Built from host numbers alone, so that indexing with them does not synchronise with the device.
     """
     height, width = images.shape[2:]
-    for place, (valid_height, valid_width) in enumerate(valid):
+    for index, (valid_height, valid_width) in enumerate(valid):
         if valid_height < height:
-            yield place, slice(None), slice(valid_height, None)
+            yield index, slice(None), slice(valid_height, None)
         if valid_width < width:
-            yield place, slice(None), slice(None, valid_height), slice(valid_width, None)
+            yield index, slice(None), slice(None, valid_height), slice(valid_width, None)
 
 
 def draw_photometric(rng: np.random.Generator, hue_degrees: float = 180.0) -> np.ndarray:
     """Parameters float32 [5] of one sample's colour augmentation, in the order of `PHOTOMETRIC_PARAMETERS`.
 
-    Brightness is added, U(-32, 32); contrast and saturation are factors, U(0.5, 1.5); hue is a share of the colour
-    circle, up to `hue_degrees` either way. Each is drawn with probability one half and neutral otherwise.
-    `contrast_last` is a coin (SSD, arXiv:1512.02325; ranges of DINOv3's linear recipe). Every call takes the same
-    number of draws from `rng`.
+    Brightness is an offset, U(-32, 32); contrast and saturation are factors, U(0.5, 1.5); hue is a fraction of the
+    colour circle, up to `hue_degrees` either way. Each is applied with probability 1/2 and neutral otherwise.
+    `contrast_last` is a coin flip (SSD, arXiv:1512.02325; ranges of DINOv3's linear recipe). Every call draws the same
+    number of values from `rng`.
     """
     drawn = rng.random(9)
     values, coins = _LOWEST + _RANGE * drawn[:4], drawn[4:] < 0.5
@@ -75,9 +75,9 @@ def photometric_distort(images: Tensor, params: Tensor) -> Tensor:
     """Colour-augmented uint8 [B, 3, H, W] of RGB images uint8 [B, 3, H, W]; params float32 [B, 5], one row each,
     as from `draw_photometric` and on the images' device.
 
-    Brightness, contrast, saturation, hue; with `contrast_last` contrast comes after hue. Every step ends clipped to
-    0..255 and truncated to whole numbers; a neutral step leaves its sample as it is. Saturation and hue follow the
-    levels of torchvision's adjust_saturation and adjust_hue on uint8, which DINOv3's recipe calls.
+    In the order brightness, contrast, saturation, hue; with `contrast_last` contrast comes after hue. Each step clips
+    to 0..255 and truncates to integers; a neutral step leaves its sample unchanged. Saturation and hue reproduce the
+    values of torchvision's adjust_saturation and adjust_hue on uint8, which DINOv3's recipe calls.
     """
     brightness, contrast, saturation, hue, contrast_last = params.float().t()[:, :, None, None, None]  # [B, 1, 1, 1]
     last = contrast_last > 0.5
@@ -100,17 +100,17 @@ def _luminance(pixels: Tensor) -> Tensor:
 
 
 def _rotate_hue(pixels: Tensor, turn: Tensor) -> Tensor:
-    """Turn the HSV hue of pixels [B, 3, H, W] by `turn` [B, 1, 1, 1] of the circle; value and chroma stay, but for
-    `_FROM_UNIT`."""
+    """Rotate the HSV hue of pixels [B, 3, H, W] by `turn` [B, 1, 1, 1], a fraction of the circle; value and chroma are
+    unchanged except for `_FROM_UNIT`."""
     red, green, blue = pixels[:, 0:1], pixels[:, 1:2], pixels[:, 2:3]
     value = pixels.amax(1, keepdim=True)  # [B, 1, H, W]
     chroma = value - pixels.amin(1, keepdim=True)
-    scale = chroma.clamp(min=1.0)  # levels are whole: below one is gray, which has no hue
+    scale = chroma.clamp(min=1.0)  # values are integers: chroma below 1 is grey, which has no hue
     sixths = torch.where(
         value == red, (green - blue) / scale,
         torch.where(value == green, 2.0 + (blue - red) / scale, 4.0 + (red - green) / scale),
     ) + 6.0 * turn
-    # Distance of the hue from each primary decides how much chroma that primary lacks: none up to 1, all from 2 on.
+    # Distance (in sixths) from a primary determines how much chroma it lacks: none up to 1, all of it from 2 on.
     lacks = []
     for primary in (0.0, 2.0, 4.0):
         around = (sixths - primary).remainder(6.0)
@@ -120,10 +120,10 @@ def _rotate_hue(pixels: Tensor, turn: Tensor) -> Tensor:
 
 def random_window(rng: np.random.Generator, size: tuple[int, ...], valid: tuple[int, int], side: int,
                   key: str) -> tuple[tuple[slice, slice], tuple[int, int]]:
-    """A random `side` x `side` window of a stored crop, and how much of it is no padding.
+    """A random `side` x `side` window of a stored crop, and the size of its unpadded part.
 
-    It holds as much of what is no padding as fits, as if that was cropped and then padded again. Raises ConfigError
-    when the crop is smaller.
+    It contains as much of the unpadded part as fits, as if that had been cropped and then padded again. Raises
+    ConfigError when the crop is smaller.
     """
     height, width = size
     if height < side or width < side:

@@ -1,4 +1,4 @@
-"""Evaluate a model on the validation images of a shard set."""
+"""Evaluate a model on the validation split of a shard set."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from trainer.models import Segmenter
 
 
 class Evaluation(NamedTuple):
-    """Metrics over all ranks' images, and pictures of the first images of this rank."""
+    """Metrics over the images of all ranks, and pictures of this rank's first images."""
 
     metrics: dict[str, Any]  # ConfusionMatrix.summary(), "baseline_mIoU" and "confused_pairs"
     panels: Image.Image | None
 
 
 class EvaluationStopped(Exception):
-    """A rank was asked to stop. Raised on every rank alike."""
+    """A rank was asked to stop. Raised on every rank."""
 
 
 def evaluate(
     model: Segmenter, reader: ShardReader, config: RunConfig, context: DistContext, images: int | None = None,
     should_continue: Callable[[], bool] = lambda: True,
 ) -> Evaluation:
-    """Every image exactly once over all ranks; counts are summed once, after the loop.
+    """Evaluate every image exactly once over all ranks; pixel counts are all-reduced once, after the loop.
 
-    `images` limits the number of images. The model's training mode is restored afterwards. `should_continue` is asked
-    before each image; raises EvaluationStopped on all ranks when it said no on one.
+    `images` limits the number of images. The model's training mode is restored afterwards. `should_continue` is called
+    before each image; if it returns False on one rank, EvaluationStopped is raised on all ranks.
     """
     manifest, was_training = reader.manifest, model.training
     model.eval()
@@ -84,7 +84,7 @@ def panel_row(item: LabelledImage, prediction: Tensor, classes: Sequence[ClassIn
 
 
 def format_metrics(metrics: dict[str, Any], classes: Sequence[ClassInfo]) -> str:
-    """A few lines for people: the means, the baseline, the IoU of every class that occurs."""
+    """Metrics as printed: the means, the baseline, and the IoU of every class that occurs."""
     means = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("mIoU", "aAcc", "mAcc"))
     lines = [f"{means}  (predicting the most frequent class everywhere: mIoU {metrics['baseline_mIoU']:.4f})"]
     rows = [(info.name, iou) for info, iou in zip(classes, metrics["per_class_iou"], strict=True) if iou == iou]

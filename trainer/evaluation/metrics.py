@@ -1,4 +1,4 @@
-"""Segmentation metrics from one matrix of pixel counts."""
+"""Segmentation metrics computed from a confusion matrix of pixel counts."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-PAIRS_UP_TO = 2000  # classes; pairs of more would take gigabytes (65,535 classes: 34 GB)
+PAIRS_UP_TO = 2000  # classes; with more the matrix would take gigabytes (65,535 classes: 34 GB)
 
 
 class Areas(NamedTuple):
-    """Pixels of every class, int64 [C] each."""
+    """Pixel counts per class, int64 [C] each."""
 
-    intersect: Tensor  # predicted and labelled so
-    union: Tensor  # predicted or labelled so
+    intersect: Tensor  # predicted and labelled as the class
+    union: Tensor  # predicted or labelled as the class
     pred: Tensor
     label: Tensor
 
@@ -30,10 +30,10 @@ class ConfusedPair(NamedTuple):
 
 
 class ConfusionMatrix:
-    """Pixel counts int64 [C, C] on `device`, row = label, column = prediction; ignored pixels count nowhere.
+    """Pixel counts int64 [C, C] on `device`, row = label, column = prediction; ignored pixels are not counted.
 
-    Above PAIRS_UP_TO classes it counts [3, C] instead: intersection, prediction and label. Metrics are the same, but
-    which class was taken for which is then unknown.
+    With more than PAIRS_UP_TO classes the counts are [3, C] instead: intersection, prediction and label. Metrics are
+    the same, but which classes were confused is then unknown.
     """
 
     def __init__(self, num_classes: int, ignore_index: int = 255, device: torch.device | str = "cpu") -> None:
@@ -44,9 +44,9 @@ class ConfusionMatrix:
         self.counts = torch.zeros(rows, num_classes, dtype=torch.int64, device=device)  # [C, C] or [3, C]
 
     def update(self, pred: Tensor, label: Tensor) -> None:
-        """Add one image, or several: integer maps of equal shape, e.g. [H, W], values 0 to C - 1 or ignored label.
+        """Add one or several images: integer maps of equal shape, e.g. [H, W]; values 0 to C - 1, labels also ignored.
 
-        Raises ValueError for other values (in ignored pixels the prediction may be anything) and unequal shapes.
+        Raises ValueError for other values (predictions in ignored pixels are not checked) and for unequal shapes.
         """
         if pred.shape != label.shape:
             raise ValueError(f"prediction {tuple(pred.shape)} and label {tuple(label.shape)} differ in shape")
@@ -64,18 +64,18 @@ class ConfusionMatrix:
                 row += torch.bincount(values, minlength=self.num_classes)
 
     def merge(self, other: ConfusionMatrix) -> None:
-        """Add what another matrix of the same classes has counted."""
+        """Add the counts of another matrix with the same classes."""
         if other.num_classes != self.num_classes:
             raise ValueError(f"cannot merge {other.num_classes} classes into {self.num_classes}")
         self.counts += other.counts.to(self.counts.device)
 
     def all_reduce(self) -> None:
-        """Sum over ranks, in place; nothing to do without a process group. Call it once, on every rank."""
+        """Sum over ranks, in place; a no-op without a process group. Call it once, on every rank."""
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.counts)
 
     def areas(self) -> Areas:
-        """The four pixel counts per class that every metric below is made of."""
+        """The four pixel counts per class from which all metrics below are computed."""
         if self.has_pairs:
             intersect, pred, label = self.counts.diagonal(), self.counts.sum(0), self.counts.sum(1)
         else:
@@ -85,9 +85,9 @@ class ConfusionMatrix:
     def summary(self, *, absent_as_zero: bool = False) -> dict[str, Any]:
         """Metrics as fractions 0 to 1: mIoU, aAcc, mAcc, mDice, mF1, mPrecision, mRecall and the list per_class_iou.
 
-        m... is the mean over the classes for which the ratio exists: a class that is neither predicted nor
-        labelled has IoU NaN and is skipped, one without intersection has no F1. Everything is NaN before any update.
-        With `absent_as_zero` such a class counts as 0 in the mIoU, as in EoMT's evaluation.
+        m... is the mean over the classes for which the ratio is defined: a class that is neither predicted nor labelled
+        has IoU NaN and is skipped, one without intersection has no F1. Everything is NaN before the first update.
+        With `absent_as_zero` a class with IoU NaN counts as 0 in the mIoU, as in EoMT's evaluation.
         """
         intersect, union, pred, label = (area.double() for area in self.areas())
         iou, recall, precision = intersect / union, intersect / label, intersect / pred  # [C], NaN where 0 / 0
@@ -105,7 +105,7 @@ class ConfusionMatrix:
         return summary
 
     def confused_pairs(self, limit: int = 30) -> list[ConfusedPair]:
-        """The pairs of different classes with the most pixels, most first; none above PAIRS_UP_TO classes."""
+        """The pairs of different classes with the most pixels, in descending order; none above PAIRS_UP_TO classes."""
         if not self.has_pairs:
             return []
         wrong = self.counts - self.counts.diagonal().diag()  # [C, C]
@@ -119,9 +119,9 @@ class ConfusionMatrix:
         return pairs
 
     def most_frequent_class_miou(self) -> float:
-        """The mIoU of predicting the most frequent label everywhere: what a model that learnt nothing can reach."""
+        """The mIoU of predicting the most frequent label everywhere: the baseline of a model that learnt nothing."""
         label = self.areas().label.double()
-        # That class's union is every pixel; the other classes that occur score zero, the rest is skipped.
+        # That class's union is every pixel; other classes that occur score zero, absent ones are skipped.
         return float(label.max() / label.sum() / (label > 0).sum())
 
     def _check_range(self, name: str, values: Tensor) -> None:

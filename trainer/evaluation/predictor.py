@@ -1,10 +1,10 @@
-"""One image in, class ids out: windows, views and rounding as `eval.*` says.
+"""Predict class ids for one image, with the windows, views and rounding configured in `eval.*`.
 
-By default an image is resized as normalised floats, windows are what the network takes (a small image is padded), and
-scores are float32. `eval.reference` takes over what a published evaluation does instead, so that its numbers can be
-compared: "dinov3" (github.com/facebookresearch/dinov3, eval/segmentation) resizes uint8 images by Pillow, cuts windows
-inside the image (a square where both sides are below the crop) and sums Mask2Former's scores of a bfloat16 product;
-"eomt" (github.com/tue-mps/eomt) resizes by Pillow so that the image just covers one window, and spreads windows evenly.
+By default an image is resized as normalised floats, windows have a size that the network accepts (a small image is
+padded), and scores are float32. `eval.reference` reproduces a published evaluation instead, so that numbers are
+comparable: "dinov3" (github.com/facebookresearch/dinov3, eval/segmentation) resizes uint8 images with Pillow, cuts
+windows inside the image (a square where both sides are below the crop) and computes Mask2Former's scores in bfloat16;
+"eomt" (github.com/tue-mps/eomt) resizes with Pillow until the image just covers one window, and spreads windows evenly.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trainer.out_of_memory import OutOfMemory, allocator_error
 
 
 class Predictor:
-    """Turns one image into class ids, as `eval.*` says: sliding window or whole, with or without views."""
+    """Turns one image into class ids as configured in `eval.*`: sliding window or whole image, one or several views."""
 
     def __init__(self, model: Segmenter, config: RunConfig, num_classes: int, device: torch.device) -> None:
         self.model, self.config, self.num_classes, self.device = model, config, num_classes, device
@@ -33,7 +33,7 @@ class Predictor:
     def __call__(self, image: Tensor) -> Tensor:
         """uint8 [3, H, W] on any device -> int64 [H, W] class ids on the model's device.
 
-        Raises OutOfMemory naming the settings that decide how much an image takes.
+        Raises OutOfMemory naming the settings that determine how much memory an image takes.
         """
         height, width = image.shape[1:]
         try:
@@ -44,16 +44,16 @@ class Predictor:
             settings, gigabytes = self.settings, 4 * self.num_classes * height * width / 1e9
             raise OutOfMemory(
                 f"image of {width}x{height} pixels, {self.num_classes} classes: out of memory ({line}). Its scores "
-                f"take {gigabytes:.1f} GB, several times: resize it; lower eval.crop_size (now {settings.crop_size}) "
+                f"take several times {gigabytes:.1f} GB: resize it; lower eval.crop_size (now {settings.crop_size}) "
                 f"or eval.resize_short_side (now {settings.resize_short_side or 'null'}); set eval.mode=slide (now "
                 f"{settings.mode})") from error
 
     @torch.inference_mode()
     def _predict(self, image: Tensor) -> Tensor:
-        """As `__call__`.
+        """See `__call__`.
 
-        The class probabilities of all views are averaged: a softmax over classes even of Mask2Former's scores, as in
-        the DINOv3 reference, whose published numbers with several views depend on it.
+        The class probabilities of all views are averaged. They are a softmax over classes even of Mask2Former's scores,
+        as in the DINOv3 reference, whose published numbers with several views depend on it.
         """
         size = (image.shape[1], image.shape[2])
         total = torch.zeros(1, self.num_classes, *size, device=self.device)  # [1, C, H, W]
@@ -63,7 +63,7 @@ class Predictor:
         return total.argmax(1)[0]
 
     def view_sizes(self, size: Size) -> list[Size]:
-        """What an image of this size is resized to, one size for each scale."""
+        """The sizes to which an image of this size is resized, one per scale."""
         settings = self.settings
         if settings.reference == "eomt":
             return [covering_size(size, settings.crop_size)]
@@ -82,7 +82,7 @@ class Predictor:
 
     @torch.inference_mode()
     def view_scores(self, view: Tensor, size: Size, mirrored: bool) -> Tensor:
-        """Scores float32 [1, C, *size] of a normalised view [1, 3, h, w], mirrored back if it is mirrored."""
+        """Scores float32 [1, C, *size] of a normalised view [1, 3, h, w]; for a mirrored view, mirrored back."""
         settings = self.settings
         scores = slide_inference(
             self._window_scores, view, self.num_classes, None if settings.mode == "whole" else settings.crop_size,
@@ -95,8 +95,8 @@ class Predictor:
         try:
             with autocast(self.config, self.device):
                 outputs = self.model(window)
-        except ValueError as error:  # our own windows always fit
-            raise ConfigError(f"eval.reference={self.settings.reference} cuts a window that the network refuses: "
+        except ValueError as error:  # only reference windows can have sizes that do not fit
+            raise ConfigError(f"eval.reference={self.settings.reference} cuts a window that the network rejects: "
                               f"{error}. Set eval.crop_size and eval.resize_short_side to multiples of "
                               f"{self.size_divisor} as published, or eval.reference=null") from error
         dtype = torch.bfloat16 if self.settings.reference == "dinov3" else torch.float32
@@ -104,10 +104,11 @@ class Predictor:
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
-    """bf16 where `train.precision` asks for it; "auto" means CUDA devices that have it."""
-    wanted = config.train.precision
-    automatic = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=wanted == "bf16" or (wanted == "auto" and automatic))
+    """bf16 autocast as set in `train.precision`; "auto" enables it on CUDA devices that support it."""
+    precision = config.train.precision
+    supported = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    enabled = precision == "bf16" or (precision == "auto" and supported)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def _resize_by_pillow(image: Tensor, size: Size) -> Tensor:

@@ -1,7 +1,7 @@
-"""Where windows lie and how large views are; the mean of scores over overlapping windows.
+"""Sliding-window inference: window positions, view sizes, and scores averaged over overlapping windows.
 
-A model here is a function `predict(crop [1, 3, h, w]) -> scores [1, C, h, w]`: higher means more likely, logits
-or Mask2Former's sums of class probability times mask probability (MaskFormer, arXiv:2107.06278, sec. 3.4).
+The model is a function `predict(crop [1, 3, h, w]) -> scores [1, C, h, w]`, where higher means more likely: logits, or
+Mask2Former's sums of class probability times mask probability (MaskFormer, arXiv:2107.06278, sec. 3.4).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ Predict = Callable[[Tensor], Tensor]
 Size = tuple[int, int]
 """Height and width in pixels."""
 
-_VIEW_MULTIPLE = 32  # the reference rounds the short side of views below scale 1 up to it, whatever the head
+_VIEW_MULTIPLE = 32  # the reference rounds the short side of views below scale 1 up to a multiple, for any head
 
 
 def window_grid(size: Size, crop: Size, stride: Size | None) -> list[tuple[int, int, int, int]]:
-    """Windows (top, bottom, left, right) of `crop` that cover `size`, row by row, `stride` apart.
+    """Windows (top, bottom, left, right) of size `crop` that cover `size`, row by row, `stride` apart.
 
-    The last window of an axis is shifted back inside; an axis shorter than the crop gets one window of its length.
-    Without a stride there are as few windows as cover the axis, spread evenly, as in EoMT's evaluation.
+    The last window along an axis is shifted back inside; an axis shorter than the crop gets one window of its length.
+    With stride None the fewest windows that cover the axis are spread evenly, as in EoMT's evaluation.
     Raises ValueError when the stride leaves gaps between windows.
     """
     if stride is None:
@@ -53,11 +53,11 @@ def _even_spans(length: int, crop: int) -> list[Size]:
 
 
 def window_size(size: Size, crop: Size | None, size_divisor: int | None) -> Size:
-    """The window that an image of `size` is seen through, at most `crop` (None: the whole image).
+    """Window size for an image of `size`, at most `crop` (None: the whole image).
 
-    With a divisor both sides are multiples of it, so a window may be larger than a small image, which is then
-    padded. Without one (the reference's rule, whose windows the adapter may refuse) windows lie inside the image,
-    and are square when the image is shorter than the crop on both axes.
+    With a divisor both sides are multiples of it, so the window can be larger than a small image, which is then padded.
+    Without one (the reference's rule; the adapter may reject such windows) windows lie inside the image, and are square
+    when the image is smaller than the crop along both axes.
     Raises ValueError when the crop itself is not a multiple of the divisor.
     """
     if size_divisor is None:
@@ -78,11 +78,11 @@ def window_size(size: Size, crop: Size | None, size_divisor: int | None) -> Size
 @torch.no_grad()
 def slide_inference(predict: Predict, image: Tensor, num_classes: int, crop_size: Size | int | None,
                     stride: Size | int | None, *, size_divisor: int | None) -> Tensor:
-    """Scores float32 [1, C, H, W] of a normalised image [1, 3, H, W]: the mean over all windows that see a pixel.
+    """Scores float32 [1, C, H, W] of a normalised image [1, 3, H, W]: the mean over all windows that contain a pixel.
 
-    `crop_size` None takes one window over the whole image. Where a window is larger than the image (see
-    `window_size`), the image is continued with zeros, the mean colour, to the right and below.
-    Raises ValueError for other image shapes, and scores that are not of their window's size.
+    With `crop_size` None, one window covers the whole image. Where a window is larger than the image (see
+    `window_size`), the image is padded on the right and at the bottom with zeros, the mean colour.
+    Raises ValueError for other image shapes, and for scores whose size differs from their window's.
     """
     if image.ndim != 4 or len(image) != 1:
         raise ValueError(f"image has shape {tuple(image.shape)}, legal: one image, [1, 3, H, W]")
@@ -103,10 +103,10 @@ def slide_inference(predict: Predict, image: Tensor, num_classes: int, crop_size
 
 
 def view_size(size: Size, short_side: int | None, ratio: float | None) -> Size:
-    """Size that an image of `size` is resized to for one view; the aspect ratio is kept up to rounding.
+    """Size to which an image of `size` is resized for one view; the aspect ratio is kept up to rounding.
 
-    The short side becomes `short_side` (None: stays) times `ratio` (None: one), rounded down; for a ratio below
-    one it is then rounded up to a multiple of 32, as the reference does.
+    The short side becomes `short_side` (None: its own length) times `ratio` (None: 1), rounded down; for a ratio below
+    1 it is then rounded up to a multiple of 32, as the reference does.
     """
     short = min(size) if short_side is None else short_side
     if ratio is not None:
@@ -118,7 +118,7 @@ def view_size(size: Size, short_side: int | None, ratio: float | None) -> Size:
 
 
 def covering_size(size: Size, side: int) -> Size:
-    """Size of an image resized until it just covers a square of `side`, rounded half to even: EoMT's evaluation."""
+    """Size at which an image just covers a square of `side`, rounded half to even, as in EoMT's evaluation."""
     factor = max(side / size[0], side / size[1])
     return round(size[0] * factor), round(size[1] * factor)
 

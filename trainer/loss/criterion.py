@@ -1,4 +1,4 @@
-"""What the loop asks of a loss, for every kind of head: a total to differentiate, and named losses to look at."""
+"""The training loop's interface to the loss of each kind of head: a total to backpropagate, and named losses to log."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from trainer.models.outputs import MaskOutputs, MaskPrediction, PixelOutputs
 
 
 class CriterionLoss(NamedTuple):
-    """As `StepLoss`."""
+    """See `StepLoss`."""
 
     total: Tensor
     losses: dict[str, Tensor]
-    unmatched: int = 0  # targets that no query was left for
-    problem: str | None = None  # why the losses are NaN, where that is known
+    unmatched: int = 0  # targets for which no query was left
+    problem: str | None = None  # why the losses are NaN, if known
 
 
 class Criterion(Protocol):
@@ -31,7 +31,7 @@ class Criterion(Protocol):
     def __call__(
         self, outputs: Any, targets: Sequence[Target], num_masks: Tensor, generator: torch.Generator
     ) -> CriterionLoss:
-        """What is differentiated, and named losses; `num_masks` is the number that mask losses are divided by."""
+        """The total and named losses of a micro-batch; `num_masks` is the divisor of mask losses."""
 
 
 class MaskCriterion(nn.Module):
@@ -61,12 +61,12 @@ class MaskCriterion(nn.Module):
             return self._poisoned(outputs, str(error))
 
     def _poisoned(self, outputs: MaskOutputs, problem: str) -> CriterionLoss:
-        """NaN for everything: this rank can match nothing, but the others wait for its gradients all the same, and so
-        learn of it. `NonFiniteGuard` then decides for all ranks alike."""
+        """NaN for every loss: this rank cannot match, but the others wait for its gradients, and the NaN reaches them
+        that way. `NonFiniteGuard` then makes the same decision on all ranks."""
         items: list[MaskPrediction] = [outputs, *outputs.get("aux_outputs", ())]
-        reached = [tensor for item in items for tensor in item.values()
-                   if isinstance(tensor, Tensor) and tensor.requires_grad]
-        total = torch.stack([tensor.float().sum() for tensor in reached]).sum() * torch.nan
+        differentiable = [tensor for item in items for tensor in item.values()
+                          if isinstance(tensor, Tensor) and tensor.requires_grad]
+        total = torch.stack([tensor.float().sum() for tensor in differentiable]).sum() * torch.nan
         losses = dict.fromkeys(self.loss.loss_names(len(items)), total.detach())
         return CriterionLoss(total, losses, problem=problem)
 

@@ -1,7 +1,7 @@
 """The Mask2Former loss: every query predicts a mask and a class, or "no object".
 
 Mask2Former (arXiv:2112.01527, sec. 3.3 and "training settings") on top of MaskFormer's mask classification
-(arXiv:2107.06278, sec. 3.2). Every decoder layer's prediction is matched and supervised on its own.
+(arXiv:2107.06278, sec. 3.2). Every decoder layer's prediction is matched and supervised separately.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ _REPLACEABLE = ("loss_masks", "loss_labels", "sample_points_using_uncertainty", 
 
 
 class StepLoss(NamedTuple):
-    """What one optimiser step needs: a scalar to differentiate, and its parts, unweighted and detached, to look at."""
+    """Loss of one step: a scalar to backpropagate, and its terms, unweighted and detached, for logging."""
 
     total: Tensor
     losses: dict[str, Tensor]
-    unmatched: int  # targets that no query was left for, where images have more of them than there are queries
+    unmatched: int  # targets for which no query was left, in images with more targets than queries
 
 
 class MaskClassificationLoss(Mask2FormerLoss):
     """Mask, dice and class losses of matched predictions, on sampled points and always in float32.
 
-    `forward` and `loss_total` stand in for EoMT's class of this name (tue-mps/eomt), a subclass of transformers'
-    `Mask2FormerLoss`: signatures, attributes, state dict, random draws and numbers are the same. `step` is the losses
-    of all predictions of a step at once, with their coefficients: the same numbers with a fraction of the work.
+    `forward` and `loss_total` are drop-in replacements for EoMT's class of this name (tue-mps/eomt), a subclass of
+    transformers' `Mask2FormerLoss`: signatures, attributes, state dict, random draws and values are the same. `step`
+    computes the weighted losses of all predictions of a step at once: the same values with a fraction of the work.
 
     `ignore`: pixels without any target are "background" of every mask, as in the reference, or "exclude": points in
     them count neither in matching nor in the losses.
-    `num_masks_counts`: what mask and dice losses are divided by, where an image has more targets than there are
-    queries: "matched" masks, as EoMT's class does, or "all" targets, as transformers' does.
+    `num_masks_counts`: the divisor of mask and dice losses where an image has more targets than queries: "matched"
+    masks, as in EoMT's class, or "all" targets, as in transformers'.
     """
 
     empty_weight: Tensor  # type: ignore[assignment]
@@ -57,7 +57,7 @@ class MaskClassificationLoss(Mask2FormerLoss):
                  mask_coefficient: float, dice_coefficient: float, class_coefficient: float, num_labels: int,
                  no_object_coefficient: float, *, ignore: str = "background",
                  num_masks_counts: str = "matched") -> None:
-        nn.Module.__init__(self)  # the parent's wants a configuration, and makes a matcher of its own
+        nn.Module.__init__(self)  # the parent's needs a transformers config, and builds its own matcher
         for name, value, legal in (("ignore", ignore, ("background", "exclude")),
                                    ("num_masks_counts", num_masks_counts, ("matched", "all"))):
             if value not in legal:
@@ -79,7 +79,7 @@ class MaskClassificationLoss(Mask2FormerLoss):
 
     @property
     def coefficients(self) -> dict[str, float]:
-        """Weight of each loss, by its name."""
+        """Weight of each loss, by name."""
         return {"loss_mask": self.mask_coefficient, "loss_dice": self.dice_coefficient,
                 "loss_cross_entropy": self.class_coefficient}
 
@@ -89,9 +89,9 @@ class MaskClassificationLoss(Mask2FormerLoss):
         """Unweighted scalar losses of one prediction: masks [B, Q, h, w], classes [B, Q, C + 1].
 
         `targets` are in either form of `trainer.data.targets`. Mask and dice losses are divided by
-        `count_masks(targets, Q)`. Waits for the device once. Draws the matcher's points, then those of the losses.
-        A subclass's own `loss_masks` or `loss_labels`, or another `matcher`, are called as in EoMT's class.
-        Raises NonFiniteLossError; ValueError for labels outside [0, num_labels) and shapes that do not fit.
+        `count_masks(targets, Q)`. Synchronises with the device once. Draws the matcher's points, then the losses'.
+        A subclass's `loss_masks` or `loss_labels`, or a different `matcher`, is called as in EoMT's class.
+        Raises NonFiniteLossError; ValueError for labels outside [0, num_labels) and for inconsistent shapes.
         """
         if class_queries_logits is None:
             raise ValueError("class_queries_logits is None, legal: the class logits [B, Q, C + 1] of this prediction")
@@ -115,8 +115,8 @@ class MaskClassificationLoss(Mask2FormerLoss):
 
     def loss_masks(self, masks_queries_logits: Tensor, mask_labels: Sequence[Tensor],  # type: ignore[override]
                    indices: Indices) -> dict[str, Tensor]:
-        """Mask and dice loss of given matches, for code that calls or extends the parts: masks [B, Q, h, w], targets
-        float [N, H, W] per image. Waits for the device and makes dense masks, which `forward` and `step` do not."""
+        """Mask and dice loss of given matches, for code that calls or overrides it: masks [B, Q, h, w], targets float
+        [N, H, W] per image. It synchronises with the device and builds dense masks; `forward` and `step` do neither."""
         sums = super().loss_masks(masks_queries_logits, mask_labels, indices, 1)  # type: ignore[arg-type]
         counted = mask_labels if self.num_masks_counts == "all" else [target_ids for _, target_ids in indices]
         divisor = self._mean_over_ranks(sum(map(len, counted)))
@@ -124,16 +124,16 @@ class MaskClassificationLoss(Mask2FormerLoss):
 
     def step(self, outputs: MaskOutputs, targets: Sequence[Target], num_masks: Tensor | float | None = None,
              generator: torch.Generator | None = None) -> StepLoss:
-        """The weighted total of all predictions' losses, and the single losses: `loss_mask` is the final one's,
-        `loss_mask_3` that of `aux_outputs[3]`; likewise `loss_dice` and `loss_cross_entropy`.
+        """The weighted total of all predictions' losses, and each loss by itself: `loss_mask` of the final prediction,
+        `loss_mask_3` of `aux_outputs[3]`; likewise `loss_dice` and `loss_cross_entropy`.
 
         `outputs` is {"pred_logits" [B, Q, C + 1], "pred_masks" [B, Q, h, w], "aux_outputs": list of the same two}.
-        Where a prediction also has "mask_embeddings" [B, Q, D] and "mask_features" [B, D, h, w], whose products its
-        masks are (in all predictions or in none), the gradient goes there, through the matched queries alone, and
-        pred_masks need none.
-        `num_masks` divides mask and dice losses; by default it is `count_masks(targets, Q)`. Waits for the device once.
-        Draws the matcher's points of all predictions first, then those of the losses, a few predictions at a time.
-        Raises as `forward`.
+        Predictions (all or none of them) may also have the factors of their masks, "mask_embeddings" [B, Q, D] and
+        "mask_features" [B, D, h, w]; then the gradient flows into these, through the matched queries alone, and
+        pred_masks need no gradient.
+        `num_masks` divides mask and dice losses; the default is `count_masks(targets, Q)`. Synchronises with the device
+        once. Draws the matcher's points of all predictions first, then the losses', a few predictions at a time.
+        Raises like `forward`.
         """
         items: list[MaskPrediction] = [outputs, *outputs.get("aux_outputs", ())]
         predictions = [Prediction(item["pred_logits"], item["pred_masks"]) for item in items]
@@ -156,17 +156,17 @@ class MaskClassificationLoss(Mask2FormerLoss):
                         sum(max(0, count - num_queries) for count in packed.counts))
 
     def loss_names(self, predictions: int) -> list[str]:
-        """Names of what `step` returns for so many predictions, the final one's first."""
+        """Names of the losses that `step` returns for this number of predictions, the final one's first."""
         suffixes = ["", *(f"_{layer}" for layer in range(predictions - 1))]
         return [f"{name}{suffix}" for suffix in suffixes for name in self.coefficients]
 
     def loss_total(self, losses_all_layers: Mapping[str, Tensor], log_fn: Callable[..., Any]) -> Tensor | None:
-        """Sum of all losses, each times the coefficient that its name calls for: "mask", "dice" or "cross_entropy" may
-        stand anywhere in it. None when there is no loss.
+        """Sum of all losses, each times the coefficient for the "mask", "dice" or "cross_entropy" in its name. None if
+        there are no losses.
 
-        Logs as a LightningModule's `log` wants it: `log_fn("losses/train_" + name, loss, sync_dist=True)` for each,
-        unweighted, and at last `log_fn("losses/train_loss_total", total, sync_dist=True, prog_bar=True)`. Raises
-        ValueError for names without any of the three.
+        Logs through a LightningModule's `log`: `log_fn("losses/train_" + name, loss, sync_dist=True)` for each loss,
+        unweighted, then `log_fn("losses/train_loss_total", total, sync_dist=True, prog_bar=True)`. Raises ValueError
+        for names that contain none of the three.
         """
         total: Tensor | None = None
         for name, loss in losses_all_layers.items():
@@ -177,16 +177,16 @@ class MaskClassificationLoss(Mask2FormerLoss):
         return total
 
     def count_masks(self, targets: Sequence[Mapping[str, Any]], num_queries: int) -> Tensor:
-        """Mean number per rank of targets that count (see `num_masks_counts`), float32, at least 1: a divisor that is
-        the same on every rank.
+        """Targets counted by `num_masks_counts`, averaged over ranks, float32, at least 1: the same divisor on every
+        rank.
 
-        Call it on every rank or on none; it communicates once when a process group exists.
+        Call it on all ranks or on none: with a process group it performs one all-reduce.
         """
         counts = [len(target["labels"]) for target in targets]
         return self._mean_over_ranks(count_masks(counts, num_queries, self.num_masks_counts))
 
-    def _mean_over_ranks(self, own: int) -> Tensor:
-        count = torch.full((), float(own), device=self.empty_weight.device)
+    def _mean_over_ranks(self, local: int) -> Tensor:
+        count = torch.full((), float(local), device=self.empty_weight.device)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(count)
             count = count / dist.get_world_size()
@@ -204,19 +204,20 @@ class MaskClassificationLoss(Mask2FormerLoss):
         batch, _, height, width = predictions[0].mask_logits.shape
         gradients = torch.zeros(batch, len(predictions), targets.labels.shape[1], height, width, device=matches.device)
         layers = torch.arange(len(predictions), device=matches.device)[:, None]
-        for some in in_chunks(range(len(predictions))):
-            images, queries, target_ids = matches[some.start : some.stop].unbind(1)  # [G, M]
-            pair, spread = self._chunk_of_mask_losses([predictions[layer].mask_logits for layer in some], targets,
+        for chunk in in_chunks(range(len(predictions))):
+            images, queries, target_ids = matches[chunk.start : chunk.stop].unbind(1)  # [G, M]
+            pair, spread = self._chunk_of_mask_losses([predictions[layer].mask_logits for layer in chunk], targets,
                                                       images, queries, target_ids, divisor, draw)
             losses.append(pair)
-            gradients[images, layers[some.start : some.stop], target_ids] = spread
+            gradients[images, layers[chunk.start : chunk.stop], target_ids] = spread
         return torch.cat(losses), gradients
 
     def _chunk_of_mask_losses(self, masks: Sequence[Tensor], targets: ReadableTargets, images: Tensor, queries: Tensor,
                               target_ids: Tensor, divisor: Tensor | float, draw: Draw) -> tuple[Tensor, Tensor]:
-        """`_mask_losses` of G predictions' masks [B, Q, h, w]: [G, 2] and [G, M, h, w]. Its points die with it."""
-        maps = torch.stack([every[images[number], queries[number]]
-                            for number, every in enumerate(masks)]).float().flatten(0, 1)  # [G * M, h, w]
+        """`_mask_losses` of G predictions' masks [B, Q, h, w]: [G, 2] and [G, M, h, w]. A function of its own, so that
+        the sampled points are freed after each chunk."""
+        maps = torch.stack([layer_masks[images[number], queries[number]]
+                            for number, layer_masks in enumerate(masks)]).float().flatten(0, 1)  # [G * M, h, w]
         sampled = self._sample_points(maps, targets, images.flatten(), target_ids.flatten(), draw)
         pair, at_points = losses_and_gradients(sampled, self.coefficients["loss_mask"],
                                                self.coefficients["loss_dice"])
@@ -232,27 +233,27 @@ class MaskClassificationLoss(Mask2FormerLoss):
                              targets.counted(images, points))
 
     def _class_losses(self, predictions: Sequence[Prediction], labels: Tensor, matches: Tensor) -> Tensor:
-        """Cross-entropy [L], a mean weighted by class, of queries that are not matched with "no object"."""
+        """Class-weighted mean cross-entropy [L]; the label of unmatched queries is "no object"."""
         logits = torch.stack([prediction.class_logits for prediction in predictions]).float()  # [L, B, Q, C + 1]
         layers = torch.arange(len(predictions), device=logits.device)[:, None]
         images, queries, target_ids = matches.unbind(1)  # [L, M] each
         classes = labels.new_full(logits.shape[:3], self.num_labels)  # [L, B, Q], all "no object"
         classes[layers, images, queries] = labels[images, target_ids]
         weights = self.empty_weight.float()[classes]
-        picked = logits.log_softmax(3).gather(3, classes[..., None])[..., 0]  # [L, B, Q]
-        return -(weights * picked).sum((1, 2)) / weights.sum((1, 2))
+        log_likelihood = logits.log_softmax(3).gather(3, classes[..., None])[..., 0]  # [L, B, Q]
+        return -(weights * log_likelihood).sum((1, 2)) / weights.sum((1, 2))
 
     def _has_replaced_parts(self) -> bool:
-        """Whether a subclass or its user gave the loss a part that `forward` would not call."""
+        """Whether a subclass or a caller has replaced a part of the loss that `forward` would not call."""
         own = all(getattr(getattr(self, name), "__func__", None) is getattr(MaskClassificationLoss, name)
                   for name in _REPLACEABLE)
         return not own or type(self.matcher) is not HungarianMatcher
 
     def _losses_by_parts(self, masks: Tensor, targets: Sequence[Target], classes: Tensor) -> dict[str, Tensor]:
-        """`forward` put together from its parts, as in EoMT's class."""
+        """`forward` composed of its replaceable parts, as in EoMT's class."""
         if self.ignore == "exclude":
-            raise ValueError("ignore is 'exclude' and a part of the loss is replaced, legal with replaced parts: "
-                             f"background ({', '.join(_REPLACEABLE)} and matcher know of no ignored pixels)")
+            raise ValueError("ignore is 'exclude' but a part of the loss is replaced, legal with replaced parts: "
+                             f"background ({', '.join(_REPLACEABLE)} and matcher do not support ignored pixels)")
         dense = [to_dense(target) for target in targets]
         mask_labels = [target["masks"].to(masks) for target in dense]
         class_labels = [target["labels"].long().to(masks.device) for target in dense]
@@ -274,4 +275,4 @@ class MaskClassificationLoss(Mask2FormerLoss):
                                  "and 'no object'")
             if class_logits.shape[:2] != mask_logits.shape[:2] or len(class_logits) != len(targets):
                 raise ValueError(f"pred_logits {tuple(class_logits.shape)}, pred_masks {tuple(mask_logits.shape)} "
-                                 f"and {len(targets)} targets disagree about images or queries")
+                                 f"and {len(targets)} targets differ in the number of images or queries")

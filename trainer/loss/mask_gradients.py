@@ -1,4 +1,4 @@
-"""Hand gradients of masks, known already, to the tensors that the masks came from."""
+"""Backpropagate precomputed mask gradients to the tensors from which the masks were computed."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from trainer.models.outputs import MaskPrediction
 
 
 def with_gradients(value: Tensor, items: Sequence[MaskPrediction], matches: Tensor, gradients: Tensor) -> Tensor:
-    """`value`, a scalar, with the gradients that the predictions' matched masks have under it.
+    """`value`, a scalar, with a backward pass that applies the given gradients of the predictions' matched masks.
 
     items        the L predictions; see `MaskClassificationLoss.step`
     matches      int64 [L, 3, M]: image, query and target of each of the M masks
     gradients    float32 [B, L, N, h, w]: of the mask matched with each of up to N targets; zero where there is none
 
-    Raises ValueError when some predictions come with their factors and others without.
+    Raises ValueError when some predictions have mask factors and others do not.
 
-    Only the matched queries' masks have a gradient at all. Masks are linear in what they are made of, so the gradient
-    of embeddings and features needs two products over those few masks, where autograd would take all queries'.
+    Only the matched queries' masks have nonzero gradients. Masks are linear in embeddings and features, so the
+    gradients of these take two products over those few masks, where autograd would compute them over all queries.
     """
     without = sum("mask_embeddings" not in item for item in items)
     if 0 < without < len(items):
         raise ValueError(f"{without} of {len(items)} predictions lack mask_embeddings and mask_features; legal: in all "
                          "of them or in none")
     if without:
-        for layer, item in enumerate(items):  # one by one: no two whole gradients need to exist at once
+        for layer, item in enumerate(items):  # one by one, so that only one full gradient exists at a time
             value = _MaskGradients.apply(value, matches, gradients, layer, item["pred_masks"])
         return value
     by_features: dict[int, list[int]] = {}
@@ -42,7 +42,7 @@ def with_gradients(value: Tensor, items: Sequence[MaskPrediction], matches: Tens
 
 
 class _MaskGradients(torch.autograd.Function):
-    """Gradients of one prediction's masks [B, Q, h, w]: zero but for the matched ones."""
+    """Gradients of one prediction's masks [B, Q, h, w]: zero except for the matched ones."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, matches: Tensor, gradients: Tensor, layer: int, masks: Tensor) -> Tensor:
@@ -55,9 +55,9 @@ class _MaskGradients(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> Any:
         matches, gradients = ctx.saved_tensors
         images, queries, target_ids = matches[ctx.layer]
-        whole = gradients.new_zeros(ctx.shape, dtype=ctx.dtype)
-        whole[images, queries] = (gradients[images, ctx.layer, target_ids] * upstream).to(ctx.dtype)
-        return upstream, None, None, None, whole
+        full = gradients.new_zeros(ctx.shape, dtype=ctx.dtype)
+        full[images, queries] = (gradients[images, ctx.layer, target_ids] * upstream).to(ctx.dtype)
+        return upstream, None, None, None, full
 
 
 class _FactorGradients(torch.autograd.Function):
@@ -75,20 +75,21 @@ class _FactorGradients(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> Any:
         matches, gradients, *factors = ctx.saved_tensors
         embeddings, features = factors[: len(matches)], factors[len(matches):]
-        of_embeddings: dict[int, Tensor] = {}
-        of_features = []
+        embedding_gradients: dict[int, Tensor] = {}
+        feature_gradients = []
         for group, feature in zip(ctx.groups, features, strict=True):
             maps = feature.float().flatten(2)  # [B, D, hw]
             images, queries, target_ids = matches[group].unbind(1)  # [g, M]
             layers = torch.arange(len(group), device=maps.device)[:, None]
-            # A place for every target of every image in every layer, so that one product does for all of them.
+            # One row per target of every image and layer, so that a single batched product covers them all.
             masks = (gradients if len(group) == len(matches) else gradients[:, group]).flatten(1, 2).flatten(2)
             matched = maps.new_zeros(*gradients.shape[:1], len(group), gradients.shape[2], maps.shape[1])
-            whole = torch.stack([embeddings[layer] for layer in group])  # [g, B, Q, D]
-            matched[images, layers, target_ids] = whole[layers, images, queries].float() * upstream
-            of_matched = (masks @ maps.mT).view_as(matched) * upstream  # [B, g, N, D]
-            found = torch.zeros_like(whole)
-            found[layers, images, queries] = of_matched[images, layers, target_ids].to(whole.dtype)
-            of_embeddings |= zip(group, found.unbind(), strict=True)
-            of_features.append((matched.flatten(1, 2).mT @ masks).view(feature.shape).to(feature.dtype))
-        return None, None, None, None, *(of_embeddings[layer] for layer in range(len(matches))), *of_features
+            stacked = torch.stack([embeddings[layer] for layer in group])  # [g, B, Q, D]
+            matched[images, layers, target_ids] = stacked[layers, images, queries].float() * upstream
+            matched_gradients = (masks @ maps.mT).view_as(matched) * upstream  # [B, g, N, D]
+            full = torch.zeros_like(stacked)
+            full[layers, images, queries] = matched_gradients[images, layers, target_ids].to(stacked.dtype)
+            embedding_gradients |= zip(group, full.unbind(), strict=True)
+            feature_gradients.append((matched.flatten(1, 2).mT @ masks).view(feature.shape).to(feature.dtype))
+        per_layer = (embedding_gradients[layer] for layer in range(len(matches)))
+        return None, None, None, None, *per_layer, *feature_gradients

@@ -1,7 +1,7 @@
-"""One target to at most one query: the assignment that the mask losses are computed on.
+"""Hungarian matching of targets and queries, on which the mask losses are computed.
 
-DETR (arXiv:2005.12872, sec. 3.1) with Mask2Former's costs on points (arXiv:2112.01527, sec. 3.3). Costs of all
-predictions of a step go to the host in one copy; the assignments, found there by scipy, come back in another.
+DETR (arXiv:2005.12872, sec. 3.1) with Mask2Former's costs on points (arXiv:2112.01527, sec. 3.3). The costs of all
+predictions of a step are copied to the host at once; scipy solves the assignments there, and one copy returns them.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Prediction(NamedTuple):
 
 
 class HungarianMatcher(Mask2FormerHungarianMatcher):
-    """Cheapest assignment of targets to queries under mask, dice and class costs.
+    """Minimum-cost assignment of targets to queries under mask, dice and class costs.
 
-    `match` does it for all predictions of a step. Called as transformers' matcher it is that one, image by image.
+    `match` handles all predictions of a step. Calling the object itself is transformers' matcher, image by image.
     """
 
     def __init__(self, num_points: int, mask_coefficient: float, dice_coefficient: float,
@@ -49,9 +49,10 @@ class HungarianMatcher(Mask2FormerHungarianMatcher):
     def match(self, predictions: Sequence[Prediction], targets: ReadableTargets, draw: Draw) -> Tensor:
         """Matches int64 [L, 3, M] on the predictions' device; the three rows are image, query and target index.
 
-        `predictions` holds the final one first, then the auxiliary ones. Per prediction, matches are ordered by image,
-        then by query; image b has min(Q, N_b) of them: with more targets than queries the costliest targets stay
-        unmatched. Draws [L * B, P, 2] once. Raises NonFiniteLossError; ValueError for a label outside [0, C).
+        `predictions` has the final one first, then the auxiliary ones. Each prediction's matches are ordered by image,
+        then by query; image b has min(Q, N_b) of them: with more targets than queries, the assignment of least total
+        cost leaves some unmatched. Draws [L * B, P, 2] once. Raises NonFiniteLossError; ValueError for a label outside
+        [0, C).
         """
         device, batch = predictions[0].class_logits.device, len(targets.counts)
         with torch.autocast(device.type, enabled=False):
@@ -59,24 +60,24 @@ class HungarianMatcher(Mask2FormerHungarianMatcher):
             points = cpu_kernels.sort_by_location(points) if cpu_kernels.serve(points) else points
             points = points.unflatten(0, (-1, batch))  # [L, B, P, 2]
             costs = self.costs(predictions, targets, points)
-        on_host = costs.cpu().numpy()  # the one wait for the device
+        on_host = costs.cpu().numpy()  # the only synchronisation with the device
         _check_finite(on_host, targets, num_labels=predictions[0].class_logits.shape[-1] - 1)
         matches = np.stack([_assign(prediction, targets.counts) for prediction in on_host])  # [L, 3, M]
         return torch.from_numpy(matches).to(device, non_blocking=True)
 
     @torch.no_grad()
     def costs(self, predictions: Sequence[Prediction], targets: ReadableTargets, points: Tensor) -> Tensor:
-        """Cost float32 [L, B, Q, Nmax] of giving each target to each query, from points [L, B, P, 2] shared by an
-        image's queries. A column whose label is outside [0, C) is NaN, instead of asserting on the device."""
+        """Cost float32 [L, B, Q, Nmax] of assigning each target to each query, at points [L, B, P, 2] shared by an
+        image's queries. A column whose label is outside [0, C) is NaN, to avoid a device-side assert."""
         sums = []
-        spare = points.new_empty(*predictions[0].mask_logits.shape[:2], self.num_points).mT  # [B, P, Q]
-        for some in in_chunks(range(len(predictions))):
-            chosen = points[some.start : some.stop]  # [G, B, P, 2]
-            truth = targets.at_points(chosen)  # [G, B, Nmax, P]
-            counted = targets.counted_at_points(chosen)  # [G, B, P]
+        scratch = points.new_empty(*predictions[0].mask_logits.shape[:2], self.num_points).mT  # [B, P, Q]
+        for chunk in in_chunks(range(len(predictions))):
+            chunk_points = points[chunk.start : chunk.stop]  # [G, B, P, 2]
+            truth = targets.at_points(chunk_points)  # [G, B, Nmax, P]
+            counted = targets.counted_at_points(chunk_points)  # [G, B, P]
             rows = rows_of_points(truth, counted)  # [G, B, Nmax + 1, P]
-            sums += [sum_over_points_(point_sample(predictions[layer].mask_logits, chosen[place]), rows[place], spare)
-                     for place, layer in enumerate(some)]
+            sums += [sum_over_points_(point_sample(predictions[layer].mask_logits, chunk_points[number]), rows[number],
+                                      scratch) for number, layer in enumerate(chunk)]
         all_sums = PointSums(*map(torch.stack, zip(*sums, strict=True)))
         class_logits = torch.stack([prediction.class_logits for prediction in predictions])
         return (self.cost_mask * pairwise_mask_cost(all_sums)
@@ -85,61 +86,61 @@ class HungarianMatcher(Mask2FormerHungarianMatcher):
 
 
 def count_masks(counts: Iterable[int], num_queries: int, rule: str) -> int:
-    """What mask losses of images with so many targets are divided by: by the rule "matched" the targets that find a
-    query, min(Q, N) of an image (EoMT's loss), by "all" every target (transformers' loss)."""
+    """Divisor of the mask losses of images with these numbers of targets. Rule "matched" counts targets that get a
+    query, min(Q, N) per image (EoMT's loss); "all" counts every target (transformers' loss)."""
     return sum(counts) if rule == "all" else sum(min(count, num_queries) for count in counts)
 
 
 def in_chunks(layers: range) -> Iterator[range]:
-    """A few predictions at a time: all at once would fill the memory with points, one by one is many small steps."""
+    """A few predictions at a time: all at once would take too much memory, one by one too many small operations."""
     for start in range(0, len(layers), LAYERS_AT_ONCE):
         yield layers[start : start + LAYERS_AT_ONCE]
 
 
 class PointSums(NamedTuple):
-    """All that the pairwise costs need to know of the points, P of which lie in each image; x are logits.
+    """Sums over P points per image, from which the pairwise costs are computed; x are the logits at the points.
 
-    A row says which points it sums over: one row for each of N targets, and a last one for all points that count.
+    Each row is a weighting of the points: one row per target (its truth), and a last one with all points that count.
     """
 
-    softplus: Tensor  # [..., 1, Q], of x, over the last row
-    logits: Tensor  # [..., N + 1, Q], of x
-    probabilities: Tensor  # [..., N + 1, Q], of sigmoid(x)
-    sizes: Tensor  # [..., N + 1, 1], of 1
+    softplus: Tensor  # [..., 1, Q]: sum of softplus(x), last row only
+    logits: Tensor  # [..., N + 1, Q]: sums of x
+    probabilities: Tensor  # [..., N + 1, Q]: sums of sigmoid(x)
+    sizes: Tensor  # [..., N + 1, 1]: sums of 1
 
 
 def rows_of_points(truth: Tensor, counted: Tensor | None) -> Tensor:
-    """Truth [..., N, P] and `counted` [..., P], 1 for points that count and else 0 (None: all do), as rows
-    [..., N + 1, P]."""
+    """Rows [..., N + 1, P] of `PointSums` from truth [..., N, P] and `counted` [..., P]: 1 for points that count, 0 for
+    others (None: all count)."""
     rows = F.pad(truth, (0, 0, 0, 1), value=1.0)
     return rows if counted is None else rows * counted[..., None, :]
 
 
-def sum_over_points_(logits: Tensor, rows: Tensor, spare: Tensor) -> PointSums:
-    """Logits [B, Q, P], which are overwritten as is `spare` [B, P, Q], and rows [B, N + 1, P].
+def sum_over_points_(logits: Tensor, rows: Tensor, scratch: Tensor) -> PointSums:
+    """`PointSums` of logits [B, Q, P] and rows [B, N + 1, P]. Overwrites `logits` and `scratch` [B, P, Q].
 
-    Few, large steps in memory that is there already: new memory costs more time than what is computed in it.
+    A few large operations in existing memory: allocating would take longer than the computation itself.
     """
     by_point = logits.mT
-    of_logits = rows.bmm(by_point)
-    of_probabilities = rows.bmm(torch.sigmoid(by_point, out=spare))
+    logit_sums = rows.bmm(by_point)
+    probability_sums = rows.bmm(torch.sigmoid(by_point, out=scratch))
     softplus = rows[:, -1:].bmm(torch.ops.aten.softplus.out(by_point, out=by_point))
-    return PointSums(softplus, of_logits, of_probabilities, rows.sum(-1, keepdim=True))
+    return PointSums(softplus, logit_sums, probability_sums, rows.sum(-1, keepdim=True))
 
 
 def pairwise_mask_cost(sums: PointSums) -> Tensor:
-    """Binary cross-entropy [..., Q, N] of every query with every mask, the mean over points that count.
+    """Binary cross-entropy [..., Q, N] of every query with every mask, averaged over the points that count.
 
-    softplus(-x) y + softplus(x) (1 - y) = softplus(x) - x y leaves one product of matrices.
+    softplus(-x) y + softplus(x) (1 - y) = softplus(x) - x y, so a single matrix product suffices.
     """
     return ((sums.softplus - sums.logits[..., :-1, :]) / sums.sizes[..., -1:, :].clamp(min=1)).mT
 
 
 def pairwise_dice_cost(sums: PointSums) -> Tensor:
     """Dice loss [..., Q, N] of every query with every mask, smoothed by one."""
-    both = 2.0 * sums.probabilities[..., :-1, :]
-    either = sums.probabilities[..., -1:, :] + sums.sizes[..., :-1, :]
-    return (1.0 - (both + 1.0) / (either + 1.0)).mT
+    numerator = 2.0 * sums.probabilities[..., :-1, :]
+    denominator = sums.probabilities[..., -1:, :] + sums.sizes[..., :-1, :]
+    return (1.0 - (numerator + 1.0) / (denominator + 1.0)).mT
 
 
 def _class_cost(class_logits: Tensor, labels: Tensor) -> Tensor:
@@ -169,5 +170,5 @@ def _assign(costs: np.ndarray, counts: Sequence[int]) -> np.ndarray:
     """Matches int64 [3, M] (image, query, target) of one prediction's costs [B, Q, Nmax]."""
     pairs = [linear_sum_assignment(cost[:, :count]) for cost, count in zip(costs, counts, strict=True)]
     images = [np.full(len(queries), image) for image, (queries, _) in enumerate(pairs)]
-    queries, chosen = (np.concatenate(side) for side in zip(*pairs, strict=True))
-    return np.stack([np.concatenate(images), queries, chosen]).astype(np.int64)
+    queries, target_ids = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    return np.stack([np.concatenate(images), queries, target_ids]).astype(np.int64)

@@ -10,8 +10,8 @@ from torch import Tensor
 def pixel_cross_entropy(logits: Tensor, label_maps: Tensor, ignore_index: int = 255) -> Tensor:
     """Scalar float32 loss of logits [B, C, h, w] (any float dtype), resized bilinearly to label_maps int64 [B, H, W].
 
-    Ignored pixels add nothing but count in the mean, as in DINOv3's linear training: a crop that is mostly
-    ignored weighs little, and one that is wholly ignored gives 0 with zero gradients instead of NaN.
+    Ignored pixels have zero loss but count in the mean, as in DINOv3's linear training: a crop that is mostly ignored
+    has little weight, and one that is entirely ignored gives 0 with zero gradients instead of NaN.
     """
     with torch.autocast(logits.device.type, enabled=False):
         resized = F.interpolate(logits.float(), label_maps.shape[-2:], mode="bilinear", align_corners=False)

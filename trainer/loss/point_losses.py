@@ -19,7 +19,7 @@ from trainer.loss.point_sampling import sampling_grid
 
 
 class SampledPoints(NamedTuple):
-    """M masks at P points of their own."""
+    """M masks, each sampled at its own P points."""
 
     points: Tensor  # [M, P, 2], (x, y) in 0..1
     logits: Tensor  # [M, P]
@@ -28,7 +28,7 @@ class SampledPoints(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """What both the losses and their gradients need."""
+    """Terms shared by the losses and their gradients."""
 
     probabilities: Tensor  # [M, P]
     intersection: Tensor  # [M], A above
@@ -44,7 +44,7 @@ def point_losses(sampled: SampledPoints) -> tuple[Tensor, Tensor]:
 def losses_and_gradients(
     sampled: SampledPoints, mask_coefficient: float, dice_coefficient: float
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """`point_losses`, and the gradient [M, P] of their sum with these coefficients in each mask's logits."""
+    """`point_losses`, and the gradient [M, P] of their weighted sum with respect to each mask's logits."""
     _, _, truth, counted = sampled
     sums = _sums(sampled)
     probabilities, denominator = sums.probabilities, sums.denominator[:, None]
@@ -58,9 +58,9 @@ def losses_and_gradients(
 def _sums(sampled: SampledPoints) -> _Sums:
     _, logits, truth, counted = sampled
     probabilities = logits.sigmoid()
-    some, true = (probabilities, truth) if counted is None else (probabilities * counted, truth * counted)
+    predicted, actual = (probabilities, truth) if counted is None else (probabilities * counted, truth * counted)
     number = float(logits.shape[1]) if counted is None else counted.sum(1).clamp(min=1.0)
-    return _Sums(probabilities, (some * true).sum(1), some.sum(1) + true.sum(1) + 1.0, number)
+    return _Sums(probabilities, (predicted * actual).sum(1), predicted.sum(1) + actual.sum(1) + 1.0, number)
 
 
 def _losses(sampled: SampledPoints, sums: _Sums) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ def _losses(sampled: SampledPoints, sums: _Sums) -> tuple[Tensor, Tensor]:
 
 
 def spread_to_pixels(at_points: Tensor, points: Tensor, size: torch.Size) -> Tensor:
-    """What gradients [M, P] at points [M, P, 2] mean for maps of `size` (h, w) that were read there: [M, h, w].
+    """Gradients [M, h, w] of maps of `size` (h, w), from gradients [M, P] of their values at points [M, P, 2].
 
     The transpose of `trainer.loss.point_sampling.point_sample`.
     """

@@ -1,4 +1,4 @@
-"""The networks, float32 on the CPU. `trainer.build` decides which of them a configuration gets."""
+"""Builders of the networks, in float32 on the CPU. `trainer.build` chooses among them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["Segmenter", "build_eomt", "build_linear", "build_mask2former"]
 def build_mask2former(
     backbone: BackboneConfig, adapter: AdapterConfig, head: DecoderHeadConfig, num_classes: int
 ) -> Segmenter:
-    """ViT, adapter and Mask2Former head; adapter and head are drawn from torch's global random state.
+    """ViT, adapter and Mask2Former head; adapter and head are initialised from torch's global RNG.
 
-    Raises ConfigError when the ViT cannot be had or the settings do not fit each other.
+    Raises ConfigError when the ViT cannot be loaded or the settings are inconsistent.
     """
     if backbone.layers == "LAST":
-        raise ConfigError("decoder_head.type m2f needs four tapped layers, backbone.layers is LAST; set it to "
+        raise ConfigError("decoder_head.type m2f needs features of four layers, but backbone.layers is LAST; set it to "
                           "FOUR_EVEN_INTERVALS (or FOUR_LAST)")
     features = DINOv3Adapter(build_backbone(backbone), adapter)
     return Segmenter(features, Mask2FormerHead(
@@ -38,7 +38,7 @@ def build_mask2former(
 
 
 def build_linear(backbone: BackboneConfig, head: DecoderHeadConfig, num_classes: int) -> Segmenter:
-    """ViT and linear head, on any choice of layers. Raises ConfigError when the ViT cannot be had."""
+    """ViT and linear head, for any choice of layers. Raises ConfigError when the ViT cannot be loaded."""
     vit = build_backbone(backbone, use_norm=head.use_backbone_norm)
     return Segmenter(LinearBackbone(vit), LinearHead(
         [vit.embed_dim] * len(vit.layers),
@@ -50,7 +50,7 @@ def build_linear(backbone: BackboneConfig, head: DecoderHeadConfig, num_classes:
 
 
 def build_eomt(backbone: BackboneConfig, head: DecoderHeadConfig, num_classes: int) -> Segmenter:
-    """ViT whose last blocks the queries run through. ConfigError when the ViT cannot be had or is too shallow."""
+    """ViT whose last blocks also process the queries. ConfigError when it cannot be loaded or is too shallow."""
     vit = build_backbone(backbone)
     start, end = head.mask_annealing
     return Segmenter(PartialBackbone(vit, head.num_blocks), EomtHead(

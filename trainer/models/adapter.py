@@ -1,7 +1,7 @@
 """DINOv3_Adapter: a ViT-Adapter (arXiv:2205.08534) without injectors, so that the ViT can stay frozen.
 
-A small convolution network (the spatial prior) makes tokens at strides 8, 16 and 32; four extractors let them read
-the ViT's tokens by deformable attention; the results come back as a feature pyramid at strides 4, 8, 16 and 32.
+A small convolutional network (the spatial prior) produces tokens at strides 8, 16 and 32; in four extractors these
+attend to the ViT's tokens by deformable attention; the result is a feature pyramid at strides 4, 8, 16 and 32.
 Parameter names equal the reference's, so its released weights load.
 """
 
@@ -33,7 +33,7 @@ def _maps(tokens: Tensor, height: int, width: int) -> Tensor:
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (arXiv:1603.09382): while training, drops a whole residual branch per sample."""
+    """Stochastic depth (arXiv:1603.09382): in training, drops the residual branch of random samples."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -43,9 +43,9 @@ class DropPath(nn.Module):
         """x [B, N, D] -> same shape and expectation."""
         if not self.training or self.rate == 0:
             return x
-        keep = 1 - self.rate
-        kept = torch.rand(x.shape[0], 1, 1, device=x.device) < keep
-        return x * (kept.to(x.dtype) / keep)
+        keep_rate = 1 - self.rate
+        is_kept = torch.rand(x.shape[0], 1, 1, device=x.device) < keep_rate
+        return x * (is_kept.to(x.dtype) / keep_rate)
 
 
 class DepthwiseConv(nn.Module):
@@ -59,13 +59,13 @@ class DepthwiseConv(nn.Module):
         """x [B, 21 HW / 4, D]; height and width are those of the stride 16 map."""
         shapes = [(2 * height, 2 * width), (height, width), (height // 2, width // 2)]
         levels = x.split([h * w for h, w in shapes], dim=1)
-        # Contiguous, or the weight's gradient comes out channels-last, which DDP has to copy (and warns about).
+        # Contiguous, because otherwise the weight's gradient is channels-last, which DDP copies (and warns about).
         return torch.cat([_tokens(self.dwconv(_maps(level, *shape).contiguous()))
                           for level, shape in zip(levels, shapes, strict=True)], dim=1)
 
 
 class ConvFFN(nn.Module):
-    """Feed-forward network with a depthwise convolution in the middle."""
+    """Feed-forward network with a depthwise convolution between its linear layers."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class ConvFFN(nn.Module):
 
 
 class Extractor(nn.Module):
-    """Pyramid tokens read ViT tokens (arXiv:2205.08534 sec. 3.4)."""
+    """Pyramid tokens attend to ViT tokens (arXiv:2205.08534 sec. 3.4)."""
 
     def __init__(self, dim: int, config: AdapterConfig) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class Extractor(nn.Module):
 
 
 class InteractionBlock(nn.Module):
-    """The extractor of one tapped layer; the last block runs extra extractors on the same tokens."""
+    """The extractor of one ViT layer; the last block has extra extractors on the same tokens."""
 
     def __init__(self, dim: int, config: AdapterConfig, num_extra: int) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ def _conv_bn_relu(in_channels: int, out_channels: int, stride: int) -> list[nn.M
 
 
 class SpatialPriorModule(nn.Module):
-    """Convolutions on the image that add the local detail a ViT's patches lose (arXiv:2205.08534 sec. 3.2)."""
+    """Convolutions on the image, for the local detail that a ViT's patches lose (arXiv:2205.08534 sec. 3.2)."""
 
     def __init__(self, inplanes: int, dim: int) -> None:
         super().__init__()
@@ -146,12 +146,12 @@ class SpatialPriorModule(nn.Module):
 
 
 class DINOv3Adapter(RecomputingModule):
-    """Feature pyramid from a ViT with four tapped layers. Raises ConfigError for another number of layers."""
+    """Feature pyramid from four layers of a ViT. Raises ConfigError for another number of layers."""
 
     def __init__(self, backbone: DINOv3Backbone, config: AdapterConfig) -> None:
         super().__init__()
         if len(backbone.layers) != _NUM_BLOCKS:
-            raise ConfigError(f"the adapter needs {_NUM_BLOCKS} tapped layers, the backbone has "
+            raise ConfigError(f"the adapter needs features of {_NUM_BLOCKS} layers, the backbone gives "
                               f"{len(backbone.layers)}; set backbone.layers to FOUR_EVEN_INTERVALS or FOUR_LAST")
         dim = backbone.embed_dim
         self.embed_dim = dim
@@ -167,7 +167,7 @@ class DINOv3Adapter(RecomputingModule):
         self.norm3 = nn.BatchNorm2d(dim)
         self.norm4 = nn.BatchNorm2d(dim)
         self._reset_parameters()
-        self.backbone = backbone  # last, so that the initialisation above cannot touch it
+        self.backbone = backbone  # assigned last, so that the initialisation above does not affect it
 
     def _reset_parameters(self) -> None:
         self.apply(_reset_layer)
@@ -179,13 +179,13 @@ class DINOv3Adapter(RecomputingModule):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Normalised images [B, 3, H, W] -> {"1", "2", "3", "4"}: [B, D, H/s, W/s] at strides s = 4, 8, 16, 32.
 
-        Raises ValueError when H or W is no multiple of 32 (the strides would not nest).
+        Raises ValueError when H or W is not a multiple of 32 (the strides would not nest).
         """
         height, width = images.shape[-2:]
         divisor = SIZE_DIVISORS["m2f"]
         if height % divisor or width % divisor:
             raise ValueError(f"image is {height}x{width}, legal: height and width multiples of {divisor}")
-        # A single decoded picture, permuted, is laid out like the transposed views explained in _pyramid.
+        # A single decoded picture, permuted, has the memory layout of the transposed views described in _pyramid.
         c1, c2, c3, c4 = self.spm(images.contiguous())
         shapes = [(height // stride, width // stride) for stride in (8, 16, 32)]
         c = torch.cat([_tokens(level) + self.level_embed[i] for i, level in enumerate((c2, c3, c4))], dim=1)
@@ -198,13 +198,13 @@ class DINOv3Adapter(RecomputingModule):
         return self._pyramid([c1 + self.up(c2), c2, c3, c4], [_maps(tokens, *shapes[1]) for tokens in vit_tokens])
 
     def _pyramid(self, levels: list[Tensor], vit_maps: list[Tensor]) -> dict[str, Tensor]:
-        """Add the ViT's maps, shallowest layer to the finest level, and normalise."""
+        """Add the ViT's maps, the shallowest layer's to the finest level, and normalise."""
         norms = (self.norm1, self.norm2, self.norm3, self.norm4)
         pyramid = {}
         for number, (level, vit_map, norm) in enumerate(zip(levels, vit_maps, norms, strict=True), start=1):
             added = level + F.interpolate(vit_map, size=level.shape[-2:], mode="bilinear", align_corners=False)
-            # Maps rebuilt from tokens are transposed views. For those, at batch size 1, BatchNorm2d on the CPU
-            # (torch 2.13) silently returns wrong gradients when the incoming gradient is laid out rows first.
+            # Maps rebuilt from tokens are transposed views. For these, at batch size 1, BatchNorm2d on the CPU
+            # (torch 2.13) silently returns wrong gradients when the incoming gradient is in row-major layout.
             pyramid[str(number)] = norm(added.contiguous())  # [B, D, H/s, W/s]
         return pyramid
 

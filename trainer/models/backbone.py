@@ -1,4 +1,4 @@
-"""The DINOv3 vision transformer (arXiv:2508.10104), built from transformers' layers; frozen unless asked to train."""
+"""The DINOv3 vision transformer (arXiv:2508.10104), built from transformers' layers; frozen by default."""
 
 from __future__ import annotations
 
@@ -27,27 +27,28 @@ from trainer.models.vit_keys import (
 )
 from trainer.models.vit_sources import load_vit
 
-Rope = tuple[Tensor, Tensor]  # cosines and sines [N, head_dim] of the patches' rotary position code
+Rope = tuple[Tensor, Tensor]  # cosines and sines [N, head_dim] of the patches' rotary position embedding
 
 
 def tapped_layers(depth: int, choice: str) -> list[int]:
-    """Indices (from 0) of the blocks whose tokens are read, for `backbone.layers`. ConfigError if there are too few."""
+    """Indices (from 0) of the blocks whose output is used, for `backbone.layers`. ConfigError if there are too few."""
     if choice == "LAST":
         return [depth - 1]
     if depth < 4:
         raise ConfigError(f"backbone.layers {choice} needs at least 4 blocks, the backbone has {depth}")
     if choice == "FOUR_LAST":
         return list(range(depth - 4, depth))
-    if depth == 24:  # the released ViT-L heads were trained with 4 where the rule gives 5
+    if depth == 24:  # the released ViT-L heads were trained with block 4 where the rule gives 5
         return [4, 11, 17, 23]
     return [quarter * depth // 4 - 1 for quarter in (1, 2, 3, 4)]
 
 
 class DINOv3Backbone(RecomputingModule):
-    """A ViT that is always in evaluation mode, and trains only when asked to.
+    """A ViT that is always in eval mode; its weights are trained only with `trainable`.
 
     Training mode must not reach it: DINOv3 has neither dropout nor batch norm, and transformers would only rescale the
-    rotary position codes at random in every forward pass. Under autocast it runs in the surrounding autocast's dtype.
+    rotary position embedding at random in every forward pass. Under autocast it runs in the surrounding autocast's
+    dtype.
     """
 
     def __init__(
@@ -59,11 +60,11 @@ class DINOv3Backbone(RecomputingModule):
         trainable: bool = False,
         use_norm: bool = True,
     ) -> None:
-        """`layers`: the blocks whose tokens are tapped; `use_norm`: through the ViT's final norm.
+        """`layers`: blocks whose output tokens are returned; `use_norm`: apply the ViT's final norm to them.
 
-        `meta_only`: what a file of Meta's held beyond transformers' layout (see `vit_keys.META_ONLY`). Of these,
-        local_cls_norm serves pretraining alone and is kept only to be given back. The rotary periods are used: Meta's
-        files hold them rounded to bfloat16, and Meta's code runs with what the file says.
+        `meta_only`: tensors of a Meta file for which transformers has no place (see `vit_keys.META_ONLY`). Among them,
+        local_cls_norm is used only in pretraining and kept only for export. The rotary periods are used: Meta's files
+        store them rounded to bfloat16, and Meta's code uses the stored values.
         """
         super().__init__()
         if vit.config.patch_size != PATCH_SIZE:
@@ -75,19 +76,19 @@ class DINOv3Backbone(RecomputingModule):
         self.trainable, self.use_norm = trainable, use_norm
         self._set_meta_only(meta_only or {})
         self.requires_grad_(trainable)
-        if trainable:  # what no forward pass reads would keep DDP waiting for its gradient
+        if trainable:  # DDP would wait for the gradients of parameters that no forward pass uses
             vit.embeddings.mask_token.requires_grad_(False)
             vit.norm.requires_grad_(use_norm)
         self.train(False)
 
     def train(self, mode: bool = True) -> DINOv3Backbone:
-        """Stay in evaluation mode, whatever the model around switches to."""
+        """Stay in eval mode, whatever mode the surrounding model switches to."""
         super().train(False)
         return self
 
     @property
     def layer_norm_eps(self) -> float:
-        """Epsilon of the ViT's layer norms; no state dict holds it, and published EoMTs may have another."""
+        """Epsilon of the ViT's layer norms: not part of any state dict, and it may differ in published EoMTs."""
         return float(self.vit.config.layer_norm_eps)
 
     @property
@@ -96,23 +97,23 @@ class DINOv3Backbone(RecomputingModule):
         return len(self.vit.model.layer)
 
     def forward(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Patch tokens [B, N, D] (rows first) and class token [B, D] of each tapped layer, normed if `use_norm`.
+        """Patch tokens [B, N, D] (row-major) and class token [B, D] of each layer in `layers`, normed if `use_norm`.
 
-        images: normalised [B, 3, H, W]. Raises ValueError when H or W is no multiple of 16.
+        images: normalised [B, 3, H, W]. Raises ValueError when H or W is not a multiple of 16.
         """
-        tapped = []
+        outputs = []
         with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
             tokens, rope = self.embed(images)
             for number in range(max(self.layers) + 1):
                 tokens = self.block(number, tokens, rope)
                 if number in self.layers:
-                    tapped.append(self.vit.norm(tokens) if self.use_norm else tokens)
-        return [(tokens[:, self.num_prefix_tokens:], tokens[:, 0]) for tokens in tapped]
+                    outputs.append(self.vit.norm(tokens) if self.use_norm else tokens)
+        return [(tokens[:, self.num_prefix_tokens:], tokens[:, 0]) for tokens in outputs]
 
     def embed(self, images: Tensor) -> tuple[Tensor, Rope]:
-        """Tokens [B, prefix + N, D] before the first block, and the rotary code of the N patches.
+        """Tokens [B, prefix + N, D] before the first block, and the rotary embedding of the N patches.
 
-        Raises ValueError when H or W is no multiple of 16: the ViT itself would cut the rest off without a word.
+        Raises ValueError when H or W is not a multiple of 16: the ViT itself would silently crop the image.
         """
         height, width = images.shape[-2:]
         if height % PATCH_SIZE or width % PATCH_SIZE:
@@ -124,9 +125,9 @@ class DINOv3Backbone(RecomputingModule):
         return self.run(self.vit.model.layer[number], tokens, allowed, rope)
 
     def _rope(self, rows: int, columns: int) -> Rope:
-        """Rotary code of a grid of patches: centres in -1..1 per axis times 2 pi / period, y part then x part, twice.
+        """Rotary embedding of a patch grid: centres in -1..1 per axis times 2 pi / period, y part then x part, twice.
 
-        Transformers' own module keeps earlier grids in a global cache, which torch.export fills with symbols.
+        Not transformers' own module: it caches grids globally, and torch.export would fill the cache with symbols.
         """
         frequencies = self.vit.rope_embeddings.inv_freq  # [head_dim / 4]
         y, x = (2.0 * ((torch.arange(count, dtype=torch.float32, device=frequencies.device) + 0.5) / count) - 1.0
@@ -136,8 +137,8 @@ class DINOv3Backbone(RecomputingModule):
         return angles.cos(), angles.sin()
 
     def layers_above(self) -> Iterator[tuple[nn.Parameter, int]]:
-        """Every parameter with the number of blocks between it and the output: 0 for the final norm and last block,
-        `depth` for the embeddings."""
+        """Every parameter with the number of blocks after it: 0 for the final norm and the last block, `depth` for the
+        embeddings."""
         for parameter in self.vit.norm.parameters():
             yield parameter, 0
         for number, block in enumerate(self.vit.model.layer):
@@ -147,7 +148,7 @@ class DINOv3Backbone(RecomputingModule):
             yield parameter, self.depth
 
     def weights_sha256(self) -> str:
-        """Hex digest of all that decides the features (names, dtypes, shapes, bytes by name): tells ViTs apart."""
+        """Hex sha256 that identifies the ViT: of the names, dtypes, shapes and bytes that determine its features."""
         digest = hashlib.sha256()
         state, periods = self.vit.state_dict(), self._periods(self.meta_only)
         if not torch.equal(periods, rope_periods(self._head_dim)):
@@ -160,17 +161,17 @@ class DINOv3Backbone(RecomputingModule):
         return digest.hexdigest()
 
     def meta_state_dict(self) -> dict[str, Tensor]:
-        """The ViT in Meta's layout; local_cls_norm is there if it came from a file that had it."""
+        """The ViT in Meta's layout, including local_cls_norm if the file it came from had it."""
         return transformers_vit_to_meta(self.vit.state_dict(), self.vit.config.num_attention_heads) | self.meta_only
 
     def load_meta_state_dict(self, state: Mapping[str, Tensor], what: str = "the ViT's weights") -> None:
-        """Take a state dict in Meta's layout. Raises ConfigError, before anything changes, when it does not fit."""
+        """Load a state dict in Meta's layout. Raises ConfigError, before anything changes, when it does not fit."""
         check_meta_vit(self.vit, state, what)
         self.vit.load_state_dict(meta_vit_to_transformers(state))
         self._set_meta_only(state)
 
     def check_same(self, state: Mapping[str, Tensor], what: str) -> None:
-        """Raise ConfigError unless a state dict in Meta's layout is this very ViT, to the last bit that is used."""
+        """Raise ConfigError unless a state dict in Meta's layout equals this ViT, bit for bit in everything used."""
         check_meta_vit(self.vit, state, what)
         own = self.vit.state_dict()
         converted = meta_vit_to_transformers(state).items()
@@ -179,7 +180,7 @@ class DINOv3Backbone(RecomputingModule):
             different.append(PERIODS)
         if different:
             raise ConfigError(f"{what} are not those of the configured backbone, they differ in {listed(different)}; "
-                              "set backbone.source to the ViT that belongs to the head, such as this very file")
+                              "set backbone.source to the ViT that the head was trained on, such as this file itself")
 
     def _set_meta_only(self, state: Mapping[str, Tensor]) -> None:
         self.meta_only = {key: state[key].float().cpu() for key in META_ONLY if key in state}
@@ -196,7 +197,7 @@ class DINOv3Backbone(RecomputingModule):
 
 
 def build_backbone(config: BackboneConfig, *, use_norm: bool = True) -> DINOv3Backbone:
-    """The configured ViT in float32 on the CPU; leaves the global random state as it found it. Raises ConfigError."""
+    """The configured ViT in float32 on the CPU; preserves torch's global RNG state. Raises ConfigError."""
     with torch.random.fork_rng(devices=[]):
         vit, meta_only = load_vit(config)
     layers = tapped_layers(vit.config.num_hidden_layers, config.layers)

@@ -1,6 +1,6 @@
-"""Multi-scale deformable attention in plain torch, trainable on every device (Deformable DETR, arXiv:2010.04159).
+"""Multi-scale deformable attention in plain torch, trainable on any device (Deformable DETR, arXiv:2010.04159).
 
-The only copy: the adapter uses it with one level, the pixel decoder with three.
+The adapter uses it with one level, the pixel decoder with three.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from shards.errors import ConfigError
 
 
 def pixel_centers(spatial_shapes: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
-    """Centres of all pixels of all levels as (x, y) in 0..1, level after level, rows first: float32 [sum HW, 2]."""
+    """Centres of all pixels of all levels as (x, y) in 0..1, level by level, row-major: float32 [sum HW, 2]."""
     levels = []
     for height, width in spatial_shapes:
         y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
@@ -31,7 +31,7 @@ def deformable_sampling(
 ) -> Tensor:
     """Weighted sum of bilinear samples, with zeros outside the maps (arXiv:2010.04159 sec. 4.1, eq. 3).
 
-    value      [B, sum HW, heads, d]         tokens of all levels, rows first
+    value      [B, sum HW, heads, d]         tokens of all levels, row-major
     locations  [B, Lq, heads, levels, P, 2]  (x, y) in 0..1
     weights    [B, Lq, heads, levels, P]     attention weights, summing to 1 over (levels, P)
     returns    [B, Lq, heads * d], in the common dtype of the inputs
@@ -45,17 +45,17 @@ def deformable_sampling(
     for tokens, shape, grid, point_weights in zip(tokens_per_level, spatial_shapes, grids, weights, strict=True):
         maps = tokens.permute(0, 2, 3, 1).reshape(batch * heads, width, *shape)  # [B * heads, d, H, W]
         samples = F.grid_sample(maps, grid, align_corners=False)  # [B * heads, d, P, Lq]
-        # Point by point: all products at once would be a tensor of the samples' size, written and read for one sum.
+        # Point by point: all products at once would write and read a tensor of the samples' size for a single sum.
         for sample, weight in zip(samples.unbind(2), point_weights, strict=True):
             total = torch.addcmul(total, sample, weight)
     return total.view(batch, heads * width, queries).transpose(1, 2)
 
 
 class MSDeformAttn(nn.Module):
-    """Every query reads `n_points` learned places per head and level around its reference point.
+    """Every query samples `n_points` learned positions per head and level around its reference point.
 
     d_model   width of queries, value tokens and output
-    ratio     width of the values inside, as a fraction of d_model; must split evenly over n_heads
+    ratio     width of the projected values, as a fraction of d_model; must be divisible by n_heads
     """
 
     def __init__(self, d_model: int, n_levels: int, n_heads: int, n_points: int, ratio: float) -> None:
@@ -63,7 +63,7 @@ class MSDeformAttn(nn.Module):
         value_dim = int(d_model * ratio)
         if value_dim == 0 or value_dim % n_heads:
             raise ConfigError(f"deformable attention: the value width {value_dim} (= {ratio} * {d_model}) cannot be "
-                              f"split over {n_heads} heads, legal: a multiple of {n_heads}")
+                              f"split into {n_heads} heads, legal: a multiple of {n_heads}")
         self.n_levels = n_levels
         self.n_heads = n_heads
         self.n_points = n_points
@@ -75,7 +75,7 @@ class MSDeformAttn(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Head h looks in direction 2 pi h / heads, point p at p + 1 pixels; all points weigh the same."""
+        """Head h samples in direction 2 pi h / heads, point p at distance p + 1 pixels, all with equal weights."""
         angle = torch.arange(self.n_heads, dtype=torch.float32) * (2 * math.pi / self.n_heads)
         direction = torch.stack((angle.cos(), angle.sin()), dim=-1)  # [heads, 2]
         direction = direction / direction.abs().amax(dim=-1, keepdim=True)
@@ -92,12 +92,12 @@ class MSDeformAttn(nn.Module):
     def forward(
         self, query: Tensor, reference_points: Tensor, value_tokens: Tensor, spatial_shapes: Sequence[tuple[int, int]]
     ) -> Tensor:
-        """Attend; always in float32, because half-precision sampling positions move by visible parts of a pixel.
+        """Attend, always in float32: in half precision, sampling positions would be off by a visible part of a pixel.
 
         query             [B, Lq, D]
         reference_points  [B or 1, Lq, levels, 2]  (x, y) in 0..1
         value_tokens      [B, sum HW, D]
-        spatial_shapes    (H, W) of each level, as Python ints so that nothing waits for the device
+        spatial_shapes    (H, W) of each level, as Python ints so that nothing synchronises with the device
         returns           float32 [B, Lq, D]
         """
         with torch.autocast(query.device.type, enabled=False):
@@ -107,7 +107,7 @@ class MSDeformAttn(nn.Module):
             offsets = self.sampling_offsets(query).unflatten(-1, (heads, levels, points, 2))
             weights = self.attention_weights(query).unflatten(-1, (heads, levels * points)).softmax(dim=-1)
             weights = weights.unflatten(-1, (levels, points))  # [B, Lq, heads, levels, P]
-            # Filled on the device: torch.tensor([...], device=...) would copy from the host and wait for it.
+            # Filled on the device: torch.tensor([...], device=...) would copy from the host and synchronise.
             sizes = torch.stack([offsets.new_full((), side) for h, w in spatial_shapes for side in (w, h)])
             locations = reference_points.float()[:, :, None, :, None] + offsets / sizes.view(levels, 1, 2)
             return self.output_proj(deformable_sampling(value, spatial_shapes, locations, weights))

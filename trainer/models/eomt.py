@@ -1,7 +1,7 @@
-"""EoMT (arXiv:2503.19108): queries run through the last blocks of the ViT itself; no adapter, no pixel decoder.
+"""EoMT (arXiv:2503.19108): the last ViT blocks process the queries themselves; no adapter, no pixel decoder.
 
-While training, each of these blocks lets a query see only the patches where its mask, predicted before the block, is
-positive. The share of masked queries is annealed to zero, block after block, so that inference needs no masks.
+In training, each of these blocks lets a query attend only to patches where its mask, predicted before the block, is
+positive. The fraction of masked queries is annealed to zero, block by block, so that inference needs no masks.
 Parameter names below `segmentation_model.1.` equal those of transformers' `EomtDinov3ForUniversalSegmentation`.
 """
 
@@ -25,7 +25,7 @@ _ANNEALING_POWER = 0.9
 
 
 class SharedBlocks(NamedTuple):
-    """A ViT stopped before its last blocks, ready to go on with more tokens in front."""
+    """A ViT's intermediate state before its last blocks, which can continue with queries prepended to the tokens."""
 
     tokens: Tensor  # [B, prefix + N, D]
     blocks: Sequence[Callable[[Tensor, Tensor | None], Tensor]]  # (tokens [B, T, D], allowed [B, 1, T, T]) -> tokens
@@ -34,7 +34,7 @@ class SharedBlocks(NamedTuple):
 
 
 class PartialBackbone(nn.Module):
-    """The ViT as EoMT wants it: run up to the last `num_blocks` blocks, which it hands over."""
+    """A ViT run up to its last `num_blocks` blocks, which are returned for the head to run."""
 
     def __init__(self, backbone: DINOv3Backbone, num_blocks: int) -> None:
         super().__init__()
@@ -45,14 +45,14 @@ class PartialBackbone(nn.Module):
         self.backbone = backbone
 
     def forward(self, images: Tensor) -> SharedBlocks:
-        """Normalised images [B, 3, H, W] -> the tokens and what is left to do. ValueError as for the ViT."""
+        """Normalised images [B, 3, H, W] -> tokens and remaining blocks. Raises ValueError like the ViT."""
         vit = self.backbone
         first = vit.depth - self.num_blocks
         with torch.set_grad_enabled(vit.trainable and torch.is_grad_enabled()):
             tokens, rope = vit.embed(images)
             for number in range(first):
                 tokens = vit.block(number, tokens, rope)
-        # A frozen ViT's last blocks still pass gradients on: to the queries in front.
+        # Not under no_grad: even in a frozen ViT these blocks backpropagate to the queries.
         blocks = [lambda tokens, allowed, number=number: vit.block(number, tokens, rope, allowed)
                   for number in range(first, vit.depth)]
         rows, columns = (side // PATCH_SIZE for side in images.shape[-2:])
@@ -68,7 +68,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class UpscaleLayer(nn.Module):
-    """Doubles the size of a map: transposed and depthwise convolution, then a norm."""
+    """Doubles a map's size: transposed convolution, activation, depthwise convolution, norm."""
 
     def __init__(self, dim: int, activation: nn.Module) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class UpscaleLayer(nn.Module):
 
 
 class UpscaleBlock(nn.Module):
-    """Some `UpscaleLayer`s in a row."""
+    """A sequence of `UpscaleLayer`s."""
 
     def __init__(self, dim: int, num_layers: int, activation: nn.Module) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class UpscaleBlock(nn.Module):
 
 
 class MaskHead(nn.Module):
-    """Three linear layers of equal width, the activation between."""
+    """Three linear layers of equal width with activations in between."""
 
     def __init__(self, dim: int, activation: nn.Module) -> None:
         super().__init__()
@@ -112,14 +112,14 @@ class MaskHead(nn.Module):
 class EomtHead(MaskClassificationHead):
     """Queries and their predictions.
 
-    num_blocks          blocks of the ViT that the queries pass; num_blocks + 1 predictions
-    num_upscale_blocks  doublings of the patch grid; 2 give masks at stride 4
-    activation          transformers' name of the ViT's own, gelu or silu
-    mask_annealing      the part of the run, as two fractions, in which masking fades out
-    annealing_steps     instead, the steps (start, end) between which it does so in each block; empty: mask_annealing
+    num_blocks          ViT blocks that process the queries; num_blocks + 1 predictions
+    num_upscale_blocks  doublings of the patch grid; 2 gives masks at stride 4
+    activation          transformers' name of the ViT's activation, gelu or silu
+    mask_annealing      part of the run, as two fractions, over which masking is phased out
+    annealing_steps     alternatively, the steps (start, end) of it for each block; empty: mask_annealing
 
-    `attn_mask_probs` [num_blocks], the shares of masked queries, is a buffer: weights bring theirs along. In evaluation
-    nothing is drawn: a block masks all queries when its share is at least one half, else none.
+    `attn_mask_probs` [num_blocks], each block's fraction of masked queries, is a buffer and part of the weights. In
+    evaluation nothing is random: a block masks all queries if its fraction is at least 1/2, otherwise none.
     """
 
     attn_mask_probs: Tensor
@@ -145,26 +145,26 @@ class EomtHead(MaskClassificationHead):
         self.mask_head = MaskHead(dim, ACT2FN[activation])
         self.class_predictor = nn.Linear(dim, num_classes + 1)
         self.register_buffer("attn_mask_probs", torch.ones(num_blocks))
-        self._note_masked_blocks([1.0] * num_blocks)
-        self.register_load_state_dict_post_hook(_note_loaded_shares)
+        self._update_masked_blocks([1.0] * num_blocks)
+        self.register_load_state_dict_post_hook(_update_after_loading)
 
     def set_matched_gradients(self, enabled: bool) -> None:
         """See `mask_decoder.predicted_masks`."""
         self.matched_gradients = enabled
 
     def set_progress(self, step: float, total_steps: int) -> None:
-        """Set the shares of masked queries for this step of the run."""
-        shares = [faded((step - start) / (end - start)) for start, end in self.annealing_steps]
+        """Set the fractions of masked queries for this step of the run."""
+        shares = [remaining_share((step - start) / (end - start)) for start, end in self.annealing_steps]
         if not shares:
             shares = masking_shares(step / total_steps, len(self.attn_mask_probs), self.mask_annealing)
-        self._note_masked_blocks(shares)
+        self._update_masked_blocks(shares)
         for entry, share in zip(self.attn_mask_probs.unbind(), shares, strict=True):
-            entry.fill_(share)  # a copy from a new host tensor would wait for the device
+            entry.fill_(share)  # copying a new host tensor would synchronise with the device
 
     def forward(self, features: SharedBlocks, with_aux: bool = False) -> MaskOutputs:
-        """-> pred_logits [B, Q, C + 1] and pred_masks [B, Q, h * 2^u, w * 2^u], of u upscale layers over the grid.
+        """-> pred_logits [B, Q, C + 1] and pred_masks [B, Q, h * 2^u, w * 2^u], for an h x w grid and u upscale layers.
 
-        In training, or on request, also aux_outputs: the same two as predicted before each of the shared blocks.
+        In training or with `with_aux` also aux_outputs: the same two, predicted before each of the shared blocks.
         """
         with_aux = with_aux or self.training
         masked_blocks = self._masked_in_training if self.training else self._masked_in_evaluation
@@ -187,8 +187,8 @@ class EomtHead(MaskClassificationHead):
             outputs["aux_outputs"] = aux_outputs
         return outputs
 
-    def _note_masked_blocks(self, shares: Sequence[float]) -> None:
-        """What the buffer says, readable without waiting for the device."""
+    def _update_masked_blocks(self, shares: Sequence[float]) -> None:
+        """Keep host copies of what the buffer implies, to avoid synchronising with the device."""
         self._masked_in_training = [share > 0 for share in shares]
         self._masked_in_evaluation = [share >= 0.5 for share in shares]
 
@@ -197,13 +197,13 @@ class EomtHead(MaskClassificationHead):
 
     def _masks(self, normed: Tensor, grid: tuple[int, int]) -> PredictedMasks:
         patches = normed[:, -(grid[0] * grid[1]):].transpose(1, 2).unflatten(2, grid)  # [B, D, h, w]
-        # Contiguous, or the depthwise weight's gradient comes out channels-last, which DDP has to copy.
+        # Contiguous, because otherwise the depthwise weight's gradient is channels-last, which DDP copies.
         upscaled = self.upscale_block(patches.contiguous())
         embeddings = self.mask_head(normed[:, : self.query.num_embeddings])
         return predicted_masks(embeddings, upscaled, self.matched_gradients and self.training)
 
     def _allowed(self, pred_masks: Tensor, num_tokens: int, grid: tuple[int, int], share: Tensor) -> Tensor:
-        """bool [B, 1, T, T]: every token sees all, but a masked query, of the patches, only those in its mask."""
+        """bool [B, 1, T, T]: all tokens attend to all, except that a masked query sees only the patches in its mask."""
         visible = ~blocked_positions(pred_masks, grid)  # [B, Q, N]
         if self.training:
             visible |= (torch.rand(visible.shape[:2], device=visible.device) > share)[:, :, None]
@@ -213,22 +213,21 @@ class EomtHead(MaskClassificationHead):
 
 
 def masking_shares(progress: float, num_blocks: int, window: tuple[float, float]) -> list[float]:
-    """The share of masked queries in each shared block, when `progress` (0..1) of the run is done.
+    """Fraction of masked queries in each shared block at `progress` (0..1) of the run.
 
-    Inside the window the blocks fade one after the other, first block first, each over two thirds of an equal share
-    of it, much as in the recipes published with arXiv:2503.19108.
+    Within the window, masking is phased out block by block, first block first, each over two thirds of an equal part
+    of the window, much as in the recipes published with arXiv:2503.19108.
     """
     start, end = window
     period = (end - start) / (num_blocks - 1 / 3)
-    return [faded((progress - start - block * period) / (2 / 3 * period)) for block in range(num_blocks)]
+    return [remaining_share((progress - start - block * period) / (2 / 3 * period)) for block in range(num_blocks)]
 
 
-def faded(t: float) -> float:
-    """The share of masked queries left when t of a block's interval is over: 1 before it, 0 behind, (1 - t)^0.9
-    inside."""
+def remaining_share(t: float) -> float:
+    """Fraction of queries still masked at t of a block's interval: 1 before it, (1 - t)^0.9 within, 0 after."""
     return float((1.0 - min(max(t, 0.0), 1.0)) ** _ANNEALING_POWER)
 
 
-def _note_loaded_shares(head: nn.Module, _: Any) -> None:
+def _update_after_loading(head: nn.Module, _: Any) -> None:
     assert isinstance(head, EomtHead)
-    head._note_masked_blocks(head.attn_mask_probs.tolist())
+    head._update_masked_blocks(head.attn_mask_probs.tolist())

@@ -1,7 +1,7 @@
-"""EoMT as transformers' `EomtDinov3ForUniversalSegmentation` publishes it, in our terms.
+"""Key mapping for EoMT as published for transformers' `EomtDinov3ForUniversalSegmentation`.
 
     transformers                                        here
-    embeddings.*, layers.N.*, layernorm.*               the ViT, in Meta's layout (by way of DINOv3ViTModel's names)
+    embeddings.*, layers.N.*, layernorm.*               the ViT, in Meta's layout (via DINOv3ViTModel's names)
     query, upscale_block, mask_head, class_predictor    segmentation_model.1.*, same names
     attn_mask_probs                                     segmentation_model.1.attn_mask_probs
     criterion.empty_weight                              -        (a setting of the loss)
@@ -27,7 +27,7 @@ _DROPPED = ("criterion.",)
 
 
 def check_eomt_config(config: Mapping[str, Any], path: Path) -> None:
-    """Raise ConfigError naming a setting of config.json that DINOv3, and so our ViT, has no other value for."""
+    """Raise ConfigError naming a value in config.json other than the one that is fixed in DINOv3, and so in our ViT."""
     rope = config.get("rope_parameters") or {}
     for name, value, legal in (
         ("patch_size", config.get("patch_size", PATCH_SIZE), PATCH_SIZE),
@@ -40,9 +40,9 @@ def check_eomt_config(config: Mapping[str, Any], path: Path) -> None:
 
 
 def split_eomt(state: Mapping[str, Tensor], num_heads: int, path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(ViT in Meta's layout, head with our keys) of a state dict. Raises ConfigError for keys that are neither.
+    """Split a state dict into (ViT in Meta's layout, head with our keys). Raises ConfigError for any other key.
 
-    The mask token, which EoMT does not keep, is zero: nothing reads it.
+    The mask token, which EoMT files lack, is zero: nothing uses it.
     """
     vit: dict[str, Tensor] = {}
     head: dict[str, Tensor] = {}
@@ -57,9 +57,9 @@ def split_eomt(state: Mapping[str, Tensor], num_heads: int, path: Path) -> tuple
             unknown.append(key)
     if unknown or "embeddings.cls_token" not in vit:
         problem = f"unexpected keys: {listed(unknown)}" if unknown else "embeddings.cls_token is missing"
-        raise ConfigError(f"{path} is no EoMT on a DINOv3 ViT; {problem}")
+        raise ConfigError(f"{path} is not an EoMT on a DINOv3 ViT; {problem}")
     vit.setdefault("embeddings.mask_token", torch.zeros_like(vit["embeddings.cls_token"]))
     try:
         return transformers_vit_to_meta(vit, num_heads), head
     except KeyError as error:
-        raise ConfigError(f"{path} is no EoMT on a DINOv3 ViT; no place for, or missing: {error}") from error
+        raise ConfigError(f"{path} is not an EoMT on a DINOv3 ViT; unexpected or missing key: {error}") from error

@@ -1,4 +1,4 @@
-"""Do weights fit a model? Every difference is named; nothing is ever skipped without being asked for."""
+"""Check that weights fit a model. Errors name every mismatch; keys are skipped only on explicit request."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def check_fit(
 ) -> list[str]:
     """Compare keys and shapes; raise ConfigError naming `what` and the keys missing, unexpected or of another shape.
 
-    Keys that match an `ignore` pattern (fnmatch, whole key) are not compared. Returns those of `own` among them: the
-    ones that loading has to leave alone. A pattern that matches no key at all is a ConfigError too.
+    Keys that match an `ignore` pattern (fnmatch, whole key) are not compared. Returns those of them in `own`, which
+    must not be loaded. A pattern that matches no key at all is a ConfigError too.
     """
     for pattern in ignore:
         if not matching(own.keys() | found.keys(), [pattern]):
@@ -35,7 +35,7 @@ def check_fit(
 
 
 def grouped(*, missing: Iterable[str], unexpected: Iterable[str], misshaped: Iterable[str]) -> str:
-    """The three groups of an error message; empty when there is nothing to say."""
+    """The mismatched keys as text, in three groups; empty when there are none."""
     groups = {"missing": listed(missing), "unexpected": listed(unexpected), "of another shape": listed(misshaped)}
     return "; ".join(f"{name}: {keys}" for name, keys in groups.items() if keys)
 

@@ -1,5 +1,5 @@
 """The segmentation heads. All have `forward(features)` and `semantic_logits(outputs, size)`, so that training, sliding
-windows and evaluation never ask which one they have. EoMT's is in `trainer.models.eomt`.
+windows and evaluation are independent of the kind of head. EoMT's is in `trainer.models.eomt`.
 """
 
 from __future__ import annotations
@@ -21,22 +21,21 @@ OutputsT = TypeVar("OutputsT", MaskOutputs, PixelOutputs)
 
 
 class SegmentationHead(nn.Module, ABC, Generic[OutputsT]):
-    """What every head can do."""
+    """Interface of all heads."""
 
     @abstractmethod
     def semantic_logits(self, outputs: OutputsT, size: tuple[int, int],
                         dtype: torch.dtype = torch.float32) -> Tensor:
-        """Per-class scores [B, C, H, W] at `size`, from what `forward` returned.
+        """Per-class scores [B, C, H, W] at `size`, from the outputs of `forward`.
 
-        `dtype` is what classes and masks are multiplied in, for heads that have them; scores are then of it.
+        Mask classification heads multiply classes and masks in `dtype`, which is then also the dtype of the scores.
         """
 
     def set_progress(self, step: float, total_steps: int) -> None:
-        """Told before every step which of the run's steps it is, from 0; ignored by most heads."""
-
+        """Called before every step with its number, from 0; ignored by most heads."""
 
     def set_matched_gradients(self, enabled: bool) -> None:
-        """Heads with masks: detach pred_masks, and return the embeddings and features they are products of."""
+        """Heads with masks: detach pred_masks; return also the embeddings and features of which they are products."""
 
 
 class MaskClassificationHead(SegmentationHead[MaskOutputs]):
@@ -46,8 +45,8 @@ class MaskClassificationHead(SegmentationHead[MaskOutputs]):
                         dtype: torch.dtype = torch.float32) -> Tensor:
         """Per-class scores [B, C, H, W] at `size`: masks weighted by their class probabilities, summed.
 
-        Scores, not logits: each is in 0..Q (MaskFormer's semantic inference, arXiv:2107.06278 sec. 3.4). The DINOv3
-        reference rounds both factors to bfloat16 first, and with them the scores (`dtype`).
+        These are scores, not logits: each is in 0..Q (MaskFormer's semantic inference, arXiv:2107.06278 sec. 3.4). The
+        DINOv3 reference rounds both factors, and so the scores, to bfloat16 (`dtype`).
         """
         pred_logits, pred_masks = outputs["pred_logits"].float(), outputs["pred_masks"].float()
         with torch.autocast(pred_masks.device.type, enabled=False):
@@ -60,7 +59,7 @@ class Mask2FormerHead(MaskClassificationHead):
     """Pixel decoder and masked-attention decoder (Mask2Former, arXiv:2112.01527).
 
     in_channels  channels of the features "1".."4", fine to coarse
-    hidden_dim   width of everything behind them: a multiple of 32 and of nheads
+    hidden_dim   width of all later layers: a multiple of 32 and of nheads
     """
 
     def __init__(
@@ -89,14 +88,14 @@ class Mask2FormerHead(MaskClassificationHead):
     def forward(self, features: dict[str, Tensor], with_aux: bool = False) -> MaskOutputs:
         """Features {"1".."4"}: [B, D, H/s, W/s] -> pred_logits [B, Q, C + 1] and pred_masks [B, Q, H/4, W/4].
 
-        In training, or on request, also aux_outputs: the same two for each of the dec_layers earlier predictions.
+        In training or with `with_aux` also aux_outputs: the same two for each of the dec_layers earlier predictions.
         """
         mask_features, multi_scale = self.pixel_decoder(features)
         return self.predictor(multi_scale, mask_features, with_aux=self.training or with_aux)
 
 
 class LinearBackbone(nn.Module):
-    """The ViT as the linear head wants it: maps instead of tokens."""
+    """The ViT with feature maps instead of tokens as output, for the linear head."""
 
     def __init__(self, feature_model: DINOv3Backbone) -> None:
         super().__init__()
@@ -104,18 +103,18 @@ class LinearBackbone(nn.Module):
 
     @property
     def backbone(self) -> DINOv3Backbone:
-        """The ViT; the attribute's own name is fixed by the reference's keys."""
+        """The ViT; `feature_model`, the attribute's name, is fixed by the reference's keys."""
         return self.feature_model
 
     def forward(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Normalised images [B, 3, H, W] -> per tapped layer a patch map [B, D, H/16, W/16] and class token [B, D]."""
+        """Normalised images [B, 3, H, W] -> for each layer a patch map [B, D, H/16, W/16] and class token [B, D]."""
         grid = tuple(side // PATCH_SIZE for side in images.shape[-2:])
         return [(patch_tokens.transpose(1, 2).unflatten(2, grid), cls_token)
                 for patch_tokens, cls_token in self.feature_model(images)]
 
 
 class LinearHead(SegmentationHead[PixelOutputs]):
-    """Linear probe: dropout of whole channels, batch norm, 1x1 convolution (DINOv2, arXiv:2304.07193 sec. 7.4)."""
+    """Linear probe: channel dropout, batch norm, 1x1 convolution (DINOv2, arXiv:2304.07193 sec. 7.4)."""
 
     def __init__(
         self, in_channels: Sequence[int], num_classes: int, *, dropout: float, use_batchnorm: bool, use_cls_token: bool
@@ -133,7 +132,7 @@ class LinearHead(SegmentationHead[PixelOutputs]):
     def forward(self, features: list[tuple[Tensor, Tensor]]) -> PixelOutputs:
         """Patch map [B, D, h, w] and class token [B, D] per layer -> {"logits": [B, C, h, w]}.
 
-        h and w are those of the first layer's map. Class tokens are read only when the head was built with them.
+        h and w are those of the first layer's map. Class tokens are used only if the head was built with them.
         """
         size = features[0][0].shape[-2:]
         maps = []
@@ -141,7 +140,7 @@ class LinearHead(SegmentationHead[PixelOutputs]):
             maps.append(F.interpolate(patch_map, size=size, mode="bilinear", align_corners=False))
             if self.use_cls_token:
                 maps.append(cls_token[:, :, None, None].expand(-1, -1, *size))
-        # Maps rebuilt from tokens are transposed views, which BatchNorm2d may not get: see DINOv3Adapter._pyramid.
+        # Maps rebuilt from tokens are transposed views, on which BatchNorm2d fails: see DINOv3Adapter._pyramid.
         stacked = torch.cat(maps, dim=1).contiguous()  # [B, sum D, h, w]
         return {"logits": self.conv(self.batchnorm_layer(self.dropout(stacked)))}
 

@@ -20,19 +20,19 @@ _FILES = ["config.json", "*.safetensors", "*.safetensors.index.json"]
 
 
 def is_hub_id(source: str) -> bool:
-    """Does it look like `organisation/model`, and not like a file or folder that is missing?"""
+    """Whether the source looks like `organisation/model`, and not like a missing file or folder."""
     return _HUB_ID.fullmatch(source) is not None and not source.endswith(WEIGHT_SUFFIXES)
 
 
 def model_directory(source: str | Path, hint: str = "") -> Path:
-    """The folder of a model: `source` itself, or its snapshot from the hub (downloaded once, then cached).
+    """A model's folder: `source` itself, or its snapshot from the hub (downloaded once, then cached).
 
-    Raises ConfigError, ending in `hint`, when there is none or a file is missing.
+    Raises ConfigError, ending in `hint`, when it does not exist or a file is missing.
     """
     folder = Path(source).expanduser()
     if not folder.is_dir():
         if not is_hub_id(str(source)):
-            raise ConfigError(f"{source} is no existing directory or file. {hint}")
+            raise ConfigError(f"{source} is not a directory or file. {hint}")
         try:
             folder = Path(snapshot_download(str(source), allow_patterns=_FILES))
         except (OSError, ValueError) as error:
@@ -43,7 +43,7 @@ def model_directory(source: str | Path, hint: str = "") -> Path:
 
 
 def directory_config(folder: Path) -> dict[str, Any]:
-    """The content of config.json. Raises ConfigError when it is no JSON object."""
+    """The content of config.json. Raises ConfigError when it is not a JSON object."""
     path = folder / "config.json"
     try:
         return parse_json(path.read_bytes(), str(path))
@@ -52,13 +52,13 @@ def directory_config(folder: Path) -> dict[str, Any]:
 
 
 def directory_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a directory's safetensors files, memory-mapped, their hashes compared. Raises ConfigError naming a
-    damaged file."""
+    """All tensors of a directory's safetensors files, memory-mapped, after checking their hashes. Raises ConfigError
+    naming a damaged file."""
     check_folder(folder)
     tensors: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
             tensors |= load_file(path)
         except Exception as error:
-            raise ConfigError(f"{path} is no readable safetensors file: {error}") from error
+            raise ConfigError(f"{path} is not a readable safetensors file: {error}") from error
     return tensors

@@ -1,13 +1,13 @@
-"""Is a weight file what was written? Its hashes are compared before anything in it is believed.
+"""Integrity of weight files: hashes are checked before a file's content is used.
 
-    FILE.sha256 beside it     of all its bytes, as `sha256sum -c` reads it; whoever wrote it
-    a torch file of ours      a zip comment, the last bytes: _BEGIN, sha256 of all bytes before, _END
-    a safetensors file of ours    "sha256" in its metadata: of all its bytes, the hash's own digits taken for zeros
+    any file                      FILE.sha256 next to it: hash of all its bytes, in the format of `sha256sum -c`
+    our torch files               a zip comment at the end: _BEGIN, sha256 of all bytes before it, _END
+    our safetensors files         "sha256" in the metadata: of all bytes, with zeros in place of the hash's own digits
     config.json of an export      "sha256" in it: of the rest in canonical form
 
-The marks come twice, so that no single damaged byte makes a file of ours look like one without a hash. Torch itself
-compares nothing, not even the CRC-32 of its zip; of zips without any of the above that is done here. Each file is read
-once.
+The markers are redundant, so that no single damaged byte makes one of our files look like one without a hash. Torch
+itself verifies nothing, not even the CRC-32s of its zip; for zips without any of the above they are verified here. Each
+file is read once.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ _BEGIN, _END = b"MaskStream sha256 ", b" MaskStream\n"
 _DIGITS = 64
 _SEAL_BYTES = len(_BEGIN) + _DIGITS + len(_END)
 _UNSEALED = "0" * _DIGITS
-_PIECE = 4 << 20
-_LARGEST_HEADER = 100 << 20  # of a safetensors file, as its own reader says
+_CHUNK_BYTES = 4 << 20
+_MAX_HEADER = 100 << 20  # bytes; the limit of the safetensors library
 _CONFIG_KEYS = {"model_type", "format", "layer_norm_eps", "classes", "settings", "sha256"}
 _HASH = re.compile(rb"\b[0-9a-fA-F]{64}\b")
 
 
 class SealedFile:
-    """A file that `torch.save` writes to; `seal` ends it with its hash."""
+    """A file object for `torch.save`; `seal` appends the hash."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.sha256 = file, hashlib.sha256()
-        self._last = b""  # a zip without a comment ends in the comment's length: two zero bytes
+        self._last = b""  # held back: a zip without a comment ends with the comment's length, two zero bytes
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
-        kept = self._last + bytes(view[-2:])
-        self._put(kept[:-2] if len(view) < 2 else self._last)
+        tail = self._last + bytes(view[-2:])
+        self._put(tail[:-2] if len(view) < 2 else self._last)
         self._put(view[:-2])
-        self._last = kept[-2:]
+        self._last = tail[-2:]
         return len(view)
 
     def flush(self) -> None:
         self.file.flush()
 
     def seal(self) -> str:
-        """Write the hash, and return that of the whole file."""
-        assert self._last == b"\0\0", "torch.save ends in a zip without a comment"
+        """Append the hash; return the sha256 of the whole file."""
+        assert self._last == b"\0\0", "torch.save writes a zip without a comment"
         self._put(_SEAL_BYTES.to_bytes(2, "little"))
         self._put(_BEGIN + self.sha256.hexdigest().encode() + _END)
         self.file.flush()
@@ -67,12 +67,12 @@ class SealedFile:
 
 
 def safetensors_metadata(version: str) -> dict[str, str]:
-    """The metadata of a safetensors file that is to be sealed by `seal_safetensors`."""
+    """Metadata for a safetensors file to be sealed by `seal_safetensors`."""
     return {"format": "pt", "maskstream": version, "sha256": _UNSEALED}
 
 
 def seal_safetensors(path: Path) -> None:
-    """Put the file's hash where its metadata keep the place for it."""
+    """Write the file's hash into the placeholder in its metadata."""
     with path.open("r+b") as file:
         place = _header(file).index(_UNSEALED.encode())
         file.seek(0)
@@ -84,7 +84,7 @@ def seal_safetensors(path: Path) -> None:
 
 
 def write_hash_beside(path: Path) -> None:
-    """`sha256sum` of a file, for `sha256sum -c`."""
+    """Write NAME.sha256 next to a file, for `sha256sum -c`."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     path.with_name(path.name + HASH_SUFFIX).write_bytes(hash_line(digest, path.name))
@@ -96,16 +96,16 @@ def hash_line(digest: str, name: str) -> bytes:
 
 
 def check_file(path: Path, shown: str | None = None) -> None:
-    """Raise ConfigError, naming the file (as `shown`), unless its bytes are those of the hash beside or inside it."""
+    """Raise ConfigError, naming the file (as `shown`), unless it matches the hashes stored next to it or in it."""
     shown = shown or str(path)
     expected = _hash_beside(path, shown)
     while expected is not None:
         with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found == expected:
+            actual = hashlib.file_digest(file, "sha256").hexdigest()
+        if actual == expected:
             return
         before, expected = expected, _hash_beside(path, shown)
-        if expected == before:  # or a training run has just put a newer file here
+        if expected == before:  # otherwise a training run has just replaced the file: check again
             raise _damaged(shown, f"its sha256 is not the one in {path.name}{HASH_SUFFIX}")
     with path.open("rb") as file:
         if path.suffix == ".safetensors":
@@ -121,32 +121,32 @@ def check_folder(folder: Path) -> None:
 
 
 def sealed_config(content: dict[str, Any]) -> dict[str, Any]:
-    """The content of an export's config.json with its own hash."""
+    """The content of an export's config.json, with its hash added."""
     return {**content, "sha256": hash_of(content)}
 
 
 def check_config(content: dict[str, Any], path: Path) -> None:
-    """Raise ConfigError unless an export's config.json has the hash in it, if one is; and for unknown keys, as one may
-    be the hash's, damaged."""
+    """Raise ConfigError if an export's config.json does not match its hash, if it has one, or has unknown keys, as one
+    of these could be the hash's own key, damaged."""
     if unknown := sorted(content.keys() - _CONFIG_KEYS):
-        raise ConfigError(f"{path} has the unknown key {unknown[0]!r}, it is damaged or edited; legal: "
+        raise ConfigError(f"{path} has the unknown key {unknown[0]!r}, so it is damaged or was edited; legal: "
                           f"{', '.join(sorted(_CONFIG_KEYS))}")
     expected = content.get("sha256")
     if expected is not None and expected != hash_of({key: content[key] for key in content if key != "sha256"}):
-        raise ConfigError(f"{path} does not match its own sha256, it is damaged or edited; export again, or remove "
-                          "\"sha256\" from it if the change is yours")
+        raise ConfigError(f"{path} does not match its own sha256, so it is damaged or was edited; export again, or "
+                          "remove \"sha256\" from it if you edited it yourself")
 
 
 def _hash_beside(path: Path, shown: str) -> str | None:
     beside = path.with_name(path.name + HASH_SUFFIX)
     try:
-        found = _HASH.search(beside.read_bytes()[:_PIECE])
+        match = _HASH.search(beside.read_bytes()[:_CHUNK_BYTES])
     except FileNotFoundError:
         return None
-    if found is None:
-        raise ConfigError(f"{shown}{HASH_SUFFIX} holds no sha256 of 64 hexadecimal digits; remove it, or write it anew "
-                          f"by `sha256sum {path.name} > {beside.name}` if you trust the file")
-    return found[0].decode().lower()
+    if match is None:
+        raise ConfigError(f"{shown}{HASH_SUFFIX} contains no sha256 of 64 hexadecimal digits; remove it, or recreate "
+                          f"it with `sha256sum {path.name} > {beside.name}` if you trust the file")
+    return match[0].decode().lower()
 
 
 def _check_zip(file: BinaryIO, shown: str) -> None:
@@ -160,11 +160,11 @@ def _check_zip(file: BinaryIO, shown: str) -> None:
         return
     try:
         with zipfile.ZipFile(file) as archive:
-            wrong = archive.testzip()
+            damaged = archive.testzip()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, RuntimeError) as error:
         raise _damaged(shown, str(error)) from error
-    if wrong is not None:
-        raise _damaged(shown, f"the CRC-32 of {wrong!r} in it differs")
+    if damaged is not None:
+        raise _damaged(shown, f"the CRC-32 of {damaged!r} in it differs")
 
 
 def _check_safetensors(file: BinaryIO, shown: str) -> None:
@@ -173,30 +173,30 @@ def _check_safetensors(file: BinaryIO, shown: str) -> None:
         metadata = json.loads(header[8:]).get("__metadata__") or {}
         sealed, digest = "maskstream" in metadata or "sha256" in metadata, metadata.get("sha256")
     except (ValueError, RecursionError, AttributeError, TypeError):
-        return  # whoever parses it says what is wrong with it
+        return  # malformed: the error is raised when it is parsed
     if not sealed:
         return
-    place = header.find(str(digest).encode())
-    if "maskstream" not in metadata or not isinstance(digest, str) or len(digest) != _DIGITS or place < 0:
+    start = header.find(str(digest).encode())
+    if "maskstream" not in metadata or not isinstance(digest, str) or len(digest) != _DIGITS or start < 0:
         raise _damaged(shown, "the sha256 in its metadata is damaged")
-    sha256 = hashlib.sha256(header[:place] + _UNSEALED.encode() + header[place + _DIGITS :])
-    while piece := file.read(_PIECE):
-        sha256.update(piece)
+    sha256 = hashlib.sha256(header[:start] + _UNSEALED.encode() + header[start + _DIGITS :])
+    while chunk := file.read(_CHUNK_BYTES):
+        sha256.update(chunk)
     if sha256.hexdigest() != digest:
         raise _damaged(shown, "its sha256 is not the one in its metadata")
 
 
 def _header(file: BinaryIO) -> bytes:
-    """The length and JSON that a safetensors file begins with; the file stands behind them then."""
+    """The length and JSON at the start of a safetensors file; the file position is then after them."""
     length = file.read(8)
-    return length + file.read(min(int.from_bytes(length, "little"), _LARGEST_HEADER))
+    return length + file.read(min(int.from_bytes(length, "little"), _MAX_HEADER))
 
 
 def _digest_until(file: BinaryIO, end: int) -> str:
     sha256 = hashlib.sha256()
     file.seek(0)
-    while piece := file.read(min(_PIECE, end - file.tell())):
-        sha256.update(piece)
+    while chunk := file.read(min(_CHUNK_BYTES, end - file.tell())):
+        sha256.update(chunk)
     return sha256.hexdigest()
 
 

@@ -1,7 +1,7 @@
 """Transformer decoder with masked attention (Mask2Former, arXiv:2112.01527 sec. 3.2.1).
 
-Queries become masks and classes, layer after layer; each layer attends only where the previous prediction's mask is
-positive. Parameter names equal the reference's.
+Every layer refines the queries, which predict masks and classes; it attends only where the previous prediction's mask
+is positive. Parameter names equal the reference's.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from trainer.models.recompute import RecomputingModule
 def predicted_masks(embeddings: Tensor, features: Tensor, matched_gradients: bool) -> PredictedMasks:
     """Mask logits [B, Q, h, w], products of embeddings [B, Q, D] and features [B, D, h, w].
 
-    With `matched_gradients` the masks are no part of the graph; the two factors come along as mask_embeddings and
-    mask_features, and `trainer.loss.mask_gradients` gives them the gradient of the few masks that are matched.
+    With `matched_gradients` the masks are detached, and the two factors are returned as mask_embeddings and
+    mask_features; `trainer.loss.mask_gradients` backpropagates the gradients of the few matched masks to them.
     """
     with torch.set_grad_enabled(torch.is_grad_enabled() and not matched_gradients):
         masks = PredictedMasks(pred_masks=torch.einsum("bqd,bdhw->bqhw", embeddings, features))
@@ -31,7 +31,7 @@ def predicted_masks(embeddings: Tensor, features: Tensor, matched_gradients: boo
 def blocked_positions(pred_masks: Tensor, size: tuple[int, int]) -> Tensor:
     """Where a mask, resized to `size`, is negative (probability below 1/2).
 
-    pred_masks: logits [B, Q, H, W] -> bool [B, Q, h * w]. Resized before the comparison, and without gradient.
+    pred_masks: logits [B, Q, H, W] -> bool [B, Q, h * w]. Resized before the comparison; no gradient.
     """
     resized = F.interpolate(pred_masks.detach(), size=size, mode="bilinear", align_corners=False)
     return resized.flatten(2) < 0
@@ -40,7 +40,7 @@ def blocked_positions(pred_masks: Tensor, size: tuple[int, int]) -> Tensor:
 def allowed_positions(blocked: Tensor) -> Tensor:
     """Attention mask for all heads: bool [B, Q, HW] -> [B, 1, Q, HW], True = attend.
 
-    A query that is blocked everywhere may look everywhere: softmax over nothing would be NaN.
+    A query that is blocked everywhere attends everywhere: a softmax over nothing would be NaN.
     """
     return (~blocked | blocked.all(dim=-1, keepdim=True))[:, None]
 
@@ -48,7 +48,7 @@ def allowed_positions(blocked: Tensor) -> Tensor:
 class MultiheadAttention(nn.Module):
     """Multi-head attention with `nn.MultiheadAttention`'s parameter names, but one mask for all heads.
 
-    The torch module wants a mask per head, [B * heads, Q, HW]; here it broadcasts from [B, 1, Q, HW].
+    The torch module needs a mask per head, [B * heads, Q, HW]; here it is broadcast from [B, 1, Q, HW].
     """
 
     def __init__(self, dim: int, nheads: int) -> None:
@@ -71,7 +71,7 @@ class MultiheadAttention(nn.Module):
 
 
 class CrossAttentionLayer(nn.Module):
-    """Queries read a feature map, masked; residual, post-norm."""
+    """Masked cross-attention of queries to a feature map; residual, post-norm."""
 
     def __init__(self, dim: int, nheads: int) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class CrossAttentionLayer(nn.Module):
 
 
 class SelfAttentionLayer(nn.Module):
-    """Queries read each other; residual, post-norm."""
+    """Self-attention among queries; residual, post-norm."""
 
     def __init__(self, dim: int, nheads: int) -> None:
         super().__init__()
@@ -93,8 +93,8 @@ class SelfAttentionLayer(nn.Module):
 
     def forward(self, x: Tensor, query_embed: Tensor) -> Tensor:
         """x [B, Q, D], query_embed [Q, D] -> [B, Q, D]."""
-        placed = x + query_embed
-        return self.norm(x + self.self_attn(placed, placed, x))
+        positioned = x + query_embed
+        return self.norm(x + self.self_attn(positioned, positioned, x))
 
 
 class FFNLayer(nn.Module):
@@ -114,7 +114,7 @@ class FFNLayer(nn.Module):
 
 
 class MLP(nn.Module):
-    """Three linear layers of equal width, ReLU between."""
+    """Three linear layers of equal width with ReLUs in between."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class MLP(nn.Module):
 
 
 class MaskedTransformerDecoder(RecomputingModule):
-    """`num_layers` decoder layers over the levels in turn, coarse first, and `num_layers + 1` predictions."""
+    """`num_layers` decoder layers that cycle through the levels, coarse first; makes `num_layers + 1` predictions."""
 
     def __init__(
         self, hidden_dim: int, num_classes: int, *, num_queries: int, nheads: int, ffn_dim: int, num_layers: int
@@ -149,8 +149,7 @@ class MaskedTransformerDecoder(RecomputingModule):
         """Predictions from three maps [B, D, h, w] (coarse to fine) and mask features [B, D, H/4, W/4].
 
         Returns pred_logits [B, Q, C + 1] and pred_masks [B, Q, H/4, W/4] (raw logits); with `with_aux` also
-        aux_outputs, the same two for the queries as they were before each layer. Without it, nobody computes the
-        classes of those.
+        aux_outputs, the same two for the queries before each layer. Without it, their classes are not computed.
         """
         levels = [self._keys_and_values(level, features) for level, features in enumerate(multi_scale)]
         x = self.query_feat.weight.expand(mask_features.shape[0], -1, -1)  # [B, Q, D]
@@ -174,7 +173,7 @@ class MaskedTransformerDecoder(RecomputingModule):
         return outputs
 
     def _keys_and_values(self, level: int, features: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
-        """One level's [B, D, h, w] as keys and values [B, hw, D]; only keys carry the position."""
+        """Keys and values [B, hw, D] of one level [B, D, h, w]; only keys contain the position."""
         _, dim, height, width = features.shape
         value = features.flatten(2).transpose(1, 2) + self.level_embed.weight[level]
         return value + sine_position_code(height, width, dim, features.device), value, (height, width)

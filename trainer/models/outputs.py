@@ -1,4 +1,4 @@
-"""What heads give to losses and to evaluation."""
+"""Types of head outputs, which losses and evaluation consume."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class PredictedMasks(TypedDict):
-    """Masks of one prediction, and with matched gradients the two factors that they are products of."""
+    """Masks of one prediction and, with matched gradients, the two factors of which they are products."""
 
     pred_masks: Tensor  # logits [B, Q, h, w]
     mask_embeddings: NotRequired[Tensor]  # [B, Q, D]
@@ -22,13 +22,13 @@ class MaskPrediction(PredictedMasks):
 
 
 class MaskOutputs(MaskPrediction):
-    """The final prediction; in training also those of earlier layers, first layer first."""
+    """The final prediction; in training also those of earlier layers, in layer order."""
 
     aux_outputs: NotRequired[list[MaskPrediction]]
 
 
 class PixelOutputs(TypedDict):
-    """Of the linear head."""
+    """Outputs of the linear head."""
 
     logits: Tensor  # [B, C, h, w]
 

@@ -1,7 +1,7 @@
-"""Pixel decoder of Mask2Former: a deformable encoder over three levels and one top-down step to stride 4.
+"""Mask2Former's pixel decoder: a deformable encoder over three levels and one top-down step to stride 4.
 
-Mask2Former, arXiv:2112.01527 sec. 3.2.2; the encoder is Deformable DETR's (arXiv:2010.04159). Parameter names equal
-the reference's.
+See arXiv:2112.01527 sec. 3.2.2; the encoder is Deformable DETR's (arXiv:2010.04159). Parameter names equal the
+reference's.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _NUM_GROUPS = 32
 
 
 def sine_position_code(height: int, width: int, channels: int, device: torch.device) -> Tensor:
-    """2-D sine code of a map's pixels, rows first: float32 [HW, channels]; the y half, then the x half.
+    """2-D sine position encoding of a map's pixels, row-major: float32 [HW, channels]; the y half, then the x half.
 
-    DETR's code (arXiv:2005.12872, appendix A.4) with positions normalised to (0, 2 pi].
+    DETR's encoding (arXiv:2005.12872, appendix A.4) with positions normalised to (0, 2 pi].
     """
     half = channels // 2
     pair = torch.arange(half, dtype=torch.float32, device=device).div(2, rounding_mode="floor")
@@ -61,7 +61,7 @@ class EncoderLayer(nn.Module):
 
 
 class LayerStack(nn.Module):
-    """The encoder's layers, one level down because the reference names them `encoder.encoder.layers`."""
+    """The encoder's layers, nested because the reference's keys are `encoder.encoder.layers`."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class LayerStack(nn.Module):
 
 
 class DeformableEncoder(RecomputingModule):
-    """Mixes three feature maps, coarse to fine."""
+    """Deformable self-attention across three feature maps, coarse to fine."""
 
     def __init__(self, dim: int, nheads: int, ffn_dim: int, num_layers: int) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class DeformableEncoder(RecomputingModule):
 
 
 class ConvGroupNorm(nn.Conv2d):
-    """Convolution without bias, followed by its own group norm (a child, as the key names want it)."""
+    """Convolution without bias, followed by group norm (a child module, as the keys require)."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
@@ -118,9 +118,9 @@ def _zero_bias(conv: nn.Conv2d) -> None:
 
 
 class MSDeformAttnPixelDecoder(nn.Module):
-    """Turns the pyramid {"1".."4"} (fine to coarse) into mask features at stride 4 and three encoded maps.
+    """Computes mask features at stride 4 and three encoded maps from the pyramid {"1".."4"} (fine to coarse).
 
-    Always float32, with autocast off, as in the reference: its outputs feed thresholded attention masks.
+    Always float32, with autocast off, as in the reference: attention masks are thresholded from its outputs.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
         finest, *others = in_channels
         self.input_convs = nn.ModuleList(_input_conv(c, hidden_dim) for c in reversed(others))  # coarse to fine
         self.encoder = DeformableEncoder(hidden_dim, nheads, ffn_dim, num_layers)
-        # Lists of one: the reference keeps room for more top-down steps in its names.
+        # Lists of one, because the reference's keys allow for more top-down steps.
         self.lateral_convs = nn.ModuleList([ConvGroupNorm(finest, hidden_dim, 1)])
         self.output_convs = nn.ModuleList([ConvGroupNorm(hidden_dim, hidden_dim, 3)])
         self.mask_feature = nn.Conv2d(hidden_dim, hidden_dim, 1)

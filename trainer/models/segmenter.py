@@ -1,4 +1,4 @@
-"""The whole model: features and head, with the reference's checkpoint keys."""
+"""The complete model, features and head, with the reference's checkpoint keys."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ADVICE = "Check backbone, adapter and decoder_head settings against those of th
 
 
 class Segmenter(nn.Module):
-    """Keys start with `segmentation_model.0.` (features, with the ViT inside) and `segmentation_model.1.` (head)."""
+    """Keys start with `segmentation_model.0.` (features, including the ViT) or `segmentation_model.1.` (head)."""
 
     def __init__(self, features: Features, head: SegmentationHead[Any]) -> None:
         super().__init__()
@@ -40,57 +40,58 @@ class Segmenter(nn.Module):
         return cast(Features, self.segmentation_model[0]).backbone
 
     def forward(self, images: Tensor) -> Outputs:
-        """Normalised images [B, 3, H, W] -> the head's outputs. ValueError for sizes that the features refuse."""
+        """Normalised images [B, 3, H, W] -> the head's outputs. ValueError for sizes that the features reject."""
         features, head = self.segmentation_model
         return head(features(images))
 
     def semantic_logits(self, outputs: Outputs, size: tuple[int, int],
                         dtype: torch.dtype = torch.float32) -> Tensor:
-        """Per-class scores [B, C, H, W] at `size`, from what `forward` returned; `dtype`: see the head's."""
+        """Per-class scores [B, C, H, W] at `size`, from the outputs of `forward`; for `dtype` see the head."""
         return self.head.semantic_logits(outputs, size, dtype)
 
     def head_state_dict(self) -> dict[str, Tensor]:
-        """Every parameter and buffer except the ViT's: Meta's layout of a released head (with its adapter)."""
+        """All parameters and buffers except the ViT's: the layout of Meta's released head, adapter included."""
         prefix = self._vit_prefix
         return {key: value for key, value in self.state_dict().items() if not key.startswith(prefix)}
 
     def meta_state_dict(self) -> dict[str, Tensor]:
-        """The whole model, ViT included, with the keys and shapes of Meta's full model."""
+        """The whole model, including the ViT, with the keys and shapes of Meta's full model."""
         prefix = self._vit_prefix
         vit = {prefix + key: tensor for key, tensor in self.backbone.meta_state_dict().items()}
         return self.head_state_dict() | vit
 
     def trainable_state_dict(self) -> dict[str, Tensor]:
-        """What training changes, and a checkpoint holds: the whole model, or all but the ViT when that is frozen."""
+        """The part that training changes and a checkpoint stores: the whole model, or all but a frozen ViT."""
         return self.meta_state_dict() if self.backbone.trainable else self.head_state_dict()
 
     def load_trainable_state_dict(self, state: Mapping[str, Tensor], what: str = "the weights") -> None:
-        """Load what `trainable_state_dict` gave. Other keys or shapes raise ConfigError, and nothing is loaded."""
+        """Load the result of `trainable_state_dict`. Raises ConfigError for other keys or shapes, and loads nothing."""
         if self.backbone.trainable:
             self.load_meta_state_dict(state, what)
         else:
             self._load_head(state, what)
 
     def load_meta_state_dict(self, state: Mapping[str, Tensor], what: str = "the weights") -> None:
-        """Take the whole model from Meta's layout. What does not fit raises ConfigError before anything changes."""
+        """Load the whole model from Meta's layout. Raises ConfigError, before anything changes, if it does not fit."""
         weights = weights_in(state, what)
         check_fit(self.head_state_dict(), weights.model, what=what, advice=_ADVICE)
         self.backbone.load_meta_state_dict(weights.vit, what)
         self._load_head(weights.model, what)
 
     def load_weights(self, weights: WeightsFile, ignore: Sequence[str] = ()) -> list[str]:
-        """Start from a file; returns the keys of adapter and head that `ignore` left as they were.
+        """Load weights from a file; returns the keys of adapter and head that were not loaded because of `ignore`.
 
-        A ViT in the file is loaded when ours is to be trained. Otherwise one that the file holds, or that it names by
-        hash, has to be the configured one: a head is worth nothing on another ViT. Raises ConfigError for that and for
+        A ViT in the file is loaded if ours is trainable. Otherwise the ViT that the file contains, or identifies by
+        hash, must be the configured one: a head is useless on another ViT. Raises ConfigError if it is not, and for
         every key that does not fit.
         """
         if not weights.model:
-            raise ConfigError(f"{weights.path} holds a ViT and no head; name it in backbone.source")
+            raise ConfigError(f"{weights.path} contains a ViT but no head; set backbone.source to it instead")
         what = f"the weights in {weights.path}"
         if not weights.vit and weights.backbone_sha256 not in (None, self.backbone.weights_sha256()):
             raise ConfigError(f"the head in {weights.path} was trained on another ViT (sha256 "
-                              f"{weights.backbone_sha256:.16}) than the configured backbone")
+                              f"{weights.backbone_sha256:.16}) than the configured backbone; set backbone.source to "
+                              "that ViT")
         check_fit(self.head_state_dict(), weights.model, what=what, advice=_ADVICE, ignore=ignore)
         if weights.vit and self.backbone.trainable:
             self.backbone.load_meta_state_dict(weights.vit, what)
@@ -100,13 +101,13 @@ class Segmenter(nn.Module):
 
     def _load_head(self, state: Mapping[str, Tensor], what: str, ignore: Sequence[str] = ()) -> list[str]:
         own = self.head_state_dict()
-        kept = check_fit(own, state, what=what, advice=_ADVICE, ignore=ignore)
-        fitting = own.keys() - set(kept)
-        self.load_state_dict({key: state[key] for key in fitting}, strict=False)  # complete but for ViT and `kept`
-        return kept
+        ignored = check_fit(own, state, what=what, advice=_ADVICE, ignore=ignore)
+        fitting = own.keys() - set(ignored)
+        self.load_state_dict({key: state[key] for key in fitting}, strict=False)  # all but the ViT and `ignored`
+        return ignored
 
     @property
     def _vit_prefix(self) -> str:
-        """What the keys of the ViT start with, in our own layout (`…vit.`) and in Meta's."""
+        """Prefix of the ViT's keys, in our own layout (followed by `vit.`) and in Meta's."""
         backbone = self.backbone
         return next(name for name, module in self.named_modules() if module is backbone) + "."

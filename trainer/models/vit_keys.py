@@ -7,8 +7,8 @@
     blocks.N.attn.qkv.bias_mask             -        (multiplies the bias; zero in its key third)
     blocks.N.mlp.{fc1,fc2} | {w1,w2,w3}     model.layer.N.mlp.{up,down}_proj | {gate,up,down}_proj
     blocks.N.ls{1,2}.gamma                  model.layer.N.layer_scale{1,2}.lambda1
-    rope_embed.periods                      -        (a formula there, a stored buffer here)
-    local_cls_norm.*                        -        (7B and SAT-493M only; training used it, inference never does)
+    rope_embed.periods                      -        (Meta stores a buffer, transformers uses a formula)
+    local_cls_norm.*                        -        (7B and SAT-493M only; used in pretraining, never in inference)
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ROPE_BASE = 100.0
 LAYER_NORM_EPS = 1e-5  # of Meta's ViTs
 PERIODS = "rope_embed.periods"
 LOCAL_CLS_NORM = ("local_cls_norm.weight", "local_cls_norm.bias")
-META_ONLY = (PERIODS, *LOCAL_CLS_NORM)  # what transformers has no place for; DINOv3Backbone keeps it beside the ViT
+META_ONLY = (PERIODS, *LOCAL_CLS_NORM)  # keys without a counterpart in transformers; DINOv3Backbone keeps them
 
 _TOP_LEVEL = {
     "cls_token": "embeddings.cls_token",
@@ -47,13 +47,13 @@ _IN_BLOCK = {
 _PLAIN_MLP = {"mlp.fc1": "mlp.up_proj", "mlp.fc2": "mlp.down_proj"}
 _GATED_MLP = {"mlp.w1": "mlp.gate_proj", "mlp.w2": "mlp.up_proj", "mlp.w3": "mlp.down_proj"}
 
-_MOST = {"dim": 16384, "blocks": 256, "heads": 512, "ffn": 65536, "registers": 4096}
-_MOST_PARAMETERS = 16_000_000_000  # of the blocks; the largest published ViT has 6.7 G
+_LIMITS = {"dim": 16384, "blocks": 256, "heads": 512, "ffn": 65536, "registers": 4096}
+_MAX_PARAMETERS = 16_000_000_000  # in the blocks; the largest published ViT has 6.7 G
 
 
 @dataclass(frozen=True)
 class VitArchitecture:
-    """The sizes that tell DINOv3 ViTs apart (arXiv:2508.10104, table 2)."""
+    """The sizes that distinguish DINOv3 ViTs (arXiv:2508.10104, table 2)."""
 
     dim: int
     blocks: int
@@ -64,17 +64,17 @@ class VitArchitecture:
     registers: int = 4
 
     def check(self) -> None:
-        """Raise ConfigError for sizes beyond those of any ViT, before something of them is allocated."""
-        for name, most in _MOST.items():
-            if not isinstance(value := getattr(self, name), int) or not 0 <= value <= most:
-                raise ConfigError(f"a ViT has {value} {name}, legal: at most {most}")
+        """Raise ConfigError for sizes beyond those of any ViT, before memory is allocated for them."""
+        for name, limit in _LIMITS.items():
+            if not isinstance(value := getattr(self, name), int) or not 0 <= value <= limit:
+                raise ConfigError(f"a ViT has {value} {name}, legal: at most {limit}")
         parameters = self.blocks * self.dim * (4 * self.dim + (3 if self.gated else 2) * self.ffn)
-        if parameters > _MOST_PARAMETERS:
+        if parameters > _MAX_PARAMETERS:
             raise ConfigError(f"a ViT of {parameters / 1e9:.1f} G parameters, legal: at most "
-                              f"{_MOST_PARAMETERS / 1e9:.0f} G")
+                              f"{_MAX_PARAMETERS / 1e9:.0f} G")
 
     def config(self, layer_norm_eps: float = LAYER_NORM_EPS) -> DINOv3ViTConfig:
-        """The configuration of transformers' model. Raises ConfigError as `check`."""
+        """The configuration of transformers' model. Raises ConfigError like `check`."""
         self.check()
         return DINOv3ViTConfig(
             hidden_size=self.dim,
@@ -90,7 +90,7 @@ class VitArchitecture:
             patch_size=PATCH_SIZE,
             layer_norm_eps=layer_norm_eps,
             rope_theta=ROPE_BASE,
-            layerscale_value=1.0,  # DINOv3's initial 1e-5 would leave the blocks of an untrained ViT without effect
+            layerscale_value=1.0,  # with DINOv3's initial 1e-5 the blocks of an untrained ViT would have no effect
         )
 
 
@@ -105,9 +105,9 @@ RELEASED_VITS = {
 
 
 def architecture_of(state: Mapping[str, Tensor], what: str) -> VitArchitecture:
-    """The sizes behind a ViT's state dict in Meta's layout. Raises ConfigError naming the key that is not there.
+    """The sizes of a ViT, from its state dict in Meta's layout. Raises ConfigError naming a missing key.
 
-    Shapes say everything; the number of heads follows from the rotary periods, of which a head has head_dim / 4.
+    They follow from shapes; the number of heads, from that of the rotary periods, which is head_dim / 4.
     """
     gated = "blocks.0.mlp.w1.weight" in state
     try:
@@ -122,26 +122,26 @@ def architecture_of(state: Mapping[str, Tensor], what: str) -> VitArchitecture:
             registers=state["storage_tokens"].shape[1],
         )
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
-        raise ConfigError(f"{what} are no DINOv3 ViT in Meta's layout; missing or misshaped: {error}") from error
+        raise ConfigError(f"{what} are not a DINOv3 ViT in Meta's layout; missing or wrong shape: {error}") from error
 
 
 def kind_of(architecture: VitArchitecture) -> str:
-    """The published name of an architecture, such as vitl16, or its sizes when it was never published."""
+    """The published name of an architecture, such as vitl16, or its sizes if it has none."""
     return next((name for name, released in RELEASED_VITS.items() if released == architecture), str(architecture))
 
 
 def rope_periods(head_dim: int) -> Tensor:
-    """float32 [head_dim / 4]: periods of the rotary code, 100^(4k / head_dim)."""
+    """float32 [head_dim / 4]: periods of the rotary position embedding, 100^(4k / head_dim)."""
     count = head_dim // 4
     return ROPE_BASE ** (torch.arange(count, dtype=torch.float32, device="cpu") / count)
 
 
 def meta_vit_to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A ViT's state dict with Meta's keys -> keys of transformers' `DINOv3ViTModel`, for a strict load.
+    """Convert a ViT's state dict from Meta's keys to those of transformers' `DINOv3ViTModel`, for a strict load.
 
-    Weights stay views of the tensors given, so nothing is held twice. The bias that Meta applies, bias * bias_mask, is
-    stored; ConfigError when its key third is not zero, since transformers has no key bias, or when it is not finite.
-    Keys in META_ONLY are left out. Raises KeyError for a key that is no part of a DINOv3 ViT.
+    Weights are views of the given tensors, so memory is not used twice. The bias is stored as Meta applies it, bias *
+    bias_mask; ConfigError when its key third is not zero, as transformers has no key bias, or when it is not finite.
+    Keys in META_ONLY are dropped. Raises KeyError for a key that is not part of a DINOv3 ViT.
     """
     in_block = _IN_BLOCK | _PLAIN_MLP | _GATED_MLP
     converted: dict[str, Tensor] = {}
@@ -167,14 +167,14 @@ def meta_vit_to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def transformers_vit_to_meta(state: Mapping[str, Tensor], num_heads: int) -> dict[str, Tensor]:
     """Inverse of `meta_vit_to_transformers`, with the periods of `rope_periods` and without local_cls_norm.
 
-    The key third of the qkv bias is zero, and so is that of bias_mask, which else is one. Raises KeyError for a key
-    that Meta's layout has no place for.
+    The key third is zero in the qkv bias and in bias_mask, whose other values are one. Raises KeyError for a key
+    without a counterpart in Meta's layout.
     """
     gated = any(".mlp.gate_proj." in key for key in state)
     in_block = _inverse(_IN_BLOCK | (_GATED_MLP if gated else _PLAIN_MLP))
     top_level = _inverse(_TOP_LEVEL)
-    some = state["embeddings.cls_token"]
-    converted = {PERIODS: rope_periods(some.shape[-1] // num_heads).to(some.device)}
+    cls_token = state["embeddings.cls_token"]
+    converted = {PERIODS: rope_periods(cls_token.shape[-1] // num_heads).to(cls_token.device)}
     for key, tensor in state.items():
         if not key.startswith("model.layer."):
             name = _renamed(key, top_level)
@@ -200,23 +200,23 @@ def check_meta_vit(vit: DINOv3ViTModel, state: Mapping[str, Tensor], what: str) 
     layout = transformers_vit_to_meta(on_meta, vit.config.num_attention_heads)
     if any(key in state for key in LOCAL_CLS_NORM):
         layout |= {key: torch.empty(vit.config.hidden_size, device="meta") for key in LOCAL_CLS_NORM}
-    check_fit(layout, state, what=what, advice="The file is incomplete, or of another ViT than the configured one")
+    check_fit(layout, state, what=what, advice="The file is incomplete, or is not the configured ViT")
     periods = state[PERIODS]
     expected = rope_periods(4 * periods.numel())
     if not periods.is_meta and not torch.allclose(periods.float().cpu(), expected, rtol=2**-8, atol=0):
-        raise ConfigError(f"{what} turn by the rotary periods {periods.tolist()}, legal: {expected.tolist()}, within "
-                          "the rounding of bfloat16")
+        raise ConfigError(f"{what} have the rotary periods {periods.tolist()}, legal: {expected.tolist()}, up to "
+                          "bfloat16 rounding")
 
 
 def used_periods(state: Mapping[str, Tensor], head_dim: int) -> Tensor:
-    """The rotary periods of a state dict, where they are others than the formula's; else the formula's. On the CPU."""
+    """The rotary periods of a state dict, on the CPU; exactly the formula's where they are equal up to rounding."""
     formula = rope_periods(head_dim)
     periods = state.get(PERIODS, formula).float().cpu()
     return formula if torch.allclose(periods, formula, rtol=1e-6, atol=0) else periods
 
 
 def _applied_bias(key: str, bias: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Query and value bias as Meta's forward pass sees them."""
+    """Query and value bias as Meta's forward pass applies them."""
     applied = bias.float() * mask.float()
     q, k, v = applied.chunk(3)
     if not applied.is_meta and (bool(k.count_nonzero()) or not bool(applied.isfinite().all())):
@@ -225,11 +225,11 @@ def _applied_bias(key: str, bias: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _inverse(names: Mapping[str, str]) -> dict[str, str]:
-    return {theirs: ours for ours, theirs in names.items()}
+    return {value: key for key, value in names.items()}
 
 
 def _renamed(name: str, names: Mapping[str, str]) -> str:
-    """`name` by the table, which may name it whole or without its last part (.weight, .bias)."""
+    """`name` renamed by the table, whose keys are full names or lack the last part (.weight, .bias)."""
     if name in names:
         return names[name]
     stem, _, kind = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""Where a ViT comes from: a Hugging Face directory or hub id, a weight file, or a random draw."""
+"""Load a ViT: from a Hugging Face directory or hub id, from a weight file, or randomly initialised."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ _DOWNLOAD_HINT = (
 
 
 def load_vit(config: BackboneConfig) -> tuple[DINOv3ViTModel, dict[str, Tensor]]:
-    """The configured ViT in float32 on the CPU, and what of `META_ONLY` came with it. Raises ConfigError."""
+    """The configured ViT in float32 on the CPU, and its `META_ONLY` tensors if the source has any. ConfigError."""
     if config.source is not None and Path(config.source).expanduser().is_file():
         return _vit_from_weights(read_weights(Path(config.source).expanduser(), mmap=False))
     if config.source is not None:
-        folder = model_directory(config.source, f"It is backbone.source. {_DOWNLOAD_HINT}")
+        folder = model_directory(config.source, f"Set by backbone.source. {_DOWNLOAD_HINT}")
         if directory_config(folder).get("model_type") in MODEL_TYPES:
             return _vit_from_weights(read_weights(folder, mmap=False))
         return _pretrained_vit(folder), {}
@@ -50,7 +50,7 @@ def load_vit(config: BackboneConfig) -> tuple[DINOv3ViTModel, dict[str, Tensor]]
 def _random_vit(config: RandomBackboneConfig, hidden_size: int) -> DINOv3ViTModel:
     if hidden_size % (4 * config.num_attention_heads):
         raise ConfigError(f"backbone.random.hidden_size is {hidden_size}, legal: a multiple of 4 * num_attention_heads "
-                          f"({4 * config.num_attention_heads}), for the rotary position code")
+                          f"({4 * config.num_attention_heads}), for the rotary position embedding")
     architecture = VitArchitecture(
         dim=hidden_size,
         blocks=config.num_hidden_layers,
@@ -59,32 +59,32 @@ def _random_vit(config: RandomBackboneConfig, hidden_size: int) -> DINOv3ViTMode
         gated=config.use_gated_mlp,
         registers=config.num_register_tokens,
     )
-    # Not torch.manual_seed: that would also re-seed every accelerator's generator.
+    # Not torch.manual_seed, which would also re-seed the generators of all accelerators.
     torch.default_generator.manual_seed(config.seed)
     return DINOv3ViTModel(architecture.config())
 
 
 def _vit_from_weights(weights: WeightsFile) -> tuple[DINOv3ViTModel, dict[str, Tensor]]:
-    """The ViT of a weight file and the file's META_ONLY part. The tensors read become the weights: one copy."""
+    """The ViT of a weight file and the file's META_ONLY tensors. They become the weights without a copy."""
     state = weights.vit
     if not state:
-        raise ConfigError(f"backbone.source {weights.path} holds a head and no ViT; name a head in load.weights")
+        raise ConfigError(f"backbone.source {weights.path} contains a head but no ViT; set load.weights to it instead")
     what = f"the ViT's weights in {weights.path}"
     with torch.device("meta"):
         vit = DINOv3ViTModel(architecture_of(state, what).config(weights.layer_norm_eps))
     check_meta_vit(vit, state, what)
     converted = {key: tensor.float() for key, tensor in meta_vit_to_transformers(state).items()}
     vit.load_state_dict(converted, assign=True)
-    vit.rope_embeddings = type(vit.rope_embeddings)(vit.config)  # its buffer is in no file, and was on the meta device
+    vit.rope_embeddings = type(vit.rope_embeddings)(vit.config)  # files lack its buffer, still on the meta device
     return vit, {key: state[key] for key in META_ONLY if key in state}
 
 
 def _check_sizes(folder: Path) -> None:
-    """Those in config.json, of which the model is allocated before its weights are read."""
+    """Check the sizes in config.json: transformers allocates the model before reading its weights."""
     config, default = directory_config(folder), DINOv3ViTConfig()
     names = {"dim": "hidden_size", "blocks": "num_hidden_layers", "heads": "num_attention_heads",
              "ffn": "intermediate_size", "registers": "num_register_tokens"}
-    sizes = {ours: config.get(theirs, getattr(default, theirs)) for ours, theirs in names.items()}
+    sizes = {name: config.get(key, getattr(default, key)) for name, key in names.items()}
     try:
         VitArchitecture(**sizes, gated=config.get("use_gated_mlp") is True).check()
     except ConfigError as error:
@@ -95,11 +95,11 @@ def _pretrained_vit(folder: Path) -> DINOv3ViTModel:
     model_type = directory_config(folder).get("model_type")
     if model_type != DINOv3ViTConfig.model_type:
         legal = (DINOv3ViTConfig.model_type, *MODEL_TYPES)
-        raise ConfigError(f"backbone.source {folder} holds a model of type {model_type!r}, legal: {', '.join(legal)}")
+        raise ConfigError(f"backbone.source {folder} is a model of type {model_type!r}, legal: {', '.join(legal)}")
     _check_sizes(folder)
     check_folder(folder)
     if not sys.stderr.isatty():
-        disable_progress_bar()  # like our own bars
+        disable_progress_bar()  # as for our own progress bars
     try:
         loaded: Any = DINOv3ViTModel.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
@@ -110,9 +110,9 @@ def _pretrained_vit(folder: Path) -> DINOv3ViTModel:
     if missing:
         raise ConfigError(f"backbone.source {folder} lacks {len(missing)} weights, the first is {missing[0]}. "
                           f"{_DOWNLOAD_HINT}")
-    # transformers only logs these: a ViT-S+ read with a ViT-S config.json would run, without its gates.
+    # transformers only logs these: a ViT-S+ loaded with a ViT-S config.json would run, but without its gates.
     problems = grouped(missing=(), unexpected=report["unexpected_keys"],
                        misshaped=(key for key, *_ in report["mismatched_keys"]))
     if problems:
-        raise ConfigError(f"backbone.source {folder}: config.json describes another ViT than the weights; {problems}")
+        raise ConfigError(f"backbone.source {folder}: config.json does not describe the ViT in the weights; {problems}")
     return vit

@@ -1,17 +1,17 @@
-"""Reading weight files, whoever wrote them, without running code from them.
+"""Read weight files of any supported program, without running code from them.
 
     a ViT                     Meta's backbone .pth: a plain state dict
     adapter and head          Meta's Mask2Former release, bare; or a training checkpoint, {"model": ...}
     a head alone              Meta's linear head: keys segmentation_model.1.* only
-    the whole model           all of the above in one, the ViT below segmentation_model.0.backbone. (or .feature_model.)
-    our own checkpoints       {"model": adapter and head (and a ViT that was trained), "backbone_sha256": ..., ...}
+    the whole model           all of the above, with the ViT under segmentation_model.0.backbone. (or .feature_model.)
+    our own checkpoints       {"model": adapter and head (and a trained ViT), "backbone_sha256": ..., ...}
 
-Each may be a torch or a safetensors file. Besides, directories (or hub ids of them) with config.json and safetensors:
+Each can be a torch or a safetensors file. Directories, or their hub ids, with config.json and safetensors:
 
-    eomt_dinov3               EoMT as transformers publishes it (`trainer.models.eomt_keys`)
-    maskstream                what `trainer/export.py` writes: the whole model, settings and classes
+    eomt_dinov3               EoMT as published for transformers (`trainer.models.eomt_keys`)
+    maskstream                written by `trainer/export.py`: the whole model, settings and classes
 
-A Hugging Face DINOv3 directory holds no head; it is read by `trainer.models.vit_sources`.
+A Hugging Face DINOv3 directory contains no head; `trainer.models.vit_sources` reads it.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ EXPORT_MODEL_TYPE = "maskstream"
 MODEL_TYPES = (EOMT_MODEL_TYPE, EXPORT_MODEL_TYPE)  # of directories that hold a whole model
 VIT_PREFIXES = ("segmentation_model.0.backbone.", "segmentation_model.0.feature_model.")
 _MODEL = "segmentation_model."
-_DEEPEST = 32  # containers in one another
+_MAX_DEPTH = 32  # of nested containers
 
 
 class _ContentRefused(ValueError):
-    """Torch could read it, and we will not use it."""
+    """The file could be read, but its content is not safe to use."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsFile:
-    """What a file holds: a ViT in Meta's layout, adapter and head with the reference's keys, or both."""
+    """Content of a weight file: a ViT in Meta's layout, adapter and head with the reference's keys, or both."""
 
     path: Path
     vit: dict[str, Tensor] = field(default_factory=dict)
@@ -59,20 +59,20 @@ class WeightsFile:
 
     @property
     def is_self_contained(self) -> bool:
-        """Does it say how the network looks and what its classes are? Another program's weights do not."""
+        """Whether it includes the network's settings and classes. Other programs' weights do not."""
         return self.config.get("model_type") == EXPORT_MODEL_TYPE
 
 
 def read_weights(path: str | Path, *, mmap: bool = True) -> WeightsFile:
-    """Read any of the layouts above (`mmap` as in `read_file`). Raises ConfigError naming the file."""
+    """Read any of the layouts above (for `mmap` see `read_file`). Raises ConfigError naming the file."""
     if names_directory(path):
-        hint = "To read a checkpoint, name its file, such as checkpoints/best.pt"
+        hint = "For a checkpoint, give its file, such as checkpoints/best.pt"
         return _read_directory(model_directory(path, hint), mmap=mmap)
     return weights_in(read_file(path, mmap=mmap), path)
 
 
 def names_directory(path: str | Path) -> bool:
-    """Is it a folder, or a hub id, rather than a file?"""
+    """Whether the path is a folder or a hub id, rather than a file."""
     return Path(path).expanduser().is_dir() or (not Path(path).exists() and is_hub_id(str(path)))
 
 
@@ -80,8 +80,8 @@ def _read_directory(folder: Path, *, mmap: bool) -> WeightsFile:
     config = directory_config(folder)
     model_type = config.get("model_type")
     if model_type not in MODEL_TYPES:
-        raise ConfigError(f"{folder} holds a model of type {model_type!r}, legal: {', '.join(MODEL_TYPES)}; name a ViT "
-                          "alone in backbone.source, a checkpoint by its file, such as checkpoints/best.pt")
+        raise ConfigError(f"{folder} is a model of type {model_type!r}, legal: {', '.join(MODEL_TYPES)}; give a ViT "
+                          "without a head as backbone.source, and a checkpoint as a file, such as checkpoints/best.pt")
     state = directory_tensors(folder)
     if not mmap:
         state = {key: tensor.clone() for key, tensor in state.items()}
@@ -98,19 +98,19 @@ def _read_directory(folder: Path, *, mmap: bool) -> WeightsFile:
 
 
 def read_file(path: str | Path, *, mmap: bool = True, shown: str | None = None) -> Any:
-    """The content of a torch or safetensors file, on the CPU; nothing in it is executed. Raises ConfigError, which
-    names the file as `shown`.
+    """The content of a torch or safetensors file, on the CPU, without executing code from it. Raises ConfigError naming
+    the file as `shown`.
 
-    Its hashes are compared first (`trainer.models.integrity`). With `mmap` tensors are pages of the file, so a large
-    model can be copied from it without being in memory twice. They must not be kept: overwriting a mapped file kills
-    the process. Torch's old format cannot be mapped.
+    Its hashes are checked first (`trainer.models.integrity`). With `mmap` tensors are mapped from the file, so that a
+    large model can be copied without being in memory twice. They must not be kept: overwriting a mapped file kills the
+    process. Torch's legacy format cannot be mapped.
     """
     path = Path(path)
     shown = shown or str(path)
     if path.is_dir():
-        raise ConfigError(f"{path} is a folder; name a checkpoint file in it, such as checkpoints/best.pt")
+        raise ConfigError(f"{path} is a folder; give a checkpoint file in it, such as checkpoints/best.pt")
     if not path.is_file():
-        raise ConfigError(f"checkpoint {shown} {'is no regular file' if path.exists() else 'does not exist'}")
+        raise ConfigError(f"checkpoint {shown} {'is not a regular file' if path.exists() else 'does not exist'}")
     check_file(path, shown)
     try:
         if path.suffix == ".safetensors":
@@ -122,61 +122,61 @@ def read_file(path: str | Path, *, mmap: bool = True, shown: str | None = None) 
     except MemoryError:
         raise
     except Exception as error:
-        raise ConfigError(f"checkpoint {shown} cannot be read, it is damaged or holds more than plain tensors: "
+        raise ConfigError(f"checkpoint {shown} cannot be read, it is damaged or contains more than plain tensors: "
                           f"{_why_unreadable(path, error)}") from error
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:
-    """In our words: torch's advise to run what is in the file."""
+    """The cause in our own words, because torch's messages suggest executing code from the file."""
     text = str(error)
     if isinstance(error, _ContentRefused):
         return text
     if path.stat().st_size == 0:
         return "it is empty"
     if refused := re.search(r"GLOBAL (\S+)", text):
-        return f"it holds a {refused[1]}; save the model's state_dict() instead"
+        return f"it contains a {refused[1]}; save the model's state_dict() instead"
     if "TorchScript" in text:
         return "it is a TorchScript archive; save the model's state_dict() instead"
     if path.suffix != ".safetensors" and ("weights_only" in text or not isinstance(error, RuntimeError | OSError)):
-        return "it is no file of torch.save, or its first bytes are damaged"
+        return "it was not written by torch.save, or its first bytes are damaged"
     return text.strip().partition("\n")[0].partition(". This is an internal")[0]
 
 
 def _check_content(content: Any) -> None:
-    """Raise _ContentRefused for tensors that claim more numbers than the file has, and for containers nested without
-    end: copying or comparing them would take all memory, or Python's stack."""
+    """Raise _ContentRefused for tensors that claim more elements than the file has, and for too deeply nested
+    containers: copying or comparing them would exhaust memory or Python's stack."""
     level: list[Any] = [content]
     seen = set[int]()
-    for _ in range(_DEEPEST):
+    for _ in range(_MAX_DEPTH):
         inner: list[Any] = []
         for item in level:
             if isinstance(item, Tensor) and item.numel() * item.element_size() > item.untyped_storage().nbytes():
-                raise _ContentRefused(f"a tensor of shape {tuple(item.shape)} has fewer numbers in the file")
+                raise _ContentRefused(f"a tensor of shape {tuple(item.shape)} has fewer elements in the file")
             if isinstance(item, dict | list | tuple) and id(item) not in seen:
                 seen.add(id(item))
                 inner += item.values() if isinstance(item, dict) else item
         level = inner
     if level:
-        raise _ContentRefused(f"it is nested more than {_DEEPEST} deep")
+        raise _ContentRefused(f"it is nested more than {_MAX_DEPTH} levels deep")
 
 
 def weights_in(content: Any, path: str | Path) -> WeightsFile:
-    """Sort the content of a weight file by its keys. Raises ConfigError when it is of no layout above."""
+    """Split the content of a weight file by its keys. Raises ConfigError when it has none of the layouts above."""
     path = Path(path)
     wrapped = isinstance(content, Mapping) and isinstance(content.get("model"), Mapping)
     state = content["model"] if wrapped else content
     if not isinstance(state, Mapping) or not state:
-        raise ConfigError(f"{path} holds no weights")
+        raise ConfigError(f"{path} contains no weights")
     if all(str(key).startswith("module.") for key in state):  # saved from inside DistributedDataParallel
         state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
     others = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
     if others:
-        raise ConfigError(f"{path} is no plain state dict, these entries are no tensors: {listed(others)}")
+        raise ConfigError(f"{path} is not a plain state dict, these entries are not tensors: {listed(others)}")
     if "cls_token" in state:
         return WeightsFile(path=path, vit=dict(state))
     if not any(key.startswith(_MODEL) for key in state):
-        raise ConfigError(f"{path} holds neither a DINOv3 ViT in Meta's layout nor a segmentation model; its keys are "
-                          f"{listed(state)}. For a Hugging Face model name its directory in backbone.source")
+        raise ConfigError(f"{path} contains neither a DINOv3 ViT in Meta's layout nor a segmentation model; its keys "
+                          f"are {listed(state)}. For a Hugging Face model, set backbone.source to its directory")
     vit = {key.removeprefix(prefix): tensor for key, tensor in state.items() for prefix in VIT_PREFIXES
            if key.startswith(prefix)}
     model = {key: tensor for key, tensor in state.items() if not key.startswith(VIT_PREFIXES)}

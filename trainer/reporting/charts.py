@@ -1,4 +1,4 @@
-"""Charts of a run's record: line charts, drawn by matplotlib, for curves.png and for the report."""
+"""Line charts of a run's metrics, drawn with matplotlib for curves.png and the report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Points = Sequence[tuple[float, float]]
 
 _SMOOTHING = 0.8
 _MOST_MARKERS = 40
-_GREY = "#808080"  # text and grid, to be read on a light page and on a dark one
+_GREY = "#808080"  # text and grid: legible on light and dark pages
 _FEW_COLORS = ("#3388dd", "#dd8833", "#33bb66", "#9955cc")  # of medium lightness, for any background
 _CHART_INCHES = (5.0, 2.4)
 
@@ -34,7 +34,7 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """Lines over steps. `top`: the upper end of the vertical axis, which then begins at 0; None: as the values are."""
+    """Lines over steps. `top`: upper end of the vertical axis, which then starts at 0; None: automatic."""
 
     title: str
     series: Sequence[Series]
@@ -42,7 +42,7 @@ class Chart:
 
 
 def colors(count: int) -> list[str]:
-    """A few lines get distinct colours, many get a ramp, as layers are ordered."""
+    """Colours for `count` lines: distinct ones for a few, a ramp for many, as those are ordered layers."""
     if count <= len(_FEW_COLORS):
         return list(_FEW_COLORS[:count])
     ramp = (colorsys.hsv_to_rgb((190 + 140 * index / (count - 1)) / 360, 0.65, 0.85) for index in range(count))
@@ -50,7 +50,7 @@ def colors(count: int) -> list[str]:
 
 
 def smooth(points: Points) -> Points:
-    """Exponential moving average, corrected for the bias of its start as in Adam."""
+    """Exponential moving average, with bias correction at the start as in Adam."""
     smoothed, total, weight = [], 0.0, 0.0
     for step, value in points:
         total = _SMOOTHING * total + (1 - _SMOOTHING) * value
@@ -60,13 +60,13 @@ def smooth(points: Points) -> Points:
 
 
 def usual_top(points: Points) -> float | None:
-    """An upper end of the axis that suits all but a hundredth of the values."""
+    """An upper end of the axis that fits all but the highest 1 % of the values."""
     finite = sorted(value for _, value in points if math.isfinite(value))
     return 1.5 * finite[int(0.99 * (len(finite) - 1))] or None if finite else None
 
 
 def draw(axes: Axes, chart: Chart) -> None:
-    """Draw a chart. Values that are not finite are left out."""
+    """Draw a chart, without non-finite values."""
     for line in chart.series:
         points = finite_points(line)
         marker = "." if len(points) <= _MOST_MARKERS and not line.faint else None
@@ -85,7 +85,7 @@ def draw(axes: Axes, chart: Chart) -> None:
 
 
 def finite_points(line: Series) -> Points:
-    """The points of a line that can be drawn."""
+    """The points of a line with finite values."""
     return [(x, y) for x, y in line.points if math.isfinite(y)]
 
 
@@ -98,13 +98,13 @@ def svg_uri(chart: Chart) -> str | None:
     import matplotlib
 
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif"}):  # text stays text: small
+    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif"}):  # keep text as text: smaller
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def new_figure(inches: tuple[float, float]) -> Any:
     """An empty matplotlib figure, without pyplot's global state."""
-    import matplotlib.figure  # takes a second to import: only when something is drawn
+    import matplotlib.figure  # takes a second to import, so only when something is drawn
 
     return matplotlib.figure.Figure(figsize=inches, layout="constrained")

@@ -1,4 +1,4 @@
-"""Pictures of a run: curves of its record, the first batch as the model sees it."""
+"""Pictures of a run: training curves, and the first batch as the model sees it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trainer.reporting.run_logger import read_metrics
 
 
 def batch_panel(images: Tensor, batch: Batch, manifest: Manifest, limit: int = 8) -> Image.Image:
-    """Augmented images uint8 [B,3,H,W] beside the batch's targets, to see at a glance that the data is right."""
+    """Augmented images uint8 [B,3,H,W] next to the batch's targets, as a quick visual check of the data."""
     colors = [info.color for info in manifest.classes]
     rows = []
     for image, target in list(zip(images, batch.targets(), strict=True))[:limit]:
@@ -32,8 +32,8 @@ def batch_panel(images: Tensor, batch: Batch, manifest: Manifest, limit: int = 8
 def draw_curves(run: Path) -> Path | None:
     """`<run>/curves.png`: loss, learning rate and validation mIoU over steps.
 
-    None when nothing was logged, or, with a warning, when it cannot be drawn or written: a run that has all it needs
-    does not end over a picture.
+    None when nothing was logged, or, with a warning, when it cannot be drawn or written: a missing picture must not
+    end a run.
     """
     path = run / "curves.png"
     try:

@@ -1,4 +1,4 @@
-"""`<run>/report.html`: a run on one page, which opens anywhere, without network: all it shows is inside it."""
+"""`<run>/report.html`: a run on one self-contained page, which can be viewed anywhere without network access."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _LAYER = re.compile(r"loss_(.+?)(?:_(\d+))?")  # loss_dice_3: of layer 3; loss_d
 
 
 def write_report(folder: Path, config: RunConfig, manifest: Manifest, context: DistContext) -> None:
-    """Write the report of the run in `folder` from what lies there. A failure is a warning, never the end of a run."""
+    """Write the report of the run in `folder` from the files there. A failure is a warning and never ends a run."""
     try:
         page = _page(folder, config, manifest, context)
         write_atomically(folder / REPORT_NAME, page.encode())
-    except Exception as error:  # noqa: BLE001  a page of so many parts, some of which others may have damaged
+    except Exception as error:  # noqa: BLE001  the page has many inputs, any of which may have been damaged
         warnings.warn(f"{folder / REPORT_NAME} could not be written: {error!r}", stacklevel=2)
 
 
@@ -66,7 +66,7 @@ def _style() -> str:
 
 
 def _tiles(state: RunState | None, train: list[dict[str, Any]], val: list[dict[str, Any]]) -> dict[str, str]:
-    """label -> the few numbers at the top of the page"""
+    """Label -> value of the key figures at the top of the page."""
     tiles: dict[str, str] = {}
     if state is not None:
         tiles[f"of {state.total_steps} steps"] = f"{state.step}"
@@ -81,7 +81,7 @@ def _tiles(state: RunState | None, train: list[dict[str, Any]], val: list[dict[s
     if state is not None and state.status == "running" and state.seconds_left is not None:
         tiles["remaining"] = format_duration(state.seconds_left)
     elif state is not None:
-        tiles["since its start"] = format_duration(state.updated - state.started)
+        tiles["elapsed"] = format_duration(state.updated - state.started)
     return tiles
 
 
@@ -110,7 +110,7 @@ def _charts(train: list[dict[str, Any]], val: list[dict[str, Any]]) -> list[Char
 
 
 def _losses_by_term(train: list[dict[str, Any]]) -> dict[str, list[tuple[str, str]]]:
-    """term -> (layer, name in the record), in the order of layers; the one without a number is the last layer."""
+    """Loss term -> (layer, key in the record), in layer order; the key without a number is the last layer's."""
     terms: dict[str, list[tuple[float, str]]] = {}
     for key in train[-1] if train else ():
         match = _LAYER.fullmatch(key)
@@ -121,18 +121,18 @@ def _losses_by_term(train: list[dict[str, Any]]) -> dict[str, list[tuple[str, st
 
 
 def _evaluation(evaluation: dict[str, Any] | None, manifest: Manifest, config: RunConfig) -> dict[str, Any]:
-    """The template's values for classes and confused pairs."""
+    """Template values for classes and confused pairs."""
     if evaluation is None:
         return {"evaluation": None, "means": "", "absent": 0, "class_rows": [], "confused_pairs": []}
-    found = [(iou, number) for number, iou in enumerate(evaluation["per_class_iou"]) if iou == iou]
+    occurring = [(iou, number) for number, iou in enumerate(evaluation["per_class_iou"]) if iou == iou]  # not NaN
     pixels = manifest.split(config.data.val_split).class_pixels
     return {
         "evaluation": evaluation,
         "means": ", ".join(f"{name} {evaluation[name]:.4f}"
                            for name in ("mIoU", "aAcc", "mAcc", "mDice", "mPrecision", "mRecall")),
-        "absent": len(evaluation["per_class_iou"]) - len(found),
+        "absent": len(evaluation["per_class_iou"]) - len(occurring),
         "class_rows": [{"number": number, "iou": iou, "share": pixels[number] / max(1, sum(pixels))}
-                       for iou, number in sorted(found, key=lambda pair: (-pair[0], pair[1]))],
+                       for iou, number in sorted(occurring, key=lambda pair: (-pair[0], pair[1]))],
         "confused_pairs": evaluation["confused_pairs"],
     }
 
@@ -141,19 +141,19 @@ def _pictures(folder: Path) -> list[dict[str, Any]]:
     """The last validation's panels and the first batch."""
     pictures = []
     for prefix, title in (("val-panels", "Validation: image, truth, prediction"), ("first-batch", "The first batch")):
-        found = sorted((folder / PICTURES_NAME).glob(f"{prefix}-*.png"))
-        if found:
-            picture: dict[str, Any] = {"title": title, "step": int(found[-1].stem.rpartition("-")[2]), "uri": None}
+        paths = sorted((folder / PICTURES_NAME).glob(f"{prefix}-*.png"))
+        if paths:
+            picture: dict[str, Any] = {"title": title, "step": int(paths[-1].stem.rpartition("-")[2]), "uri": None}
             try:
-                picture["uri"] = _data_uri(found[-1])
-            except (OSError, SyntaxError, ValueError) as error:  # pillow's, of a damaged PNG
-                picture["problem"] = f"{found[-1].name} cannot be read: {error}"
+                picture["uri"] = _data_uri(paths[-1])
+            except (OSError, SyntaxError, ValueError) as error:  # raised by Pillow for a damaged PNG
+                picture["problem"] = f"{paths[-1].name} cannot be read: {error}"
             pictures.append(picture)
     return pictures
 
 
 def _data_uri(path: Path) -> str:
-    """A picture within the page; JPEG, a quarter of the PNG's size."""
+    """A picture as an inline JPEG, a quarter of the PNG's size."""
     buffer = io.BytesIO()
     with Image.open(path) as picture:
         picture.convert("RGB").save(buffer, "JPEG", quality=85)

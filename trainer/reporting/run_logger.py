@@ -1,4 +1,4 @@
-"""What a run leaves behind for people: metrics.jsonl (the record), TensorBoard, W&B, pictures. Rank 0 only."""
+"""A run's logs: metrics.jsonl (the record), TensorBoard, W&B and pictures. Written by rank 0 only."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ METRICS_NAME = "metrics.jsonl"
 EVALUATION_NAME = "evaluation.json"
 PICTURES_NAME = "pictures"
 SKIPPED_NAME = "skipped-samples.jsonl"
-_BOARD_SECONDS = 20.0  # that TensorBoard may take to close
+_BOARD_SECONDS = 20.0  # time limit for TensorBoard to close
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The records of a run in order; lines that are none, such as one cut short by a kill, are left out.
+    """The records of a run in order; malformed lines, such as one cut short by a kill, are skipped.
 
-    A number that is not finite was written as null, and is NaN here.
+    Non-finite numbers are written as null, and read back as NaN.
     """
     path = run / METRICS_NAME
     if not path.exists():
@@ -49,19 +49,19 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def read_evaluation(run: Path) -> dict[str, Any] | None:
-    """The last validation in full, with its step; None when there was none. Raises ConfigError when it is malformed."""
+    """All results of the last evaluation, with its step; None if there was none. ConfigError when it is malformed."""
     path = run / EVALUATION_NAME
     try:
-        found: dict[str, Any] = nan_for_null(parse_json(path.read_bytes(), str(path)))
+        evaluation: dict[str, Any] = nan_for_null(parse_json(path.read_bytes(), str(path)))
     except FileNotFoundError:
         return None
-    return found
+    return evaluation
 
 
 def append_skipped_samples(run: Path, step: int, rank: int, problems: Sequence[str]) -> None:
-    """Add to `<run>/skipped-samples.jsonl`, which all ranks write, the damaged samples that a step left out.
+    """Append the corrupt samples that a step skipped to `<run>/skipped-samples.jsonl`, which all ranks write to.
 
-    Each problem names shard and number: the key is inside what is damaged.
+    Each problem names shard and sample number; the key cannot be read from a corrupt sample.
     """
     if not problems:
         return
@@ -74,13 +74,14 @@ def append_skipped_samples(run: Path, step: int, rank: int, problems: Sequence[s
 
 
 class RunLogger:
-    """Appends to the run's record from `step` on; what a killed run had logged beyond it is dropped, but events stay.
+    """Appends to the run's record from `step` on. Records that a killed run had logged beyond it are dropped; events
+    stay.
 
-    `wandb`: the run in Weights & Biases that gets the same scalars and pictures.
+    `wandb`: the Weights & Biases run that receives the same scalars and pictures.
     """
 
     def __init__(self, run: Path, step: int, wandb: WandbRun | None = None) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # torch takes seconds to import; reading a record needs none
+        from torch.utils.tensorboard import SummaryWriter  # slow to import (torch), and not needed to read a record
 
         self.run, self.wandb = run, wandb
         kept = [record for record in read_metrics(run) if record["step"] <= step or record["kind"] == "event"]
@@ -99,20 +100,20 @@ class RunLogger:
             self.wandb.log(step, {f"{kind}/{name}": value for name, value in values.items()})
 
     def evaluation(self, step: int, metrics: dict[str, Any]) -> None:
-        """One record of the means, kind "val"; and all of it, classes and pairs too, in `<run>/evaluation.json`."""
+        """One record of the means, kind "val"; `<run>/evaluation.json` gets everything, with classes and pairs."""
         self.scalars(step, "val", {name: value for name, value in metrics.items() if isinstance(value, float)})
         with self._or_warn():
             write_atomically(self.run / EVALUATION_NAME, to_json({"step": step, **metrics}, indent=1).encode())
 
     def event(self, step: int, what: str) -> None:
-        """Something out of the ordinary that a reader of the curves should know, e.g. a restart or a skipped batch."""
+        """An unusual event that explains the curves, e.g. a restart or a skipped step."""
         with self._or_warn():
             what = masked(what)
             self._record({"step": step, "kind": "event", "what": what})
             self._board.add_text("events", what, step)
 
     def picture(self, step: int, name: str, picture: Image.Image) -> None:
-        """A picture: `<run>/pictures/<name>-<step>.png`, in TensorBoard and in W&B."""
+        """Save a picture as `<run>/pictures/<name>-<step>.png`, in TensorBoard and in W&B."""
         folder = self.run / PICTURES_NAME
         with self._or_warn():
             folder.mkdir(exist_ok=True)
@@ -126,7 +127,7 @@ class RunLogger:
     def close(self) -> None:
         with self._or_warn():
             self._file.close()
-        # A full disk kills TensorBoard's own thread, and closing then waits for it for ever.
+        # A full disk kills TensorBoard's writer thread, and close() then waits for it forever.
         board = threading.Thread(target=self._close_board, daemon=True)
         board.start()
         board.join(_BOARD_SECONDS)
@@ -135,9 +136,9 @@ class RunLogger:
             self.wandb.close()
 
     def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
-        """A full disk ends TensorBoard's thread: one line of warning instead of its traceback."""
+        """Report a TensorBoard thread that died of a full disk in one line, instead of its traceback."""
         if type(failure.thread).__module__.startswith("tensorboard") and isinstance(failure.exc_value, OSError):
-            _log.warning("warning: TensorBoard files in %s are no longer written: %s. Training goes on", self.run,
+            _log.warning("warning: TensorBoard files in %s are no longer written: %s. Training continues", self.run,
                          failure.exc_value)
         else:
             self._excepthook(failure)
@@ -148,12 +149,12 @@ class RunLogger:
 
     @contextmanager
     def _or_warn(self) -> Iterator[None]:
-        """A full disk costs records, not the run."""
+        """Turn OSErrors into warnings: a full disk may cost records, but not the run."""
         try:
             yield
         except OSError as error:
             place, reason = error.filename or self.run, error.strerror or error
-            warnings.warn(f"the record in {place} could not be written: {reason}. Training goes on", stacklevel=4)
+            warnings.warn(f"the record in {place} could not be written: {reason}. Training continues", stacklevel=4)
 
     def _record(self, record: dict[str, Any]) -> None:
         self._file.write(to_json(record) + "\n")

@@ -1,4 +1,4 @@
-"""Which versions wrote a checkpoint or a report."""
+"""Software versions, as recorded in checkpoints and reports."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Training state: everything that decides the next step, except the frozen backbone, and how it is read back.
+"""Checkpoints: all state that determines the next step, except a frozen backbone, and how it is read back.
 
-There is no state of random generators in it: all randomness follows from seed and step (`trainer.seeding`).
+No RNG state is stored: all randomness is derived from seed and step (`trainer.seeding`).
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from trainer.models.weights import WeightsFile, names_directory, read_file, read
 
 CHECKPOINT_FORMAT = 2
 BEST_NAME = "best.pt"
-OWNER_NAME = "owner.json"  # whose checkpoints these are (`trainer.run.identity`)
+OWNER_NAME = "owner.json"  # the run that owns these checkpoints (`trainer.run.identity`)
 _NAME = re.compile(r"step-(\d{8})\.pt")
-_PIECE = 64 << 20  # bytes of a download held at a time
+_CHUNK_BYTES = 64 << 20  # of a download, held in memory at a time
 _FIELD_TYPES: dict[str, Any] = {
     "step": int, "model": dict, "optimizer": dict, "config": dict, "classes": list, "ignore_index": int,
     "data_hash": str, "backbone_sha256": str, "best_miou": float | None, "evaluated": bool, "skipped_steps": list,
@@ -37,9 +37,9 @@ _FIELD_TYPES: dict[str, Any] = {
 
 @dataclass(kw_only=True)
 class Checkpoint:
-    """A saved state. `model` holds adapter and head; the ViT is named by config and identified by its hash."""
+    """A saved state. `model` holds adapter and head, and a trained ViT; config and hash identify a frozen one."""
 
-    step: int  # optimiser steps done
+    step: int  # optimiser steps completed
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
     config: dict[str, Any]
@@ -48,10 +48,10 @@ class Checkpoint:
     data_hash: str  # sha256 of the manifest
     backbone_sha256: str
     best_miou: float | None
-    evaluated: bool  # whether an evaluation that is due at this step was done
-    skipped_steps: list[int]  # left out for numbers that were not finite
-    versions: dict[str, str]  # of maskstream and torch that wrote it
-    run_id: str = ""  # of the run it belongs to (`trainer.run.identity`); "": written before there were such
+    evaluated: bool  # False: an evaluation is due at this step and has not been done
+    skipped_steps: list[int]  # skipped because of non-finite losses or gradients
+    versions: dict[str, str]  # of the maskstream and torch that wrote it
+    run_id: str = ""  # of the run it belongs to (`trainer.run.identity`); "": written before run ids existed
     format: int = CHECKPOINT_FORMAT
 
     @property
@@ -60,7 +60,7 @@ class Checkpoint:
 
     @property
     def class_infos(self) -> list[ClassInfo]:
-        """Raises ConfigError when they are none."""
+        """The class table. Raises ConfigError when it is malformed."""
         try:
             return classes_from_table(self.classes)
         except ValueError as error:
@@ -73,22 +73,22 @@ def checkpoint_name(step: int) -> str:
 
 
 def load_checkpoint(path: str | Path, shown: str | None = None) -> Checkpoint:
-    """Read a checkpoint on the CPU, without unpickling code. Raises ConfigError naming the file, as `shown`."""
+    """Read a checkpoint onto the CPU, without unpickling code. Raises ConfigError naming the file as `shown`."""
     shown = shown or str(path)
-    content = read_file(path, mmap=False, shown=shown)  # a run goes on from these while its old files are deleted
-    if not _is_ours(content):
-        found = content.get("format") if isinstance(content, dict) else None
-        raise ConfigError(f"checkpoint {shown} is not a MaskStream checkpoint of format {CHECKPOINT_FORMAT}"
-                          + (f" but of {found}; use the MaskStream that wrote it" if isinstance(found, int) else ""))
+    content = read_file(path, mmap=False, shown=shown)  # the run keeps these tensors after the file is deleted
+    if not _is_checkpoint(content):
+        version = content.get("format") if isinstance(content, dict) else None
+        hint = f" but of {version}; use the MaskStream version that wrote it" if isinstance(version, int) else ""
+        raise ConfigError(f"checkpoint {shown} is not a MaskStream checkpoint of format {CHECKPOINT_FORMAT}{hint}")
     return _from_content(content, shown)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint | WeightsFile:
-    """One of our checkpoints, or the weights that another program wrote. Raises ConfigError naming the file."""
+    """A MaskStream checkpoint, or weights in another layout. Raises ConfigError naming the file."""
     if names_directory(path):
         return read_weights(path)
     content = read_file(path)
-    return _from_content(content, path) if _is_ours(content) else weights_in(content, path)
+    return _from_content(content, path) if _is_checkpoint(content) else weights_in(content, path)
 
 
 def _from_content(content: dict[str, Any], path: str | Path) -> Checkpoint:
@@ -99,15 +99,15 @@ def _from_content(content: dict[str, Any], path: str | Path) -> Checkpoint:
     return Checkpoint(**{field.name: content[field.name] for field in fields(Checkpoint)})
 
 
-def _is_ours(content: Any) -> bool:
+def _is_checkpoint(content: Any) -> bool:
     return isinstance(content, dict) and content.get("format") == CHECKPOINT_FORMAT
 
 
 def load_latest(place: str | Path) -> Checkpoint | None:
-    """The newest sound checkpoint in a folder or at a URL; damaged ones are passed over with a warning; None: no file.
+    """The newest valid checkpoint in a folder or at a URL; damaged ones are skipped with a warning. None: no files.
 
-    best.pt comes last: a kill during the first save, or manual cleanup, may leave only that. Raises ConfigError
-    when there are checkpoints but none is sound: starting anew would overwrite the run.
+    best.pt comes last: a kill during the first save, or manual cleanup, may leave only best.pt. Raises ConfigError
+    when there are checkpoints but none is valid: restarting at step 0 would overwrite the run.
     """
     storage = open_storage(place)
     names = [*reversed(numbered(storage).values()), *([BEST_NAME] if BEST_NAME in _sizes(storage) else [])]
@@ -115,20 +115,20 @@ def load_latest(place: str | Path) -> Checkpoint | None:
         try:
             return _load_verified(storage, name)
         except (ConfigError, StorageError, OSError) as error:
-            warnings.warn(f"{error}. Falling back to the checkpoint before it", stacklevel=2)
+            warnings.warn(f"{error}. Falling back to the previous checkpoint", stacklevel=2)
     if names:
-        raise ConfigError(f"none of the {len(names)} checkpoints in {place} can be read; remove them to start anew "
-                          "there, or choose another output_dir")
+        raise ConfigError(f"none of the {len(names)} checkpoints in {place} can be read; remove them to start over, "
+                          "or choose another output_dir")
     return None
 
 
 def numbered(storage: Storage) -> dict[int, str]:
-    """step -> name of the numbered checkpoints, oldest first."""
+    """Step -> file name of each numbered checkpoint, oldest first."""
     return {int(match[1]): match[0] for match in filter(None, map(_NAME.fullmatch, sorted(_sizes(storage))))}
 
 
 def has_checkpoints(storage: Storage) -> bool:
-    """Whether any checkpoint is there."""
+    """Whether there is any checkpoint."""
     return bool(numbered(storage)) or BEST_NAME in _sizes(storage)
 
 
@@ -140,14 +140,14 @@ def _sizes(storage: Storage) -> dict[str, int]:
 
 
 def _load_verified(storage: Storage, name: str) -> Checkpoint:
-    """A checkpoint whose bytes are those of the hash beside or inside it."""
+    """Load a checkpoint after comparing it with the hash stored next to it or in it."""
     with _local_file(storage, name) as path:
         return load_checkpoint(path, storage.where(name))
 
 
 @contextmanager
 def _local_file(storage: Storage, name: str) -> Iterator[Path]:
-    """The file, its hash beside it."""
+    """A local path to the file, with its hash file next to it; downloaded if necessary."""
     if isinstance(storage, LocalStorage):
         yield storage.folder / name
         return
@@ -157,6 +157,6 @@ def _local_file(storage: Storage, name: str) -> Iterator[Path]:
             (path.parent / (name + HASH_SUFFIX)).write_bytes(storage.read(name + HASH_SUFFIX))
         size = (storage.sizes() or {})[name]
         with path.open("wb") as file:
-            for start in range(0, size, _PIECE):
-                file.write(storage.read(name, start, min(_PIECE, size - start)))
+            for start in range(0, size, _CHUNK_BYTES):
+                file.write(storage.read(name, start, min(_CHUNK_BYTES, size - start)))
         yield path

@@ -1,8 +1,8 @@
-"""Writes checkpoints while training goes on: to a folder or object storage, whole or not at all, and thins them out.
+"""Write checkpoints atomically to a folder or object storage, in the background, and delete old ones.
 
-Order of writing, for `best.pt` (when it is the best), then `step-N.pt`: the old file's hash is dropped, the file is
-published at once, then its hash. So a kill at any point leaves the old file or the new one, whole, and no hash of
-another; what has none beside it has one inside (`trainer.models.integrity`).
+For `best.pt` (if this is the best), then for `step-N.pt`: delete the old file's hash, publish the new file atomically,
+then write its hash. So a kill at any point leaves either the old or the new file, complete, and never with the other's
+hash; a file without a hash file still contains its own hash (`trainer.models.integrity`).
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ _POLL = 0.05  # seconds
 
 
 class CheckpointError(RunError):
-    """A checkpoint could not be written; the message names place and cause."""
+    """A checkpoint could not be written; the message names location and cause."""
 
 
 class TakenOver(RunError):
-    """Another process writes this run's checkpoints now; the message names it."""
+    """Another process now writes this run's checkpoints; the message names it."""
 
 
 class CheckpointWriter:
-    """The checkpoints of one run. At most one is being written; the next waits for it.
+    """Writes the checkpoints of one run, one at a time; `save` waits for the one before.
 
-    A failure (a full disk, a network that is gone) is a warning, as the checkpoint before is still good; only that of
-    the last one is an error (see `close`).
+    A failed write (full disk, network down) is only a warning, as the previous checkpoint is still valid; failing to
+    write the last one is an error (see `close`).
     """
 
     def __init__(self, place: str | Path, scratch: Path, keep: int, keep_every: int | None) -> None:
-        """`place`: folder or URL; `scratch`: local folder for what is on its way to a URL; `keep`: newest ones."""
+        """`place`: folder or URL; `scratch`: local folder to stage uploads in; `keep`: how many newest ones to keep."""
         self.storage = open_storage(place)
         self.scratch = self.storage.folder if isinstance(self.storage, LocalStorage) else scratch
         self.keep, self.keep_every = keep, keep_every
-        self.on_wait: Callable[[], None] = lambda: None  # called again and again while the caller waits
+        self.on_wait: Callable[[], None] = lambda: None  # called repeatedly while the caller waits
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._failure: str | None = None
         self._owner: bytes | None = None
-        self.newest: str | None = None  # name of the last one that was published
+        self.newest: str | None = None  # file name of the last checkpoint published
 
     def save(self, checkpoint: Checkpoint, *, is_best: bool) -> None:
         """Copy the state to the host, then write it in the background."""
@@ -60,7 +60,7 @@ class CheckpointWriter:
         self._pending = self._thread.submit(self._write, copied, is_best)
 
     def wait(self) -> None:
-        """Until nothing is being written; warns when that failed."""
+        """Wait for a write in progress; warns if it failed."""
         pending = self._pending
         if pending is None:
             return
@@ -73,25 +73,25 @@ class CheckpointWriter:
             raise
         except (OSError, RuntimeError, MaskStreamError) as error:  # torch reports a failed write as RuntimeError
             self._failure = f"a checkpoint could not be written to {self.storage.root}: {error}"
-            warnings.warn(f"{self._failure}. Training goes on; the checkpoint before is still there", stacklevel=2)
+            warnings.warn(f"{self._failure}. Training continues; the previous checkpoint is intact", stacklevel=2)
 
     def __enter__(self) -> CheckpointWriter:
         self._owner = self._read_owner()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """After an error what is being written is still finished."""
+        """Let a write in progress finish, also after an error."""
         if self._pending is not None:
             self._wait_for(self._pending)
         self._thread.shutdown()
 
     def close(self) -> None:
-        """Wait for the last one. Raises CheckpointError when it could not be written."""
+        """Wait for the last checkpoint. Raises CheckpointError if it could not be written."""
         self.wait()
         self._thread.shutdown()
         if self._failure is not None:
-            raise CheckpointError(f"{self._failure}. What was trained since the checkpoint before is lost unless the "
-                                  "same command is given again with room to write")
+            raise CheckpointError(f"{self._failure}. Steps since the previous checkpoint are lost; make sure that it "
+                                  "can be written there, then run the same command to repeat them")
 
     def _wait_for(self, pending: Future[None]) -> None:
         while not pending.done():
@@ -116,15 +116,15 @@ class CheckpointWriter:
         self._remove_old(checkpoint.step)
 
     def _check_owner(self) -> None:
-        """Raise TakenOver when another start has come to write here."""
+        """Raise TakenOver if another process now writes here."""
         owner = self._read_owner()
         if self._owner is not None and owner is not None and owner != self._owner:
             text = " ".join(owner.decode(errors="replace").split())[:300]
-            raise TakenOver(f"another start of this run has taken over {self.storage.root}: {text}; this one ends, "
-                            "that one goes on")
+            raise TakenOver(f"another process has taken over {self.storage.root}: {text}; this one exits, that one "
+                            "continues the run")
 
     def _read_owner(self) -> bytes | None:
-        """None for a folder too: its lock keeps others out."""
+        """None for a local folder as well: its lock keeps other processes out."""
         if isinstance(self.storage, LocalStorage):
             return None
         try:
@@ -133,7 +133,7 @@ class CheckpointWriter:
             return None
 
     def _publish(self, temporary: Path, name: str, digest: str, *, keep: bool = False) -> None:
-        """In the order above; `temporary` may be moved away unless it is to be kept."""
+        """Publish a file in the order above; `temporary` may be moved unless `keep` is set."""
         self.storage.delete(name + HASH_SUFFIX)
         if not isinstance(self.storage, LocalStorage):
             self.storage.upload(name, temporary)
@@ -145,8 +145,8 @@ class CheckpointWriter:
         self.storage.write(name + HASH_SUFFIX, hash_line(digest, name))
 
     def _remove_old(self, newest: int) -> None:
-        """Later ones than the newest were found damaged, or it would not be: they count for nothing, and may be
-        looked at until the run comes to their steps again."""
+        """Later checkpoints than `newest` must be damaged, or the run would have resumed from them: they do not count
+        towards `keep`, and stay for inspection until the run overwrites them."""
         names = {step: name for step, name in numbered(self.storage).items() if step <= newest}
         for step, name in list(names.items())[: -self.keep]:
             if self.keep_every is None or step % self.keep_every:
@@ -155,7 +155,7 @@ class CheckpointWriter:
 
 
 def _on_host(value: Any) -> Any:
-    """A copy that later steps do not change."""
+    """A copy on the host, unaffected by later steps."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):

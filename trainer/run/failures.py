@@ -11,19 +11,19 @@ from trainer.data.loader import LoaderError
 from trainer.out_of_memory import OutOfMemory, allocator_error
 from trainer.run.run import Run
 
-# What gloo and NCCL say when a peer is gone.
+# Messages of gloo and NCCL when a peer is gone.
 _LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe",
               "NCCL communicator was aborted", "remote process exited", "Socket Timeout", "Timed out waiting",
               "no longer reachable")
 
 
 class RankLost(RunError):
-    """Another rank died or was cut off."""
+    """Another rank died or became unreachable."""
 
 
 @contextmanager
 def explain_failures(run: Run) -> Iterator[None]:
-    """Turn errors of memory, network and loader processes into one line that names rank, host and step."""
+    """Turn memory, network and loader errors into one line naming rank, host and step."""
     try:
         yield
     except (LoaderError, OutOfMemory) as error:
@@ -33,8 +33,8 @@ def explain_failures(run: Run) -> Iterator[None]:
         if (line := allocator_error(error)) is not None:
             raise OutOfMemory(f"{_where(run)}: out of memory ({line}). {_settings(run)}") from error
         if any(sign in text for sign in _LOST_RANK):
-            raise RankLost(f"{_where(run)}: another rank died or was cut off ({_first_line(text)}); its own output "
-                           "says why. The same command continues from the newest checkpoint") from error
+            raise RankLost(f"{_where(run)}: another rank died or became unreachable ({_first_line(text)}); see its own "
+                           "output for the cause. The same command resumes from the newest checkpoint") from error
         raise
 
 
@@ -44,7 +44,7 @@ def _where(run: Run) -> str:
 
 def _first_line(text: str) -> str:
     line = text.strip().splitlines()[0] if text.strip() else "no details"
-    return line.partition(". This is")[0][:300]  # what follows are gloo's guesses
+    return line.partition(". This is")[0][:300]  # gloo's speculation about the cause follows
 
 
 def _settings(run: Run) -> str:
@@ -52,9 +52,9 @@ def _settings(run: Run) -> str:
     crop = config.data.crop_size or "as stored"
     return (
         f"Lower train.micro_batch_size (now {config.train.micro_batch_size}; the global batch stays "
-        f"{config.train.global_batch_size}, accumulation makes up for it); set train.gradient_checkpointing=true (now "
+        f"{config.train.global_batch_size} through accumulation); set train.gradient_checkpointing=true (now "
         f"{str(config.train.gradient_checkpointing).lower()}); lower data.crop_size (now {crop}), loss.num_points (now "
-        f"{config.loss.num_points}) or, if it happened while evaluating, eval.crop_size (now {config.eval.crop_size}). "
-        f"Host memory: data.workers (now {config.data.workers}), data.prefetch_batches (now "
+        f"{config.loss.num_points}) or, if this was during evaluation, eval.crop_size (now {config.eval.crop_size}). "
+        f"For host memory, lower data.workers (now {config.data.workers}), data.prefetch_batches (now "
         f"{config.data.prefetch_batches}), data.read_ahead_mb (now {config.data.read_ahead_mb})"
     )

@@ -1,4 +1,4 @@
-"""A run's folder before the run is in it: one run at a time, and a word in state.json from the first moment."""
+"""Lock output_dir, so that only one run uses it, and record the start in state.json."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from shards.files.plain_file import open_plain
 from trainer.reporting.state import RunState, read_state, write_state
 
 LOCK_NAME = ".lock"
-_WAIT_SECONDS = 120.0  # seconds; a run that was stopped or killed may take so long to let go
-_PAUSE = 0.5
+_WAIT_SECONDS = 120.0  # a run that was stopped or killed can take this long to release the lock
+_POLL_SECONDS = 0.5
 
 
 class FolderInUse(RunError):
-    """Another process trains into the folder; the message says which."""
+    """Another process is training in this folder; the message names it."""
 
 
 @contextmanager
 def lock_run_folder(folder: Path, wait_seconds: float = _WAIT_SECONDS, setting: str = "output_dir") -> Iterator[None]:
-    """Keep other runs out of `folder`, which is made, until the end or this process's death.
+    """Create `folder` and keep other runs out of it until the context exits or this process dies.
 
-    Waits `wait_seconds` for a run that is there, then removes what killed ones left half-written. Raises FolderInUse,
-    which says to change `setting`.
+    Waits up to `wait_seconds` for a run already there, then removes partial files that killed runs left. Raises
+    FolderInUse, whose message suggests changing `setting`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open_lock(folder / LOCK_NAME) as file:
@@ -41,21 +41,21 @@ def lock_run_folder(folder: Path, wait_seconds: float = _WAIT_SECONDS, setting: 
 
 
 def _lock(file: IO[str], folder: Path, deadline: float, setting: str) -> bool:
-    """Whether the lock is held now; it is not on a file system without locks."""
-    told = False
+    """Acquire the lock. False on a file system without locks, which gets a warning."""
+    announced = False
     while True:
         try:
             reason = try_lock(file)
             break
         except BlockingIOError:
             file.seek(0)
-            holder = f"{folder} is in use by a run ({file.read().strip() or 'which has just begun'})"
+            holder = f"{folder} is in use by a run ({file.read().strip() or 'which has just started'})"
             if time.monotonic() > deadline:
                 raise FolderInUse(f"{holder}; wait for its end, or choose another {setting}") from None
-            if not told:
+            if not announced:
                 print(f"{holder}; waiting for its end", flush=True)
-                told = True
-            time.sleep(_PAUSE)
+                announced = True
+            time.sleep(_POLL_SECONDS)
     if reason is not None:
         warn_unlocked(folder, reason)
         return False
@@ -67,7 +67,7 @@ def _lock(file: IO[str], folder: Path, deadline: float, setting: str) -> bool:
 
 
 def is_used(folder: Path) -> bool | None:
-    """Whether a run is in the folder now; None when that cannot be told (there is no lock, or none can be had)."""
+    """Whether a run is using the folder now; None if unknown (no lock file, or locking is not possible)."""
     try:
         with os.fdopen(open_plain(folder / LOCK_NAME), "rb") as file:
             return None if try_lock(file, shared=True) else False
@@ -79,8 +79,10 @@ def is_used(folder: Path) -> bool | None:
 
 @contextmanager
 def record_start(folder: Path, total_steps: int, world_size: int) -> Iterator[None]:
-    """The run's state from before its data and model are there: a death while they load is not "no run was started",
-    and an error then is not "stopped". What the loop says later stays."""
+    """Write state.json before data and model are loaded, so that a death or an error meanwhile is visible as such.
+
+    On an error the state becomes "failed", or "stopped" on an interrupt, unless the training loop has written its own.
+    """
     before, now = _state_of(folder), time.time()
     state = RunState(
         status="running", step=before.step if before else 0, total_steps=total_steps, world_size=world_size,
@@ -101,5 +103,5 @@ def record_start(folder: Path, total_steps: int, world_size: int) -> Iterator[No
 def _state_of(folder: Path) -> RunState | None:
     try:
         return read_state(folder)
-    except (ConfigError, StorageError, OSError):  # damaged; it is only for looking at
+    except (ConfigError, StorageError, OSError):  # damaged; state.json is only informative
         return None

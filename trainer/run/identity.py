@@ -1,10 +1,11 @@
-"""Whose checkpoints are these? A run's identity, and one run at a time in the place of its checkpoints.
+"""Run identity: which run owns a checkpoint location, and which process may write to it.
 
-    <output_dir>/run-id         made once; each checkpoint carries it
-    <checkpoints>/owner.json    which run the place belongs to, and which of its starts writes there
+    <output_dir>/run-id         created once; stored in every checkpoint
+    <checkpoints>/owner.json    the run that owns the location, and the process ("session") of it that writes there
 
-A folder is locked besides. On object storage the owner is created by a conditional put, so of two new runs one wins; a
-start of the same run takes over, as after kill -9, and a start that was taken over stops writing (`checkpoint_writer`).
+A local folder is locked as well. On object storage owner.json is created by a conditional put, so of two new runs only
+one succeeds. A new process of the same run takes over, as after kill -9, and the old one stops writing
+(`checkpoint_writer`).
 """
 
 from __future__ import annotations
@@ -29,23 +30,23 @@ from trainer.run.checkpoint import OWNER_NAME, has_checkpoints
 from trainer.run.folder import lock_run_folder
 
 ID_NAME = "run-id"
-_RELEASE_PATIENCE = RetryPolicy(tries=2, timeout=5.0)  # the run has ended; the next start does without it
+_RELEASE_RETRIES = RetryPolicy(tries=2, timeout=5.0)  # short: the run has ended, and the next start copes without it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Owner:
-    """Who writes checkpoints to a place."""
+    """The run and process that write checkpoints to a location."""
 
     run_id: str
     output_dir: str
     host: str
     pid: int
-    session: str  # of this start
+    session: str  # random, one per process
     ended: bool = False
 
 
 def run_id(folder: Path) -> str:
-    """The identity of the run in `folder`; "" when it has none yet."""
+    """The id of the run in `folder`; "" if it has none yet."""
     try:
         return (folder / ID_NAME).read_text(encoding="ascii", errors="replace").strip()
     except FileNotFoundError:
@@ -54,10 +55,10 @@ def run_id(folder: Path) -> str:
 
 @contextmanager
 def lock_checkpoints(place: str | Path, folder: Path) -> Iterator[None]:
-    """Make `place` that of the checkpoints of the run in `folder`, which is locked, and keep other runs out.
+    """Claim `place` for the checkpoints of the run in `folder` (already locked), and keep other runs out of it.
 
-    Gives the run its identity if it has none. Raises ConfigError when the place belongs to another run, FolderInUse
-    when one is there.
+    Creates the run's id if it has none. Raises ConfigError when `place` belongs to another run, FolderInUse when
+    another run is using it.
     """
     storage = open_storage(place)
     lock = isinstance(storage, LocalStorage) and storage.folder.resolve() != folder.resolve()
@@ -69,68 +70,68 @@ def lock_checkpoints(place: str | Path, folder: Path) -> Iterator[None]:
             _release(place, owner)
 
 
-def check_identity(mine: str, folder: Path, theirs: str, output_dir: str | None) -> None:
-    """Raise ConfigError unless a checkpoint of the run `theirs`, made in `output_dir`, is this run's own; either has
-    none if it was begun before there were identities."""
-    if mine and theirs and mine != theirs:
-        raise ConfigError(_another_runs(f"the checkpoint in train.checkpoint_dir is of {output_dir} ({theirs})", mine,
-                                        folder))
+def check_identity(own_id: str, folder: Path, checkpoint_id: str, output_dir: str | None) -> None:
+    """Raise ConfigError if a checkpoint, written by the run in `output_dir`, belongs to another run than the one in
+    `folder`. Either id is empty if the run started before ids existed."""
+    if own_id and checkpoint_id and own_id != checkpoint_id:
+        found = f"the checkpoint in train.checkpoint_dir belongs to the run in {output_dir} ({checkpoint_id})"
+        raise ConfigError(_wrong_owner(found, own_id, folder))
 
 
 def _claim(storage: Storage, folder: Path) -> Owner:
-    there = _owner_of(storage)
-    mine = run_id(folder) or _adopted(storage, there, folder) or secrets.token_hex(8)
-    owner = Owner(run_id=mine, output_dir=str(folder.resolve()), host=socket.gethostname(), pid=getpid(),
+    current = _owner_of(storage)
+    own_id = run_id(folder) or _recovered_id(storage, current, folder) or secrets.token_hex(8)
+    owner = Owner(run_id=own_id, output_dir=str(folder.resolve()), host=socket.gethostname(), pid=getpid(),
                   session=secrets.token_hex(8))
-    if there is None:
+    if current is None:
         try:
             storage.write(OWNER_NAME, _content(owner), create=True)
         except StorageError:
-            there = _owner_of(storage)
-            if there is None:
+            current = _owner_of(storage)
+            if current is None:
                 raise
-    if there is not None and there.session != owner.session:  # else the answer to our own put was lost
-        if there.run_id != mine and (has_checkpoints(storage) or not _is_gone(there, storage)):
-            raise ConfigError(_another_runs(f"{storage.root} belongs to the run in {there.output_dir} ({there.run_id}),"
-                                            f" process {there.pid} on {there.host}", mine, folder)
-                              + f"; if that run is gone for good, remove {storage.where(OWNER_NAME)} and its "
-                              "checkpoints")
+    if current is not None and current.session != owner.session:  # equal: our put succeeded, its response was lost
+        if current.run_id != own_id and (has_checkpoints(storage) or not _is_gone(current, storage)):
+            found = (f"{storage.root} belongs to the run in {current.output_dir} ({current.run_id}), process "
+                     f"{current.pid} on {current.host}")
+            raise ConfigError(f"{_wrong_owner(found, own_id, folder)}; if that run no longer exists, remove "
+                              f"{storage.where(OWNER_NAME)} and its checkpoints")
         storage.write(OWNER_NAME, _content(owner))
-    write_atomically(folder / ID_NAME, f"{mine}\n".encode())
+    write_atomically(folder / ID_NAME, f"{own_id}\n".encode())
     return owner
 
 
-def _another_runs(found: str, mine: str, folder: Path) -> str:
-    return (f"{found}, not of the run in {folder} ({mine}); choose another train.checkpoint_dir, give that run's "
-            "output_dir to continue it, or name its best.pt in load.weights to start from its weights")
+def _wrong_owner(found: str, own_id: str, folder: Path) -> str:
+    return (f"{found}, not to the run in {folder} ({own_id}); choose another train.checkpoint_dir, set output_dir to "
+            "that run's to continue it, or set load.weights to its best.pt to start from its weights")
 
 
-def _adopted(storage: Storage, there: Owner | None, folder: Path) -> str | None:
-    """The identity of a run whose folder was lost, such as a node's own disk, and whose checkpoints were not."""
-    same = there is not None and there.output_dir == str(folder.resolve()) and _is_gone(there, storage)
-    return there.run_id if there is not None and same else None
+def _recovered_id(storage: Storage, current: Owner | None, folder: Path) -> str | None:
+    """The id of a run that lost its folder, for example with a node's local disk, but not its checkpoints."""
+    same = current is not None and current.output_dir == str(folder.resolve()) and _is_gone(current, storage)
+    return current.run_id if current is not None and same else None
 
 
 def _is_gone(owner: Owner, storage: Storage) -> bool:
-    """Whether no process of it can be there any more. A folder's lock, which is held here, says so."""
+    """Whether the owner's process cannot be running any more. Holding a local folder's lock, as here, implies it."""
     if isinstance(storage, LocalStorage) or owner.ended:
         return True
     return owner.host == socket.gethostname() and (owner.pid == getpid() or not process_exists(owner.pid))
 
 
 def _release(place: str | Path, owner: Owner) -> None:
-    """Say that the run has ended, unless another start has taken over."""
-    storage = open_storage(place, _RELEASE_PATIENCE)
+    """Mark the owner as ended, unless another process has taken over."""
+    storage = open_storage(place, _RELEASE_RETRIES)
     try:
         if _owner_of(storage) == owner:
             storage.write(OWNER_NAME, _content(dataclasses.replace(owner, ended=True)))
     except (OSError, ShardError, ConfigError) as error:
-        warnings.warn(f"{storage.where(OWNER_NAME)} could not be written: {error}. The next start of this run does "
-                      "not need it", stacklevel=2)
+        warnings.warn(f"{storage.where(OWNER_NAME)} could not be written: {error}. This run can still be resumed",
+                      stacklevel=2)
 
 
 def _owner_of(storage: Storage) -> Owner | None:
-    """Raises ConfigError when the file is malformed."""
+    """The content of owner.json; None if there is none. Raises ConfigError when it is malformed."""
     try:
         data = storage.read(OWNER_NAME)
     except FileNotFoundError:
@@ -142,11 +143,11 @@ def _owner_of(storage: Storage) -> Owner | None:
             raise TypeError("a field has the wrong type")
         return owner
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"{storage.where(OWNER_NAME)} does not say whose checkpoints these are: {error}; remove it "
-                          "if no other run writes there") from error
+        raise ConfigError(f"{storage.where(OWNER_NAME)} is malformed, so the owner of these checkpoints is unknown: "
+                          f"{error}; remove it if no other run writes there") from error
 
 
-_KINDS = (str, str, str, int, str, bool)  # of Owner's fields, in their order
+_KINDS = (str, str, str, int, str, bool)  # types of Owner's fields, in order
 
 
 def _content(owner: Owner) -> bytes:

@@ -1,4 +1,4 @@
-"""When a loss or gradient is NaN or infinite: a record to find the cause, then what `train.on_non_finite` says."""
+"""Non-finite losses or gradients: write a record for finding the cause, then apply `train.on_non_finite`."""
 
 from __future__ import annotations
 
@@ -21,44 +21,44 @@ RECORD_FOLDER = "non-finite"
 
 
 class TrainingDiverged(RunError):
-    """A loss or gradient is not finite; the message names step, what is not, and samples."""
+    """A loss or gradient is not finite; the message names the step, the quantity and the samples."""
 
 
 @dataclass(frozen=True)
 class NonFiniteStep:
-    """Losses or gradients of a step that are not finite, seen by all ranks alike, before the weights were touched."""
+    """A step with a non-finite loss or gradient, detected on all ranks alike before the weights were updated."""
 
     global_losses: Mapping[str, float]  # of the whole global batch
     losses: Sequence[Mapping[str, Tensor]]  # of each of this rank's micro-batches
-    problems: Sequence[str | None]  # of each of them: what the loss found
+    problems: Sequence[str | None]  # the cause, where the loss knows it, for each of these micro-batches
 
     @property
     def reason(self) -> str:
-        """What is not finite, in a few words."""
+        """What is not finite, briefly."""
         bad = next(name for name, value in self.global_losses.items() if not math.isfinite(value))
         return next(filter(None, self.problems), f"{bad} is {self.global_losses[bad]}")
 
 
 class RollBack(Exception):
-    """The run is to continue from its last checkpoint."""
+    """The run must continue from its last checkpoint."""
 
 
 class NonFiniteGuard:
-    """Applies `train.on_non_finite` after a step with NaN or infinity, on all ranks alike."""
+    """Applies `train.on_non_finite` after a step with NaN or infinity, in the same way on all ranks."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self._buffers: list[Tensor] = []
 
     def before_step(self) -> None:
-        """Keep batch norm's statistics: a forward pass updates them, and a skipped step must not have done so."""
+        """Save batch norm's running statistics: the forward pass updates them, which skipping the step must undo."""
         if self.run.config.train.on_non_finite == "skip":
             self._buffers = [buffer.clone() for buffer in self.run.model.buffers()]
 
     def leave_out(self, step: NonFiniteStep, micro_batches: Sequence[Batch]) -> None:
-        """Write the record, and return if the run may continue without the step.
+        """Write the record; return if the run continues without this step.
 
-        Raises RollBack, or TrainingDiverged to stop.
+        Otherwise raises RollBack, or TrainingDiverged to stop the run.
         """
         run, settings = self.run, self.run.config.train
         policy = settings.on_non_finite
@@ -66,12 +66,12 @@ class NonFiniteGuard:
         keys = [key for batch in micro_batches for key in batch.keys]
         where = f"step {run.step + 1}, rank {run.context.rank}: {step.reason}; samples: {', '.join(keys)}"
         if policy == "stop":
-            raise TrainingDiverged(f"{where}. The weights were not updated; {run.folder / RECORD_FOLDER} says more. "
-                                   "Lower optimizer.lr, set optimizer.clip_grad_norm, look at these samples, or set "
-                                   "train.on_non_finite to skip or rollback")
+            raise TrainingDiverged(f"{where}. The weights were not updated; for details see "
+                                   f"{run.folder / RECORD_FOLDER}. Lower optimizer.lr, set optimizer.clip_grad_norm, "
+                                   "inspect these samples, or set train.on_non_finite to skip or rollback")
         run.skipped_steps = sorted({*run.skipped_steps, run.step + 1})
         if len(run.skipped_steps) > settings.non_finite_budget:
-            raise TrainingDiverged(f"{where}. Steps {run.skipped_steps} were left out, and train.non_finite_budget is "
+            raise TrainingDiverged(f"{where}. Steps {run.skipped_steps} were skipped, but train.non_finite_budget is "
                                    f"{settings.non_finite_budget}")
         if policy == "rollback":
             raise RollBack(where)
@@ -81,7 +81,7 @@ class NonFiniteGuard:
 
 
 def write_record(run: Run, step: NonFiniteStep, micro_batches: Sequence[Batch]) -> None:
-    """`<run>/non-finite/step-N-rank-R.json`: samples, losses and gradient norms, to find the cause."""
+    """Write `<run>/non-finite/step-N-rank-R.json`: samples, losses and gradient norms, for finding the cause."""
     record = {
         "step": run.step + 1, "rank": run.context.rank, "host": socket.gethostname(),
         "policy": run.config.train.on_non_finite, "what": step.reason,
@@ -97,12 +97,12 @@ def write_record(run: Run, step: NonFiniteStep, micro_batches: Sequence[Batch]) 
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / f"step-{run.step + 1:08d}-rank-{run.context.rank}.json",
                          to_json(record, indent=1, not_finite=str).encode())
-    except OSError as error:  # a full disk must not end a run that is to continue
-        warnings.warn(f"the record of non-finite numbers could not be written to {folder}: {error}", stacklevel=2)
+    except OSError as error:  # a full disk must not end a run that could continue
+        warnings.warn(f"the record of a non-finite step could not be written to {folder}: {error}", stacklevel=2)
 
 
 def _gradient_norms(run: Run) -> dict[str, float]:
-    """L2 norm of the gradient of each part, three levels of modules deep, over all ranks."""
+    """L2 gradient norm, after the all-reduce, of each part of the model: modules up to three levels deep."""
     squares: dict[str, Tensor] = {}
     for name, parameter in run.model.named_parameters():
         if parameter.grad is not None:

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: log lines, state.json, events, evaluations, and at its end curves and the report."""
+"""Progress reporting: log lines, state.json, events and evaluations; curves and the report at the end of the run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _REFRESH_SECONDS = 30.0
 
 @contextmanager
 def report_on(run: Run) -> Iterator[RunReporter]:
-    """A reporter for the steps inside. At the end rank 0 draws curves.png and report.html, whatever happened."""
+    """A reporter for a run. On exit, even after an error, rank 0 writes curves.png and report.html."""
     logger = start_logging(run) if run.context.is_main else None
     try:
         with closing(logger) if logger is not None else nullcontext(), RunReporter(run, logger) as reporter:
@@ -43,13 +43,13 @@ def report_on(run: Run) -> Iterator[RunReporter]:
 
 
 class RunReporter:
-    """Counts and times steps; on rank 0, which has a `logger`, it also logs them and writes the run's state."""
+    """Counts and times steps; on rank 0, which has a `logger`, also logs them and writes state.json."""
 
     def __init__(self, run: Run, logger: RunLogger | None, clock: Callable[[], float] = time.perf_counter) -> None:
         self.run, self.logger, self._clock = run, logger, clock
         self._started = time.time()
         self._first_step, self._first_clock = run.step, clock()
-        self._told_unmatched = False
+        self._warned_unmatched = False
         self._begin_interval()
         run.writer.on_wait = self._still_writing
         self.write_state("running")
@@ -59,7 +59,7 @@ class RunReporter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        """The last word in state.json."""
+        """Write the final status to state.json."""
         if error is None:
             self.write_state("finished")
         elif isinstance(error, RunStopped | KeyboardInterrupt):
@@ -71,32 +71,32 @@ class RunReporter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """The time inside counts as waiting for data."""
+        """Count the time inside as waiting for data."""
         entered = self._clock()
         yield
         self._data_seconds += self._clock() - entered
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """The time inside, an evaluation, does not count in the speed of steps."""
+        """Exclude the time inside, such as an evaluation, from the speed of steps."""
         entered = self._clock()
         yield
         self._interval_start += self._clock() - entered
 
     def still_alive(self) -> None:
-        """Call it often during an evaluation or while a checkpoint is written: refreshes state.json now and then."""
+        """Refresh state.json if it is old. Call it often during an evaluation or while a checkpoint is written."""
         if self._clock() - self._written >= _REFRESH_SECONDS:
             self.write_state("running")
 
     def _still_writing(self) -> None:
-        """Slow storage is no hang."""
+        """Tell watchdog and state.json that the run is alive: slow storage is not a hang."""
         self.run.beat("checkpoint")
         self.still_alive()
 
     # -- what happened ------------------------------------------------------------------------------------
 
     def batches_loaded(self, micro_batches: Sequence[Batch]) -> None:
-        """Draw the first batch of a run, and record damaged samples that data.on_corrupt left out."""
+        """Save a picture of the run's first batch, and record corrupt samples that data.on_corrupt skipped."""
         step, run = self.run.step, self.run
         if step == 0 and self.logger is not None:
             first = micro_batches[0].to(torch.device("cpu"))
@@ -105,17 +105,17 @@ class RunReporter:
         append_skipped_samples(run.folder, step + 1, run.context.rank, skipped)
         if self.logger is not None:
             for problem in skipped:
-                self.logger.event(step + 1, f"left out a damaged sample: {problem}")
+                self.logger.event(step + 1, f"skipped a corrupt sample: {problem}")
 
     def unmatched_targets(self, count: int) -> None:
-        """Warn once that images have more targets than there are queries; `count` of them in this step."""
-        if count and not self._told_unmatched:
-            self.announce(f"step {self.run.step + 1}: {count} targets stayed unmatched, of images with more classes "
-                          "than decoder_head.num_queries; this is said once")
-            self._told_unmatched = True
+        """Warn once if images have more targets than queries; `count` targets stayed unmatched in this step."""
+        if count and not self._warned_unmatched:
+            self.announce(f"step {self.run.step + 1}: {count} targets stayed unmatched, in images with more classes "
+                          "than decoder_head.num_queries; this is reported only once")
+            self._warned_unmatched = True
 
     def step_done(self, losses: dict[str, float]) -> None:
-        """Call it after each step; logs every `train.log_every` steps and at the end."""
+        """Call after each step; logs every `train.log_every` steps and at the last one."""
         self._steps += 1
         settings = self.run.config.train
         if self.logger is None or (self.run.step % settings.log_every and self.run.step != settings.total_steps):
@@ -127,7 +127,7 @@ class RunReporter:
         self._begin_interval()
 
     def evaluation_done(self, result: Evaluation) -> None:
-        """Log metrics and panels, and bring the report up to date."""
+        """Log metrics and panels, and update the report."""
         run = self.run
         if self.logger is None:
             return
@@ -138,7 +138,7 @@ class RunReporter:
         write_report(run.folder, run.config, run.manifest, run.context)
 
     def announce(self, what: str) -> None:
-        """Print and record something that does not happen every day."""
+        """Print an unusual event and record it in the log."""
         if self.logger is not None:
             tqdm.write(what)
             self.logger.event(self.run.step, what)
@@ -146,7 +146,7 @@ class RunReporter:
     # -- state.json ---------------------------------------------------------------------------------------
 
     def write_state(self, status: str, message: str = "") -> None:
-        """Say in state.json how the run stands; see `RunState.status`. Does nothing on other ranks."""
+        """Write state.json on rank 0; see `RunState.status`. A no-op on other ranks."""
         self._written = self._clock()
         if self.logger is not None:
             write_state(self.run.folder, self._state(status, message))
@@ -176,7 +176,7 @@ class RunReporter:
 
 
 def start_logging(run: Run) -> RunLogger:
-    """Save the resolved configuration, say what starts, and open the run's record."""
+    """Save the resolved configuration, print a summary of the run, and open its log."""
     run.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(run.folder / "config.yaml", config_to_yaml(run.config).encode())
     trainable = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
@@ -195,7 +195,7 @@ def start_logging(run: Run) -> RunLogger:
 
 
 def interval_line(state: RunState, values: dict[str, float]) -> str:
-    """The one line that a log interval prints."""
+    """The line printed for each log interval."""
     return (f"step {state.step}/{state.total_steps}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
             f"grad {values['grad_norm']:.2f}  {values['images_per_second']:.1f} images/s  "
             f"waiting for data {values['data_wait_share']:.0%}  {values['seconds_per_step']:.3g} s/step  "
@@ -203,11 +203,11 @@ def interval_line(state: RunState, values: dict[str, float]) -> str:
 
 
 def memory_gb(device: torch.device) -> float:
-    """CUDA: the most that tensors took since the last call. CPU: what this process holds now (0 without /proc)."""
+    """CUDA: peak memory allocated since the last call. CPU: this process's resident memory now (0 without /proc)."""
     if device.type == "cuda":
-        most = torch.cuda.max_memory_allocated(device)
+        peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        return most / 1e9
+        return peak / 1e9
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""A run: everything that one training run is made of, in one object, and its state as a checkpoint."""
+"""`Run`: all parts of one training run in one object, with its state as a checkpoint."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class RunPlaces(NamedTuple):
 
 
 def run_places(config: RunConfig) -> RunPlaces:
-    """Raises ConfigError saying what to type when data.root or output_dir is missing."""
+    """The configured locations. Raises ConfigError with an example command if data.root or output_dir is not set."""
     missing = [name for name, value in (("data.root", config.data.root), ("output_dir", config.output_dir))
                if value is None]
     if missing:
         raise ConfigError(
-            f"{' and '.join(missing)} not set. Type for example: torchrun --standalone --nproc-per-node 2 "
+            f"{' and '.join(missing)} not set. Try for example: torchrun --standalone --nproc-per-node 2 "
             "trainer/train.py data.root=<folder of shards> output_dir=<folder for the run>"
         )
     assert config.data.root is not None and config.output_dir is not None
@@ -54,7 +54,7 @@ def run_places(config: RunConfig) -> RunPlaces:
 
 @dataclass(kw_only=True)
 class Run:
-    """The parts of a run, and its state: `step` counts finished optimiser updates."""
+    """The parts of a run and its state; `step` counts completed optimiser updates."""
 
     config: RunConfig
     context: DistContext
@@ -64,19 +64,19 @@ class Run:
     val_reader: ShardReader
     accumulation: int  # micro-batches of this rank in each step
     model: Segmenter
-    wrapped: nn.Module  # the model, in DDP when there is a process group
+    wrapped: nn.Module  # the model, wrapped in DDP when there is a process group
     criterion: Criterion
     optimizer: torch.optim.AdamW
     writer: CheckpointWriter
     backbone_sha256: str
-    run_id: str  # shared by all its starts (`trainer.run.identity`)
+    run_id: str  # the same whenever the run is resumed (`trainer.run.identity`)
 
     step: int = 0
     best_miou: float | None = None
     metrics: dict[str, Any] | None = None  # of the last evaluation
     evaluated: bool = True  # False: an evaluation is due at `step` and was interrupted
-    skipped_steps: list[int] = field(default_factory=list)  # left out because of NaN or infinity
-    changes: list[str] = field(default_factory=list)  # settings that differ from those of the checkpoint it resumed
+    skipped_steps: list[int] = field(default_factory=list)  # because of NaN or infinity
+    changes: list[str] = field(default_factory=list)  # settings that differ from those of the resumed checkpoint
     stop: StopRequest = field(default_factory=StopRequest)
 
     @property
@@ -89,11 +89,11 @@ class Run:
         return self.step == self.config.train.total_steps and self.evaluated
 
     def beat(self, phase: str) -> None:
-        """Tell the watchdog, if there is one, that a phase begins."""
+        """Report the start of a phase to the watchdog, if there is one."""
         self.context.beat(phase, self.step)
 
     def save_checkpoint(self) -> None:
-        """Rank 0 writes in the background; every rank keeps track of the best mIoU. Call it on all ranks."""
+        """Rank 0 writes in the background; every rank tracks the best mIoU. Call it on all ranks."""
         miou = self.metrics["mIoU"] if self.metrics is not None and self.evaluated else None
         is_best = miou is not None and math.isfinite(miou) and (self.best_miou is None or miou > self.best_miou)
         if is_best:
@@ -102,7 +102,7 @@ class Run:
             self.writer.save(self.snapshot(), is_best=is_best)
 
     def snapshot(self) -> Checkpoint:
-        """The state as a checkpoint. Tensors are the run's own: its next step changes them."""
+        """The state as a checkpoint. It shares the run's tensors, which the next step modifies."""
         return Checkpoint(
             step=self.step, model=self.model.trainable_state_dict(), optimizer=self.optimizer.state_dict(),
             config=config_to_dict(self.config), classes=class_table(self.manifest.classes),
@@ -121,7 +121,7 @@ class Run:
 
 
 def open_crops(config: RunConfig, manifest: Manifest) -> TrainCrops:
-    """The training samples in their order. Raises ConfigError when their size does not suit the head."""
+    """The training samples in the planned order. Raises ConfigError when their size does not fit the head."""
     reader = open_reader(config.data, config.data.train_split, manifest)
     plan = TrainPlan([shard.samples for shard in reader.info.shards], config.train.micro_batch_size, config.seed,
                      config.data.lanes, config.data.span_samples)
@@ -132,10 +132,10 @@ def open_crops(config: RunConfig, manifest: Manifest) -> TrainCrops:
 
 
 def build_run(config: RunConfig, context: DistContext, places: RunPlaces) -> Run:
-    """Data, model, criterion and optimiser of a run at step 0, on the device.
+    """Build a run at step 0: data, model, criterion and optimiser, on the device.
 
-    All ranks draw the same initial weights from the seed. Raises ConfigError for settings that do not fit the data,
-    each other or the number of ranks.
+    All ranks draw the same initial weights from the seed. Raises ConfigError for settings that are inconsistent with
+    the data, with each other or with the number of ranks.
     """
     settings = config.train
     accumulation = accumulation_for(settings.global_batch_size, settings.micro_batch_size, context.world_size)
@@ -151,7 +151,7 @@ def build_run(config: RunConfig, context: DistContext, places: RunPlaces) -> Run
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(context.device).train()
     if settings.compile:
-        model.head.compile()  # in place: parameter names stay
+        model.head.compile()  # in place, so parameter names stay the same
     criterion = build_criterion(config, manifest.num_classes, manifest.ignore_index).to(context.device)
     return Run(
         config=config, context=context, places=places, manifest=manifest, crops=crops, val_reader=val_reader,

@@ -1,4 +1,4 @@
-"""How a run starts: its folders are locked, and it begins at step 0 or resumes from its newest checkpoint."""
+"""Start a run: lock its folders, then begin at step 0 or resume from the newest checkpoint."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from trainer.run.run import Run, RunPlaces, build_run, run_places
 
 @contextmanager
 def lock_run(config: RunConfig, context: DistContext) -> Iterator[RunPlaces]:
-    """Where the run reads and writes, with output_dir and checkpoint folder locked by rank 0 for all ranks.
+    """The run's locations; rank 0 locks output_dir and the checkpoint location on behalf of all ranks.
 
-    The other ranks meet rank 0 where DDP wraps the model, before they look for a checkpoint. Raises ConfigError,
+    The other ranks wait for rank 0 when DDP wraps the model, before they look for a checkpoint. Raises ConfigError and
     FolderInUse.
     """
     places = run_places(config)
@@ -39,7 +39,7 @@ def lock_run(config: RunConfig, context: DistContext) -> Iterator[RunPlaces]:
 
 
 def start_run(config: RunConfig, context: DistContext, places: RunPlaces) -> Run:
-    """A new run, or one that continues from its newest checkpoint. Raises ConfigError as `build_run` and `resume`."""
+    """A new run, or one resumed from its newest checkpoint. Raises ConfigError like `build_run` and `resume`."""
     run = build_run(config, context, places)
     resume(run)
     check_ranks_agree(run)
@@ -47,14 +47,14 @@ def start_run(config: RunConfig, context: DistContext, places: RunPlaces) -> Run
 
 
 def resume(run: Run) -> None:
-    """Continue from the newest checkpoint; a run that has none starts from `load.weights`, if set.
+    """Resume from the newest checkpoint; without one, start from `load.weights` if set.
 
-    Raises ConfigError when `resume` forbids it, or when the checkpoint belongs to another run, other data, another
-    backbone or another sequence of global batches.
+    Raises ConfigError when `resume` forbids it, or when the checkpoint is of another run, other data, another backbone
+    or another sequence of global batches.
     """
     if run.config.resume == "never" and (run.folder / "config.yaml").exists():
-        raise ConfigError(f"{run.folder} holds a run and resume is 'never'; "
-                          "choose another output_dir, or set resume=auto to continue it")
+        raise ConfigError(f"{run.folder} already holds a run and resume is 'never'; "
+                          "choose another output_dir, or set resume=auto to resume it")
     checkpoint = load_latest(run.places.checkpoints)
     if checkpoint is None:
         _refuse_moved_checkpoints(run)
@@ -67,17 +67,17 @@ def resume(run: Run) -> None:
         ("the backbone's weights (sha256)", checkpoint.backbone_sha256, run.backbone_sha256)) if before != now]
     changes = [*identities, *config_changes(_resume_invariants(old), _resume_invariants(new))]
     if changes:
-        raise ConfigError(f"cannot continue {run.folder}: {'; '.join(changes)}; restore that, or choose another "
+        raise ConfigError(f"cannot resume {run.folder}: {'; '.join(changes)}; undo these changes, or choose another "
                           "output_dir")
     if checkpoint.step > new.train.total_steps:
-        raise ConfigError(f"train.total_steps is {new.train.total_steps}, but {run.folder} has been trained for "
-                          f"{checkpoint.step} steps; legal: at least that, or another output_dir")
-    run.changes = config_changes(replace(old, output_dir=new.output_dir), new)  # a folder may have been moved
+        raise ConfigError(f"train.total_steps is {new.train.total_steps}, but {run.folder} has already been trained "
+                          f"for {checkpoint.step} steps; legal: at least that many, or choose another output_dir")
+    run.changes = config_changes(replace(old, output_dir=new.output_dir), new)  # output_dir may have been moved
     run.restore(checkpoint)
 
 
 def roll_back(run: Run, reason: str) -> None:
-    """Restore the last checkpoint, but keep leaving out the steps that were left out since.
+    """Restore the last checkpoint, but remember the steps skipped since, so that they are skipped again.
 
     Raises TrainingDiverged when there is no checkpoint yet. Call it on all ranks.
     """
@@ -95,16 +95,16 @@ def roll_back(run: Run, reason: str) -> None:
 
 
 def check_ranks_agree(run: Run) -> None:
-    """Raise ConfigError unless all ranks are at the same step: a node that does not see the run's folder would start
-    anew, alone."""
+    """Raise ConfigError unless all ranks are at the same step: a node that cannot see the run's folder would restart
+    at step 0 on its own."""
     steps = run.context.all_reduce_sum(torch.tensor([run.step, run.step**2], device=run.context.device)).tolist()
     if steps[1] * run.context.world_size != steps[0] ** 2:  # Cauchy-Schwarz: equal only if all are equal
-        raise ConfigError(f"rank {run.context.rank} found a checkpoint of step {run.step} in {run.folder}, other ranks "
-                          "found others; output_dir must be one folder that all nodes see")
+        raise ConfigError(f"rank {run.context.rank} found a checkpoint of step {run.step} in {run.folder}, but other "
+                          "ranks found other steps; output_dir must be a folder shared by all nodes")
 
 
 def _resume_invariants(config: RunConfig) -> RunConfig:
-    """The settings that determine the network and the sequence of batches; all others have their defaults."""
+    """The settings that determine the network and the sequence of batches, with all others at their defaults."""
     default = RunConfig()
     return replace(
         default, seed=config.seed, backbone=replace(config.backbone, source=None),
@@ -120,25 +120,26 @@ def _resume_invariants(config: RunConfig) -> RunConfig:
 
 
 def _refuse_moved_checkpoints(run: Run) -> None:
-    """Refuse to restart at step 0 when train.checkpoint_dir changed and the old one still holds the checkpoints."""
+    """Raise ConfigError instead of restarting at step 0 when train.checkpoint_dir has changed and the old location
+    still has checkpoints."""
     try:
         before = load_run_config(run.folder / "config.yaml", [])
-    except ConfigError:  # there is none, or another version wrote it
+    except ConfigError:  # there is no config.yaml, or another version wrote it
         return
     old = run_places(replace(before, data=run.config.data, output_dir=str(run.folder))).checkpoints
     new = run.places.checkpoints
     if masked_value(old) != masked_value(new) and numbered(open_storage(old)):
-        raise ConfigError(f"{run.folder} holds a run with checkpoints in {old}, but there are none in {new}; set "
-                          "train.checkpoint_dir as it was, copy them there, or choose another output_dir")
+        raise ConfigError(f"{run.folder} holds a run with checkpoints in {old}, but there are none in {new}; change "
+                          "train.checkpoint_dir back, copy the checkpoints, or choose another output_dir")
 
 
 def _start_from_weights(run: Run) -> None:
-    """Fine-tuning: load adapter and head from `load.weights`, if set. Raises ConfigError when they do not fit."""
+    """Fine-tuning: load adapter and head from `load.weights`, if set. Raises ConfigError if they do not fit."""
     settings = run.config.load
     if settings.weights is None:
         return
-    left = run.model.load_weights(read_weights(settings.weights), settings.ignore)
+    ignored = run.model.load_weights(read_weights(settings.weights), settings.ignore)
     if run.context.is_main:
-        loaded = len(run.model.trainable_state_dict()) - len(left)
-        random = f"; left random, as load.ignore says: {', '.join(left)}" if left else ""
+        loaded = len(run.model.trainable_state_dict()) - len(ignored)
+        random = f"; randomly initialised because of load.ignore: {', '.join(ignored)}" if ignored else ""
         print(f"{shown(settings.weights)}: loaded {loaded} tensors of adapter and head{random}", flush=True)
