@@ -345,7 +345,7 @@ def test_a_rank_whose_launcher_died_before_it_began_ends_at_once(monkeypatch: py
                             ("MASTER_ADDR", "localhost"), ("MASTER_PORT", str(store.getsockname()[1]))):
             monkeypatch.setenv(name, value)
         stopping.die_with_launcher()
-    with pytest.raises(stopping.LauncherGone, match=r"rank 0 exits: the launcher \(torchrun\) is gone, .* refuses connections"):
+    with pytest.raises(stopping.LauncherGone, match=r"rank 0 exits: the launcher .* refuses connections"):
         stopping.die_with_launcher()
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
     stopping.die_with_launcher()  # rank 0 holds the store, and may start later than this one

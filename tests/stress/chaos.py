@@ -77,7 +77,8 @@ class Account:
 def chaos(root: Path, folder: Path, kills: int, steps: int, seed: int, kinds: tuple[str, ...] = DECK,
           ranks: tuple[int, ...] = (2,)) -> Account:
     """The whole experiment. Raises AssertionError when the two runs end differently."""
-    evaluations = (f"train.eval_every={EVAL_EVERY}", "eval.stride=8", "eval.max_images=null")  # long enough to be met
+    evaluations = (f"train.eval_every={EVAL_EVERY}", "eval.stride=8", "eval.max_images=null",
+                   "eval.panels=0")  # long enough to be met
     settings = (f"train.total_steps={steps}", "train.checkpoint_every=3", "data.workers=1", "train.keep_checkpoints=3",
                 *(evaluations if "evaluation" in kinds else (f"train.eval_every={steps}",)),
                 *(LINEAR if len(ranks) > 1 else ()))
