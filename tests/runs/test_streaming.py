@@ -331,8 +331,8 @@ def test_skipped_samples_are_named_counted_and_replaced(
 def test_a_run_records_the_samples_it_left_out(scene_shards: Path, tmp_path: Path) -> None:
     from tests.runs.test_end_to_end import tiny
     from trainer.distributed import distributed
-    from trainer.loop import SKIPPED_NAME, train
-    from trainer.reporting.run_logger import read_metrics
+    from trainer.loop import train
+    from trainer.reporting.run_logger import SKIPPED_NAME, read_metrics
     from trainer.run.run import open_crops
 
     root = damaged(scene_shards, tmp_path / "set", [3, 11])
@@ -431,7 +431,7 @@ def test_a_run_trains_and_evaluates_from_object_storage(s3_shards: str, tmp_path
     metrics = []
     for name, root in (("remote", s3_shards), ("local", scene_shards)):
         with distributed("cpu") as context:
-            metrics.append(train(tiny(Path(root), tmp_path / name, f"data.root={root}"), context))
+            metrics.append(train(tiny(Path(root), tmp_path / name, f"data.root={root}"), context).metrics)
     without_times = [[{key: value for key, value in line.items() if "loss" in key or key == "grad_norm"}
                       for line in losses(tmp_path / name)] for name in ("remote", "local")]
     assert without_times[0] == without_times[1] and metrics[0]["mIoU"] == metrics[1]["mIoU"]

@@ -64,7 +64,8 @@ def test_the_wheel_holds_the_packages_and_the_recipes_and_nothing_else(wheel: Pa
     recipes = {f"shards/{path.relative_to(REPOSITORY).as_posix()}"
                for path in (REPOSITORY / "configs").rglob("*.yaml")}
     expected = modules | recipes | {f"{package}/py.typed" for package in PACKAGES}
-    expected |= {"maskstream/__init__.py", "preprocess/ade20k_classes.txt"}
+    expected |= {"maskstream/__init__.py", "preprocess/ade20k_classes.txt", "trainer/reporting/report.css",
+                 "trainer/reporting/report.html.j2"}
     assert {name for name in names if ".dist-info/" not in name} == expected
 
 
@@ -130,7 +131,7 @@ for name in {COMMANDS!r}:
     assert run(installed / "maskstream", "--version", folder=tmp_path).strip() == "0.1.0"
 
 
-@pytest.mark.parametrize(("owned", "module"), [("shards", "command_line"), ("preprocess", "config"),
+@pytest.mark.parametrize(("owned", "module"), [("shards", "errors"), ("preprocess", "config"),
                                                ("trainer", "config")])
 def test_another_package_of_the_same_name_is_one_line(installed: Path, tmp_path: Path, owned: str, module: str) -> None:
     """Before ours on the path, for the command and for a script of a checkout."""

@@ -51,7 +51,8 @@ def test_what_is_refused_is_what_cannot_be_trained(scene_shards: Path, tmp_path:
 
 
 def test_a_linear_head_without_batch_norm_trains_on_one_cell(scene_shards: Path, tmp_path: Path) -> None:
-    config = settings(scene_shards, tmp_path, "linear", 1, "decoder_head.use_batchnorm=false")
+    config = settings(scene_shards, tmp_path, "linear", 1, "decoder_head.type=linear",
+                      "decoder_head.use_batchnorm=false")
     check_crop_size(config, 16, 16)
     with pytest.raises(ConfigError, match=r"24x16 pixels, legal for decoder_head\.type linear: multiples of 16"):
         check_crop_size(config, 24, 16)
