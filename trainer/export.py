@@ -18,8 +18,8 @@ try:
     from shards.errors import ConfigError
     from trainer.model_options import add_checkpoint_options, open_pretrained
 except ImportError as error:
-    raise SystemExit(f"error: {error}; is MaskStream installed (pip install -e .), and does no other installed package "
-                     "use the name shards or trainer?") from None
+    raise SystemExit(f"error: {error}; is MaskStream installed (pip install -e .), or does another package named "
+                     "shards or trainer shadow it?") from None
 
 FORMATS = ("directory", "meta", "program")
 

@@ -22,8 +22,8 @@ try:
     from shards.files.strict_json import to_json
     from trainer.model_options import add_checkpoint_options, open_pretrained
 except ImportError as error:
-    raise SystemExit(f"error: {error}; is MaskStream installed (pip install -e .), and does no other installed package "
-                     "use the name shards or trainer?") from None
+    raise SystemExit(f"error: {error}; is MaskStream installed (pip install -e .), or does another package named "
+                     "shards or trainer shadow it?") from None
 
 if TYPE_CHECKING:
     from trainer.pretrained import Pretrained

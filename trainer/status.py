@@ -23,8 +23,8 @@ try:
     from trainer.reporting.state import STATE_NAME, RunState, format_duration, read_state
     from trainer.run.folder import LOCK_NAME, is_used
 except ImportError as error:
-    raise SystemExit(f"error: {error}; is MaskStream installed (pip install -e .), and does no other installed package "
-                     "use the name shards or trainer?") from None
+    raise SystemExit(f"error: {error}; is MaskStream installed (pip install -e .), or does another package named "
+                     "shards or trainer shadow it?") from None
 
 EXIT_CODES = {"running": 0, "finished": 0, "failed": 1, "stopped": 75, "lost": 75}  # 75: EX_TEMPFAIL of sysexits.h
 _EVENTS_SHOWN = 3

@@ -14,8 +14,8 @@ try:
     from trainer.config import RunConfig, load_run_config
     from trainer.stopping import die_with_launcher
 except ImportError as error:
-    raise SystemExit(f"error: {error}; is MaskStream installed (pip install -e .), and does no other installed package "
-                     "use the name shards or trainer?") from None
+    raise SystemExit(f"error: {error}; is MaskStream installed (pip install -e .), or does another package named "
+                     "shards or trainer shadow it?") from None
 
 DEFAULT_RECIPE = "config-ade20k-m2f-training"
 

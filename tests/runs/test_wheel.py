@@ -143,7 +143,7 @@ def test_another_package_of_the_same_name_is_one_line(installed: Path, tmp_path:
     said = run(installed / "maskstream", name, folder=tmp_path, code=2, PYTHONPATH=str(tmp_path))
     assert f"the package '{owned}' that Python finds ({tmp_path / owned})" in said and said.count("\n") == 1
     said = run(Path(sys.executable), REPOSITORY / script, folder=tmp_path, code=1, PYTHONPATH=str(tmp_path))
-    assert said.startswith("error: ") and f"called shards or {script.split('/')[0]}?" in said
+    assert said.startswith("error: ") and f"named shards or {script.split('/')[0]} shadow it?" in said
     assert said.count("\n") == 1
 
 

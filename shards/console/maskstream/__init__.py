@@ -13,7 +13,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
-PACKAGES = {"shards": "cli/recipes.py", "preprocess": "make_shards.py", "trainer": "train.py"}  # each with a file of ours
+# Each package with a file that only ours has.
+PACKAGES = {"shards": "cli/recipes.py", "preprocess": "make_shards.py", "trainer": "train.py"}
 COMMANDS = {
     "make-scenes": ("preprocess.make_scenes", "draw a small synthetic dataset with labels, for demos"),
     "make-shards": ("preprocess.make_shards", "turn images and label PNGs into a shard set"),
