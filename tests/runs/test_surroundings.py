@@ -24,6 +24,7 @@ from shards.files.storage import LocalStorage
 from shards.mirror import copy_set
 from shards.picture import save_picture
 from shards.verify import verify
+from shards.workers import use_own_temporary_folder
 from shards.writer import ShardWriter
 from tests.conftest import REPOSITORY, make_shards
 from trainer.run.folder import is_used, lock_run_folder
@@ -36,6 +37,8 @@ NO_LOCKS = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP]
 
 @pytest.fixture(params=NO_LOCKS)
 def no_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_own_temporary_folder()  # locked while this process can: other processes must not take its folder for a leftover
+
     def flock(file: Any, operation: int) -> None:
         raise OSError(request.param, os.strerror(request.param))
 
