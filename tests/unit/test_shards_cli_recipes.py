@@ -27,7 +27,7 @@ def test_the_recipes_are_the_files_of_configs() -> None:
 def test_the_default_of_each_program_is_a_recipe(program: object) -> None:
     name = vars(program)["DEFAULT_RECIPE"]
     parser = config_parser("text", RunConfig, name)
-    assert f"(default:{name})" in "".join(parser.format_help().split())
+    assert f"default:{name})" in "".join(parser.format_help().split())
     assert config_files(parser.parse_args([])) == [str(recipe_folder() / f"{name}.yaml")]
 
 
@@ -44,7 +44,7 @@ def test_a_recipe_is_named_by_its_name_or_by_its_path_in_a_checkout(given: str, 
 @pytest.mark.parametrize("given", ["dem", "configs/dem.yaml", "../demo.yaml", "/demo", "backbones", "a\0b"])
 def test_what_is_neither_file_nor_recipe_is_named(given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"does not exist, nor does such a recipe; (did you mean '.*'\? )?legal: "):
+    with pytest.raises(ConfigError, match=r"does not exist, and no recipe has that name; (did you mean '.*'\? )?legal: "):
         file_or_recipe(given)
     with pytest.raises(ConfigError, match=r"there is no recipe .*legal: ade20k-eomt-shards, "):
         recipe_path(given)

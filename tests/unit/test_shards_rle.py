@@ -225,8 +225,8 @@ def test_coco_count_strings_round_trip(counts: list[int]) -> None:
         ([{"category_id": 1, "size": [2, 2], "counts": [0, 2**62, 2**62, 2**62, 2**62]}], "integers from 0 to 4"),
         ([{"category_id": 1, "size": [2, 2], "counts": ["a"]}], "integers from 0 to 4"),
         ([{"category_id": 1, "size": [2, 2]}], "integers from 0 to 4"),
-        ([{"category_id": 65535, "size": [2, 2], "counts": [4]}], "category_id are .65535., legal"),
-        ([{"size": [2, 2], "counts": [4]}], "category_id are .None., legal"),
+        ([{"category_id": 65535, "size": [2, 2], "counts": [4]}], "category_id values are .65535., legal"),
+        ([{"size": [2, 2], "counts": [4]}], "category_id values are .None., legal"),
     ],
 )
 def test_bad_coco_masks_are_refused(rles: list[dict[str, Any]], message: str) -> None:
