@@ -58,6 +58,8 @@ def draw_scene(rng: np.random.Generator) -> tuple[npt.NDArray[np.uint8], npt.NDA
 
 def write_scenes(output: Path, counts: dict[str, int], seed: int) -> None:
     """Write `images/<split>/`, `annotations/<split>/` and `classes.txt`. A scene depends on seed, split and index."""
+    table = "".join(f"{name}\t{color}\n" for name, _, color in CLASSES)
+    _refuse_other_files(output, table)
     for number, (split, count) in enumerate(counts.items()):
         images, annotations = output / "images" / split, output / "annotations" / split
         for folder in (images, annotations):
@@ -67,8 +69,16 @@ def write_scenes(output: Path, counts: dict[str, int], seed: int) -> None:
             name = f"scene_{split}_{index:05d}"
             save_picture(Image.fromarray(image), images / f"{name}.jpg", quality=92)
             save_picture(Image.fromarray(label_map), annotations / f"{name}.png")
-    table = "".join(f"{name}\t{color}\n" for name, _, color in CLASSES)
     write_atomically(output / "classes.txt", table.encode())
+
+
+def _refuse_other_files(output: Path, table: str) -> None:
+    """Raise ConfigError when the folder holds files of somebody's own dataset, with which scenes would be mixed."""
+    for path in sorted(output.rglob("*")) if output.is_dir() else ():
+        is_table = path == output / "classes.txt" and path.read_bytes() == table.encode()
+        if path.is_file() and not is_table and not path.name.startswith("scene_"):
+            raise ConfigError(f"--output {output} holds files other than drawn scenes, such as {path}; legal: a new "
+                              "or empty folder, or one of drawn scenes")
 
 
 def _draw_hills(draw: ImageDraw.ImageDraw, rng: np.random.Generator, width: int, horizon: int) -> None:

@@ -135,10 +135,9 @@ def _copy(root: str, destination: str) -> int:
 
 
 def _at_least_one(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
+    if not text.isdecimal() or int(text[:9]) < 1:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r}, legal: a whole number of at least 1")
+    return int(text)
 
 
 def _show(arguments: argparse.Namespace) -> int:

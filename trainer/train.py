@@ -46,21 +46,21 @@ def main() -> int:
 
 
 def _dry_run(config: RunConfig) -> int:
-    from shards.manifest import load_manifest
     from shards.plan import accumulation_for
     from shards.shown_text import shown
     from trainer.data.crops import open_reader
     from trainer.run.run import open_crops, run_places
 
-    root = run_places(config).root
+    run_places(config)  # or an error that says what is missing
     if os.environ.get("RANK", "0") != "0":
         return 0  # under torchrun only rank 0 prints
     print(config_to_yaml(config))
-    manifest = load_manifest(root)
+    val_reader = open_reader(config.data, config.data.val_split)
+    manifest = val_reader.manifest
     crops = open_crops(config, manifest)
     samples, steps, global_batch = len(crops.reader), config.train.total_steps, config.train.global_batch_size
     accumulation = accumulation_for(global_batch, config.train.micro_batch_size, 1)
-    val_images = len(open_reader(config.data, config.data.val_split, manifest))
+    val_images = len(val_reader)
     print(f"{shown(manifest.dataset)}: {manifest.num_classes} classes, {samples} training samples in "
           f"{len(crops.reader.info.shards)} shards, {val_images} validation samples")
     print(f"{steps} steps of {global_batch} = {steps * global_batch / samples:.2f} epochs; {accumulation} "

@@ -72,8 +72,13 @@ def check_settings(config: Any, prefix: str = "") -> None:
                 low, high = (-LARGEST_INTEGER if low is None else low), (LARGEST_INTEGER if high is None else high)
             in_range = (low is None or number >= low) and (high is None or number <= high)
             if not in_range or not math.isfinite(number):
-                legal = f"from {low if low is not None else '-inf'} to {high if high is not None else 'inf'}"
-                raise ConfigError(f"{name} is {shown_value(value)}, legal: {legal}")
+                raise ConfigError(f"{name} is {shown_value(value)}, legal: {_range_text(low, high)}")
+
+
+def _range_text(low: float | None, high: float | None) -> str:
+    if low in (None, -LARGEST_INTEGER):
+        return "a finite number" if high in (None, LARGEST_INTEGER) else f"at most {high}"
+    return f"at least {low}" if high in (None, LARGEST_INTEGER) else f"from {low} to {high}"
 
 
 def describe_config(schema: type[Any], prefix: str = "") -> Iterator[str]:

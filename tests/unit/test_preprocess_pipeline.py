@@ -545,3 +545,15 @@ def test_configuration_round_trips_through_yaml(tmp_path: Path) -> None:
     assert config.dataset.root == "a,b {c}"
 
 
+def test_scenes_are_never_mixed_with_other_files(tmp_path: Path) -> None:
+    from preprocess.make_scenes import write_scenes
+
+    write_scenes(tmp_path / "drawn", {"train": 1}, seed=0)
+    write_scenes(tmp_path / "drawn", {"train": 2}, seed=0)  # a folder of drawn scenes
+    for name in ("images/train/cat.jpg", "classes.txt"):
+        own = tmp_path / name.replace("/", "-") / name
+        own.parent.mkdir(parents=True)
+        own.write_bytes(b"mine")
+        with pytest.raises(ConfigError, match=rf"holds files other than drawn scenes, such as .*{name}"):
+            write_scenes(tmp_path / name.replace("/", "-"), {"train": 1}, seed=0)
+        assert own.read_bytes() == b"mine"

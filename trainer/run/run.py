@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from shards.cli.config_file import config_to_dict
 from shards.errors import ConfigError
-from shards.manifest import Manifest, class_table, load_manifest
+from shards.manifest import Manifest, class_table
 from shards.plan import TrainPlan, accumulation_for
 from shards.reader import ShardReader
 from trainer.build import build_criterion, build_model, check_crop_size
@@ -140,9 +140,9 @@ def build_run(config: RunConfig, context: DistContext, places: RunPlaces) -> Run
     settings = config.train
     accumulation = accumulation_for(settings.global_batch_size, settings.micro_batch_size, context.world_size)
     # -- data ---------------------------------------------------------------------------------------------
-    manifest = load_manifest(places.root)
+    val_reader = open_reader(config.data, config.data.val_split)
+    manifest = val_reader.manifest
     crops = open_crops(config, manifest)
-    val_reader = open_reader(config.data, config.data.val_split, manifest)
     # -- model --------------------------------------------------------------------------------------------
     torch.manual_seed(config.seed)
     model = build_model(config, manifest.num_classes)
