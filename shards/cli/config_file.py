@@ -249,7 +249,7 @@ def _read_override(schema: Any, override: str) -> dict[str, Any]:
     try:
         return _nested(path, _parse(text))
     except ValueError as error:
-        raise ConfigError(f"command line: cannot read {shown_value(override)}: {error}") from error
+        raise ConfigError(f"{_COMMAND_LINE}: cannot read {shown_value(override)}: {error}") from error
 
 
 def _is_text(schema: Any, path: Sequence[str]) -> bool:

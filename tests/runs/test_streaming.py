@@ -435,3 +435,15 @@ def test_a_run_trains_and_evaluates_from_object_storage(s3_shards: str, tmp_path
     without_times = [[{key: value for key, value in line.items() if "loss" in key or key == "grad_norm"}
                       for line in losses(tmp_path / name)] for name in ("remote", "local")]
     assert without_times[0] == without_times[1] and metrics[0]["mIoU"] == metrics[1]["mIoU"]
+
+
+def test_the_manifest_is_read_by_the_runs_own_retry_policy(tmp_path: Path) -> None:
+    """Not by the default of eight tries: nobody listens at that address."""
+    from tests.runs.test_end_to_end import ALONE, tiny
+    from tests.support.object_storage import free_ports
+    from trainer.run.run import build_run, run_places
+
+    url = f"http://127.0.0.1:{free_ports(1)[0]}/set"
+    config = tiny(Path(url), tmp_path / "run", f"data.root={url}", "data.tries=1")
+    with pytest.raises(StorageError, match=r"after 1 (try|tries)"):
+        build_run(config, ALONE, run_places(config))

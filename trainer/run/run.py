@@ -140,7 +140,7 @@ def build_run(config: RunConfig, context: DistContext, places: RunPlaces) -> Run
     settings = config.train
     accumulation = accumulation_for(settings.global_batch_size, settings.micro_batch_size, context.world_size)
     # -- data ---------------------------------------------------------------------------------------------
-    val_reader = open_reader(config.data, config.data.val_split)
+    val_reader = open_reader(config.data, config.data.val_split)  # reads the manifest by the configured retry policy
     manifest = val_reader.manifest
     crops = open_crops(config, manifest)
     # -- model --------------------------------------------------------------------------------------------
