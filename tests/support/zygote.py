@@ -49,6 +49,7 @@ class Forked:
     def __init__(self, command: list[str], log: Path, environ: dict[str, str]) -> None:
         self._end = Path(tempfile.mkdtemp(), "code")
         self.args, self.returncode = command, None
+        log.touch()  # the child opens it some time after this returns; a reader must find it now
         self.pid = _ask({"argv": command, "environ": environ, "streams": [str(log), str(log)], "end": str(self._end)})
 
     def poll(self) -> int | None:
