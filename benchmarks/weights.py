@@ -25,9 +25,10 @@ from trainer.config import RunConfig, load_run_config
 from trainer.model_config import AdapterConfig
 from trainer.models import Segmenter
 from trainer.models.adapter import DINOv3Adapter
-from trainer.models.backbone import DINOv3Backbone, tapped_layers
+from trainer.models.backbones.base import tapped_layers
+from trainer.models.backbones.dinov3 import DINOv3Backbone
+from trainer.models.backbones.dinov3_keys import RELEASED_VITS
 from trainer.models.heads import Mask2FormerHead
-from trainer.models.vit_keys import RELEASED_VITS
 from trainer.models.weights import read_weights
 
 HIDDEN_DIM = 2048

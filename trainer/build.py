@@ -8,7 +8,7 @@ from typing import NamedTuple
 from shards.errors import ConfigError
 from trainer.config import RunConfig
 from trainer.loss.criterion import MaskCriterion, PixelCriterion
-from trainer.models import Segmenter, build_eomt, build_linear, build_mask2former
+from trainer.models import Segmenter, build_eomt, build_linear, build_mask2former, build_pmt
 from trainer.models.recompute import set_gradient_checkpointing
 
 
@@ -35,6 +35,11 @@ HEADS = {
         model=lambda config, classes: build_eomt(config.backbone, config.decoder_head, classes),
         criterion=lambda config, classes, ignore_index: MaskCriterion(config.loss, classes),
         has_batch_norm=lambda config: False,
+    ),
+    "pmt": HeadKind(
+        model=lambda config, classes: build_pmt(config.backbone, config.decoder_head, classes),
+        criterion=lambda config, classes, ignore_index: MaskCriterion(config.loss, classes),
+        has_batch_norm=lambda config: False,  # its batch norms also see the class token, so never a single value
     ),
 }
 

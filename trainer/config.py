@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,20 +55,25 @@ class DataConfig:
 class LoadConfig:
     """Weights that a new run starts from (fine-tuning). A resumed run loads its own checkpoint instead."""
 
-    weights: str | None = place("file with a trained head: a MaskStream checkpoint, Meta's head (.pth) or a full "
-                                "model; null: start from random weights")
+    weights: str | None = place("file with a trained head: a MaskStream checkpoint, Meta's head (.pth), a full model, "
+                                "or an EoMT or PMT as published; null: start from random weights")
     ignore: list[str] = setting([], "patterns of keys that are not loaded and may be missing, unexpected or of a "
                                 "different shape, e.g. ['*class_embed.*'] for other classes; any other mismatch is an "
                                 "error")
+    base_sha256: str | None = setting(None, "weights published as differences to a ViT: first digits (at least 16) of "
+                                      "that ViT's sha256; null: the rounding of the sums must prove that it is "
+                                      "backbone.source")
 
     def __post_init__(self) -> None:
+        if self.base_sha256 is not None and not re.fullmatch("[0-9a-fA-F]{16,64}", self.base_sha256):
+            raise ConfigError(f"load.base_sha256 is {self.base_sha256!r}, legal: 16 to 64 hexadecimal digits")
         if self.ignore and self.weights is None:
             raise ConfigError(f"load.ignore is {list(self.ignore)} but load.weights is not set; set both or neither")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Mask classification loss (m2f, eomt). The linear head uses per-pixel cross-entropy and none of these settings."""
+    """Mask classification loss (m2f, eomt, pmt). The linear head uses per-pixel cross-entropy and none of these."""
 
     num_points: int = setting(12544, "points sampled per mask", minimum=1, maximum=10000000)
     oversample_ratio: float = setting(3.0, "candidate points drawn for each point kept", minimum=1, maximum=100)

@@ -10,6 +10,7 @@ from shards.errors import ConfigError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+TOKEN_STRIDE = 16  # pixels, along each axis, per token that a backbone hands to a head, whatever its own patch size
 MOST_HEAD_PARAMETERS = 4_000_000_000  # four times the head of the largest published ViT
 
 
@@ -28,13 +29,17 @@ class RandomBackboneConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    """The DINOv3 ViT."""
+    """The ViT: DINOv3 or DINOv2."""
 
-    source: str | None = place("DINOv3 or EoMT model as a Hugging Face directory or hub id, e.g. "
-                               "facebook/dinov3-vits16-pretrain-lvd1689m; or a DINOv3 ViT as Meta's .pth")
+    source: str | None = place("DINOv3, DINOv2 or EoMT model as a Hugging Face directory or hub id, e.g. "
+                               "facebook/dinov3-vits16-pretrain-lvd1689m or facebook/dinov2-small; or a ViT as Meta's "
+                               ".pth")
     random: RandomBackboneConfig = setting(RandomBackboneConfig, "random weights instead of `source`")
     layers: str = setting("FOUR_EVEN_INTERVALS", "blocks whose output tokens are used as features",
                           choices=("FOUR_EVEN_INTERVALS", "FOUR_LAST", "LAST"))
+    patch_resize: str = setting("weights", "how a ViT with patches of another size than 16 pixels (DINOv2: 14) gives "
+                                "one token per 16: resample the weights of its patch embedding, or scale the image",
+                                choices=("weights", "image"))
     trainable: bool = setting(False, "train the ViT too (it stays in eval mode: no rotary jitter); checkpoints then "
                               "include it")
     image_mean: list[float] = setting(list(IMAGENET_MEAN), "per-channel mean of pixel values, on a 0..1 scale")
@@ -63,16 +68,16 @@ class AdapterConfig:
                                   "the result must be a multiple of deform_num_heads", minimum=0.01, maximum=16)
 
 
-SIZE_DIVISORS = {"m2f": 32, "linear": 16, "eomt": 16}
-"""Image height and width must be multiples of it: the stride of the adapter's coarsest map, or the ViT's patch size."""
+SIZE_DIVISORS = {"m2f": 2 * TOKEN_STRIDE, "linear": TOKEN_STRIDE, "eomt": TOKEN_STRIDE, "pmt": TOKEN_STRIDE}
+"""Image height and width must be multiples of it: the stride of the adapter's coarsest map, or of the tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderHeadConfig:
     """The segmentation head; only `trainer.build` branches on `type`."""
 
-    type: str = setting("m2f", "segmentation head", choices=("m2f", "linear", "eomt"))
-    num_queries: int = setting(100, "mask queries", minimum=1, maximum=65536, only_for=("m2f", "eomt"))
+    type: str = setting("m2f", "segmentation head", choices=("m2f", "linear", "eomt", "pmt"))
+    num_queries: int = setting(100, "mask queries", minimum=1, maximum=65536, only_for=("m2f", "eomt", "pmt"))
     # Mask2Former
     hidden_dim: int = setting(256, "width of pixel decoder, queries and mask features (multiple of 32)", minimum=32,
                               maximum=4096, only_for=("m2f",))
@@ -83,26 +88,28 @@ class DecoderHeadConfig:
                            only_for=("m2f",))
     dec_layers: int = setting(9, "masked-attention decoder layers (giving dec_layers + 1 predictions)", minimum=1,
                               maximum=64, only_for=("m2f",))
-    dec_ffn: int = setting(4096, "FFN width of the mask decoder", minimum=1, maximum=65536, only_for=("m2f",))
+    dec_ffn: int = setting(4096, "FFN width of the decoder's layers or blocks", minimum=1, maximum=65536,
+                           only_for=("m2f", "pmt"))
     # linear
     dropout: float = setting(0.1, "probability of dropping a feature channel", minimum=0, maximum=0.99,
                              only_for=("linear",))
     use_batchnorm: bool = setting(True, "batch norm on the features", only_for=("linear",))
     use_cls_token: bool = setting(False, "concatenate the class token to every patch feature", only_for=("linear",))
     use_backbone_norm: bool = setting(True, "apply the ViT's final norm to the features", only_for=("linear",))
-    # EoMT
-    num_blocks: int = setting(4, "last ViT blocks, which also process the queries (giving num_blocks + 1 predictions)",
-                              minimum=1, maximum=256, only_for=("eomt",))
+    # EoMT and PMT
+    num_blocks: int = setting(4, "blocks that process queries and tokens (giving num_blocks + 1 predictions): the "
+                              "ViT's last ones (eomt), or the decoder's own (pmt)", minimum=1, maximum=256,
+                              only_for=("eomt", "pmt"))
     num_upscale_blocks: int = setting(2, "times the patch grid is upscaled by 2; 2 gives masks at stride 4", minimum=0,
-                                      maximum=4, only_for=("eomt",))
+                                      maximum=4, only_for=("eomt", "pmt"))
     mask_annealing: list[float] = setting([0.125, 0.8125], "interval of the run over which masked attention is phased "
                                           "out, as two fractions of train.total_steps", minimum=0, maximum=1,
-                                          only_for=("eomt",))
+                                          only_for=("eomt", "pmt"))
     mask_annealing_starts: list[int] = setting([], "steps at which masked attention starts to be phased out, one per "
                                                "block (num_blocks); empty: use mask_annealing", minimum=0,
-                                               only_for=("eomt",))
+                                               only_for=("eomt", "pmt"))
     mask_annealing_ends: list[int] = setting([], "steps at which masked attention is fully phased out, one per block",
-                                             minimum=1, only_for=("eomt",))
+                                             minimum=1, only_for=("eomt", "pmt"))
 
     @property
     def size_divisor(self) -> int:
@@ -125,12 +132,21 @@ class DecoderHeadConfig:
                                   f"{list(ends)}, legal: decoder_head.num_blocks ({blocks}) steps each, every start "
                                   "below its end; or none, to use decoder_head.mask_annealing")
 
+    def check_blocks(self, dim: int) -> None:
+        """Limit the size of a decoder of `num_blocks` ViT blocks of width `dim`, like `_check_size`."""
+        _check_parameters(self.num_blocks * dim * (4 * dim + 2 * self.dec_ffn) + dim * self.num_queries,
+                          "num_blocks, dec_ffn or num_queries")
+
     def _check_size(self) -> None:
         """Limit the head's total size: settings from untrusted files can each be legal and still exhaust memory."""
         width = self.hidden_dim
         layers = self.enc_layers * (2 * self.enc_ffn + 4 * width) + self.dec_layers * (2 * self.dec_ffn + 8 * width)
         parameters = width * (layers + 2 * self.num_queries)
-        if self.type == "m2f" and parameters > MOST_HEAD_PARAMETERS:
-            raise ConfigError(f"decoder_head has {parameters / 1e9:.1f} G parameters, legal: at most "
-                              f"{MOST_HEAD_PARAMETERS / 1e9:.0f} G; lower hidden_dim, enc_ffn, dec_ffn or the number "
-                              "of layers")
+        if self.type == "m2f":
+            _check_parameters(parameters, "hidden_dim, enc_ffn, dec_ffn or the number of layers")
+
+
+def _check_parameters(parameters: int, names: str) -> None:
+    if parameters > MOST_HEAD_PARAMETERS:
+        raise ConfigError(f"decoder_head has {parameters / 1e9:.1f} G parameters, legal: at most "
+                          f"{MOST_HEAD_PARAMETERS / 1e9:.0f} G; lower {names}")

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import OptimizerConfig
-from trainer.models.backbone import DINOv3Backbone
+from trainer.models.backbones.base import vit_layers_above
 
 UNDECAYED_MODULES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.LayerNorm, nn.GroupNorm,
                      nn.RMSNorm, nn.Embedding)
-UNDECAYED_NAMES = ("level_embed", "level_encoding", "query_", "cls_token", "register_tokens", "lambda1")
+UNDECAYED_NAMES = ("level_embed", "level_encoding", "query_", "cls_token", "register_tokens", "position_embeddings",
+                   "lambda1")
 
 
 def param_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
@@ -26,8 +27,7 @@ def param_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, An
     rate: layer_decay^n for a ViT block with n blocks above it (arXiv:2106.08254). Raises ValueError when nothing is
     trainable.
     """
-    above = {id(parameter): count for module in model.modules() if isinstance(module, DINOv3Backbone)
-             for parameter, count in module.layers_above()}
+    above = vit_layers_above(model)
     groups: dict[tuple[bool, int, bool], dict[str, Any]] = {}
     seen: set[int] = set()
     for module in model.modules():

@@ -121,7 +121,7 @@ def model_from_weights(weights: WeightsFile, config: RunConfig, num_classes: int
     Raises ConfigError when they do not fit; `load.ignore` is not applied: every weight must load.
     """
     model = build_model(config, num_classes)
-    model.load_weights(weights)
+    model.load_weights(weights, base_sha256=config.load.base_sha256)
     return model.eval().to(device)
 
 
@@ -132,6 +132,7 @@ def export_config(pretrained: Pretrained) -> dict[str, Any]:
     return sealed_config({
         "model_type": EXPORT_MODEL_TYPE, "format": EXPORT_FORMAT,
         "layer_norm_eps": pretrained.model.backbone.layer_norm_eps,
+        "num_attention_heads": pretrained.model.backbone.num_heads,
         "classes": class_table(pretrained.classes),
         "settings": config_to_dict(config),
     })  # fmt: skip

@@ -12,11 +12,11 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from trainer.model_config import AdapterConfig
 from trainer.models.adapter import DINOv3Adapter
-from trainer.models.backbone import DINOv3Backbone
+from trainer.models.backbones.dinov3 import DINOv3Backbone
+from trainer.models.backbones.dinov3_keys import meta_vit_to_transformers
 from trainer.models.deform_attn import MSDeformAttn
 from trainer.models.heads import LinearHead, Mask2FormerHead
 from trainer.models.mask_decoder import blocked_positions
-from trainer.models.vit_keys import meta_vit_to_transformers
 
 GRADIENT_NORM_FLOOR = 1e-6  # some gradients are zero but for rounding, because a batch norm cancels them
 
@@ -126,7 +126,7 @@ def test_golden_adapter_eval(golden_adapter: tuple[DINOv3Adapter, dict[str, Any]
         tapped = adapter.backbone(image)
         prior = adapter.spm(image)
 
-    for level, (patch_tokens, cls_token) in enumerate(tapped):
+    for level, (patch_tokens, cls_token) in enumerate(zip(tapped.patch_tokens, tapped.cls_tokens, strict=True)):
         assert_forward(patch_tokens, tensors[f"intermediate/vit.{level}.patch_tokens"], f"vit {level}")
         assert_forward(cls_token, tensors[f"intermediate/vit.{level}.cls_token"], f"vit {level} class token")
     assert_forward(prior[0], tensors["intermediate/spm.c1"], "c1")

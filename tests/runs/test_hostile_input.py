@@ -26,9 +26,9 @@ from tests.unit.test_trainer_run_checkpoint import state
 from trainer.build import build_model
 from trainer.config import RunConfig, load_run_config
 from trainer.export_formats import write_directory
+from trainer.models.backbones.dinov3_keys import VitArchitecture, architecture_of
+from trainer.models.backbones.sources import load_vit
 from trainer.models.hub import directory_config
-from trainer.models.vit_keys import VitArchitecture, architecture_of
-from trainer.models.vit_sources import load_vit
 from trainer.pretrained import Pretrained, load_pretrained
 from trainer.reporting.run_logger import read_evaluation, read_metrics
 from trainer.reporting.state import read_state

@@ -17,7 +17,7 @@ from trainer.build import build_model
 from trainer.config import load_run_config
 from trainer.model_config import BackboneConfig
 from trainer.models import Segmenter
-from trainer.models.vit_keys import RELEASED_VITS
+from trainer.models.backbones.dinov3_keys import RELEASED_VITS
 
 CONFIGS = REPOSITORY / "configs"
 PRESETS = sorted((CONFIGS / "backbones").glob("*.yaml"))
@@ -29,7 +29,7 @@ def on_meta(monkeypatch: pytest.MonkeyPatch, recipe: str, preset: Path, *overrid
         assert config.source is not None and preset.stem in config.source
         return DINOv3ViTModel(RELEASED_VITS[preset.stem].config()), {}
 
-    monkeypatch.setattr("trainer.models.backbone.load_vit", vit)
+    monkeypatch.setattr("trainer.models.backbones.sources.load_vit", vit)
     config = load_run_config([CONFIGS / f"config-ade20k-{recipe}-training.yaml", preset], list(overrides))
     with torch.device("meta"):
         return build_model(config, 150)

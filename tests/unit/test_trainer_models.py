@@ -18,7 +18,9 @@ from trainer.config import LossConfig, RunConfig
 from trainer.model_config import AdapterConfig, BackboneConfig, DecoderHeadConfig, RandomBackboneConfig
 from trainer.models import Segmenter
 from trainer.models.adapter import DINOv3Adapter, DropPath
-from trainer.models.backbone import DINOv3Backbone, build_backbone, tapped_layers
+from trainer.models.backbones.base import tapped_layers
+from trainer.models.backbones.dinov3 import DINOv3Backbone
+from trainer.models.backbones.sources import build_backbone
 from trainer.models.deform_attn import MSDeformAttn, deformable_sampling, pixel_centers
 from trainer.models.heads import LinearHead
 from trainer.models.mask_decoder import MultiheadAttention, allowed_positions, blocked_positions
@@ -103,8 +105,8 @@ def test_backbone_from_a_directory_equals_the_saved_one(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert loaded.weights_sha256() == backbone.weights_sha256()
     images = make_images()
-    for (patches, cls_token), (other_patches, other_cls_token) in zip(backbone(images), loaded(images), strict=True):
-        assert torch.equal(patches, other_patches) and torch.equal(cls_token, other_cls_token)
+    for tokens, other_tokens in zip(backbone(images).layers, loaded(images).layers, strict=True):
+        assert torch.equal(tokens, other_tokens)
 
 
 def test_backbone_without_weights_is_refused_with_a_hint(tmp_path: Path) -> None:
@@ -126,17 +128,19 @@ def test_backbone_directory_of_another_model_or_with_missing_weights_is_refused(
     with pytest.raises(ConfigError, match=r"lacks 1 weights, the first is norm\.bias"):
         build_backbone(BackboneConfig(source=str(tmp_path)))
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
-    with pytest.raises(ConfigError, match="a model of type 'vit', legal: dinov3_vit, eomt_dinov3"):
+    with pytest.raises(ConfigError, match="a model of type 'vit', legal: dinov3_vit, dinov2, dinov2_with_registers"):
         build_backbone(BackboneConfig(source=str(tmp_path)))
 
 
 def test_backbone_taps_are_the_normed_block_outputs_and_work_on_odd_grids() -> None:
     backbone = build_backbone(BackboneConfig(random=RANDOM_VIT, layers="LAST"))
     images = make_images(height=48, width=80)
-    [(patches, cls_token)] = backbone(images)
+    features = backbone(images)
     expected = backbone.vit(images).last_hidden_state
-    torch.testing.assert_close(patches, expected[:, -15:])
-    torch.testing.assert_close(cls_token, expected[:, 0])
+    torch.testing.assert_close(features.layers, [expected])
+    assert torch.equal(features.patch_tokens[0], features.layers[0][:, -15:]) and features.grid == (3, 5)
+    assert torch.equal(features.cls_tokens[0], features.layers[0][:, 0])
+    assert torch.equal(features.patch_maps[0][:, :, 1, 2], features.patch_tokens[0][:, 7])
     with pytest.raises(ValueError, match="50x80, legal: height and width multiples of 16"):
         backbone(make_images(height=50, width=80))
 
@@ -146,10 +150,9 @@ def test_every_tap_equals_transformers_hidden_states_with_or_without_the_norm() 
     normed, raw = build_backbone(config), build_backbone(config, use_norm=False)
     images = make_images()
     states = normed.vit(images, output_hidden_states=True).hidden_states[1:]
-    for (patches, cls_token), (raw_patches, _), state in zip(normed(images), raw(images), states, strict=True):
-        torch.testing.assert_close(patches, normed.vit.norm(state)[:, 5:])
-        torch.testing.assert_close(cls_token, normed.vit.norm(state)[:, 0])
-        torch.testing.assert_close(raw_patches, state[:, 5:])
+    for tokens, raw_tokens, state in zip(normed(images).layers, raw(images).layers, states, strict=True):
+        torch.testing.assert_close(tokens, normed.vit.norm(state))
+        torch.testing.assert_close(raw_tokens, state)
     trainable = build_backbone(replace(config, trainable=True), use_norm=False)
     assert not trainable.vit.norm.weight.requires_grad, "nothing reads it: DDP would wait for its gradient"
 
@@ -164,7 +167,7 @@ def test_backbone_stays_frozen_and_in_eval_mode(head: DecoderHeadConfig) -> None
     assert all(not p.requires_grad and p.grad is None for p in model.backbone.parameters())
     assert model.backbone.weights_sha256() == before
     first, second = model.backbone(images), model.backbone(images)
-    assert torch.equal(first[0][0], second[0][0])
+    assert torch.equal(first.layers[0], second.layers[0])
 
 
 # --------------------------------------------------------------------------------------------- deformable attention
@@ -495,5 +498,5 @@ def test_backbone_wrapper_accepts_the_vit_it_is_given() -> None:
     backbone = build_backbone(BackboneConfig(random=RANDOM_VIT))
     assert isinstance(backbone, DINOv3Backbone) and backbone.embed_dim == RANDOM_VIT.hidden_size
     backbone.vit.config.patch_size = 14
-    with pytest.raises(ConfigError, match="patch size is 14, legal: 16"):
+    with pytest.raises(ConfigError, match="patch size is 14, legal for a DINOv3 ViT: 16"):
         DINOv3Backbone(backbone.vit, [0])

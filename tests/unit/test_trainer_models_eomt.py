@@ -228,7 +228,8 @@ def test_published_weights_are_refused_key_by_key(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("change", "message"), [
     ('"patch_size": 14', "patch_size is 14, legal: 16"),
     ('"hidden_act": "relu"', "hidden_act is 'relu', legal: 'gelu'"),
-    ('"model_type": "eomt"', "a model of type 'eomt', legal: eomt_dinov3"),
+    ('"model_type": "eomt_x"', "a model of type 'eomt_x', legal: eomt_dinov3, eomt, maskstream"),
+    ('"num_attention_heads": "two"', "config.json is not a valid configuration"),
 ])
 def test_other_settings_than_dinov3s_are_refused(change: str, message: str, tmp_path: Path) -> None:
     published(tmp_path)

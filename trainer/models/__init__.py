@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from shards.errors import ConfigError
 from trainer.model_config import AdapterConfig, BackboneConfig, DecoderHeadConfig
 from trainer.models.adapter import DINOv3Adapter
-from trainer.models.backbone import build_backbone
+from trainer.models.backbones.sources import build_backbone
 from trainer.models.eomt import EomtHead, PartialBackbone
 from trainer.models.heads import LinearBackbone, LinearHead, Mask2FormerHead
+from trainer.models.pmt import PmtHead, TappedBackbone
 from trainer.models.segmenter import Segmenter
 
-__all__ = ["Segmenter", "build_eomt", "build_linear", "build_mask2former"]
+__all__ = ["Segmenter", "build_eomt", "build_linear", "build_mask2former", "build_pmt"]
 
 
 def build_mask2former(
@@ -52,14 +55,30 @@ def build_linear(backbone: BackboneConfig, head: DecoderHeadConfig, num_classes:
 def build_eomt(backbone: BackboneConfig, head: DecoderHeadConfig, num_classes: int) -> Segmenter:
     """ViT whose last blocks also process the queries. ConfigError when it cannot be loaded or is too shallow."""
     vit = build_backbone(backbone)
-    start, end = head.mask_annealing
-    return Segmenter(PartialBackbone(vit, head.num_blocks), EomtHead(
+    features = PartialBackbone(vit, head.num_blocks)
+    return Segmenter(features, EomtHead(vit.embed_dim, num_classes, activation=vit.activation, **_query_tokens(head)))
+
+
+def build_pmt(backbone: BackboneConfig, head: DecoderHeadConfig, num_classes: int) -> Segmenter:
+    """ViT and a decoder of plain blocks. Raises ConfigError when the ViT cannot be loaded."""
+    vit = build_backbone(backbone, released_heads=False)
+    head.check_blocks(vit.embed_dim)
+    return Segmenter(TappedBackbone(vit), PmtHead(
         vit.embed_dim,
         num_classes,
-        num_queries=head.num_queries,
-        num_blocks=head.num_blocks,
-        num_upscale_blocks=head.num_upscale_blocks,
-        activation=vit.vit.config.hidden_act,
-        mask_annealing=(start, end),
-        annealing_steps=list(zip(head.mask_annealing_starts, head.mask_annealing_ends, strict=True)),
+        num_layers=len(vit.layers),
+        num_heads=vit.num_heads,
+        ffn_dim=head.dec_ffn,
+        **_query_tokens(head),
     ))
+
+
+def _query_tokens(head: DecoderHeadConfig) -> dict[str, Any]:
+    """The settings that EoMT and PMT share."""
+    return {
+        "num_queries": head.num_queries,
+        "num_blocks": head.num_blocks,
+        "num_upscale_blocks": head.num_upscale_blocks,
+        "mask_annealing": tuple(head.mask_annealing),
+        "annealing_steps": list(zip(head.mask_annealing_starts, head.mask_annealing_ends, strict=True)),
+    }

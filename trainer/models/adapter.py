@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from shards.errors import ConfigError
 from trainer.model_config import SIZE_DIVISORS, AdapterConfig
-from trainer.models.backbone import DINOv3Backbone
+from trainer.models.backbones.base import Backbone
 from trainer.models.deform_attn import MSDeformAttn, pixel_centers
 from trainer.models.recompute import RecomputingModule
 
@@ -148,7 +148,7 @@ class SpatialPriorModule(nn.Module):
 class DINOv3Adapter(RecomputingModule):
     """Feature pyramid from four layers of a ViT. Raises ConfigError for another number of layers."""
 
-    def __init__(self, backbone: DINOv3Backbone, config: AdapterConfig) -> None:
+    def __init__(self, backbone: Backbone, config: AdapterConfig) -> None:
         super().__init__()
         if len(backbone.layers) != _NUM_BLOCKS:
             raise ConfigError(f"the adapter needs features of {_NUM_BLOCKS} layers, the backbone gives "
@@ -190,7 +190,7 @@ class DINOv3Adapter(RecomputingModule):
         shapes = [(height // stride, width // stride) for stride in (8, 16, 32)]
         c = torch.cat([_tokens(level) + self.level_embed[i] for i, level in enumerate((c2, c3, c4))], dim=1)
         reference_points = pixel_centers(shapes, images.device)[None, :, None]  # [1, 21 HW / 4, 1, 2]
-        vit_tokens = [patch_tokens for patch_tokens, _ in self.backbone(images)]  # 4 x [B, HW, D]
+        vit_tokens = self.backbone(images).patch_tokens  # 4 x [B, HW, D]
         for block, feat in zip(self.interactions, vit_tokens, strict=True):
             c = self.run(block, c, reference_points, feat, *shapes[1])
         c2, c3, c4 = (_maps(tokens, *shape) for tokens, shape in

@@ -15,28 +15,27 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from shards.errors import ConfigError
-from trainer.models.backbone import DINOv3Backbone
+from trainer.models.backbones.base import Backbone, Grid
 from trainer.models.heads import MaskClassificationHead
 from trainer.models.mask_decoder import blocked_positions, predicted_masks
 from trainer.models.outputs import MaskOutputs, MaskPrediction, PredictedMasks
-from trainer.models.vit_keys import PATCH_SIZE
 
 _ANNEALING_POWER = 0.9
 
 
 class SharedBlocks(NamedTuple):
-    """A ViT's intermediate state before its last blocks, which can continue with queries prepended to the tokens."""
+    """Tokens and the blocks to come, which also take queries in front of the tokens."""
 
     tokens: Tensor  # [B, prefix + N, D]
     blocks: Sequence[Callable[[Tensor, Tensor | None], Tensor]]  # (tokens [B, T, D], allowed [B, 1, T, T]) -> tokens
     norm: Callable[[Tensor], Tensor]
-    grid: tuple[int, int]  # rows and columns of the N patches
+    grid: Grid
 
 
 class PartialBackbone(nn.Module):
     """A ViT run up to its last `num_blocks` blocks, which are returned for the head to run."""
 
-    def __init__(self, backbone: DINOv3Backbone, num_blocks: int) -> None:
+    def __init__(self, backbone: Backbone, num_blocks: int) -> None:
         super().__init__()
         if num_blocks > backbone.depth:
             raise ConfigError(f"decoder_head.num_blocks is {num_blocks}, legal: at most the {backbone.depth} blocks of "
@@ -49,14 +48,13 @@ class PartialBackbone(nn.Module):
         vit = self.backbone
         first = vit.depth - self.num_blocks
         with torch.set_grad_enabled(vit.trainable and torch.is_grad_enabled()):
-            tokens, rope = vit.embed(images)
+            tokens, grid, rope = vit.embed(images)
             for number in range(first):
                 tokens = vit.block(number, tokens, rope)
         # Not under no_grad: even in a frozen ViT these blocks backpropagate to the queries.
         blocks = [lambda tokens, allowed, number=number: vit.block(number, tokens, rope, allowed)
                   for number in range(first, vit.depth)]
-        rows, columns = (side // PATCH_SIZE for side in images.shape[-2:])
-        return SharedBlocks(tokens, blocks, vit.vit.norm, (rows, columns))
+        return SharedBlocks(tokens, blocks, vit.norm, grid)
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -109,10 +107,10 @@ class MaskHead(nn.Module):
         return self.fc3(self.activation(self.fc2(self.activation(self.fc1(x)))))
 
 
-class EomtHead(MaskClassificationHead):
-    """Queries and their predictions.
+class QueryTokensHead(MaskClassificationHead):
+    """Queries that ViT blocks process together with the tokens, and their predictions.
 
-    num_blocks          ViT blocks that process the queries; num_blocks + 1 predictions
+    num_blocks          blocks that process the queries; num_blocks + 1 predictions
     num_upscale_blocks  doublings of the patch grid; 2 gives masks at stride 4
     activation          transformers' name of the ViT's activation, gelu or silu
     mask_annealing      part of the run, as two fractions, over which masking is phased out
@@ -161,10 +159,10 @@ class EomtHead(MaskClassificationHead):
         for entry, share in zip(self.attn_mask_probs.unbind(), shares, strict=True):
             entry.fill_(share)  # copying a new host tensor would synchronise with the device
 
-    def forward(self, features: SharedBlocks, with_aux: bool = False) -> MaskOutputs:
+    def predict_through(self, features: SharedBlocks, with_aux: bool = False) -> MaskOutputs:
         """-> pred_logits [B, Q, C + 1] and pred_masks [B, Q, h * 2^u, w * 2^u], for an h x w grid and u upscale layers.
 
-        In training or with `with_aux` also aux_outputs: the same two, predicted before each of the shared blocks.
+        In training or with `with_aux` also aux_outputs: the same two, predicted before each of the blocks.
         """
         with_aux = with_aux or self.training
         masked_blocks = self._masked_in_training if self.training else self._masked_in_evaluation
@@ -212,8 +210,16 @@ class EomtHead(MaskClassificationHead):
         return allowed
 
 
+class EomtHead(QueryTokensHead):
+    """EoMT's head: the blocks are the last ones of the ViT."""
+
+    def forward(self, features: SharedBlocks, with_aux: bool = False) -> MaskOutputs:
+        """See `predict_through`."""
+        return self.predict_through(features, with_aux)
+
+
 def masking_shares(progress: float, num_blocks: int, window: tuple[float, float]) -> list[float]:
-    """Fraction of masked queries in each shared block at `progress` (0..1) of the run.
+    """Fraction of masked queries in each block at `progress` (0..1) of the run.
 
     Within the window, masking is phased out block by block, first block first, each over two thirds of an equal part
     of the window, much as in the recipes published with arXiv:2503.19108.
@@ -229,5 +235,5 @@ def remaining_share(t: float) -> float:
 
 
 def _update_after_loading(head: nn.Module, _: Any) -> None:
-    assert isinstance(head, EomtHead)
+    assert isinstance(head, QueryTokensHead)
     head._update_masked_blocks(head.attn_mask_probs.tolist())

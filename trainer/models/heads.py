@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.models.backbone import PATCH_SIZE, DINOv3Backbone
+from trainer.models.backbones.base import Backbone
 from trainer.models.mask_decoder import MaskedTransformerDecoder
 from trainer.models.outputs import MaskOutputs, PixelOutputs
 from trainer.models.pixel_decoder import MSDeformAttnPixelDecoder
@@ -97,20 +97,19 @@ class Mask2FormerHead(MaskClassificationHead):
 class LinearBackbone(nn.Module):
     """The ViT with feature maps instead of tokens as output, for the linear head."""
 
-    def __init__(self, feature_model: DINOv3Backbone) -> None:
+    def __init__(self, feature_model: Backbone) -> None:
         super().__init__()
         self.feature_model = feature_model
 
     @property
-    def backbone(self) -> DINOv3Backbone:
+    def backbone(self) -> Backbone:
         """The ViT; `feature_model`, the attribute's name, is fixed by the reference's keys."""
         return self.feature_model
 
     def forward(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Normalised images [B, 3, H, W] -> for each layer a patch map [B, D, H/16, W/16] and class token [B, D]."""
-        grid = tuple(side // PATCH_SIZE for side in images.shape[-2:])
-        return [(patch_tokens.transpose(1, 2).unflatten(2, grid), cls_token)
-                for patch_tokens, cls_token in self.feature_model(images)]
+        features = self.feature_model(images)
+        return list(zip(features.patch_maps, features.cls_tokens, strict=True))
 
 
 class LinearHead(SegmentationHead[PixelOutputs]):

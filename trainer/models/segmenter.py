@@ -10,14 +10,16 @@ from torch import Tensor, nn
 
 from shards.errors import ConfigError
 from trainer.models.adapter import DINOv3Adapter
-from trainer.models.backbone import DINOv3Backbone
+from trainer.models.backbones.base import Backbone
+from trainer.models.deltas import with_deltas
 from trainer.models.eomt import PartialBackbone
 from trainer.models.fitting import check_fit
 from trainer.models.heads import LinearBackbone, SegmentationHead
 from trainer.models.outputs import Outputs
+from trainer.models.pmt import TappedBackbone
 from trainer.models.weights import WeightsFile, weights_in
 
-Features = DINOv3Adapter | LinearBackbone | PartialBackbone
+FeatureModel = DINOv3Adapter | LinearBackbone | PartialBackbone | TappedBackbone
 
 _ADVICE = "Check backbone, adapter and decoder_head settings against those of the saved model"
 
@@ -25,7 +27,7 @@ _ADVICE = "Check backbone, adapter and decoder_head settings against those of th
 class Segmenter(nn.Module):
     """Keys start with `segmentation_model.0.` (features, including the ViT) or `segmentation_model.1.` (head)."""
 
-    def __init__(self, features: Features, head: SegmentationHead[Any]) -> None:
+    def __init__(self, features: FeatureModel, head: SegmentationHead[Any]) -> None:
         super().__init__()
         self.segmentation_model = nn.ModuleList([features, head])
 
@@ -35,9 +37,9 @@ class Segmenter(nn.Module):
         return cast(SegmentationHead[Any], self.segmentation_model[1])
 
     @property
-    def backbone(self) -> DINOv3Backbone:
+    def backbone(self) -> Backbone:
         """The ViT."""
-        return cast(Features, self.segmentation_model[0]).backbone
+        return cast(FeatureModel, self.segmentation_model[0]).backbone
 
     def forward(self, images: Tensor) -> Outputs:
         """Normalised images [B, 3, H, W] -> the head's outputs. ValueError for sizes that the features reject."""
@@ -78,11 +80,13 @@ class Segmenter(nn.Module):
         self.backbone.load_meta_state_dict(weights.vit, what)
         self._load_head(weights.model, what)
 
-    def load_weights(self, weights: WeightsFile, ignore: Sequence[str] = ()) -> list[str]:
+    def load_weights(self, weights: WeightsFile, ignore: Sequence[str] = (),
+                     base_sha256: str | None = None) -> list[str]:
         """Load weights from a file; returns the keys of adapter and head that were not loaded because of `ignore`.
 
         A ViT in the file is loaded if ours is trainable. Otherwise the ViT that the file contains, or identifies by
-        hash, must be the configured one: a head is useless on another ViT. Raises ConfigError if it is not, and for
+        hash, must be the configured one: a head is useless on another ViT. Differences are added to the configured
+        ViT; `base_sha256` as `told_sha256` in `with_deltas`. Raises ConfigError if it is not the right one, and for
         every key that does not fit.
         """
         if not weights.model:
@@ -93,11 +97,25 @@ class Segmenter(nn.Module):
                               f"{weights.backbone_sha256:.16}) than the configured backbone; set backbone.source to "
                               "that ViT")
         check_fit(self.head_state_dict(), weights.model, what=what, advice=_ADVICE, ignore=ignore)
-        if weights.vit and self.backbone.trainable:
-            self.backbone.load_meta_state_dict(weights.vit, what)
-        elif weights.vit:
-            self.backbone.check_same(weights.vit, f"the ViT's weights in {weights.path}")
+        if weights.vit:
+            self._load_vit(weights, base_sha256)
         return self._load_head(weights.model, what, ignore)
+
+    def _load_vit(self, weights: WeightsFile, base_sha256: str | None) -> None:
+        state, backbone, what = weights.vit, self.backbone, f"the ViT's weights in {weights.path}"
+        if weights.vit_form == "differences":
+            if not backbone.trainable:
+                raise ConfigError(f"{weights.path} changes the ViT, but backbone.trainable is false; set it to true")
+            left_out = backbone.completed({})
+            base = {key: tensor for key, tensor in backbone.meta_state_dict().items() if key not in left_out}
+            state = with_deltas(base, state, what=f"the differences in {weights.path}",
+                                base_sha256=backbone.weights_sha256(), told_sha256=base_sha256)
+        if weights.vit_form != "complete":
+            state = backbone.completed(state)
+        if backbone.trainable:
+            backbone.load_meta_state_dict(state, what)
+        else:
+            backbone.check_same(state, what)
 
     def _load_head(self, state: Mapping[str, Tensor], what: str, ignore: Sequence[str] = ()) -> list[str]:
         own = self.head_state_dict()

@@ -6,12 +6,14 @@
     the whole model           all of the above, with the ViT under segmentation_model.0.backbone. (or .feature_model.)
     our own checkpoints       {"model": adapter and head (and a trained ViT), "backbone_sha256": ..., ...}
 
+    tue-mps' EoMT and PMT     network.*, bare or {"state_dict": ...} (`trainer.models.tue_mps_keys`)
+
 Each can be a torch or a safetensors file. Directories, or their hub ids, with config.json and safetensors:
 
-    eomt_dinov3               EoMT as published for transformers (`trainer.models.eomt_keys`)
+    eomt_dinov3, eomt         EoMT as published for transformers (`trainer.models.eomt_keys`)
     maskstream                written by `trainer/export.py`: the whole model, settings and classes
 
-A Hugging Face DINOv3 directory contains no head; `trainer.models.vit_sources` reads it.
+A Hugging Face directory of a ViT contains no head; `trainer.models.backbones.sources` reads it.
 """
 
 from __future__ import annotations
@@ -21,22 +23,21 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import EomtDinov3Config
 
 from shards.errors import ConfigError
-from trainer.models.eomt_keys import EOMT_MODEL_TYPE, check_eomt_config, split_eomt
+from trainer.models.eomt_keys import EOMT_CONFIGS, complete_eomt_config, split_eomt
 from trainer.models.fitting import listed
 from trainer.models.hub import directory_config, directory_tensors, is_hub_id, model_directory
 from trainer.models.integrity import check_config, check_file
-from trainer.models.vit_keys import LAYER_NORM_EPS
+from trainer.models.tue_mps_keys import is_tue_mps, split_tue_mps
 
 EXPORT_MODEL_TYPE = "maskstream"
-MODEL_TYPES = (EOMT_MODEL_TYPE, EXPORT_MODEL_TYPE)  # of directories that hold a whole model
+MODEL_TYPES = (*EOMT_CONFIGS, EXPORT_MODEL_TYPE)  # of directories that hold a whole model
 VIT_PREFIXES = ("segmentation_model.0.backbone.", "segmentation_model.0.feature_model.")
 _MODEL = "segmentation_model."
 _MAX_DEPTH = 32  # of nested containers
@@ -48,13 +49,18 @@ class _ContentRefused(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsFile:
-    """Content of a weight file: a ViT in Meta's layout, adapter and head with the reference's keys, or both."""
+    """Content of a weight file: a ViT in Meta's layout, adapter and head with the reference's keys, or both.
+
+    A ViT is partial if its file leaves out what `Backbone.completed` adds; differences are to be added to another one.
+    """
 
     path: Path
     vit: dict[str, Tensor] = field(default_factory=dict)
     model: dict[str, Tensor] = field(default_factory=dict)
     backbone_sha256: str | None = None  # in our own checkpoints: the ViT that the head was trained on
-    layer_norm_eps: float = LAYER_NORM_EPS  # of the ViT
+    vit_form: Literal["complete", "partial", "differences"] = "complete"
+    layer_norm_eps: float | None = None  # of the ViT; None: that of its family
+    num_heads: int | None = None  # of the ViT; None: as its layout says, or as usual in its family
     config: dict[str, Any] = field(default_factory=dict)  # a directory's config.json
 
     @property
@@ -87,14 +93,16 @@ def _read_directory(folder: Path, *, mmap: bool) -> WeightsFile:
         state = {key: tensor.clone() for key, tensor in state.items()}
     if model_type == EXPORT_MODEL_TYPE:
         check_config(config, folder / "config.json")
-        epsilon = config.get("layer_norm_eps")
+        epsilon, heads = config.get("layer_norm_eps"), config.get("num_attention_heads")
         if not isinstance(epsilon, float):
             raise ConfigError(f"{folder}/config.json: layer_norm_eps is {epsilon!r}, legal: a number; export again")
-        return replace(weights_in(state, folder), layer_norm_eps=epsilon, config=config)
-    complete = EomtDinov3Config.from_dict(config).to_dict()
-    check_eomt_config(complete, folder / "config.json")
-    vit, head = split_eomt(state, complete["num_attention_heads"], folder)
-    return WeightsFile(path=folder, vit=vit, model=head, layer_norm_eps=complete["layer_norm_eps"], config=config)
+        if heads is not None and (type(heads) is not int or not 0 < heads <= 512):
+            raise ConfigError(f"{folder}/config.json: num_attention_heads is {heads!r}, legal: 1 to 512; export again")
+        return replace(weights_in(state, folder), layer_norm_eps=epsilon, num_heads=heads, config=config)
+    complete = complete_eomt_config(config, folder / "config.json")
+    vit, head = split_eomt(state, complete, folder)
+    return WeightsFile(path=folder, vit=vit, model=head, layer_norm_eps=complete["layer_norm_eps"],
+                       num_heads=complete["num_attention_heads"], config=config)
 
 
 def read_file(path: str | Path, *, mmap: bool = True, shown: str | None = None) -> Any:
@@ -165,6 +173,8 @@ def weights_in(content: Any, path: str | Path) -> WeightsFile:
     path = Path(path)
     wrapped = isinstance(content, Mapping) and isinstance(content.get("model"), Mapping)
     state = content["model"] if wrapped else content
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
     if not isinstance(state, Mapping) or not state:
         raise ConfigError(f"{path} contains no weights")
     if all(str(key).startswith("module.") for key in state):  # saved from inside DistributedDataParallel
@@ -174,8 +184,11 @@ def weights_in(content: Any, path: str | Path) -> WeightsFile:
         raise ConfigError(f"{path} is not a plain state dict, these entries are not tensors: {listed(others)}")
     if "cls_token" in state:
         return WeightsFile(path=path, vit=dict(state))
+    if is_tue_mps(state):
+        vit, head, is_delta = split_tue_mps(state, path)
+        return WeightsFile(path=path, vit=vit, model=head, vit_form="differences" if is_delta else "partial")
     if not any(key.startswith(_MODEL) for key in state):
-        raise ConfigError(f"{path} contains neither a DINOv3 ViT in Meta's layout nor a segmentation model; its keys "
+        raise ConfigError(f"{path} contains neither a ViT in Meta's layout nor a segmentation model; its keys "
                           f"are {listed(state)}. For a Hugging Face model, set backbone.source to its directory")
     vit = {key.removeprefix(prefix): tensor for key, tensor in state.items() for prefix in VIT_PREFIXES
            if key.startswith(prefix)}

@@ -138,7 +138,7 @@ def _start_from_weights(run: Run) -> None:
     settings = run.config.load
     if settings.weights is None:
         return
-    ignored = run.model.load_weights(read_weights(settings.weights), settings.ignore)
+    ignored = run.model.load_weights(read_weights(settings.weights), settings.ignore, settings.base_sha256)
     if run.context.is_main:
         loaded = len(run.model.trainable_state_dict()) - len(ignored)
         random = f"; randomly initialised because of load.ignore: {', '.join(ignored)}" if ignored else ""

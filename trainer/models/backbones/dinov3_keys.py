@@ -21,9 +21,10 @@ from torch import Tensor
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from shards.errors import ConfigError
+from trainer.model_config import TOKEN_STRIDE
+from trainer.models.backbones.key_tables import check_vit_sizes, inverse, renamed
 from trainer.models.fitting import check_fit
 
-PATCH_SIZE = 16  # of every DINOv3 ViT
 ROPE_BASE = 100.0
 LAYER_NORM_EPS = 1e-5  # of Meta's ViTs
 PERIODS = "rope_embed.periods"
@@ -47,9 +48,6 @@ _IN_BLOCK = {
 _PLAIN_MLP = {"mlp.fc1": "mlp.up_proj", "mlp.fc2": "mlp.down_proj"}
 _GATED_MLP = {"mlp.w1": "mlp.gate_proj", "mlp.w2": "mlp.up_proj", "mlp.w3": "mlp.down_proj"}
 
-_LIMITS = {"dim": 16384, "blocks": 256, "heads": 512, "ffn": 65536, "registers": 4096}
-_MAX_PARAMETERS = 16_000_000_000  # in the blocks; the largest published ViT has 6.7 G
-
 
 @dataclass(frozen=True)
 class VitArchitecture:
@@ -65,13 +63,7 @@ class VitArchitecture:
 
     def check(self) -> None:
         """Raise ConfigError for sizes beyond those of any ViT, before memory is allocated for them."""
-        for name, limit in _LIMITS.items():
-            if not isinstance(value := getattr(self, name), int) or not 0 <= value <= limit:
-                raise ConfigError(f"a ViT has {value} {name}, legal: at most {limit}")
-        parameters = self.blocks * self.dim * (4 * self.dim + (3 if self.gated else 2) * self.ffn)
-        if parameters > _MAX_PARAMETERS:
-            raise ConfigError(f"a ViT of {parameters / 1e9:.1f} G parameters, legal: at most "
-                              f"{_MAX_PARAMETERS / 1e9:.0f} G")
+        check_vit_sizes(self.dim, self.blocks, self.heads, self.ffn, self.registers, gated=self.gated)
 
     def config(self, layer_norm_eps: float = LAYER_NORM_EPS) -> DINOv3ViTConfig:
         """The configuration of transformers' model. Raises ConfigError like `check`."""
@@ -87,7 +79,7 @@ class VitArchitecture:
             query_bias=self.qkv_bias,
             key_bias=False,
             value_bias=self.qkv_bias,
-            patch_size=PATCH_SIZE,
+            patch_size=TOKEN_STRIDE,
             layer_norm_eps=layer_norm_eps,
             rope_theta=ROPE_BASE,
             layerscale_value=1.0,  # with DINOv3's initial 1e-5 the blocks of an untrained ViT would have no effect
@@ -149,7 +141,7 @@ def meta_vit_to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if key in META_ONLY or key.endswith(".attn.qkv.bias_mask"):
             continue
         if not key.startswith("blocks."):
-            converted[_renamed(key, _TOP_LEVEL)] = tensor.unsqueeze(1) if key == "mask_token" else tensor
+            converted[renamed(key, _TOP_LEVEL)] = tensor.unsqueeze(1) if key == "mask_token" else tensor
             continue
         _, number, name = key.split(".", 2)
         attention = f"model.layer.{number}.attention."
@@ -160,7 +152,7 @@ def meta_vit_to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             converted[f"{attention}q_proj.bias"], converted[f"{attention}v_proj.bias"] = _applied_bias(
                 key, tensor, state[f"{key}_mask"])
         else:
-            converted[f"model.layer.{number}.{_renamed(name, in_block)}"] = tensor
+            converted[f"model.layer.{number}.{renamed(name, in_block)}"] = tensor
     return converted
 
 
@@ -171,13 +163,13 @@ def transformers_vit_to_meta(state: Mapping[str, Tensor], num_heads: int) -> dic
     without a counterpart in Meta's layout.
     """
     gated = any(".mlp.gate_proj." in key for key in state)
-    in_block = _inverse(_IN_BLOCK | (_GATED_MLP if gated else _PLAIN_MLP))
-    top_level = _inverse(_TOP_LEVEL)
+    in_block = inverse(_IN_BLOCK | (_GATED_MLP if gated else _PLAIN_MLP))
+    top_level = inverse(_TOP_LEVEL)
     cls_token = state["embeddings.cls_token"]
     converted = {PERIODS: rope_periods(cls_token.shape[-1] // num_heads).to(cls_token.device)}
     for key, tensor in state.items():
         if not key.startswith("model.layer."):
-            name = _renamed(key, top_level)
+            name = renamed(key, top_level)
             converted[name] = tensor.squeeze(1) if name == "mask_token" else tensor
             continue
         number, name = key.removeprefix("model.layer.").split(".", 1)
@@ -190,7 +182,7 @@ def transformers_vit_to_meta(state: Mapping[str, Tensor], num_heads: int) -> dic
             converted[f"{qkv}bias"] = torch.cat([tensor, zeros, state[f"{stem}v_proj.bias"]])
             converted[f"{qkv}bias_mask"] = torch.cat([ones, zeros, ones])
         elif name not in ("attention.k_proj.weight", "attention.v_proj.weight", "attention.v_proj.bias"):
-            converted[f"blocks.{number}.{_renamed(name, in_block)}"] = tensor
+            converted[f"blocks.{number}.{renamed(name, in_block)}"] = tensor
     return converted
 
 
@@ -222,15 +214,3 @@ def _applied_bias(key: str, bias: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]
     if not applied.is_meta and (bool(k.count_nonzero()) or not bool(applied.isfinite().all())):
         raise ConfigError(f"{key} times its bias_mask is not finite, or not zero for the keys; DINOv3 has no key bias")
     return q, v
-
-
-def _inverse(names: Mapping[str, str]) -> dict[str, str]:
-    return {value: key for key, value in names.items()}
-
-
-def _renamed(name: str, names: Mapping[str, str]) -> str:
-    """`name` renamed by the table, whose keys are full names or lack the last part (.weight, .bias)."""
-    if name in names:
-        return names[name]
-    stem, _, kind = name.rpartition(".")
-    return f"{names[stem]}.{kind}"
