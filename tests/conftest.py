@@ -113,6 +113,15 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture
+def real_vit() -> Path:
+    """`<shared>/weights/dinov2-vits14`, a pretrained ViT; skips when absent."""
+    folder = SHARED / "weights" / "dinov2-vits14"
+    if not folder.is_dir():
+        pytest.skip(f"the pretrained ViT is not in {folder} (set MASKSTREAM_SHARED)")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A generated dataset in the `folder` layout: 12 training and 5 validation scenes."""

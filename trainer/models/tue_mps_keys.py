@@ -42,8 +42,8 @@ _HEAD_NAMES = (
     (r"((?:bn|blocks|lateral_projections|scalers)\.\d+|decoder_norm\.|attn_mask_probs$)", r"\1"),
 )
 _DINOV3_NAMES = (
-    (r"patch_embed\.(cls_token|register_tokens|patch_embeddings)", r"embeddings.\1"),
-    (r"blocks\.", "model.layer."),
+    (r"(?:patch_embed|embeddings)\.(cls_token|register_tokens|mask_token|patch_embeddings)", r"embeddings.\1"),
+    (r"(?:blocks|(?:model\.)?layer)\.", "model.layer."),  # files may hold both spellings: one is an alias
     (r"norm\.", "norm."),
 )
 
@@ -111,6 +111,8 @@ def _dinov3(vit: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, tensor in vit.items():
         if (name := _renamed(key, _DINOV3_NAMES)) is None:
             raise KeyError(key)
+        if name in renamed and not torch.equal(renamed[name], tensor):
+            raise KeyError(f"{key}, which differs from its alias")
         renamed[name] = tensor
     converted = transformers_vit_to_meta(renamed, num_heads=1)  # which decides only about the periods
     return {key: tensor for key, tensor in converted.items() if key != PERIODS and not key.endswith("bias_mask")}

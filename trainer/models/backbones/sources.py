@@ -155,8 +155,9 @@ def _check_sizes(folder: Path, config: Mapping[str, Any], kind: Any) -> None:
         ffn = value("intermediate_size") or int(width * value("mlp_ratio"))
         check_vit_sizes(width, value("num_hidden_layers"), value("num_attention_heads"), ffn,
                         value("num_register_tokens"), gated=config.get("use_gated_mlp") is True)
-        if not 0 < value("image_size") <= 16384:
-            raise ConfigError(f"image_size is {value('image_size')}, legal: 1 to 16384")
+        for name, limit in (("image_size", 16384), ("patch_size", 64)):
+            if not 0 < value(name) <= limit:
+                raise ConfigError(f"{name} is {value(name)}, legal: 1 to {limit}")
     except (ConfigError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"{folder / 'config.json'}: {error}") from error
 
