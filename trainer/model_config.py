@@ -40,8 +40,10 @@ class BackboneConfig:
     patch_resize: str = setting("weights", "how a ViT with patches of another size than 16 pixels (DINOv2: 14) gives "
                                 "one token per 16: resample the weights of its patch embedding, or scale the image",
                                 choices=("weights", "image"))
-    trainable: bool = setting(False, "train the ViT too (it stays in eval mode: no rotary jitter); checkpoints then "
-                              "include it")
+    trainable: bool = setting(False, "train the ViT too; checkpoints then include it")
+    rope_rescale: float | None = setting(None, "DINOv3: in training, multiply the coordinates of the rotary position "
+                                         "embedding by a random factor from 1/x to x in every forward pass, as in the "
+                                         "recipes of EoMT and PMT (2); null: never", minimum=1, maximum=16)
     image_mean: list[float] = setting(list(IMAGENET_MEAN), "per-channel mean of pixel values, on a 0..1 scale")
     image_std: list[float] = setting(list(IMAGENET_STD), "per-channel standard deviation, on a 0..1 scale")
 

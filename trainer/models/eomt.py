@@ -138,6 +138,7 @@ class QueryTokensHead(MaskClassificationHead):
         self.mask_annealing = mask_annealing
         self.annealing_steps = annealing_steps
         self.matched_gradients = False
+        self.activation = activation
         self.query = nn.Embedding(num_queries, dim)
         self.upscale_block = UpscaleBlock(dim, num_upscale_blocks, ACT2FN[activation])
         self.mask_head = MaskHead(dim, ACT2FN[activation])

@@ -23,6 +23,8 @@ OutputsT = TypeVar("OutputsT", MaskOutputs, PixelOutputs)
 class SegmentationHead(nn.Module, ABC, Generic[OutputsT]):
     """Interface of all heads."""
 
+    activation: str | None = None  # transformers' name, where it depends on the ViT
+
     @abstractmethod
     def semantic_logits(self, outputs: OutputsT, size: tuple[int, int],
                         dtype: torch.dtype = torch.float32) -> Tensor:

@@ -97,6 +97,9 @@ class Segmenter(nn.Module):
                               f"{weights.backbone_sha256:.16}) than the configured backbone; set backbone.source to "
                               "that ViT")
         check_fit(self.head_state_dict(), weights.model, what=what, advice=_ADVICE, ignore=ignore)
+        if weights.activation is not None and self.head.activation not in (None, weights.activation):
+            raise ConfigError(f"the head in {weights.path} was trained with {weights.activation}, but on this ViT it "
+                              f"would run with {self.head.activation}; use the file as published for transformers")
         if weights.vit:
             self._load_vit(weights, base_sha256)
         return self._load_head(weights.model, what, ignore)

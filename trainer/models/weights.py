@@ -61,6 +61,7 @@ class WeightsFile:
     vit_form: Literal["complete", "partial", "differences"] = "complete"
     layer_norm_eps: float | None = None  # of the ViT; None: that of its family
     num_heads: int | None = None  # of the ViT; None: as its layout says, or as usual in its family
+    activation: str | None = None  # that the head was trained with, where it cannot follow the ViT's
     config: dict[str, Any] = field(default_factory=dict)  # a directory's config.json
 
     @property
@@ -186,7 +187,8 @@ def weights_in(content: Any, path: str | Path) -> WeightsFile:
         return WeightsFile(path=path, vit=dict(state))
     if is_tue_mps(state):
         vit, head, is_delta = split_tue_mps(state, path)
-        return WeightsFile(path=path, vit=vit, model=head, vit_form="differences" if is_delta else "partial")
+        return WeightsFile(path=path, vit=vit, model=head, vit_form="differences" if is_delta else "partial",
+                           activation="gelu")
     if not any(key.startswith(_MODEL) for key in state):
         raise ConfigError(f"{path} contains neither a ViT in Meta's layout nor a segmentation model; its keys "
                           f"are {listed(state)}. For a Hugging Face model, set backbone.source to its directory")

@@ -76,14 +76,15 @@ def tapped_layers(depth: int, choice: str, *, released_heads: bool = True) -> li
 class Backbone(RecomputingModule, ABC):
     """A ViT that is always in eval mode; its weights are trained only with `trainable`.
 
-    Under autocast it runs in the surrounding autocast's dtype. Its weights are stored, exported and compared in the
-    layout of Meta's files.
+    `augments` is True while the surrounding model is in training mode: all that may then differ is a random scale of
+    the rotary code. Under autocast it runs in the surrounding autocast's dtype. Its weights are stored, exported and
+    compared in the layout of Meta's files.
     """
 
     embed_dim: int
     num_heads: int
     num_prefix_tokens: int  # class token and registers
-    activation: str  # transformers' name of the blocks' activation
+    activation: str  # transformers' name of the activation that EoMT's head takes over from the ViT
     layer_norm_eps: float  # not part of any state dict, and it may differ in published models
 
     def __init__(self, vit: nn.Module, layers: Sequence[int], *, trainable: bool, use_norm: bool) -> None:
@@ -148,6 +149,7 @@ class Backbone(RecomputingModule, ABC):
 
     def train(self, mode: bool = True) -> Backbone:
         """Stay in eval mode, whatever mode the surrounding model switches to."""
+        self.augments = mode
         super().train(False)
         return self
 

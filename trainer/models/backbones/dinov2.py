@@ -46,8 +46,7 @@ class Dinov2Backbone(Backbone):
         super().__init__(vit, layers, trainable=trainable, use_norm=use_norm)
         self.embed_dim, self.num_heads = vit.config.hidden_size, vit.config.num_attention_heads
         self.num_prefix_tokens = 1 + getattr(vit.config, "num_register_tokens", 0)
-        self.activation = "silu" if vit.config.use_swiglu_ffn else vit.config.hidden_act
-        self.layer_norm_eps = float(vit.config.layer_norm_eps)
+        self.activation, self.layer_norm_eps = vit.config.hidden_act, float(vit.config.layer_norm_eps)
         self.patch_size: int = self._projection.weight.shape[-1]
         self.patch_resize = patch_resize
         to_stride = resampling(self.patch_size, TOKEN_STRIDE)

@@ -26,11 +26,7 @@ from trainer.models.backbones.dinov3_keys import (
 
 
 class DINOv3Backbone(Backbone):
-    """DINOv3: patches of 16 pixels, positions as a rotary code.
-
-    Training mode must not reach it: DINOv3 has neither dropout nor batch norm, and transformers would only rescale the
-    rotary position embedding at random in every forward pass.
-    """
+    """DINOv3: patches of 16 pixels, positions as a rotary code."""
 
     vit: DINOv3ViTModel
 
@@ -42,8 +38,9 @@ class DINOv3Backbone(Backbone):
         *,
         trainable: bool = False,
         use_norm: bool = True,
+        rope_rescale: float | None = None,
     ) -> None:
-        """`layers` and `use_norm` as in `Backbone`.
+        """`layers` and `use_norm` as in `Backbone`; `rope_rescale` as in the settings.
 
         `meta_only`: tensors of a Meta file for which transformers has no place (see `dinov3_keys.META_ONLY`). Among
         them, local_cls_norm is used only in pretraining and kept only for export. The rotary periods are used: Meta's
@@ -56,6 +53,7 @@ class DINOv3Backbone(Backbone):
         self.embed_dim, self.num_heads = vit.config.hidden_size, vit.config.num_attention_heads
         self.num_prefix_tokens = 1 + vit.config.num_register_tokens
         self.activation, self.layer_norm_eps = vit.config.hidden_act, float(vit.config.layer_norm_eps)
+        self.rope_rescale = rope_rescale
         self._set_meta_only(meta_only or {})
 
     @property
@@ -86,6 +84,9 @@ class DINOv3Backbone(Backbone):
         y, x = (2.0 * ((torch.arange(count, dtype=torch.float32, device=frequencies.device) + 0.5) / count) - 1.0
                 for count in (rows, columns))
         centres = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1)  # [N, 2]
+        if self.augments and self.rope_rescale is not None:  # one factor from 1/r to r, as in DINOv3's pretraining
+            exponent = 2.0 * torch.rand(1, device=frequencies.device) - 1.0
+            centres = centres * (math.log(self.rope_rescale) * exponent).exp()
         angles = (2 * math.pi * centres[:, :, None] * frequencies).flatten(1).tile(2)  # [N, head_dim]
         return angles.cos(), angles.sin()
 

@@ -69,7 +69,11 @@ def build_backbone(config: BackboneConfig, *, use_norm: bool = True, released_he
         vit, meta_only = load_vit(config)
     layers = tapped_layers(vit.config.num_hidden_layers, config.layers, released_heads=released_heads)
     if isinstance(vit, DINOv3ViTModel):
-        return DINOv3Backbone(vit, layers, meta_only, trainable=config.trainable, use_norm=use_norm)
+        return DINOv3Backbone(vit, layers, meta_only, trainable=config.trainable, use_norm=use_norm,
+                              rope_rescale=config.rope_rescale)
+    if config.rope_rescale is not None:
+        raise ConfigError(f"backbone.rope_rescale is {config.rope_rescale}, but the backbone is a DINOv2, which has no "
+                          "rotary position embedding; set it to null")
     return Dinov2Backbone(vit, layers, patch_resize=config.patch_resize, trainable=config.trainable, use_norm=use_norm)
 
 
