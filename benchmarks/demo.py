@@ -1,5 +1,7 @@
 """All of MaskStream in a few minutes on two CPU cores: draw scenes, shard, train, evaluate, predict.
 
+With --shared, on real photographs instead: CamVid and a pretrained DINOv2 ViT-S (`make demo-camvid`).
+
 Runs and prints the commands a user would type, then reports their cost in seconds and in units of a fixed calibration
 loop timed in the same run (seconds alone mean little on a shared machine). `--results` also saves the numbers for
 docs/benchmarks.md.
@@ -29,42 +31,72 @@ CALIBRATION_SIDE, CALIBRATION_ROUNDS = 256, 10
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="folder for all output of the demo (emptied first)")
+    parser.add_argument("--shared", type=Path, help="folder with data/camvid and weights/dinov2-vits14")
     parser.add_argument("--steps", type=int, default=None, help="training steps (default: as in configs/demo.yaml)")
     parser.add_argument("--results", type=Path, default=None, help="folder for demo.json (default: not written; only "
                         "with `python -m benchmarks.demo`)")
     arguments = parser.parse_args()
     output = Path(arguments.output).resolve()
-    if output.exists() and not (output / "scenes").exists() and any(output.iterdir()):
+    if output.exists() and not (output / "shards").exists() and any(output.iterdir()):
         sys.exit(f"error: {output} was not created by this demo; choose another --output")
     shutil.rmtree(output, ignore_errors=True)
     before = calibration_seconds()
-    seconds = run_demo(output, arguments.steps)
+    commands = demo_commands(output) if arguments.shared is None else camvid_commands(output, arguments.shared)
+    if arguments.steps is not None:
+        commands["train"].append(f"train.total_steps={arguments.steps}")
+    seconds = {name: call(*command) for name, command in commands.items()}
     unit = (before + calibration_seconds()) / 2
     report(output, seconds, unit)
     if arguments.results is not None:
         save(output, seconds, unit, arguments.results)
 
 
-def run_demo(output: Path, steps: int | None) -> dict[str, float]:
-    """Run the five commands; returns the seconds each took."""
-    scenes, shards, run = output / "scenes", output / "shards", output / "run"
-    overrides = [] if steps is None else [f"train.total_steps={steps}"]
+Command = list[object]
+
+
+def demo_commands(output: Path) -> dict[str, Command]:
+    """The five commands of the demo on drawn scenes, by what they do."""
+    scenes = output / "scenes"
+    images = [scenes / "images" / "val" / f"scene_val_{number:05}.jpg" for number in range(4)]
+    return {
+        "draw scenes": ["python", "preprocess/make_scenes.py", "--output", scenes],
+        "shard": ["python", "preprocess/make_shards.py", "--config", "configs/scenes-shards.yaml", "--root", scenes,
+                  "--output", output / "shards"],
+        **training_commands(output, "configs/demo.yaml", [], images),
+    }
+
+
+def camvid_commands(output: Path, shared: Path) -> dict[str, Command]:
+    """The same on photographs. Exits when they, or the ViT, are not there."""
+    camvid, vit = shared.resolve() / "data" / "camvid", shared.resolve() / "weights" / "dinov2-vits14"
+    for folder in (camvid, vit):
+        if not folder.is_dir():
+            sys.exit(f"error: {folder} does not exist; set MASKSTREAM_SHARED to a folder with data/camvid and "
+                     "weights/dinov2-vits14. `make demo` needs neither")
+    return {
+        "shard": ["python", "preprocess/make_shards.py", "--config", "configs/camvid-shards.yaml", "--root", camvid,
+                  "--output", output / "shards"],
+        **training_commands(output, "configs/demo-camvid.yaml", [f"backbone.source={vit}"],
+                            sorted((camvid / "val").iterdir())[:4]),
+    }
+
+
+def training_commands(output: Path, config: str, overrides: list[str], images: list[Path]) -> dict[str, Command]:
+    """Train, evaluate, predict."""
+    run = output / "run"
     checkpoint = run / "checkpoints" / "best.pt"
     return {
-        "draw scenes": call("python", "preprocess/make_scenes.py", "--output", scenes),
-        "shard": call("python", "preprocess/make_shards.py", "--config", "configs/scenes-shards.yaml",
-                      "--root", scenes, "--output", shards),
-        "train": call("torchrun", "--standalone", "--nproc-per-node", "2", "trainer/train.py", "--config",
-                      "configs/demo.yaml", f"data.root={shards}", f"output_dir={run}", *overrides),
-        "evaluate": call("python", "trainer/eval.py", "--config", run / "config.yaml", "--checkpoint", checkpoint),
-        "predict": call("python", "trainer/predict.py", "--checkpoint", checkpoint, "--output", output / "predictions",
-                        *sorted((scenes / "images" / "val").iterdir())[:4]),
-    }  # fmt: skip
+        "train": ["torchrun", "--standalone", "--nproc-per-node", "2", "trainer/train.py", "--config", config,
+                  f"data.root={output / 'shards'}", f"output_dir={run}", *overrides],
+        "evaluate": ["python", "trainer/eval.py", "--config", run / "config.yaml", "--checkpoint", checkpoint],
+        "predict": ["python", "trainer/predict.py", "--checkpoint", checkpoint, "--output", output / "predictions",
+                    *images],
+    }
 
 
-def call(program: str, *arguments: object) -> float:
+def call(*command: object) -> float:
     """Print and run a command from the repository root; returns its wall seconds."""
-    words = [str(argument) for argument in arguments]
+    program, *words = map(str, command)
     shown = [str(Path(word).relative_to(REPOSITORY)) if word.startswith(str(REPOSITORY)) else word for word in words]
     print(f"\n$ {program} {' '.join(shown)}", flush=True)
     started = time.perf_counter()

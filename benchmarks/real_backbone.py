@@ -35,8 +35,8 @@ MASKS = ("loss.num_points=4096", "decoder_head.num_queries=50", "optimizer.lr=5e
 HEADS: dict[str, tuple[str, ...]] = {
     "linear": ("decoder_head.type=linear", "backbone.layers=LAST", "optimizer.lr=5e-3", "optimizer.weight_decay=0.001"),
     "eomt": ("decoder_head.type=eomt", *MASKS, "decoder_head.num_blocks=3", "decoder_head.num_upscale_blocks=1"),
-    "pmt": ("decoder_head.type=pmt", *MASKS, "decoder_head.num_blocks=3", "decoder_head.num_upscale_blocks=1",
-            "decoder_head.dec_ffn=768"),
+    "pmt": ("decoder_head.type=pmt", *MASKS, "decoder_head.dec_layers=3", "decoder_head.num_upscale_blocks=1",
+            "decoder_head.block_ffn=768"),
     "eomt-trained": ("decoder_head.type=eomt", *MASKS, "decoder_head.num_blocks=3",
                      "decoder_head.num_upscale_blocks=1", "backbone.trainable=true", "optimizer.lr=2e-4",
                      "optimizer.layer_decay=0.8", "optimizer.backbone_warmup_steps=20"),

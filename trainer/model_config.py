@@ -88,10 +88,9 @@ class DecoderHeadConfig:
                               only_for=("m2f",))
     enc_ffn: int = setting(4096, "FFN width of the pixel decoder's encoder", minimum=1, maximum=65536,
                            only_for=("m2f",))
-    dec_layers: int = setting(9, "masked-attention decoder layers (giving dec_layers + 1 predictions)", minimum=1,
-                              maximum=64, only_for=("m2f",))
-    dec_ffn: int = setting(4096, "FFN width of the decoder's layers or blocks", minimum=1, maximum=65536,
-                           only_for=("m2f", "pmt"))
+    dec_layers: int = setting(9, "layers of the mask decoder (m2f), or its plain blocks (pmt); dec_layers + 1 "
+                              "predictions", minimum=1, maximum=64, only_for=("m2f", "pmt"))
+    dec_ffn: int = setting(4096, "FFN width of the mask decoder", minimum=1, maximum=65536, only_for=("m2f",))
     # linear
     dropout: float = setting(0.1, "probability of dropping a feature channel", minimum=0, maximum=0.99,
                              only_for=("linear",))
@@ -99,19 +98,25 @@ class DecoderHeadConfig:
     use_cls_token: bool = setting(False, "concatenate the class token to every patch feature", only_for=("linear",))
     use_backbone_norm: bool = setting(True, "apply the ViT's final norm to the features", only_for=("linear",))
     # EoMT and PMT
-    num_blocks: int = setting(4, "blocks that process queries and tokens (giving num_blocks + 1 predictions): the "
-                              "ViT's last ones (eomt), or the decoder's own (pmt)", minimum=1, maximum=256,
-                              only_for=("eomt", "pmt"))
+    num_blocks: int = setting(4, "last ViT blocks, which also process the queries (giving num_blocks + 1 predictions)",
+                              minimum=1, maximum=256, only_for=("eomt",))
+    block_ffn: int | None = setting(None, "FFN width of the decoder's plain blocks; null: 4 times the ViT's width",
+                                    minimum=1, maximum=65536, only_for=("pmt",))
     num_upscale_blocks: int = setting(2, "times the patch grid is upscaled by 2; 2 gives masks at stride 4", minimum=0,
                                       maximum=4, only_for=("eomt", "pmt"))
     mask_annealing: list[float] = setting([0.125, 0.8125], "interval of the run over which masked attention is phased "
                                           "out, as two fractions of train.total_steps", minimum=0, maximum=1,
                                           only_for=("eomt", "pmt"))
     mask_annealing_starts: list[int] = setting([], "steps at which masked attention starts to be phased out, one per "
-                                               "block (num_blocks); empty: use mask_annealing", minimum=0,
+                                               "block; empty: use mask_annealing", minimum=0,
                                                only_for=("eomt", "pmt"))
     mask_annealing_ends: list[int] = setting([], "steps at which masked attention is fully phased out, one per block",
                                              minimum=1, only_for=("eomt", "pmt"))
+
+    @property
+    def masked_blocks(self) -> int:
+        """EoMT and PMT: how many blocks process the queries, `num_blocks` of the ViT or `dec_layers` of the decoder."""
+        return self.num_blocks if self.type == "eomt" else self.dec_layers
 
     @property
     def size_divisor(self) -> int:
@@ -128,16 +133,18 @@ class DecoderHeadConfig:
                               "1, the first below the second")
         starts, ends = self.mask_annealing_starts, self.mask_annealing_ends
         if starts or ends:
-            blocks = self.num_blocks
+            blocks = self.masked_blocks
             if [len(starts), len(ends)] != [blocks] * 2 or any(map(operator.ge, starts, ends)):
                 raise ConfigError(f"decoder_head.mask_annealing_starts is {list(starts)} and .mask_annealing_ends "
-                                  f"{list(ends)}, legal: decoder_head.num_blocks ({blocks}) steps each, every start "
-                                  "below its end; or none, to use decoder_head.mask_annealing")
+                                  f"{list(ends)}, legal: {blocks} steps each, one per block "
+                                  f"({'num_blocks' if self.type == 'eomt' else 'dec_layers'}), every start below its "
+                                  "end; or none, to use decoder_head.mask_annealing")
 
     def check_blocks(self, dim: int) -> None:
-        """Limit the size of a decoder of `num_blocks` ViT blocks of width `dim`, like `_check_size`."""
-        _check_parameters(self.num_blocks * dim * (4 * dim + 2 * self.dec_ffn) + dim * self.num_queries,
-                          "num_blocks, dec_ffn or num_queries")
+        """Limit the size of a decoder of `dec_layers` ViT blocks of width `dim`, like `_check_size`."""
+        ffn = self.block_ffn or 4 * dim
+        _check_parameters(self.dec_layers * dim * (4 * dim + 2 * ffn) + dim * self.num_queries,
+                          "dec_layers, block_ffn or num_queries")
 
     def _check_size(self) -> None:
         """Limit the head's total size: settings from untrusted files can each be legal and still exhaust memory."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from shards.cli.settings import ConfigT, check_settings, shown_value
+from shards.cli.settings import ConfigT, check_settings, listing, shown_value
 from shards.errors import ConfigError
 from shards.shown_text import masked_value
 
@@ -156,7 +156,7 @@ def _refuse_other_types(config: Any, layers: _Layers) -> None:
             value = getattr(section, field.name)
             if not _applies(kind, field.name, section.type) and value != getattr(default, field.name):
                 source = next(source for source, layer in reversed(layers) if _holds(layer, [name, field.name]))
-                readers = " and ".join(field.metadata["only_for"])
+                readers = listing(field.metadata["only_for"])
                 raise ConfigError(f"{source}: {name}.{field.name} is {shown_value(value)}; only {name}.type {readers} "
                                   f"reads it, and {name}.type is {section.type}: remove it")
 

@@ -92,8 +92,14 @@ def describe_config(schema: type[Any], prefix: str = "") -> Iterator[str]:
         choices = field.metadata.get("choices", ())
         shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
         suffix = f" [{' | '.join(choices)}]" if choices else ""
-        suffix += f" (type {' and '.join(readers)} only)" if (readers := field.metadata.get("only_for")) else ""
+        suffix += f" (type {listing(readers)} only)" if (readers := field.metadata.get("only_for")) else ""
         yield f"  {name} = {shown}\n      {field.metadata.get('help', '')}{suffix}"
+
+
+def listing(names: Sequence[str]) -> str:
+    """Names in a sentence: "a", "a or b", "a, b or c"."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def shown_value(value: Any) -> str:

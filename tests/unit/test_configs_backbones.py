@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from trainer.build import build_model
 from trainer.config import load_run_config
 from trainer.model_config import BackboneConfig
 from trainer.models import Segmenter
+from trainer.models.backbones.dinov2_keys import RELEASED_DINOV2, build_dinov2
 from trainer.models.backbones.dinov3_keys import RELEASED_VITS
 
 CONFIGS = REPOSITORY / "configs"
@@ -25,8 +27,13 @@ PRESETS = sorted((CONFIGS / "backbones").glob("*.yaml"))
 
 def on_meta(monkeypatch: pytest.MonkeyPatch, recipe: str, preset: Path, *overrides: str) -> Segmenter:
     """The configured model for 150 classes, without memory or downloading the preset's ViT."""
-    def vit(config: BackboneConfig) -> tuple[DINOv3ViTModel, dict[str, torch.Tensor]]:
-        assert config.source is not None and preset.stem in config.source
+    def vit(config: BackboneConfig) -> tuple[Any, dict[str, torch.Tensor]]:
+        assert config.source is not None
+        if preset.stem.startswith("dinov2-"):
+            size = {"s": "small", "b": "base", "l": "large", "g": "giant"}[preset.stem[-3]]
+            assert config.source == f"facebook/dinov2-{size}"
+            return build_dinov2(RELEASED_DINOV2[preset.stem.removeprefix("dinov2-")].config()), {}
+        assert preset.stem in config.source
         return DINOv3ViTModel(RELEASED_VITS[preset.stem].config()), {}
 
     monkeypatch.setattr("trainer.models.backbones.sources.load_vit", vit)
@@ -40,7 +47,8 @@ def trainable(model: Segmenter) -> int:
 
 
 def test_every_published_vit_has_a_preset() -> None:
-    assert {preset.stem for preset in PRESETS} == RELEASED_VITS.keys()
+    dinov2 = {f"dinov2-{name}" for name in RELEASED_DINOV2 if not name.endswith("_reg4")}  # the same heads
+    assert {preset.stem for preset in PRESETS} == RELEASED_VITS.keys() | dinov2
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
@@ -49,7 +57,7 @@ def test_presets_have_the_parameters_they_claim(preset: Path, monkeypatch: pytes
     assert claimed is not None
     model = on_meta(monkeypatch, "m2f", preset)
     assert trainable(model) / 1e6 == pytest.approx(float(claimed[1]), abs=0.05)
-    if preset.stem == "vits16":
+    if preset.stem in ("vits16", "dinov2-vits14"):
         assert trainable(model) < 20e6
     depth = model.backbone.depth
     first = 4 if depth == 24 else depth // 4 - 1
@@ -79,6 +87,29 @@ def test_the_eomt_recipe_says_what_is_published() -> None:
     assert (crops.scaled_side, crops.cat_max_ratio, crops.min_scale, crops.max_scale) == ("long", None, 0.5, 2.0)
 
 
+def test_the_pmt_recipe_says_what_is_published() -> None:
+    """The facts of tue-mps/pmt's ADE20K recipe (DINOv3-L, 512), setting by setting."""
+    config = load_run_config(CONFIGS / "config-ade20k-pmt-training.yaml", [])
+    head, optimizer = config.decoder_head, config.optimizer
+    assert not config.backbone.trainable and config.backbone.rope_rescale is None
+    assert (head.dec_layers, head.block_ffn, head.num_upscale_blocks, head.num_queries) == (6, 1024, 2, 100)
+    assert list(head.mask_annealing_starts) == [0, 5384, 7403, 9422, 11442, 13461]
+    assert list(head.mask_annealing_ends) == [3000, 8749, 10769, 12788, 14807, 16826]
+    assert (optimizer.schedule, optimizer.lr, optimizer.warmup_steps) == ("poly_after_warmup", 2e-4, 6000)
+    assert config.train.total_steps == 16 * (20210 // 16) and config.train.global_batch_size == 16
+
+
+def test_the_eomt_recipe_on_dinov2_says_what_is_published() -> None:
+    """The facts of tue-mps/eomt's ADE20K recipe (DINOv2-L with registers, 512), setting by setting."""
+    config = load_run_config(CONFIGS / "config-ade20k-eomt-dinov2-training.yaml", [])
+    optimizer, head = config.optimizer, config.decoder_head
+    assert (optimizer.lr, optimizer.layer_decay, optimizer.warmup_steps, optimizer.backbone_warmup_steps) == (
+        1e-4, 0.8, 500, 1000)
+    assert list(head.mask_annealing_starts) == [6520, 13040, 19560, 26080]
+    assert list(head.mask_annealing_ends) == [13040, 19560, 26080, 32600]
+    assert config.train.total_steps == 31 * (20210 // 16) and config.backbone.trainable
+
+
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 def test_presets_go_with_every_recipe(preset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     linear = on_meta(monkeypatch, "linear", preset)
@@ -87,6 +118,11 @@ def test_presets_go_with_every_recipe(preset: Path, monkeypatch: pytest.MonkeyPa
     eomt = on_meta(monkeypatch, "eomt", preset)
     assert trainable(eomt) > sum(parameter.numel() for parameter in eomt.backbone.parameters()) - dim - 1
     assert eomt.segmentation_model[0].num_blocks == {12: 3, 24: 4, 32: 4, 40: 5}[eomt.backbone.depth]
+    pmt = on_meta(monkeypatch, "pmt", preset)
+    depth = pmt.backbone.depth
+    assert pmt.backbone.layers == [quarter * depth // 4 - 1 for quarter in (1, 2, 3, 4)]
+    assert len(pmt.head.blocks) == 6 and pmt.head.blocks[0].mlp.up_proj.out_features == 1024
+    assert trainable(pmt) == sum(parameter.numel() for parameter in pmt.head.parameters())
 
 
 def test_layer_choices_of_the_linear_head(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ def test_the_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:
         ("backbone.image_mean=[0.5]", "image_mean is .*legal: three numbers"),
         ("seed=99999999999999999999", "seed is 99999999999999999999, legal: (at least 0|from 0)"),
         ("train.total_steps=1.5", "train.total_steps"),
-        ("decoder_head.type=m2", "decoder_head.type is 'm2', legal: m2f, linear, eomt; did you mean 'm2f'"),
+        ("decoder_head.type=m2", "decoder_head.type is 'm2', legal: m2f, linear, eomt, pmt; did you mean 'm2f'"),
         ("decoder_head.hidden_dim=100", "hidden_dim is 100, legal: a multiple of 32"),
         ("backbone.random.hidden_size=64", "both set"),
         ("eval.crop_size=500", "eval.crop_size is 500, legal with decoder_head.type m2f: a multiple of 32"),
@@ -162,7 +162,7 @@ def test_changes_between_configurations_are_named() -> None:
     (["decoder_head.dropout=0.2"], "dropout is 0.2; only decoder_head.type linear reads it, and .*type is m2f: remove"),
     (["decoder_head.type=linear", "decoder_head.hidden_dim=64"], "hidden_dim is 64; only decoder_head.type m2f reads"),
     (["decoder_head.num_queries=8", "decoder_head.type=linear", "decoder_head.num_queries=9"],
-     "num_queries is 9; only decoder_head.type m2f and eomt reads it"),
+     "num_queries is 9; only decoder_head.type m2f, eomt or pmt reads it"),
 ])  # fmt: skip
 def test_a_setting_of_another_head_is_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=f"command line: decoder_head.{message}"):

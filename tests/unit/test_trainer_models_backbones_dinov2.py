@@ -249,7 +249,7 @@ SMALL = {
             "decoder_head.num_queries=6", "adapter.conv_inplane=8", "adapter.deform_num_heads=4"),
     "linear": (),
     "eomt": ("decoder_head.num_queries=6", "decoder_head.num_blocks=2"),
-    "pmt": ("decoder_head.num_queries=6", "decoder_head.num_blocks=2", "decoder_head.dec_ffn=64"),
+    "pmt": ("decoder_head.num_queries=6", "decoder_head.dec_layers=2", "decoder_head.block_ffn=64"),
 }
 
 

@@ -23,8 +23,8 @@ CLASSES, QUERIES, BLOCKS = 5, 6, 2
 def settings(*overrides: str) -> RunConfig:
     return load_run_config(None, [
         "backbone.random.hidden_size=32", "backbone.random.num_hidden_layers=8", "backbone.random.intermediate_size=48",
-        "decoder_head.type=pmt", f"decoder_head.num_queries={QUERIES}", f"decoder_head.num_blocks={BLOCKS}",
-        "decoder_head.dec_ffn=40", "loss.matched_gradients=false", *overrides])
+        "decoder_head.type=pmt", f"decoder_head.num_queries={QUERIES}", f"decoder_head.dec_layers={BLOCKS}",
+        "decoder_head.block_ffn=40", "loss.matched_gradients=false", *overrides])
 
 
 def model(*overrides: str, seed: int = 0) -> Segmenter:
@@ -153,9 +153,9 @@ def test_decoder_only_files_load_strictly(tmp_path: Path) -> None:
     fresh.load_weights(read_weights(path))
     assert torch.equal(fresh.eval()(images())["pred_masks"], trained.eval()(images())["pred_masks"])
     with pytest.raises(ConfigError, match=r"missing: segmentation_model\.1\.blocks\.2"):
-        model("decoder_head.num_blocks=3").load_weights(read_weights(path))
+        model("decoder_head.dec_layers=3").load_weights(read_weights(path))
     with pytest.raises(ConfigError, match=r"of another shape: segmentation_model\.1\.blocks\.0\.mlp"):
-        model("decoder_head.dec_ffn=44").load_weights(read_weights(path))
+        model("decoder_head.block_ffn=44").load_weights(read_weights(path))
     dropped = {"criterion.empty_weight": torch.ones(6), "network.decoder.pe.x": torch.ones(1)}
     model().load_weights(read_weights(published(trained, tmp_path / "older.bin", **dropped)))
     stray = published(trained, tmp_path / "stray.bin", **{"network.decoder.other": torch.ones(1)})
@@ -164,6 +164,6 @@ def test_decoder_only_files_load_strictly(tmp_path: Path) -> None:
 
 
 def test_a_decoder_of_impossible_size_is_refused_before_it_is_allocated() -> None:
-    with pytest.raises(ConfigError, match=r"decoder_head has \d+\.\d G parameters, legal: at most 4 G; lower num_bl"):
-        model("backbone.random.hidden_size=4096", "decoder_head.num_blocks=64", "decoder_head.dec_ffn=16384",
+    with pytest.raises(ConfigError, match=r"decoder_head has \d+\.\d G parameters, legal: at most 4 G; lower dec_l"):
+        model("backbone.random.hidden_size=4096", "decoder_head.dec_layers=64", "decoder_head.block_ffn=16384",
               "backbone.random.num_hidden_layers=4", "backbone.random.num_attention_heads=4")

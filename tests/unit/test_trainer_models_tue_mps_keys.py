@@ -6,15 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import EomtConfig, EomtForUniversalSegmentation
+from transformers.models.eomt.image_processing_pil_eomt import EomtImageProcessorPil
 
 from shards.errors import ConfigError
 from tests.unit.test_trainer_models_eomt import CLASSES, QUERIES, images, published, settings
 from trainer.build import build_model
 from trainer.config import RunConfig, load_run_config
+from trainer.evaluation.predictor import Predictor
 from trainer.model_config import IMAGENET_MEAN, IMAGENET_STD
 from trainer.models import Segmenter
 from trainer.models.weights import read_weights
@@ -235,3 +238,23 @@ def test_a_head_on_the_other_family_is_refused(tmp_path: Path) -> None:
     published(tmp_path / "dinov3")
     with pytest.raises(ConfigError, match=r"the weights in .*dinov2 do not fit this model"):
         loaded(tmp_path / "dinov2", source=tmp_path / "dinov3")
+
+
+@pytest.mark.parametrize("size", [(64, 64), (100, 64), (96, 144), (96, 128)], ids=str)
+def test_evaluation_gives_the_scores_of_transformers_own_pipeline(size: tuple[int, int], tmp_path: Path) -> None:
+    """Resize, windows along the longer side, averaging and resizing back, at sizes that both programs round equally."""
+    theirs = published_on_dinov2(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    processor = EomtImageProcessorPil(do_split_image=True, do_pad=False,
+                                      size={"shortest_edge": 64, "longest_edge": None})
+    inputs = processor(pixels, return_tensors="pt")
+    with torch.no_grad():
+        outputs = theirs(**inputs)
+    [expected] = processor.post_process_semantic_segmentation(outputs, [size], return_segmentation_scores=True)
+    config = eomt_settings(tmp_path, "eval.reference=eomt", "eval.crop_size=64")
+    predict = Predictor(loaded(tmp_path), config, CLASSES, torch.device("cpu"))
+    image = torch.from_numpy(pixels).permute(2, 0, 1)
+    [view] = predict.view_sizes(size)
+    scores = predict.view_scores(predict.view(image, view), size, mirrored=False)
+    torch.testing.assert_close(scores[0], expected.segmentation_scores, rtol=1e-3, atol=1e-3)
+    assert torch.equal(predict(image), expected.segmentation)

@@ -68,7 +68,7 @@ def build_pmt(backbone: BackboneConfig, head: DecoderHeadConfig, num_classes: in
         num_classes,
         num_layers=len(vit.layers),
         num_heads=vit.num_heads,
-        ffn_dim=head.dec_ffn,
+        ffn_dim=head.block_ffn or 4 * vit.embed_dim,
         **_query_tokens(head),
     ))
 
@@ -77,7 +77,7 @@ def _query_tokens(head: DecoderHeadConfig) -> dict[str, Any]:
     """The settings that EoMT and PMT share."""
     return {
         "num_queries": head.num_queries,
-        "num_blocks": head.num_blocks,
+        "num_blocks": head.masked_blocks,
         "num_upscale_blocks": head.num_upscale_blocks,
         "mask_annealing": tuple(head.mask_annealing),
         "annealing_steps": list(zip(head.mask_annealing_starts, head.mask_annealing_ends, strict=True)),
