@@ -44,7 +44,11 @@ def write_directory(pretrained: Pretrained, folder: Path) -> list[Path]:
 
 
 def write_meta_files(pretrained: Pretrained, folder: Path) -> list[Path]:
-    """meta/head.pth, a bare state dict of adapter and head like Meta's release; meta/backbone.pth, like Meta's ViTs."""
+    """meta/head.pth, a bare state dict of adapter and head like Meta's release; meta/backbone.pth, like Meta's ViTs.
+
+    Raises ConfigError when Meta's layout cannot describe the ViT.
+    """
+    pretrained.model.backbone.check_meta_file()
     head = _plain(pretrained.model.head_state_dict())
     vit = _plain(pretrained.model.backbone.meta_state_dict())
     return [_written(folder / "meta" / "head.pth", lambda path: _save_sealed(head, path)),

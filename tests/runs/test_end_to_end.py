@@ -35,6 +35,7 @@ from trainer.run.run import build_run, run_places
 TINY = REPOSITORY / "tests" / "support" / "tiny.yaml"
 EOMT = ("decoder_head.type=eomt", "decoder_head.num_blocks=2", "backbone.trainable=true", "optimizer.layer_decay=0.8",
         "decoder_head.mask_annealing=[0.1,0.9]")
+PMT = ("decoder_head.type=pmt", "decoder_head.block_ffn=32", "decoder_head.mask_annealing=[0.1,0.9]")
 ALONE = DistContext(rank=0, world_size=1, device=torch.device("cpu"))
 
 
@@ -218,21 +219,24 @@ def test_the_linear_head_trains_and_resumes(scene_shards: Path, tmp_path: Path) 
     assert record[-1]["loss"] < record[0]["loss"] and "loss_pixel_cross_entropy" in record[0]
 
 
-def test_eomt_trains_its_vit_too_and_resumes_bit_equal(scene_shards: Path, tmp_path: Path) -> None:
-    train(tiny(scene_shards, tmp_path / "whole", *EOMT), ALONE)
+@pytest.mark.parametrize("head", [EOMT, PMT], ids=["eomt", "pmt"])
+def test_annealed_heads_resume_bit_equal_and_eomt_trains_its_vit_too(scene_shards: Path, tmp_path: Path,
+                                                                     head: tuple[str, ...]) -> None:
+    train(tiny(scene_shards, tmp_path / "whole", *head), ALONE)
     checkpoint = load_latest(tmp_path / "whole" / "checkpoints")
     assert checkpoint is not None
     probabilities = checkpoint.model["segmentation_model.1.attn_mask_probs"]
     assert probabilities[0] < 1, "masking has begun to fade"
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     (tmp_path / "resumed/checkpoints/step-00000004.pt").unlink()
-    train(tiny(scene_shards, tmp_path / "resumed", *EOMT), ALONE)
+    train(tiny(scene_shards, tmp_path / "resumed", *head), ALONE)
     again = load_latest(tmp_path / "resumed" / "checkpoints")
     assert again is not None and again.model.keys() == checkpoint.model.keys()
     assert all(torch.equal(value, again.model[key]) for key, value in checkpoint.model.items())
-    fresh = build_model(tiny(scene_shards, tmp_path, *EOMT), len(checkpoint.classes)).meta_state_dict()
+    fresh = build_model(tiny(scene_shards, tmp_path, *head), len(checkpoint.classes)).meta_state_dict()
     moved = {key for key, value in checkpoint.model.items() if not torch.equal(value, fresh[key])}
-    assert "segmentation_model.0.backbone.blocks.0.attn.qkv.weight" in moved
+    assert ("segmentation_model.0.backbone.blocks.0.attn.qkv.weight" in moved) == (head is EOMT)
+    assert "segmentation_model.1.query.weight" in moved
     restored = restore_model(checkpoint, None, torch.device("cpu"))
     assert all(torch.equal(value, checkpoint.model[key]) for key, value in restored.trainable_state_dict().items())
 
@@ -345,8 +349,8 @@ def test_an_infinite_gradient_stops_the_run(scene_shards: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head", [("decoder_head.type=m2f", "data.workers=1"), ("decoder_head.type=linear",), EOMT],
-                         ids=["m2f", "linear", "eomt"])
+@pytest.mark.parametrize("head", [("decoder_head.type=m2f", "data.workers=1"), ("decoder_head.type=linear",), EOMT,
+                                  PMT], ids=["m2f", "linear", "eomt", "pmt"])
 def test_two_ranks_follow_the_loss_curve_of_one(scene_shards: Path, tmp_path: Path, head: tuple[str, ...]) -> None:
     """Equal global batch, two ranks against one process. (Ranks of torchrun are in test_survival.py.)"""
     common = ["--config", TINY, f"data.root={scene_shards}", "train.total_steps=20", *head]

@@ -19,7 +19,7 @@ from PIL import Image
 from shards.cli.config_file import load_config
 from shards.errors import ConfigError
 from tests.conftest import REPOSITORY
-from tests.runs.test_end_to_end import ALONE, EOMT, run_program, tiny
+from tests.runs.test_end_to_end import ALONE, EOMT, PMT, run_program, tiny
 from trainer.build import build_model
 from trainer.config import RunConfig, load_run_config
 from trainer.export_formats import InferenceGraph
@@ -27,7 +27,7 @@ from trainer.loop import train
 from trainer.models.weights import read_weights
 from trainer.pretrained import Pretrained, export_config, load_pretrained
 
-HEADS = {"m2f": (), "linear": ("decoder_head.type=linear",), "eomt": EOMT}
+HEADS = {"m2f": (), "linear": ("decoder_head.type=linear",), "eomt": EOMT, "pmt": PMT}
 
 
 @pytest.fixture(scope="module", params=HEADS)

@@ -23,7 +23,7 @@ def settings(scene_shards: Path, tmp_path: Path, kind: str, micro: int, *overrid
 
 @pytest.mark.parametrize(("kind", "micro", "height", "width"), [
     ("m2f", 1, 32, 32), ("m2f", 2, 32, 32), ("m2f", 1, 32, 64), ("linear", 1, 16, 16), ("linear", 2, 16, 16),
-    ("linear", 1, 32, 16), ("eomt", 1, 16, 16),
+    ("linear", 1, 32, 16), ("eomt", 1, 16, 16), ("pmt", 1, 16, 16),
 ])
 def test_what_is_refused_is_what_cannot_be_trained(scene_shards: Path, tmp_path: Path, kind: str, micro: int,
                                                    height: int, width: int) -> None:

@@ -209,7 +209,7 @@ def test_the_comparison_of_factors_notices(shared: bool, monkeypatch: pytest.Mon
         test_only_matched_queries_carry_the_same_gradients([3, 0, 5], shared)
 
 
-@pytest.mark.parametrize("head", ["m2f", "eomt"])
+@pytest.mark.parametrize("head", ["m2f", "eomt", "pmt"])
 def test_the_switch_changes_no_gradient_of_the_model(head: str) -> None:
     targets, gradients = targets_of([2, 3], (64, 96)), []
     loss = MaskClassificationLoss(**{**SETTINGS, "num_labels": 5})

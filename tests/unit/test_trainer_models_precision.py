@@ -22,7 +22,7 @@ WAITING = {aten._local_scalar_dense, aten.nonzero, aten.nonzero_numpy, aten.mask
            aten.unique_dim, aten.equal, aten.is_nonzero, aten.bincount, aten.repeat_interleave,
            aten.lift_fresh}  # torch.tensor(...): data that comes from the host
 HEADS = {"m2f": (), "linear": ("decoder_head.use_cls_token=true",),
-         "eomt": ("decoder_head.num_blocks=2", "backbone.trainable=true")}
+         "eomt": ("decoder_head.num_blocks=2", "backbone.trainable=true"), "pmt": ("decoder_head.block_ffn=128",)}
 
 
 class NoWaiting(TorchDispatchMode):
@@ -156,7 +156,7 @@ def test_bf16_stays_close_to_fp32(head: str) -> None:
     assert not torch.equal(rounded, exact)
 
 
-@pytest.mark.parametrize("head", ["m2f", "eomt"])
+@pytest.mark.parametrize("head", ["m2f", "eomt", "pmt"])
 def test_recomputing_saves_activations(head: str) -> None:
     saved = []
     for setting in ("false", "true"):

@@ -145,6 +145,9 @@ class Backbone(RecomputingModule, ABC):
         """A state dict in Meta's layout with the entries of this ViT that other programs leave out of their files,
         because they are constants or used only in pretraining."""
 
+    def check_meta_file(self) -> None:
+        """Raise ConfigError when a file in Meta's layout would be read as another ViT."""
+
     # -- the same for all --------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> Backbone:

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shards.errors import ConfigError
 from trainer.model_config import TOKEN_STRIDE
 from trainer.models.backbones.base import Backbone, Tokens, patch_grid
 from trainer.models.backbones.dinov2_keys import (
@@ -107,6 +108,12 @@ class Dinov2Backbone(Backbone):
 
     def meta_state_dict(self) -> dict[str, Tensor]:
         return dinov2_to_meta(self.vit.state_dict())
+
+    def check_meta_file(self) -> None:
+        if self.embed_dim != self.num_heads * HEAD_DIM:
+            raise ConfigError("Meta's layout of a DINOv2 does not contain the number of heads; it is "
+                              f"{self.num_heads}, legal at this width: {self.embed_dim // HEAD_DIM}. Leave out "
+                              "--formats meta")
 
     def converted(self, state: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
         own = self.vit.embeddings.mask_token
