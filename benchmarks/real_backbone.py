@@ -1,8 +1,9 @@
 """What real features say: all heads on a pretrained DINOv2 ViT-S, on two sets of real photographs.
 
 Trains linear, Mask2Former, EoMT (frozen and trained ViT) and PMT heads through trainer/train.py, each with the same
-crops, steps and evaluation, and the same heads on a random ViT of the same shape as a control. Runs that exist are
-continued or reused, so that the table can grow: more seeds, a longer run. Unfinished runs are left out of the table.
+crops, steps and evaluation, and the same heads on a random ViT of the same shape as a control. Every finished run leaves
+a line in RESULTS/runs/real_backbone.jsonl, from which the tables are made. A run with a line is not repeated, so seeds
+can be added over several days.
 
 example: python -m benchmarks.real_backbone --shared ../shared --output runs/real-backbone --datasets camvid --seeds 0
 """
@@ -15,13 +16,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from transformers import Dinov2Config, Dinov2Model
 
-from benchmarks.results import REPOSITORY, Cell, Result, benchmark_parser
+from benchmarks.results import REPOSITORY, Result, benchmark_parser, commit
+from shards.files.strict_json import to_json
 
 DATASETS = {"camvid": "camvid", "clothing-co-parsing": "folder"}  # folder in data/ -> layout
 CROPS = ("crops.size=160", "crops.min_scale=1.0", "crops.max_scale=1.5", "crops.cat_max_ratio=0.95")
@@ -69,27 +72,44 @@ def main() -> None:
     parser.add_argument("--heads", nargs="*", default=list(HEADS), choices=HEADS)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--report-only", action="store_true", help="train nothing; tabulate the runs that are complete")
     arguments = parser.parse_args()
-    experiments = [Experiment(dataset, vit, head, seed) for seed, dataset, vit, head in itertools.product(
-        arguments.seeds, arguments.datasets, arguments.vits, arguments.heads)]
-    result = Result(f"real_backbone-{arguments.steps}", arguments.results)
-    if not arguments.report_only:
-        for experiment in experiments:
+    result = Result("real_backbone", arguments.results)
+    finished = arguments.results / "runs" / "real_backbone.jsonl"
+    for seed, dataset, vit, head in itertools.product(arguments.seeds, arguments.datasets, arguments.vits,
+                                                      arguments.heads):
+        experiment = Experiment(dataset, vit, head, seed)
+        if not any(record["steps"] == arguments.steps and record["experiment"] == list(experiment)
+                   for record in lines_of(finished)):
             train(experiment, arguments)
-    report(result, experiments, arguments)
+            finished.parent.mkdir(parents=True, exist_ok=True)
+            with finished.open("a") as file:
+                file.write(to_json(record_of(experiment, arguments)) + "\n")
+    report(result, lines_of(finished))
     result.save()
 
 
 def train(experiment: Experiment, arguments: argparse.Namespace) -> None:
-    """Run one experiment to its end, unless it is there."""
+    """Run one experiment to its end; one that was stopped is resumed."""
     folder = run_folder(experiment, arguments)
-    if len(evaluations(folder)) and evaluations(folder)[-1]["step"] == arguments.steps:
+    if [{"step": 0}, *evaluations(folder)][-1]["step"] == arguments.steps:
         return
     shards = sharded(experiment.dataset, arguments)
     call("trainer/train.py", *COMMON, *HEADS[experiment.head], f"data.root={shards}", f"seed={experiment.seed}",
          f"backbone.source={vit_folder(experiment.vit, arguments)}", f"train.total_steps={arguments.steps}",
          f"train.eval_every={arguments.steps // PARTS}", f"output_dir={folder}")
+
+
+def record_of(experiment: Experiment, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The numbers of a finished run."""
+    folder = run_folder(experiment, arguments)
+    steps = [record for record in lines_of(folder / "metrics.jsonl") if record["kind"] == "train"]
+    speeds = sorted(record["images_per_second"] for record in steps)
+    return {"experiment": list(experiment), "steps": arguments.steps, "commit": commit(),
+            "evaluated": [record["step"] for record in evaluations(folder)],
+            "mIoU": [record["mIoU"] for record in evaluations(folder)],
+            "baseline_mIoU": evaluations(folder)[-1]["baseline_mIoU"], "images_per_second": speeds[len(speeds) // 2],
+            "memory_gb": max(record["memory_gb"] for record in steps),
+            "trainable": sum(tensor.numel() for tensor in trained_tensors(folder))}
 
 
 def run_folder(experiment: Experiment, arguments: argparse.Namespace) -> Path:
@@ -116,46 +136,42 @@ def vit_folder(vit: str, arguments: argparse.Namespace) -> Path:
 
 
 def evaluations(folder: Path) -> list[dict[str, Any]]:
-    """The validation records of a run, in order."""
-    return [record for record in records(folder) if record["kind"] == "val"]
+    """The validation records of a run, one per evaluated step, in order."""
+    return list({record["step"]: record for record in lines_of(folder / "metrics.jsonl")
+                 if record["kind"] == "val"}.values())
 
 
-def records(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "metrics.jsonl"
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """The records of a file with one JSON object per line; none when it is missing."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def report(result: Result, experiments: list[Experiment], arguments: argparse.Namespace) -> None:
-    """A row per dataset, ViT and head: mIoU at each evaluation as mean and range over seeds, cost of a step."""
-    evaluated = [arguments.steps * part // PARTS for part in range(1, PARTS + 1)]
-    for dataset in arguments.datasets:
-        table = result.table(f"{dataset}: val mIoU over {arguments.steps} steps of 4 crops, median (lowest to highest)",
-                             "ViT", "head", *(f"step {step}" for step in evaluated), "seeds", "images/s", "memory, GB",
-                             "trainable, M")
-        for vit, head in itertools.product(arguments.vits, arguments.heads):
-            folders = [run_folder(one, arguments) for one in experiments if one[:3] == (dataset, vit, head)]
-            finished = [folder for folder in folders if [record["step"] for record in evaluations(folder)] == evaluated]
-            if finished:
-                table.row(vit, head, *cells(finished))
+def report(result: Result, finished: list[dict[str, Any]]) -> None:
+    """A table per dataset and number of steps; a row per ViT and head, over the seeds that are there."""
+    for steps, dataset in sorted({(record["steps"], record["experiment"][0]) for record in finished}):
+        chosen = [record for record in finished if (record["steps"], record["experiment"][0]) == (steps, dataset)]
+        evaluated = chosen[0]["evaluated"]
+        table = result.table(
+            f"{dataset}: val mIoU over {steps} steps of 4 crops, median (lowest to highest); predicting the most "
+            f"frequent class everywhere: {chosen[0]['baseline_mIoU']:.3f}", "ViT", "head",
+            *(f"step {step}" for step in evaluated), "seeds", "images/s", "memory, GB", "trained parameters, M")
+        for vit, head in itertools.product(VITS, HEADS):
+            runs = [record for record in chosen if record["experiment"][1:3] == [vit, head]]
+            if runs:
+                table.row(vit, head, *(over_seeds(run["mIoU"][part] for run in runs) for part in range(len(evaluated))),
+                          len(runs), over_seeds(run["images_per_second"] for run in runs)["median"],
+                          max(run["memory_gb"] for run in runs), runs[0]["trainable"] / 1e6)
     result.note("All heads see the same crops and are evaluated on the first 100 validation images, resized to a short "
-                "side of 208 pixels. One process with one thread per run; images/s were measured while another run "
-                "used the other core.")
+                "side of 208 pixels. One process with one thread per run; images/s were measured while other programs "
+                "used the other core, so compare them only roughly.")
 
 
-def cells(folders: list[Path]) -> list[Cell]:
-    """The numbers of one row, over runs that differ in their seed."""
-    curves = [[record["mIoU"] for record in evaluations(folder)] for folder in folders]
-    steps = [record for folder in folders for record in records(folder) if record["kind"] == "train"]
-    speeds = sorted(record["images_per_second"] for record in steps)
-    shown: list[Cell] = []
-    for values in map(sorted, zip(*curves, strict=True)):
-        shown.append({"median": values[len(values) // 2], "low": values[0], "high": values[-1], "count": len(values)})
-    trainable = sum(parameter.numel() for parameter in trained_parameters(folders[0]))
-    return [*shown, len(folders), speeds[len(speeds) // 2], max(record["memory_gb"] for record in steps),
-            trainable / 1e6]
+def over_seeds(values: Iterable[float]) -> dict[str, float]:
+    ordered = sorted(values)
+    return {"median": ordered[len(ordered) // 2], "low": ordered[0], "high": ordered[-1], "count": len(ordered)}
 
 
-def trained_parameters(folder: Path) -> list[torch.Tensor]:
+def trained_tensors(folder: Path) -> list[torch.Tensor]:
     """The tensors that a checkpoint's optimiser has moments for."""
     newest = max((folder / "checkpoints").glob("step-*.pt"), key=lambda path: path.name)
     content = torch.load(newest, map_location="cpu", weights_only=True, mmap=True)

@@ -230,11 +230,25 @@ def calls_on_import(node: ast.AST) -> Iterator[ast.Call]:
                 yield from calls_on_import(part)
 
 
+def nobody_asks_which_backbone_it_is(root: Path) -> Iterator[str]:
+    """Outside models/backbones, nothing looks at a backbone's class, or inside it at transformers' model."""
+    for path in sources(root):
+        if "backbones" in path.parts:
+            continue
+        for node in ast.walk(tree_of(path)):
+            text = ast.unparse(node)
+            if isinstance(node, ast.Call) and re.match(r"(isinstance|issubclass|type)\(", text) and re.search(
+                    r"backbone|Backbone|ViTModel|Dinov2Model", text):
+                yield f"{path}: {text}"
+            if isinstance(node, ast.Attribute) and re.search(r"(backbone|vit)\.vit$", text):
+                yield f"{path}: {text}"
+
+
 Rule = Callable[[Path], Iterator[str]]
 RULES: tuple[Rule, ...] = (
     packages_meet_only_in_the_format, nobody_imports, imports_point_downwards, json_is_written_in_one_place,
     no_module_shadows_another, every_setting_is_read, everything_stays_readable, everything_public_has_a_docstring,
-    importing_changes_nothing,
+    importing_changes_nothing, nobody_asks_which_backbone_it_is,
 )
 
 
@@ -269,6 +283,9 @@ PLANTED: list[tuple[Rule, str, str]] = [
     (everything_stays_readable, "shards/planted.py", "def f():\n" + "    x = 1\n" * MOST_FUNCTION_LINES),
     (everything_public_has_a_docstring, "trainer/loss/planted.py", "class Loss:\n    pass"),
     (everything_public_has_a_docstring, "preprocess/planted.py", "def f():\n    pass"),
+    (nobody_asks_which_backbone_it_is, "trainer/models/planted.py", "def f(backbone):\n    type(backbone)"),
+    (nobody_asks_which_backbone_it_is, "trainer/models/planted.py", "def f(m):\n    isinstance(m, DINOv3Backbone)"),
+    (nobody_asks_which_backbone_it_is, "trainer/planted.py", "def f(model):\n    model.backbone.vit.norm"),
     (importing_changes_nothing, "trainer/data/planted.py", "import os\nos.setsid()"),
     (importing_changes_nothing, "trainer/planted.py", "import os\nos.environ['OMP_NUM_THREADS'] = '1'"),
     (importing_changes_nothing, "trainer/planted.py", "import sys\nsys.excepthook: object = print"),
