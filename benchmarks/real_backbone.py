@@ -1,9 +1,9 @@
 """What real features say: all heads on a pretrained DINOv2 ViT-S, on two sets of real photographs.
 
 Trains linear, Mask2Former, EoMT (frozen and trained ViT) and PMT heads through trainer/train.py, each with the same
-crops, steps and evaluation, and the same heads on a random ViT of the same shape as a control. Every finished run leaves
-a line in RESULTS/runs/real_backbone.jsonl, from which the tables are made. A run with a line is not repeated, so seeds
-can be added over several days.
+crops, steps and evaluation, and the same heads on a random ViT of the same shape as a control. Every finished run
+leaves a line in RESULTS/runs/real_backbone.jsonl, from which the tables are made. A run with a line is not repeated, so
+seeds can be added over several days.
 
 example: python -m benchmarks.real_backbone --shared ../shared --output runs/real-backbone --datasets camvid --seeds 0
 """
