@@ -26,6 +26,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", **os.environ}  # one thread per rank: two ranks fill two cores
 CALIBRATION_SIDE, CALIBRATION_ROUNDS = 256, 10
+Command = list[object]  # program and arguments
 
 
 def main() -> None:
@@ -37,21 +38,19 @@ def main() -> None:
                         "with `python -m benchmarks.demo`)")
     arguments = parser.parse_args()
     output = Path(arguments.output).resolve()
-    if output.exists() and not (output / "shards").exists() and any(output.iterdir()):
+    is_ours = any((output / name).exists() for name in ("scenes", "shards"))
+    if output.exists() and not is_ours and any(output.iterdir()):
         sys.exit(f"error: {output} was not created by this demo; choose another --output")
+    commands = demo_commands(output) if arguments.shared is None else camvid_commands(output, arguments.shared)
     shutil.rmtree(output, ignore_errors=True)
     before = calibration_seconds()
-    commands = demo_commands(output) if arguments.shared is None else camvid_commands(output, arguments.shared)
     if arguments.steps is not None:
         commands["train"].append(f"train.total_steps={arguments.steps}")
     seconds = {name: call(*command) for name, command in commands.items()}
     unit = (before + calibration_seconds()) / 2
     report(output, seconds, unit)
     if arguments.results is not None:
-        save(output, seconds, unit, arguments.results)
-
-
-Command = list[object]
+        save("demo" if arguments.shared is None else "demo-camvid", output, seconds, unit, arguments.results)
 
 
 def demo_commands(output: Path) -> dict[str, Command]:
@@ -116,14 +115,14 @@ def calibration_seconds() -> float:
     return float(np.median(times))
 
 
-def save(output: Path, seconds: dict[str, float], unit: float, folder: Path) -> None:
+def save(name: str, output: Path, seconds: dict[str, float], unit: float, folder: Path) -> None:
     from benchmarks.results import Result  # not importable from `python benchmarks/demo.py`, which saves nothing
 
     metrics = json.loads((output / "run" / "evaluation" / "metrics.json").read_text())
-    result = Result("demo", folder)
+    result = Result(name, folder)
     table = result.table("Cost; a unit is the calibration loop", "step", "seconds", "units")
-    for name, value in {**seconds, "total": sum(seconds.values())}.items():
-        table.row(name, value, round(value / unit))
+    for step, value in {**seconds, "total": sum(seconds.values())}.items():
+        table.row(step, value, round(value / unit))
     result.note(f"Validation mIoU {metrics['mIoU']:.3f} (best checkpoint, step {metrics['step']}); predicting the most "
                 f"frequent class everywhere gives {metrics['baseline_mIoU']:.3f}.")
     result.save()
