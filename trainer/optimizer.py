@@ -13,7 +13,7 @@ from trainer.config import OptimizerConfig
 from trainer.models.backbones.base import vit_layers_above
 
 UNDECAYED_MODULES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.LayerNorm, nn.GroupNorm,
-                     nn.RMSNorm, nn.Embedding)
+                     nn.RMSNorm, nn.Embedding, nn.ParameterList)  # the last: PMT's scales
 UNDECAYED_NAMES = ("level_embed", "level_encoding", "query_", "cls_token", "register_tokens", "position_embeddings",
                    "lambda1")
 
@@ -21,8 +21,8 @@ UNDECAYED_NAMES = ("level_embed", "level_encoding", "query_", "cls_token", "regi
 def param_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Parameter groups that contain every trainable parameter exactly once, in the model's order.
 
-    Norms, biases and embeddings (nn.Embedding, and parameters named as in UNDECAYED_NAMES) get no weight decay unless
-    `decay_all` is set: they have few degrees of freedom, and pulling them to zero only shifts the features
+    Norms, biases, scales and embeddings (modules in UNDECAYED_MODULES, parameters named as in UNDECAYED_NAMES) get no
+    weight decay unless `decay_all` is set: they have few degrees of freedom, and pulling them to zero only shifts the features
     (Mask2Former's recipe). Besides torch's keys each group has "is_vit" and "lr_scale", the factor on its learning
     rate: layer_decay^n for a ViT block with n blocks above it (arXiv:2106.08254). Raises ValueError when nothing is
     trainable.

@@ -16,6 +16,7 @@ from trainer.config import RunConfig, load_run_config
 from trainer.models import Segmenter
 from trainer.models.pmt import PmtHead, TokenNorm
 from trainer.models.weights import read_weights
+from trainer.optimizer import param_groups
 
 CLASSES, QUERIES, BLOCKS = 5, 6, 2
 
@@ -161,6 +162,38 @@ def test_decoder_only_files_load_strictly(tmp_path: Path) -> None:
     stray = published(trained, tmp_path / "stray.bin", **{"network.decoder.other": torch.ones(1)})
     with pytest.raises(ConfigError, match=r"not an EoMT or PMT of tue-mps; unexpected keys: network\.decoder\.other"):
         read_weights(stray)
+
+
+def test_a_folder_or_hub_repository_with_nothing_but_the_file_is_taken(tmp_path: Path,
+                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder").mkdir()
+    trained = model(seed=1)
+    path = published(trained, tmp_path / "folder" / "pytorch_model.bin")
+    asked = []
+
+    def download(repository: str, name: str) -> str:
+        asked.append((repository, name))
+        return str(path)
+
+    (tmp_path / "snapshot").mkdir()
+    monkeypatch.setattr("trainer.models.hub.snapshot_download", lambda *_, **__: str(tmp_path / "snapshot"))
+    monkeypatch.setattr("trainer.models.hub.hf_hub_download", download)
+    for source in (tmp_path / "folder", "tue-mps/pmt"):
+        fresh = model(seed=2)
+        fresh.load_weights(read_weights(source))
+        assert torch.equal(fresh.eval()(images())["pred_masks"], trained.eval()(images())["pred_masks"])
+    assert asked == [("tue-mps/pmt", "pytorch_model.bin")]
+
+
+def test_the_scales_are_not_decayed() -> None:
+    segmenter = model()
+    groups = {id(parameter): group["weight_decay"] for group in param_groups(segmenter, settings().optimizer)
+              for parameter in group["params"]}
+    head = segmenter.head
+    assert isinstance(head, PmtHead)
+    assert {groups[id(scale)] for scale in head.scalers} == {0.0}
+    assert groups[id(head.blocks[0].layer_scale1.lambda1)] == groups[id(head.bn[0].weight)] == 0.0
+    assert groups[id(head.blocks[0].mlp.up_proj.weight)] == 0.05
 
 
 def test_a_decoder_of_impossible_size_is_refused_before_it_is_allocated() -> None:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -17,11 +17,26 @@ from trainer.models.integrity import check_folder
 WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _FILES = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+_SINGLE_FILE = "pytorch_model.bin"  # all that tue-mps' repositories hold
 
 
 def is_hub_id(source: str) -> bool:
     """Whether the source looks like `organisation/model`, and not like a missing file or folder."""
     return _HUB_ID.fullmatch(source) is not None and not source.endswith(WEIGHT_SUFFIXES)
+
+
+def single_file(source: str | Path) -> Path | None:
+    """The `pytorch_model.bin` of a folder or hub id that has no safetensors; None if it has some, or neither."""
+    folder = Path(source).expanduser()
+    try:
+        if not folder.is_dir():
+            folder = Path(snapshot_download(str(source), allow_patterns=_FILES))
+            if not any(folder.glob("*.safetensors")):
+                return Path(hf_hub_download(str(source), _SINGLE_FILE))
+    except (OSError, ValueError):  # `model_directory` explains why
+        return None
+    file = folder / _SINGLE_FILE
+    return file if file.is_file() and not any(folder.glob("*.safetensors")) else None
 
 
 def model_directory(source: str | Path, hint: str = "") -> Path:

@@ -32,7 +32,7 @@ from torch import Tensor
 from shards.errors import ConfigError
 from trainer.models.eomt_keys import EOMT_CONFIGS, complete_eomt_config, split_eomt
 from trainer.models.fitting import listed
-from trainer.models.hub import directory_config, directory_tensors, is_hub_id, model_directory
+from trainer.models.hub import directory_config, directory_tensors, is_hub_id, model_directory, single_file
 from trainer.models.integrity import check_config, check_file
 from trainer.models.tue_mps_keys import is_tue_mps, split_tue_mps
 
@@ -73,6 +73,8 @@ class WeightsFile:
 def read_weights(path: str | Path, *, mmap: bool = True) -> WeightsFile:
     """Read any of the layouts above (for `mmap` see `read_file`). Raises ConfigError naming the file."""
     if names_directory(path):
+        if (file := single_file(path)) is not None:
+            return weights_in(read_file(file, mmap=mmap), file)
         hint = "For a checkpoint, give its file, such as checkpoints/best.pt"
         return _read_directory(model_directory(path, hint), mmap=mmap)
     return weights_in(read_file(path, mmap=mmap), path)
