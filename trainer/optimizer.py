@@ -22,10 +22,10 @@ def param_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, An
     """Parameter groups that contain every trainable parameter exactly once, in the model's order.
 
     Norms, biases, scales and embeddings (modules in UNDECAYED_MODULES, parameters named as in UNDECAYED_NAMES) get no
-    weight decay unless `decay_all` is set: they have few degrees of freedom, and pulling them to zero only shifts the features
-    (Mask2Former's recipe). Besides torch's keys each group has "is_vit" and "lr_scale", the factor on its learning
-    rate: layer_decay^n for a ViT block with n blocks above it (arXiv:2106.08254). Raises ValueError when nothing is
-    trainable.
+    weight decay unless `decay_all` is set: they have few degrees of freedom, and pulling them to zero only shifts the
+    features (Mask2Former's recipe). Besides torch's keys each group has "is_vit" and "lr_scale", the factor on its
+    learning rate: layer_decay^n for a ViT block with n blocks above it (arXiv:2106.08254). Raises ValueError when
+    nothing is trainable.
     """
     above = vit_layers_above(model)
     groups: dict[tuple[bool, int, bool], dict[str, Any]] = {}
