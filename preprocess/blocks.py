@@ -90,7 +90,7 @@ def config_hash(config: PreprocessConfig, dataset: Dataset) -> str:
         for name, neutral in settings.items():
             if content[section][name] == neutral:
                 del content[section][name]
-    meaning = [asdict(item) for item in dataset.classes], dataset.ignore_labels, dataset.reduce_zero_label
+    meaning = [asdict(item) for item in dataset.classes], *dataset.mapping.identity
     return hash_of([FORMAT_VERSION, content, meaning, producer()])
 
 
@@ -183,14 +183,16 @@ def write_block(job: Job, block: Block, stop: Any = None, images_done: Any = Non
 def _write_pair(
     config: PreprocessConfig, dataset: Dataset, block: Block, pair: Pair, writers: list[ShardWriter], stats: _BlockStats
 ) -> None:
-    image, image_bytes, suffix, label_map = read_pair(dataset, pair, keeps_file=not block.is_crops)
+    source = read_pair(dataset, pair, keeps_file=not block.is_crops)
+    label_map = source.label_map
     if not block.is_crops:
         record = encode_rle(label_map, dataset.ignore_index)
-        writers[0].write(pair.key, image_bytes, suffix, encode_sample(pair.key, record, {"source": pair.image_path}))
+        meta = {"source": pair.image_path}
+        writers[0].write(pair.key, source.image_bytes, source.suffix, encode_sample(pair.key, record, meta))
         stats.add(label_map, dataset.ignore_index)
     else:
         for number, writer in enumerate(writers):
-            encoded = encode_crop(dataset, pair, image, label_map, config, number)
+            encoded = encode_crop(dataset, pair, source.image, label_map, config, number)
             if encoded is None:
                 stats.skipped_crops[NO_LABEL] += 1
                 continue
@@ -198,6 +200,9 @@ def _write_pair(
             writer.write(key, jpeg, "jpg", payload)
             stats.add(labels, dataset.ignore_index)
     stats.images += 1
+    stats.mapped["pixels"] += label_map.size
+    stats.mapped["nearest"] += source.nearest
+    stats.mapped["rest"] += source.rest
 
 
 class _BlockStats:
@@ -205,6 +210,7 @@ class _BlockStats:
 
     def __init__(self, num_classes: int) -> None:
         self.images, self.ignored_pixels = 0, 0
+        self.mapped = dict.fromkeys(("pixels", "nearest", "rest"), 0)  # of the sources; see `label_mapping.Mapped`
         self.class_pixels, self.class_samples = np.zeros(num_classes, np.int64), np.zeros(num_classes, np.int64)
         self.skipped_crops: Counter[str] = Counter()
         self.skipped_images: list[tuple[str, str]] = []
@@ -222,6 +228,7 @@ class _BlockStats:
             "class_pixels": self.class_pixels.tolist(),
             "class_samples": self.class_samples.tolist(),
             "ignored_pixels": self.ignored_pixels,
+            "mapped": self.mapped,
             "skipped_crops": dict(self.skipped_crops),
             "skipped_images": self.skipped_images,
         }

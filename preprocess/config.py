@@ -17,7 +17,8 @@ class DatasetConfig:
     splits: dict[str, str] = setting({}, "split name -> source folder, e.g. {train: training}; empty: the layout's "
                                      "default splits")
     class_file: str | None = setting(None, "text file with one class per line in id order, optionally followed by a "
-                                     "tab and #rrggbb; null: the layout's own classes (for kind=folder, "
+                                     "tab and #rrggbb; or a YAML class table, which also says which stored ids, names "
+                                     "or colours mean each class; null: the layout's own classes (for kind=folder, "
                                      "<root>/classes.txt)")
     reduce_zero_label: bool | None = setting(None, "treat stored label 0 as ignored and label k as class k-1; null: "
                                              "the layout's default (true for ade20k, else false)")

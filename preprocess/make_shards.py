@@ -10,16 +10,14 @@ from argparse import Namespace
 from typing import Any
 
 try:
-    from preprocess.blocks import encode_crop, plan_blocks
     from preprocess.config import PreprocessConfig
-    from preprocess.pairs import Dataset, open_dataset, read_pair
+    from preprocess.dry_run import print_dry_run
+    from preprocess.pairs import open_dataset
     from preprocess.pipeline import write_shards
     from preprocess.publish import label_warnings
     from shards.cli.command_line import add_overrides, config_files, config_parser, run_entry_point
-    from shards.cli.config_file import config_to_yaml, load_config
+    from shards.cli.config_file import load_config
     from shards.manifest import Manifest
-    from shards.rle import decode_header, encode_rle
-    from shards.sample import read_header
     from shards.shown_text import masked_value, shown
 except ImportError as error:
     raise SystemExit(f"error: {error}; is MaskStream installed (pip install -e .), or does another package named "
@@ -32,7 +30,7 @@ def main() -> int:
     config, dry_run = _parse()
     dataset = open_dataset(config.dataset, config.on_error)
     if dry_run:
-        _print_dry_run(config, dataset)
+        print_dry_run(config, dataset)
         return 0
     manifest, written = write_shards(config, dataset)
     output = masked_value(str(config.output))
@@ -50,7 +48,8 @@ def _parse() -> tuple[PreprocessConfig, bool]:
     parser.add_argument("--output", default=None, help="folder or URL of the shard set to write (output)")
     parser.add_argument("--workers", type=int, default=None, help="worker processes; default: one per CPU (workers)")
     parser.add_argument("--on-error", default=None, help="on an unusable image: fail or skip it (on_error)")
-    parser.add_argument("--dry-run", action="store_true", help="print settings, counts and one sample; write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print settings, counts, label mapping and one sample; "
+                        "write nothing")
     add_overrides(parser)
     arguments = parser.parse_intermixed_args()
     config = load_config(PreprocessConfig, config_files(arguments), arguments.overrides, _named(arguments))
@@ -64,28 +63,6 @@ def _named(arguments: Namespace) -> dict[str, Any]:
         "workers": arguments.workers, "on_error": arguments.on_error,
     }
     return {key: value for key, value in named.items() if value is not None}
-
-
-def _print_dry_run(config: PreprocessConfig, dataset: Dataset) -> None:
-    print(config_to_yaml(config))
-    blocks = plan_blocks(config, dataset)
-    for split, pairs in dataset.splits.items():
-        shards = sum(len(block.shard_names) for block in blocks if block.split == split)
-        kind = f"x {config.crops.per_image} crops" if split in config.crops.splits else "whole"
-        print(f"{split}: {len(pairs)} images {kind} -> {shards} shards; {len(dataset.skipped[split])} unpaired files")
-    split, pairs = next(iter(dataset.splits.items()))
-    image, _, _, label_map = read_pair(dataset, pairs[0])
-    header = decode_header(encode_rle(label_map, dataset.ignore_index))
-    print(f"first image of {split}: {shown(pairs[0].key)}, {image.width}x{image.height} pixels, classes "
-          f"{[dataset.classes[label].name for label in header.labels.tolist()]}")
-    if split in config.crops.splits:
-        encoded = encode_crop(dataset, pairs[0], image, label_map, config, 0)
-        if encoded is not None:
-            key, jpeg, payload, _ = encoded
-            header = read_header(payload)[1]
-            print(f"first crop: {shown(key)}, {header.width}x{header.height} pixels, {header.labels.size} classes, "
-                  f"JPEG {len(jpeg)} bytes, masks {len(payload)} bytes")
-    print("dry run: nothing was written")
 
 
 def _print_report(manifest: Manifest, output: str) -> None:

@@ -11,19 +11,22 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from preprocess.class_table import is_class_table, read_class_table
 from preprocess.config import DatasetConfig
+from preprocess.label_mapping import LabelMapping, plain_mapping
 from preprocess.layouts import Pair, pair_files, split_folders, split_off_validation
 from preprocess.source_tree import SourceTree, open_tree
 from shards.class_list import parse_classes
 from shards.errors import ConfigError, CorruptShardError, DatasetError
 from shards.manifest import ClassInfo
 from shards.picture_file import PNG_START, UPRIGHT, exif_orientation, load_picture, open_label_map, upright
-from shards.rle import MAX_CLASSES, count_values, ignore_value
+from shards.rle import MAX_CLASSES, ignore_value
 from shards.sample import decode_image
 
 CAMVID_CLASSES = (
     "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist",
 )
+_COLOR_MODES = ("RGB", "RGBA", "P", "L", "1")
 _LABEL_MODES = ("1", "L", "P", "I", "I;16")  # single-channel values; palettes hold the index
 
 
@@ -34,6 +37,8 @@ class SourcePair(NamedTuple):
     image_bytes: bytes
     suffix: str  # "jpg" or "png"
     label_map: npt.NDArray[Any]  # class ids [H, W], `ignore_index` where unlabelled
+    nearest: int = 0  # pixels, as in `Mapped`
+    rest: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +48,15 @@ class Dataset:
     kind: str
     tree: SourceTree
     classes: list[ClassInfo]
-    ignore_index: int
-    ignore_labels: tuple[int, ...]
-    reduce_zero_label: bool
+    mapping: LabelMapping
     exif_orientation: str  # as in `DatasetConfig`
     splits: dict[str, list[Pair]]
     skipped: dict[str, list[tuple[str, str]]]
+
+    @property
+    def ignore_index(self) -> int:
+        """The id of ignored pixels."""
+        return self.mapping.ignore_index
 
 
 def open_dataset(config: DatasetConfig, on_error: str) -> Dataset:
@@ -64,7 +72,7 @@ def open_dataset(config: DatasetConfig, on_error: str) -> Dataset:
         )
     tree = open_tree(config.root, "train" if config.kind == "camvid" and not config.splits else
                      next(iter(config.splits.values())) if config.kind == "camvid" else "images")
-    classes = _classes(config, tree)
+    classes, mapping = _classes_and_mapping(config, tree)
     splits, skipped = {}, {}
     for split, image_folder, label_folder in split_folders(config, tree):
         pairs, unpaired = pair_files(tree, image_folder, label_folder)
@@ -77,14 +85,8 @@ def open_dataset(config: DatasetConfig, on_error: str) -> Dataset:
         splits[split], skipped[split] = pairs[: config.limit], unpaired
     if config.kind == "folder" and config.val_fraction > 0:
         split_off_validation(splits, skipped, config.val_fraction)
-    reduce = config.reduce_zero_label if config.reduce_zero_label is not None else config.kind == "ade20k"
-    default_ignored = 11 if config.kind == "camvid" else ignore_value(len(classes))
-    ignore_labels = tuple(config.ignore_labels) or (default_ignored,)
-    return Dataset(
-        kind=config.kind, tree=tree, classes=classes, ignore_index=ignore_value(len(classes)),
-        ignore_labels=ignore_labels, reduce_zero_label=reduce, exif_orientation=config.exif_orientation,
-        splits=splits, skipped=skipped,
-    )
+    return Dataset(kind=config.kind, tree=tree, classes=classes, mapping=mapping,
+                   exif_orientation=config.exif_orientation, splits=splits, skipped=skipped)
 
 
 def read_pair(dataset: Dataset, pair: Pair, *, keeps_file: bool = True) -> SourcePair:
@@ -97,7 +99,8 @@ def read_pair(dataset: Dataset, pair: Pair, *, keeps_file: bool = True) -> Sourc
     label_bytes = dataset.tree.read(pair.label_path)
     try:
         pixels = decode_image(image_bytes, pair.image_path)
-        stored = _read_labels(label_bytes, pair.label_path, pixels.shape[0] * pixels.shape[1])
+        read_labels = _read_colors if dataset.mapping.reads_colors else _read_labels
+        stored = read_labels(label_bytes, pair.label_path, pixels.shape[0] * pixels.shape[1])
     except CorruptShardError as error:
         raise DatasetError(str(error)) from error
     suffix = "png" if image_bytes.startswith(PNG_START) else "jpg"
@@ -109,12 +112,12 @@ def read_pair(dataset: Dataset, pair: Pair, *, keeps_file: bool = True) -> Sourc
         pixels = upright(pixels, orientation) if dataset.exif_orientation == "apply" else pixels
         if keeps_file:
             image_bytes, suffix = _encode_png(pixels), "png"  # without the tag, so that readers do not rotate it again
-    label_map = map_labels(stored, dataset, pair.label_path)
+    label_map, nearest, rest = dataset.mapping.apply(stored, pair.label_path)
     if pixels.shape[:2] != label_map.shape:
         raise DatasetError(f"{pair.image_path} is {pixels.shape[1]}x{pixels.shape[0]} pixels"
                            f"{_as_turned(orientation, dataset.exif_orientation)} but {pair.label_path} is "
                            f"{label_map.shape[1]}x{label_map.shape[0]}; they must be equal")
-    return SourcePair(Image.fromarray(pixels), image_bytes, suffix, label_map)
+    return SourcePair(Image.fromarray(pixels), image_bytes, suffix, label_map, nearest, rest)
 
 
 def _refuse_turned(orientation: int, name: str) -> None:
@@ -137,37 +140,46 @@ def _encode_png(pixels: npt.NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
-def map_labels(stored: npt.NDArray[Any], dataset: Dataset, name: str) -> npt.NDArray[Any]:
-    """Map stored label values to class ids 0..C-1 and `ignore_index`. Raises DatasetError on any other value."""
-    lowest = 1 if dataset.reduce_zero_label else 0
-    ignored = {*dataset.ignore_labels, *([0] if dataset.reduce_zero_label else [])}
-    present = np.flatnonzero(count_values(stored))
-    illegal = [v for v in present.tolist() if v not in ignored and not lowest <= v < len(dataset.classes) + lowest]
-    if illegal:
-        raise DatasetError(
-            f"{name} holds the label {illegal[0]}, legal: {lowest}..{len(dataset.classes) + lowest - 1} "
-            f"({len(dataset.classes)} classes) and {sorted(ignored)} for ignored pixels"
-        )
-    table = np.full(int(present[-1]) + 1, dataset.ignore_index, np.uint8 if dataset.ignore_index == 255 else np.uint16)
-    for value in present.tolist():
-        if value not in ignored:
-            table[value] = value - lowest
-    mapped: npt.NDArray[Any] = table[stored]
-    return mapped
-
-
 def _read_labels(data: bytes, name: str, pixels: int) -> npt.NDArray[Any]:
     """Stored label values [H,W]. Raises CorruptShardError or DatasetError; oversized maps are refused undecoded."""
     with open_label_map(data, name) as image:
         if image.mode not in _LABEL_MODES:
-            raise DatasetError(f"{name} has mode {image.mode}; a label map must have one channel of class ids")
-        if image.width * image.height > pixels:
-            raise DatasetError(f"{name} is {image.width}x{image.height}, but its image has only {pixels} pixels; their "
-                               "sizes must be equal")
+            raise DatasetError(f"{name} has mode {image.mode}; a label map must have one channel of class ids (for "
+                               "colours, write a class table with labels: rgb and set dataset.class_file to it)")
+        _check_size(image, name, pixels)
         values = np.asarray(load_picture(image, name))
     if values.min() < 0 or values.max() > MAX_CLASSES:
         raise DatasetError(f"{name} holds labels {values.min()}..{values.max()}, legal: 0..{MAX_CLASSES}")
     return values.astype(np.uint8) if values.dtype == bool else values
+
+
+def _read_colors(data: bytes, name: str, pixels: int) -> npt.NDArray[Any]:
+    """Colours uint8 [H, W, 3] of a label map, of its palette if it has one. Raises as `_read_labels`."""
+    with open_label_map(data, name) as image:
+        if image.mode not in _COLOR_MODES:
+            raise DatasetError(f"{name} has mode {image.mode}, legal with labels: rgb: {', '.join(_COLOR_MODES)}")
+        _check_size(image, name, pixels)
+        return np.asarray(load_picture(image, name).convert("RGB"))
+
+
+def _check_size(image: Image.Image, name: str, pixels: int) -> None:
+    if image.width * image.height > pixels:
+        raise DatasetError(f"{name} is {image.width}x{image.height}, but its image has only {pixels} pixels; their "
+                           "sizes must be equal")
+
+
+def _classes_and_mapping(config: DatasetConfig, tree: SourceTree) -> tuple[list[ClassInfo], LabelMapping]:
+    """Raises ConfigError for a class file that cannot be used, and for settings that a class table replaces."""
+    if config.class_file is not None and is_class_table(config.class_file):
+        if config.ignore_labels or config.reduce_zero_label is not None:
+            raise ConfigError(f"dataset.class_file is {config.class_file}, a class table, which says itself what is "
+                              "ignored; leave out dataset.ignore_labels and dataset.reduce_zero_label")
+        return read_class_table(config.class_file)
+    classes = _classes(config, tree)
+    reduce = config.reduce_zero_label if config.reduce_zero_label is not None else config.kind == "ade20k"
+    default_ignored = 11 if config.kind == "camvid" else ignore_value(len(classes))
+    ignore_labels = tuple(config.ignore_labels) or (default_ignored,)
+    return classes, plain_mapping(len(classes), ignore_labels, reduce)
 
 
 def _classes(config: DatasetConfig, tree: SourceTree) -> list[ClassInfo]:

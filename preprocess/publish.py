@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from shards.files.atomic import write_atomically
 from shards.manifest import INDEX_DTYPE, MANIFEST_NAME, IndexInfo, Manifest, ShardInfo, SplitInfo, manifest_bytes
 
 _MAX_NAMED = 20  # classes named in one warning
+_log = logging.getLogger(__name__)
 
 
 def publish(job: Job, blocks: list[Block], records: dict[str, Any], set_hash: str) -> Manifest:
@@ -25,6 +27,7 @@ def publish(job: Job, blocks: list[Block], records: dict[str, Any], set_hash: st
     splits = {}
     for split in dataset.splits:
         mine = [records[block.name] for block in blocks if block.split == split]
+        _report_mapped(split, mine)
         splits[split] = _publish_split(output, split, mine, dataset.skipped[split], split in config.crops.splits)
     settings = config_to_dict(config)
     manifest = Manifest(
@@ -46,6 +49,18 @@ def label_warnings(manifest: Manifest, most_ignored: float) -> Iterator[str]:
         if split.ignored_share > most_ignored:
             yield (f"split {name!r} has {split.ignored_share:.1%} ignored pixels (warn_ignored is {most_ignored:.0%}); "
                    f"check dataset.ignore_labels and dataset.reduce_zero_label, which decide which values are ignored")
+
+
+def _report_mapped(split: str, records: list[dict[str, Any]]) -> None:
+    """Say how many source pixels a class table did not map exactly."""
+    counts: Counter[str] = Counter()
+    for record in records:
+        counts.update(record.get("mapped", {}))  # blocks of an older version have none
+    for name, happened in (("nearest", "have an unlisted colour and took the class of the nearest listed one"),
+                           ("rest", "hold values that the class table does not list, and are ignored")):
+        if counts[name]:
+            _log.warning("split %r: %d pixels (%.2f%%) %s", split, counts[name],
+                         100 * counts[name] / counts["pixels"], happened)
 
 
 def _portable(settings: dict[str, Any]) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def load_config(schema: type[ConfigT], paths: str | Path | Sequence[str | Path] 
     nearest match, the value of the wrong type, or the field out of range.
     """
     files = [paths] if isinstance(paths, str | Path) else paths or []
-    layers = [(f"configuration {path}", _read_yaml(path)) for path in files]
+    layers = [(f"configuration {path}", read_yaml(path)) for path in files]
     layers += [(_COMMAND_LINE, _nested(name.split("."), value)) for name, value in (named or {}).items()]
     layers += [(_COMMAND_LINE, _read_override(schema, override)) for override in overrides]
     return _build(schema, layers)
@@ -224,7 +224,8 @@ def _nested(path: Sequence[str], value: Any) -> dict[str, Any]:
     return value
 
 
-def _read_yaml(path: str | Path) -> dict[str, Any]:
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The content of a YAML file, plain values as text. Raises ConfigError when it is not a mapping."""
     if not Path(path).is_file():
         raise ConfigError(f"configuration file {path} does not exist")
     try:

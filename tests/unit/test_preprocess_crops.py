@@ -60,7 +60,7 @@ def test_later_settings_leave_the_identity_of_earlier_sets_alone(scenes: Path) -
         del content[place]
     for place in ("root", "class_file", "limit"):
         del content["dataset"][place]
-    meaning = [asdict(item) for item in dataset.classes], dataset.ignore_labels, dataset.reduce_zero_label
+    meaning = [asdict(item) for item in dataset.classes], *dataset.mapping.identity
     before = hash_of([FORMAT_VERSION, content, meaning, producer()])
     assert config_hash(plain, dataset) == before
     assert config_hash(replace(plain, crops=CropConfig(scaled_side="long")), dataset) != before

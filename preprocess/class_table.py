@@ -1,0 +1,178 @@
+"""Class tables in YAML: classes in id order, each with the stored ids, names or colours that mean it.
+
+    labels: ids                # or rgb: label maps are RGB images
+    names: labels.txt          # optional: text file with the name of each stored id, one per line, from id 0
+    tolerance: 0               # rgb: largest distance to a listed colour
+    classes:
+      - {name: road, ids: [7], color: '#804080'}
+      - {name: vehicle, names: [car, truck, bus]}
+      - {name: person, colors: ['#dc143c', '#ff0000']}
+    ignore: {ids: [0, 255], names: [static], colors: ['#000000'], rest: false}
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from preprocess.label_mapping import Color, LabelMapping, hex_color
+from shards.cli.config_file import read_yaml
+from shards.cli.settings import shown_value
+from shards.errors import ConfigError
+from shards.manifest import ClassInfo
+from shards.picture import default_colors
+from shards.rle import MAX_CLASSES, ignore_value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """Ids, names of ids, or colours that label maps hold."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    ids: list[int] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    colors: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableClass(Stored):
+    """One class, with the colour in which it is shown; for RGB label maps also its stored one, unless `colors` is
+    set."""
+
+    name: str
+    color: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ignored(Stored):
+    """What is ignored; `rest`: also everything that is not listed at all."""
+
+    rest: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassTable:
+    """The content of the file."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    classes: list[TableClass]
+    ignore: Ignored = field(default_factory=Ignored)
+    labels: Literal["ids", "rgb"] = "ids"
+    names: str | None = None
+    tolerance: float = 0.0
+
+
+def is_class_table(path: str) -> bool:
+    """Whether a class file is such a table, rather than a list of names."""
+    return path.lower().endswith((".yaml", ".yml"))
+
+
+def read_class_table(path: str) -> tuple[list[ClassInfo], LabelMapping]:
+    """The classes and the mapping of a table. Raises ConfigError naming file, entry, value and what is legal."""
+    table = _parsed(path)
+    if not 1 <= len(table.classes) <= MAX_CLASSES:
+        raise ConfigError(f"{path} lists {len(table.classes)} classes, legal: 1..{MAX_CLASSES}")
+    if table.tolerance < 0 or (table.tolerance and table.labels == "ids"):
+        raise ConfigError(f"{path}: tolerance is {table.tolerance:g}, legal: 0 or more with labels: rgb, 0 with ids")
+    classes = [_class_info(entry, default, f"{path}: class {entry.name!r}")
+               for entry, default in zip(table.classes, default_colors(len(table.classes)), strict=True)]
+    ids_of = _ids_by_name(path, table.names)
+    ignored = ignore_value(len(classes))
+    mapping: dict[Any, int] = {}
+    for number, entry in enumerate([*table.classes, table.ignore]):
+        where = f"{path}: class {entry.name!r}" if isinstance(entry, TableClass) else f"{path}: ignore"
+        meaning = number if isinstance(entry, TableClass) else ignored
+        for stored in _stored(entry, table.labels, ids_of, where):
+            if stored in mapping:
+                raise ConfigError(f"{where} lists {_shown(stored)}, which already means "
+                                  f"{_meaning(mapping[stored], classes)}")
+            mapping[stored] = meaning
+    return classes, _mapping(table, classes, mapping, path)
+
+
+def _parsed(path: str) -> ClassTable:
+    try:
+        return TypeAdapter(ClassTable).validate_python(read_yaml(path))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"])
+        raise ConfigError(f"{path}: {place.removeprefix('.') or 'the table'} is {shown_value(problem['input'])}: "
+                          f"{problem['msg'].lower()}") from error
+
+
+def _class_info(entry: TableClass, default: Color, where: str) -> ClassInfo:
+    try:
+        return ClassInfo(name=entry.name.strip(), color=default if entry.color is None else _color(entry.color, where))
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _ids_by_name(path: str, names: str | None) -> dict[str, list[int]]:
+    """Name -> the ids that have it, from the file `names`, relative to the table."""
+    if names is None:
+        return {}
+    file = Path(path).parent / names
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: names is {names}, which cannot be read: {error}") from error
+    found: dict[str, list[int]] = {}
+    for number, line in enumerate(lines):
+        found.setdefault(line.strip(), []).append(number)
+    return found
+
+
+def _stored(entry: Stored, labels: str, ids_of: dict[str, list[int]], where: str) -> list[Any]:
+    """The ids or colours that an entry lists."""
+    if labels == "rgb":
+        if entry.ids or entry.names:
+            raise ConfigError(f"{where} has ids or names, legal with labels: rgb: colors")
+        display = [entry.color] if isinstance(entry, TableClass) and entry.color is not None else []
+        return [_color(color, where) for color in entry.colors or display]
+    if entry.colors:
+        raise ConfigError(f"{where} has colors, legal with labels: ids: ids and names; or set labels: rgb")
+    unknown = [name for name in entry.names if name not in ids_of]
+    if unknown:
+        raise ConfigError(f"{where} has the name {unknown[0]!r}, which the file of `names` does not hold")
+    ids = [*entry.ids, *(number for name in entry.names for number in ids_of[name])]
+    illegal = [number for number in ids if not 0 <= number <= MAX_CLASSES]
+    if illegal:
+        raise ConfigError(f"{where} has the id {illegal[0]}, legal: 0..{MAX_CLASSES}")
+    return ids
+
+
+def _mapping(table: ClassTable, classes: list[ClassInfo], mapping: dict[Any, int], path: str) -> LabelMapping:
+    without = sorted(set(range(len(classes))) - set(mapping.values()))
+    if without:
+        raise ConfigError(f"{path}: class {classes[without[0]].name!r} lists nothing that label maps hold; give it "
+                          f"{'colors' if table.labels == 'rgb' else 'ids or names'}")
+    shown = sorted(map(_shown, mapping)) if table.labels == "rgb" else [str(value) for value in sorted(mapping)]
+    more = f" and {len(shown) - 20} more" if len(shown) > 20 else ""
+    is_rgb = table.labels == "rgb"
+    return LabelMapping(
+        num_classes=len(classes), values={} if is_rgb else mapping, colors=mapping if is_rgb else {},
+        tolerance=table.tolerance, ignore_rest=table.ignore.rest,
+        legal=f"{', '.join(shown[:20])}{more} (listed in {path})",
+        identity=("table", [[_shown(key), value] for key, value in sorted(mapping.items())], table.tolerance,
+                  table.ignore.rest))
+
+
+def _color(text: str, where: str) -> Color:
+    try:
+        red, green, blue = bytes.fromhex(text.strip().removeprefix("#"))
+    except ValueError:
+        raise ConfigError(f"{where}: colour {shown_value(text)}, legal: #rrggbb") from None
+    return red, green, blue
+
+
+def _shown(stored: int | Color) -> str:
+    return hex_color(stored) if isinstance(stored, tuple) else str(stored)
+
+
+def _meaning(number: int, classes: list[ClassInfo]) -> str:
+    return f"class {classes[number].name!r}" if number < len(classes) else "ignored"
