@@ -26,6 +26,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", **os.environ}  # one thread per rank: two ranks fill two cores
 CALIBRATION_SIDE, CALIBRATION_ROUNDS = 256, 10
+MARKER = ".maskstream-demo"  # in folders that may be emptied
 Command = list[object]  # program and arguments
 
 
@@ -38,11 +39,12 @@ def main() -> None:
                         "with `python -m benchmarks.demo`)")
     arguments = parser.parse_args()
     output = Path(arguments.output).resolve()
-    is_ours = any((output / name).exists() for name in ("scenes", "shards"))
-    if output.exists() and not is_ours and any(output.iterdir()):
-        sys.exit(f"error: {output} was not created by this demo; choose another --output")
+    if output.exists() and not (output / MARKER).exists() and any(output.iterdir()):
+        sys.exit(f"error: {output} is not a folder that this demo made; choose another --output, or remove it")
     commands = demo_commands(output) if arguments.shared is None else camvid_commands(output, arguments.shared)
     shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    (output / MARKER).touch()
     before = calibration_seconds()
     if arguments.steps is not None:
         commands["train"].append(f"train.total_steps={arguments.steps}")

@@ -76,7 +76,7 @@ SIZE_DIVISORS = {"m2f": 2 * TOKEN_STRIDE, "linear": TOKEN_STRIDE, "eomt": TOKEN_
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderHeadConfig:
-    """The segmentation head; only `trainer.build` branches on `type`."""
+    """The segmentation head. `trainer.build` chooses network and loss by `type`."""
 
     type: str = setting("m2f", "segmentation head", choices=("m2f", "linear", "eomt", "pmt"))
     num_queries: int = setting(100, "mask queries", minimum=1, maximum=65536, only_for=("m2f", "eomt", "pmt"))

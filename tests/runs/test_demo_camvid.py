@@ -42,6 +42,13 @@ def test_its_commands_run_and_the_numbers_are_reported(tmp_path: Path) -> None:
     assert len(list((tmp_path / "demo/predictions").glob("*-overlay.png"))) == 4
 
 
+def test_a_folder_that_it_did_not_make_is_not_emptied(tmp_path: Path) -> None:
+    (tmp_path / "mine" / "shards").mkdir(parents=True)
+    result = subprocess.run([*DEMO, "--output", tmp_path / "mine"], capture_output=True, text=True)
+    assert result.returncode == 1 and (tmp_path / "mine" / "shards").exists()
+    assert "is not a folder that this demo made" in result.stderr
+
+
 def test_without_photographs_it_says_what_is_missing(tmp_path: Path) -> None:
     result = subprocess.run([*DEMO, "--output", tmp_path / "demo", "--shared", tmp_path], capture_output=True,
                             text=True)

@@ -107,9 +107,8 @@ def test_metas_files_load_as_metas(exported: Path) -> None:
     assert not head.vit and head.backbone_sha256 is None, "bare, like the released head"
     backbone = trained.model.backbone
     config = load_run_config(REPOSITORY / "tests/support/tiny.yaml", [
-        f"backbone.source={meta / 'backbone.pth'}", "backbone.random.hidden_size=null",
-        f"decoder_head.type={trained.config.decoder_head.type}",
-        f"decoder_head.num_blocks={trained.config.decoder_head.num_blocks}"])
+        *HEADS[trained.config.decoder_head.type], "backbone.random.hidden_size=null",
+        f"backbone.source={meta / 'backbone.pth'}"])
     model = build_model(config, len(trained.classes)).eval()
     model.load_weights(head)
     image = torch.randn(1, 3, 64, 64)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
@@ -134,9 +135,10 @@ def test_a_vit_with_patches_of_16_pixels_runs_as_it_is(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
     with torch.no_grad():
         expected = theirs(images()).last_hidden_state
-        for way in ("weights", "image"):
-            features = build_backbone(source(tmp_path, patch_resize=way))(images())
-            torch.testing.assert_close(features.layers[-1], expected, rtol=1e-4, atol=1e-5)
+        features = build_backbone(source(tmp_path))(images())
+    torch.testing.assert_close(features.layers[-1], expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ConfigError, match=r"patch_resize is image, but the backbone's patches have 16 pixels already"):
+        build_backbone(source(tmp_path, patch_resize="image"))
 
 
 def test_resampled_weights_see_in_enlarged_patches_what_the_original_saw(tmp_path: Path) -> None:
@@ -220,17 +222,86 @@ def test_a_file_that_does_not_fit_is_refused(change: Any, message: str, tmp_path
 
 
 @pytest.mark.parametrize("name, value, message", [
-    ("mlp_ratio", 3, "config.json does not describe the ViT in the weights"),
-    ("num_hidden_layers", 10**6, r"config\.json: a ViT has 1000000 blocks, legal: at most 256"),
-    ("image_size", 10**6, r"config\.json: image_size is 1000000, legal"),
-    ("patch_size", 10**6, r"config\.json: patch_size is 1000000, legal"),
-    ("image_size", 84, "does not describe the ViT in the weights; of another shape: embeddings.position_embeddings"),
+    ("mlp_ratio", 3, r"config\.json: mlp_ratio is 3, but the weights beside it have 2\.0: config\.json does not desc"),
+    ("mlp_ratio", None, r"config\.json: mlp_ratio is None, but the weights beside it have"),
+    ("num_hidden_layers", 10**6, r"num_hidden_layers is 1000000, but the weights beside it have 4"),
+    ("image_size", 10**6, "image_size is 1000000, but the weights beside it have 70"),
+    ("image_size", [70, 70], r"image_size is \[70, 70\], but the weights"),
+    ("patch_size", 1, "patch_size is 1, but the weights beside it have 14"),
+    ("hidden_act", "relu", "hidden_act is 'relu', but the weights beside it have 'gelu'"),
+    ("qkv_bias", False, "qkv_bias is False, but the weights beside it have True"),
+    ("num_attention_heads", 0, r"config\.json: num_attention_heads is 0, legal: a whole number from 1 to 512"),
+    ("num_attention_heads", True, r"num_attention_heads is True, legal"),
+    ("num_attention_heads", 3, r"num_attention_heads is 3, legal: a divisor of hidden_size \(128\)"),
+    ("hidden_size", 0, r"config\.json: hidden_size is 0, legal"),
+    ("layer_norm_eps", -1.0, r"config\.json: layer_norm_eps is -1\.0, legal: a number above 0 and below 1"),
+    ("layer_norm_eps", None, "layer_norm_eps is None, legal"),
+    ("model_type", [], r"a model of type \[\], legal: dinov3_vit"),
 ])
 def test_a_directory_that_does_not_fit_is_refused(name: str, value: int, message: str, tmp_path: Path) -> None:
     theirs = vit()
     theirs.save_pretrained(tmp_path)
     config = tmp_path / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {name: value}))
+    with pytest.raises(ConfigError, match=message):
+        build_backbone(source(tmp_path))
+
+
+@pytest.mark.parametrize("extra", [
+    {"attn_implementation": "eager"}, {"_attn_implementation": "eager"}, {"quantization_config": {"bits": 4}},
+    {"torch_dtype": "float16"}, {"id2label": {"a": 1}},
+], ids=lambda extra: next(iter(extra)))
+def test_nothing_else_in_config_json_is_obeyed(extra: dict[str, Any], tmp_path: Path) -> None:
+    vit(4).save_pretrained(tmp_path)
+    expected = build_backbone(source(tmp_path))
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | extra))
+    found = build_backbone(source(tmp_path))
+    assert found.vit.config._attn_implementation == "sdpa" and found.weights_sha256() == expected.weights_sha256()
+    assert all(parameter.dtype == torch.float32 for parameter in found.parameters())
+
+
+def test_directories_written_before_transformers_5_load(tmp_path: Path) -> None:
+    theirs = vit(4, gated=True)
+    theirs.save_pretrained(tmp_path)
+    expected = build_backbone(source(tmp_path)).weights_sha256()
+    state = theirs.state_dict()
+    old: State = {}
+    names = {"q_proj": "attention.query", "k_proj": "attention.key", "v_proj": "attention.value",
+             "o_proj": "output.dense"}
+    for key, tensor in state.items():
+        for new, name in names.items():
+            key = key.replace(f"attention.{new}", f"attention.{name}")
+        if "gate_proj" in key:
+            tensor = torch.cat([tensor, state[key.replace("gate_proj", "up_proj")]])
+        if "up_proj" not in key:
+            key = key.replace("gate_proj", "weights_in").replace("down_proj", "weights_out")
+            old[key] = tensor.contiguous()
+    save_file(old, tmp_path / "model.safetensors")
+    assert build_backbone(source(tmp_path)).weights_sha256() == expected
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "text", "folder"])
+def test_a_damaged_file_is_one_clear_error(damage: str, tmp_path: Path) -> None:
+    vit().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    content = {"empty": b"", "truncated": file.read_bytes()[:5000], "text": b"{}", "folder": b""}[damage]
+    file.unlink()
+    file.mkdir() if damage == "folder" else file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"model\.safetensors"):
+        build_backbone(source(tmp_path))
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda tensor: tensor.int(), r"layernorm\.bias is a tensor of torch\.int32 on cpu, legal: plain floating-point"),
+    (lambda tensor: tensor * torch.nan, r"layernorm\.bias has values that are not finite"),
+    (lambda tensor: tensor[:7], r"of another shape: norm\.bias \(7,\)"),
+])
+def test_what_cannot_be_weights_is_refused(change: Any, message: str, tmp_path: Path) -> None:
+    vit().save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state["layernorm.bias"] = change(state["layernorm.bias"]).contiguous()
+    save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match=message):
         build_backbone(source(tmp_path))
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import EomtConfig, EomtForUniversalSegmentation
 from transformers.models.eomt.image_processing_pil_eomt import EomtImageProcessorPil
@@ -112,8 +113,8 @@ def test_differences_are_added_to_the_pretrained_vit(delta: tuple[Any, State], t
     (lambda file: file.update({"network.encoder.pixel_mean": torch.full((1, 3, 1, 1), 0.5)}),
      r"pixel_mean is \[0\.5, 0\.5, 0\.5\] and pixel_std .*, legal: \[0\.485"),
     (lambda file: file.pop("network.encoder.backbone.blocks.1.norm2.weight"), r"missing: blocks\.1\.norm2\.weight"),
-    (lambda file: file.pop("network.encoder.backbone.blocks.1.attention.k_proj.weight"), "unexpected or missing key"),
-    (lambda file: file.update({"network.encoder.backbone.blocks.1.extra": torch.ones(1)}), "unexpected or missing key"),
+    (lambda file: file.pop("network.encoder.backbone.blocks.1.attention.k_proj.weight"), "missing or malformed key"),
+    (lambda file: file.update({"network.encoder.backbone.blocks.1.extra": torch.ones(1)}), "missing or malformed key"),
     (lambda file: file.update({"network.extra": torch.ones(1)}), r"unexpected keys: network\.extra"),
     (lambda file: file.update({"network.q.weight": torch.ones(3, 32)}), r"of another shape: .*query\.weight \(3, 32\)"),
     (lambda file: file.pop("network.class_head.bias"), r"missing: segmentation_model\.1\.class_predictor\.bias"),
@@ -130,6 +131,7 @@ def test_what_a_file_lacks_or_has_too_much_is_named(change: Any, message: str, d
 def test_weights_marked_as_differences_and_the_reverse_are_refused(delta: tuple[Any, State], tmp_path: Path) -> None:
     tuned, _ = delta
     absolute = dinov3_file(tuned.state_dict()) | statistics(0.0)
+    absolute["network.attn_mask_probs"] -= 1
     torch.save(absolute, tmp_path / "pytorch_model.bin")
     with pytest.raises(ConfigError, match="too large to be differences"):
         build_model(settings(tmp_path / "base"), CLASSES).load_weights(read_weights(tmp_path / "pytorch_model.bin"))
@@ -231,6 +233,69 @@ def test_other_settings_than_the_published_are_refused(change: dict[str, Any], m
     config.write_text(json.dumps(json.loads(config.read_text()) | change))
     with pytest.raises(ConfigError, match=message):
         read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"num_attention_heads": 0}, r"config\.json: num_attention_heads is 0, legal"),
+    ({"num_hidden_layers": 10**9}, r"num_hidden_layers is 1000000000, but the weights beside it have 4"),
+    ({"num_queries": 3}, "num_queries is 3, but the weights beside it have 7"),
+    ({"num_blocks": 99}, "num_blocks is 99, but the weights beside it have 2"),
+    ({"use_swiglu_ffn": True}, "use_swiglu_ffn is True, but the weights beside it have False"),
+    ({"image_size": 80}, "image_size is 80, but the weights beside it have 64"),
+    ({"layer_norm_eps": -1.0}, r"layer_norm_eps is -1\.0, legal"),
+])
+def test_a_config_that_does_not_describe_the_weights_is_refused(change: dict[str, Any], message: str,
+                                                                tmp_path: Path) -> None:
+    published_on_dinov2(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    with pytest.raises(ConfigError, match=message):
+        read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"embeddings.cls_token": torch.zeros(())}, "the ViT's weights in .* missing or wrong shape"),
+    ({"embeddings.cls_token": torch.zeros(0)}, "malformed key|do not fit"),
+    ({"embeddings.position_embeddings.weight": torch.zeros(15, 128)}, "are not a square of patches"),
+    ({"layers.foo": torch.zeros(1)}, "malformed key"),
+    ({"layers.0.attention.o_proj.weight": torch.zeros(128, 128)}, "out_proj beside attention.o_proj"),
+    ({"attn_mask_probs": torch.tensor([7.0, 0.0])}, r"attn_mask_probs is \[7\.0, 0\.0\], legal: fractions"),
+    ({"query.weight": torch.zeros(7, 128, dtype=torch.int32)}, "query.weight is a tensor of torch.int32"),
+    ({"query.weight": torch.full((7, 128), torch.inf)}, "query.weight has values that are not finite"),
+])
+def test_malformed_tensors_are_one_clear_error(change: State, message: str, tmp_path: Path) -> None:
+    theirs = published_on_dinov2(tmp_path)
+    save_file({key: tensor.contiguous() for key, tensor in (theirs.state_dict() | change).items()},
+              tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=message):
+        loaded(tmp_path)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"network.q.weight": torch.ones(7, 32), "q.weight": torch.zeros(7, 32)}, "two different tensors for .*query"),
+    ({"network.encoder.pixel_mean": torch.tensor(0.4)}, "does not say whether"),
+    ({"network.encoder.backbone.patch_embed.cls_token": torch.zeros(())}, "malformed key|do not fit"),
+    ({"network.encoder.backbone.blocks.x": torch.zeros(1)}, "malformed key|do not fit"),
+    ({"network.attn_mask_probs": torch.tensor([0.0, torch.nan])}, "not finite"),
+])
+def test_malformed_tue_mps_files_are_one_clear_error(change: State, message: str, tmp_path: Path) -> None:
+    theirs = published(tmp_path / "theirs")
+    torch.save(dinov3_file(theirs.state_dict()) | change, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=message):
+        build_model(settings(tmp_path / "theirs"), CLASSES).load_weights(read_weights(tmp_path / "pytorch_model.bin"))
+
+
+def test_files_saved_from_a_compiled_model_load_and_pixel_statistics_are_always_checked(tmp_path: Path) -> None:
+    theirs = published(tmp_path / "theirs")
+    file = dinov3_file(theirs.state_dict())
+    compiled = {key.replace("network.", "network._orig_mod.", 1): tensor for key, tensor in file.items()}
+    torch.save(compiled, tmp_path / "pytorch_model.bin")
+    build_model(settings(tmp_path / "theirs"), CLASSES).load_weights(read_weights(tmp_path / "pytorch_model.bin"))
+    head = {key: tensor for key, tensor in file.items() if ".backbone." not in key}
+    for value, message in ((0.0, "holds differences, as its pixel_mean is zero, but no ViT"), (0.5, "pixel_mean is")):
+        torch.save(head | statistics(value), tmp_path / "pytorch_model.bin")
+        with pytest.raises(ConfigError, match=message):
+            read_weights(tmp_path / "pytorch_model.bin")
 
 
 def test_a_head_on_the_other_family_is_refused(tmp_path: Path) -> None:

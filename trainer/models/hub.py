@@ -69,6 +69,8 @@ def directory_config(folder: Path) -> dict[str, Any]:
 def directory_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a directory's safetensors files, memory-mapped, after checking their hashes. Raises ConfigError
     naming a damaged file."""
+    if strange := [path for path in sorted(folder.glob("*.safetensors")) if not path.is_file()]:
+        raise ConfigError(f"{strange[0]} is not a regular file")
     check_folder(folder)
     tensors: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):

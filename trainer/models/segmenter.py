@@ -106,6 +106,11 @@ class Segmenter(nn.Module):
 
     def _load_vit(self, weights: WeightsFile, base_sha256: str | None) -> None:
         state, backbone, what = weights.vit, self.backbone, f"the ViT's weights in {weights.path}"
+        for name, theirs, ours in (("layer_norm_eps", weights.layer_norm_eps, backbone.layer_norm_eps),
+                                   ("number of attention heads", weights.num_heads, backbone.num_heads)):
+            if theirs not in (None, ours):
+                raise ConfigError(f"the {name} of the ViT in {weights.path} is {theirs}, of the configured backbone "
+                                  f"{ours}; set backbone.source to {weights.path} too")
         if weights.vit_form == "differences":
             if not backbone.trainable:
                 raise ConfigError(f"{weights.path} changes the ViT, but backbone.trainable is false; set it to true")

@@ -14,6 +14,7 @@ a file of differences and ImageNet's in any other.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,12 +26,14 @@ from torch import Tensor
 from shards.errors import ConfigError
 from trainer.model_config import IMAGENET_MEAN, IMAGENET_STD
 from trainer.models.backbones.dinov3_keys import PERIODS, transformers_vit_to_meta
-from trainer.models.eomt_keys import with_class_position
+from trainer.models.declared import MALFORMED
+from trainer.models.eomt_keys import check_shares, with_class_position
 from trainer.models.fitting import listed
 
 NETWORK = "network."
 _ENCODER = "encoder.backbone."
 _DECODER = "decoder."  # of PMT
+_PIXELS = "encoder.pixel_"
 _HEAD_NAMES = (
     (r"q\.", "query."),
     (r"class_head\.", "class_predictor."),
@@ -66,34 +69,46 @@ def split_tue_mps(state: Mapping[str, Tensor], path: Path) -> TueMpsWeights:
     whether it holds differences."""
     vit: dict[str, Tensor] = {}
     head: dict[str, Tensor] = {}
+    pixels: dict[str, Tensor] = {}
     unknown = []
     for key, tensor in state.items():
-        name = key.removeprefix(NETWORK).replace("_orig_mod.", "")  # of torch.compile
+        name = key.replace("_orig_mod.", "").removeprefix(NETWORK)  # the former is of torch.compile
         if name.startswith(_ENCODER):
-            vit[name.removeprefix(_ENCODER)] = tensor
+            _put(vit, name.removeprefix(_ENCODER), tensor, path)
+        elif name.startswith(_PIXELS):
+            _put(pixels, name.removeprefix(_PIXELS), tensor, path)
         elif (ours := _renamed(name.removeprefix(_DECODER), _HEAD_NAMES)) is not None:
-            head[f"segmentation_model.1.{ours}"] = tensor
-        elif not name.startswith(("encoder.pixel_", "criterion.", "decoder.pe.")):
+            _put(head, f"segmentation_model.1.{ours}", tensor, path)
+        elif not name.startswith(("criterion.", "decoder.pe.")):
             unknown.append(key)
     if unknown or not head:
         problem = f"unexpected keys: {listed(unknown)}" if unknown else "there is no head in it"
         raise ConfigError(f"{path} is not an EoMT or PMT of tue-mps; {problem}")
-    is_delta = bool(vit) and _holds_differences(state, path)
+    is_delta = bool(vit or pixels) and _holds_differences(pixels, path)
+    if is_delta and not vit:
+        raise ConfigError(f"{path} holds differences, as its pixel_mean is zero, but no ViT; use the file as published")
     if is_delta and (probs := head.get("segmentation_model.1.attn_mask_probs")) is not None:
         head["segmentation_model.1.attn_mask_probs"] = probs + 1  # a buffer, which is built as ones
+    check_shares(head, path)
     try:
         return TueMpsWeights(_dinov2(vit) if "pos_embed" in vit else _dinov3(vit), head, is_delta)
-    except (KeyError, RuntimeError) as error:
-        raise ConfigError(f"{path} is not a ViT of tue-mps; unexpected or missing key: {error}") from error
+    except MALFORMED as error:
+        raise ConfigError(f"{path} is not a ViT of tue-mps; unexpected, missing or malformed key: {error}") from error
 
 
-def _holds_differences(state: Mapping[str, Tensor], path: Path) -> bool:
+def _put(target: dict[str, Tensor], name: str, tensor: Tensor, path: Path) -> None:
+    if name in target and not torch.equal(target[name], tensor):
+        raise ConfigError(f"{path} has two different tensors for {name}")
+    target[name] = tensor
+
+
+def _holds_differences(pixels: Mapping[str, Tensor], path: Path) -> bool:
     """Whether the ViT in the file is given as differences. Raises ConfigError when the file does not prove it."""
-    key = f"{NETWORK}encoder.pixel_mean"
-    mean, std = state.get(key), state.get(f"{NETWORK}encoder.pixel_std")
+    key = f"{NETWORK}{_PIXELS}mean"
+    mean, std = pixels.get("mean"), pixels.get("std")
     if mean is None or std is None or mean.numel() != 3 or std.numel() != 3:
         raise ConfigError(f"{path} does not say whether it holds weights or differences to a pretrained ViT: {key} "
-                          "would tell, but it is missing; use the file as published")
+                          "and pixel_std, three numbers each, would tell, but one is missing; use the published file")
     if not bool(mean.count_nonzero()) and not bool(std.count_nonzero()):
         return True
     expected = torch.tensor([IMAGENET_MEAN, IMAGENET_STD])
@@ -122,7 +137,7 @@ def _dinov2(vit: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """From timm's names and layout. Positions may be those of the patches only, with the class token's in the token."""
     converted = {"register_tokens" if key == "reg_token" else key: tensor for key, tensor in vit.items()}
     count = converted["pos_embed"].shape[1]
-    if round(count**0.5) ** 2 == count:
+    if math.isqrt(count) ** 2 == count:
         converted["pos_embed"] = with_class_position(converted["pos_embed"])
     if converted["blocks.0.mlp.fc1.weight"].shape[0] == 2 * converted["blocks.0.mlp.fc2.weight"].shape[1]:  # SwiGLU
         converted = {key.replace(".mlp.fc1.", ".mlp.w12.").replace(".mlp.fc2.", ".mlp.w3."): tensor

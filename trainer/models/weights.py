@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from shards.errors import ConfigError
+from trainer.models.declared import declared_count, declared_epsilon
 from trainer.models.eomt_keys import EOMT_CONFIGS, complete_eomt_config, split_eomt
 from trainer.models.fitting import listed
 from trainer.models.hub import directory_config, directory_tensors, is_hub_id, model_directory, single_file
@@ -92,16 +93,17 @@ def _read_directory(folder: Path, *, mmap: bool) -> WeightsFile:
         raise ConfigError(f"{folder} is a model of type {model_type!r}, legal: {', '.join(MODEL_TYPES)}; give a ViT "
                           "without a head as backbone.source, and a checkpoint as a file, such as checkpoints/best.pt")
     state = directory_tensors(folder)
+    check_tensors(state, folder)
     if not mmap:
         state = {key: tensor.clone() for key, tensor in state.items()}
     if model_type == EXPORT_MODEL_TYPE:
         check_config(config, folder / "config.json")
-        epsilon, heads = config.get("layer_norm_eps"), config.get("num_attention_heads")
-        if not isinstance(epsilon, float):
-            raise ConfigError(f"{folder}/config.json: layer_norm_eps is {epsilon!r}, legal: a number; export again")
-        if heads is not None and (type(heads) is not int or not 0 < heads <= 512):
-            raise ConfigError(f"{folder}/config.json: num_attention_heads is {heads!r}, legal: 1 to 512; export again")
-        return replace(weights_in(state, folder), layer_norm_eps=epsilon, num_heads=heads, config=config)
+        path = folder / "config.json"
+        heads = None  # in exports of older versions
+        if "num_attention_heads" in config:
+            heads = declared_count(config, "num_attention_heads", path, most=512)
+        return replace(weights_in(state, folder), layer_norm_eps=declared_epsilon(config, path), num_heads=heads,
+                       config=config)
     complete = complete_eomt_config(config, folder / "config.json")
     vit, head = split_eomt(state, complete, folder)
     return WeightsFile(path=folder, vit=vit, model=head, layer_norm_eps=complete["layer_norm_eps"],
@@ -171,6 +173,23 @@ def _check_content(content: Any) -> None:
         raise _ContentRefused(f"it is nested more than {_MAX_DEPTH} levels deep")
 
 
+def check_tensors(state: Mapping[str, Tensor], where: str | Path) -> None:
+    """Raise ConfigError for tensors that cannot be weights: not plain floating-point numbers (but for batch norm's
+    counter), not finite, or a negative variance."""
+    for key, tensor in state.items():
+        is_counter = key.endswith("num_batches_tracked")
+        if not (tensor.is_floating_point() or is_counter) or tensor.is_quantized or tensor.is_meta or tensor.is_sparse:
+            raise ConfigError(f"{where}: {key} is a tensor of {tensor.dtype} on {tensor.device}, legal: plain "
+                              "floating-point numbers")
+        if is_counter or not tensor.numel():
+            continue
+        if not bool(tensor.sum(dtype=torch.float32).isfinite()):
+            raise ConfigError(f"{where}: {key} has values that are not finite; the training that wrote it diverged, or "
+                              "the file is damaged")
+        if key.endswith("running_var") and bool((tensor < 0).any()):
+            raise ConfigError(f"{where}: {key} has negative values, legal: variances, 0 or more")
+
+
 def weights_in(content: Any, path: str | Path) -> WeightsFile:
     """Split the content of a weight file by its keys. Raises ConfigError when it has none of the layouts above."""
     path = Path(path)
@@ -182,9 +201,10 @@ def weights_in(content: Any, path: str | Path) -> WeightsFile:
         raise ConfigError(f"{path} contains no weights")
     if all(str(key).startswith("module.") for key in state):  # saved from inside DistributedDataParallel
         state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
-    others = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
+    others = [str(key) for key, value in state.items() if not isinstance(value, Tensor) or not isinstance(key, str)]
     if others:
-        raise ConfigError(f"{path} is not a plain state dict, these entries are not tensors: {listed(others)}")
+        raise ConfigError(f"{path} is not a plain state dict, these entries are not named tensors: {listed(others)}")
+    check_tensors(state, path)
     if "cls_token" in state:
         return WeightsFile(path=path, vit=dict(state))
     if is_tue_mps(state):

@@ -85,6 +85,7 @@ class Backbone(RecomputingModule, ABC):
     num_heads: int
     num_prefix_tokens: int  # class token and registers
     activation: str  # transformers' name of the activation that EoMT's head takes over from the ViT
+    usual_epsilon: float  # of the layer norms of this family
     layer_norm_eps: float  # not part of any state dict, and it may differ in published models
 
     def __init__(self, vit: nn.Module, layers: Sequence[int], *, trainable: bool, use_norm: bool) -> None:
@@ -146,7 +147,10 @@ class Backbone(RecomputingModule, ABC):
         because they are constants or used only in pretraining."""
 
     def check_meta_file(self) -> None:
-        """Raise ConfigError when a file in Meta's layout would be read as another ViT."""
+        """Raise ConfigError when a file in Meta's layout, which holds no settings, would be read as another ViT."""
+        if self.layer_norm_eps != self.usual_epsilon:
+            raise ConfigError(f"the ViT's layer_norm_eps is {self.layer_norm_eps}, and Meta's layout means "
+                              f"{self.usual_epsilon}. Leave out --formats meta")
 
     # -- the same for all --------------------------------------------------------------------------------
 

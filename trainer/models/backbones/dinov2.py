@@ -40,6 +40,7 @@ class Dinov2Backbone(Backbone):
 
     vit: Dinov2
     to_stride: Tensor
+    usual_epsilon = LAYER_NORM_EPS
 
     def __init__(self, vit: Dinov2, layers: Sequence[int], *, patch_resize: str = "weights", trainable: bool = False,
                  use_norm: bool = True) -> None:
@@ -110,6 +111,7 @@ class Dinov2Backbone(Backbone):
         return dinov2_to_meta(self.vit.state_dict())
 
     def check_meta_file(self) -> None:
+        super().check_meta_file()
         if self.embed_dim != self.num_heads * HEAD_DIM:
             raise ConfigError("Meta's layout of a DINOv2 does not contain the number of heads; it is "
                               f"{self.num_heads}, legal at this width: {self.embed_dim // HEAD_DIM}. Leave out "

@@ -24,6 +24,7 @@ from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, D
 
 from shards.errors import ConfigError
 from trainer.models.backbones.key_tables import check_vit_sizes, inverse, renamed
+from trainer.models.declared import MALFORMED
 from trainer.models.fitting import check_fit
 
 LAYER_NORM_EPS = 1e-6  # of Meta's ViTs
@@ -49,6 +50,9 @@ _IN_BLOCK = {
     "mlp.fc2": "mlp.fc2",
     "mlp.w3": "mlp.down_proj",
 }
+_OLD_NAMES = {".attention.attention.query.": ".attention.q_proj.", ".attention.attention.key.": ".attention.k_proj.",
+              ".attention.attention.value.": ".attention.v_proj.", ".attention.output.dense.": ".attention.o_proj.",
+              ".mlp.weights_out.": ".mlp.down_proj."}
 _FUSED = {"attn.qkv": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
           "mlp.w12": ("mlp.gate_proj", "mlp.up_proj")}  # stacked in Meta's layout
 
@@ -66,9 +70,24 @@ class Dinov2Architecture:
     gated: bool = False  # SwiGLU instead of GELU
     registers: int = 0
 
+    def declared(self, mlp_ratio: Any) -> dict[str, Any]:
+        """The same in the fields of config.json; of the MLP's width it declares only `mlp_ratio`, which may be a
+        fraction."""
+        is_number = type(mlp_ratio) in (int, float) and 0 < mlp_ratio <= 64
+        ffn = int(self.dim * mlp_ratio) if is_number else 0
+        ffn = (int(ffn * 2 / 3) + 7) // 8 * 8 if self.gated else ffn
+        sizes = {"hidden_size": self.dim, "num_hidden_layers": self.blocks, "num_attention_heads": self.heads,
+                 "mlp_ratio": mlp_ratio if ffn == self.ffn else self.ffn / self.dim, "use_swiglu_ffn": self.gated,
+                 "patch_size": self.patch_size, "image_size": self.positions * self.patch_size, "hidden_act": "gelu"}
+        return sizes | ({"num_register_tokens": self.registers} if self.registers else {})
+
     def config(self, layer_norm_eps: float = LAYER_NORM_EPS) -> Dinov2Config | Dinov2WithRegistersConfig:
         """The configuration of transformers' model. Raises ConfigError for sizes beyond those of any ViT."""
         check_vit_sizes(self.dim, self.blocks, self.heads, self.ffn, self.registers, gated=self.gated)
+        for name, value, most in (("heads", self.heads, self.dim), ("pixels a patch side", self.patch_size, 64),
+                                  ("rows of positions", self.positions, 1024)):
+            if not 1 <= value <= most:
+                raise ConfigError(f"a DINOv2 has {value} {name}, legal: 1 to {most}")
         # transformers derives the width from a ratio; for SwiGLU it takes two thirds and rounds up to a multiple of 8.
         ratio = (3 * self.ffn / 2 if self.gated else self.ffn) / self.dim
         sizes: dict[str, Any] = {
@@ -113,7 +132,7 @@ def dinov2_architecture_of(state: Mapping[str, Tensor], heads: int | None, what:
             gated=gated,
             registers=registers,
         )
-    except (KeyError, ValueError, IndexError) as error:
+    except MALFORMED as error:
         raise ConfigError(f"{what} are not a DINOv2 ViT in Meta's layout; missing or wrong shape: {error}") from error
 
 
@@ -143,6 +162,26 @@ def dinov2_to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             converted[f"encoder.layer.{number}.{renamed(name, _IN_BLOCK)}"] = tensor
     return converted
+
+
+def dinov2_directory_to_meta(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A ViT as Hugging Face directories hold it, in Meta's layout; those written before transformers 5 have other
+    names inside the blocks. Raises KeyError as `dinov2_to_meta`."""
+    renamed: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        stem, _, kind = key.rpartition(".")
+        if stem.endswith("mlp.weights_in"):
+            parts = dict(zip(("gate_proj", "up_proj"), tensor.chunk(2), strict=True))
+        else:
+            parts = {"": tensor}
+        for part, piece in parts.items():
+            name = f"{stem.removesuffix('weights_in')}{part}.{kind}" if part else key
+            for old, new in _OLD_NAMES.items():
+                name = name.replace(old, new)
+            if name in renamed:
+                raise KeyError(f"{key}, which is there under another name too")
+            renamed[name] = piece
+    return dinov2_to_meta(renamed)
 
 
 def dinov2_to_meta(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

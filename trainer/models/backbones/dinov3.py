@@ -29,6 +29,7 @@ class DINOv3Backbone(Backbone):
     """DINOv3: patches of 16 pixels, positions as a rotary code."""
 
     vit: DINOv3ViTModel
+    usual_epsilon = LAYER_NORM_EPS
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel
 from shards.errors import ConfigError
 from trainer.model_config import TOKEN_STRIDE
 from trainer.models.backbones.key_tables import check_vit_sizes, inverse, renamed
+from trainer.models.declared import MALFORMED
 from trainer.models.fitting import check_fit
 
 ROPE_BASE = 100.0
@@ -64,6 +66,14 @@ class VitArchitecture:
     def check(self) -> None:
         """Raise ConfigError for sizes beyond those of any ViT, before memory is allocated for them."""
         check_vit_sizes(self.dim, self.blocks, self.heads, self.ffn, self.registers, gated=self.gated)
+
+    def declared(self) -> dict[str, Any]:
+        """The same in the fields of config.json, with those that are fixed in DINOv3."""
+        return {"hidden_size": self.dim, "num_hidden_layers": self.blocks, "num_attention_heads": self.heads,
+                "intermediate_size": self.ffn, "num_register_tokens": self.registers, "use_gated_mlp": self.gated,
+                "hidden_act": "silu" if self.gated else "gelu", "patch_size": TOKEN_STRIDE,
+                "query_bias": self.qkv_bias, "key_bias": False, "value_bias": self.qkv_bias, "proj_bias": True,
+                "mlp_bias": True}
 
     def config(self, layer_norm_eps: float = LAYER_NORM_EPS) -> DINOv3ViTConfig:
         """The configuration of transformers' model. Raises ConfigError like `check`."""
@@ -113,7 +123,7 @@ def architecture_of(state: Mapping[str, Tensor], what: str) -> VitArchitecture:
             qkv_bias="blocks.0.attn.qkv.bias" in state,
             registers=state["storage_tokens"].shape[1],
         )
-    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+    except MALFORMED as error:
         raise ConfigError(f"{what} are not a DINOv3 ViT in Meta's layout; missing or wrong shape: {error}") from error
 
 
@@ -154,6 +164,20 @@ def meta_vit_to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             converted[f"model.layer.{number}.{renamed(name, in_block)}"] = tensor
     return converted
+
+
+def dinov3_directory_to_meta(state: Mapping[str, Tensor], num_heads: int) -> dict[str, Tensor]:
+    """A ViT as Hugging Face directories hold it, with layers named `layer.N` or `model.layer.N`, in Meta's layout.
+
+    A missing mask token is zero: nothing uses it. Raises KeyError as `transformers_vit_to_meta`.
+    """
+    renamed = {f"model.{key}" if key.startswith("layer.") else key: tensor for key, tensor in state.items()}
+    if len(renamed) < len(state):
+        raise KeyError("layer.* beside model.layer.*")
+    renamed.setdefault("embeddings.mask_token", torch.zeros_like(renamed["embeddings.cls_token"]))
+    if "embeddings.register_tokens" not in renamed:
+        renamed["embeddings.register_tokens"] = renamed["embeddings.cls_token"][:, :0]
+    return transformers_vit_to_meta(renamed, num_heads)
 
 
 def transformers_vit_to_meta(state: Mapping[str, Tensor], num_heads: int) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ The only module that knows which families of ViTs there are.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,22 +13,20 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     Dinov2Config,
-    Dinov2Model,
     Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
     DINOv3ViTConfig,
     DINOv3ViTModel,
 )
-from transformers.utils.logging import disable_progress_bar
 
 from shards.errors import ConfigError
-from trainer.model_config import BackboneConfig, RandomBackboneConfig
+from trainer.model_config import TOKEN_STRIDE, BackboneConfig, RandomBackboneConfig
 from trainer.models.backbones.base import Backbone, tapped_layers
 from trainer.models.backbones.dinov2 import Dinov2Backbone
 from trainer.models.backbones.dinov2_keys import (
     build_dinov2,
     check_dinov2,
     dinov2_architecture_of,
+    dinov2_directory_to_meta,
     dinov2_to_transformers,
     is_dinov2,
 )
@@ -39,13 +36,12 @@ from trainer.models.backbones.dinov3_keys import (
     VitArchitecture,
     architecture_of,
     check_meta_vit,
+    dinov3_directory_to_meta,
     meta_vit_to_transformers,
 )
-from trainer.models.backbones.key_tables import check_vit_sizes
-from trainer.models.fitting import grouped
-from trainer.models.hub import directory_config, model_directory
-from trainer.models.integrity import check_folder
-from trainer.models.weights import MODEL_TYPES, WeightsFile, read_weights
+from trainer.models.declared import MALFORMED, check_declared, declared_epsilon, declared_heads
+from trainer.models.hub import directory_config, directory_tensors, model_directory
+from trainer.models.weights import MODEL_TYPES, WeightsFile, check_tensors, read_weights
 
 _DOWNLOAD_HINT = (
     "DINOv3 weights are gated: accept the licence on the model's Hugging Face page, run `hf auth login`, then "
@@ -53,10 +49,8 @@ _DOWNLOAD_HINT = (
     "with config.json and model.safetensors, or to Meta's .pth. DINOv2 (facebook/dinov2-small) is not gated; "
     "backbone.random.hidden_size gives random weights for a dry run"
 )
-_CLASSES: dict[str, Any] = {
-    DINOv3ViTConfig.model_type: DINOv3ViTModel,
-    Dinov2Config.model_type: Dinov2Model,
-    Dinov2WithRegistersConfig.model_type: Dinov2WithRegistersModel,
+_CONFIGS: dict[str, Any] = {
+    kind.model_type: kind for kind in (DINOv3ViTConfig, Dinov2Config, Dinov2WithRegistersConfig)
 }
 
 
@@ -69,12 +63,20 @@ def build_backbone(config: BackboneConfig, *, use_norm: bool = True, released_he
         vit, meta_only = load_vit(config)
     layers = tapped_layers(vit.config.num_hidden_layers, config.layers, released_heads=released_heads)
     if isinstance(vit, DINOv3ViTModel):
+        _refuse_patch_resize(config, TOKEN_STRIDE)
         return DINOv3Backbone(vit, layers, meta_only, trainable=config.trainable, use_norm=use_norm,
                               rope_rescale=config.rope_rescale)
+    _refuse_patch_resize(config, vit.config.patch_size)
     if config.rope_rescale is not None:
         raise ConfigError(f"backbone.rope_rescale is {config.rope_rescale}, but the backbone is a DINOv2, which has no "
                           "rotary position embedding; set it to null")
     return Dinov2Backbone(vit, layers, patch_resize=config.patch_resize, trainable=config.trainable, use_norm=use_norm)
+
+
+def _refuse_patch_resize(config: BackboneConfig, patch_size: int) -> None:
+    if config.patch_resize != "weights" and patch_size == TOKEN_STRIDE:
+        raise ConfigError(f"backbone.patch_resize is {config.patch_resize}, but the backbone's patches have "
+                          f"{TOKEN_STRIDE} pixels already; leave it at weights")
 
 
 def load_vit(config: BackboneConfig) -> tuple[Any, dict[str, Tensor]]:
@@ -86,7 +88,7 @@ def load_vit(config: BackboneConfig) -> tuple[Any, dict[str, Tensor]]:
         folder = model_directory(config.source, f"Set by backbone.source. {_DOWNLOAD_HINT}")
         if directory_config(folder).get("model_type") in MODEL_TYPES:
             return _vit_from_weights(read_weights(folder, mmap=False))
-        return _pretrained_vit(folder), {}
+        return _vit_from_weights(_pretrained_vit(folder))
     if config.random.hidden_size is not None:
         return _random_vit(config.random, config.random.hidden_size), {}
     raise ConfigError(f"neither backbone.source nor backbone.random.hidden_size is set. {_DOWNLOAD_HINT}")
@@ -147,49 +149,31 @@ def _as_float(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: tensor.float() for key, tensor in state.items()}
 
 
-def _check_sizes(folder: Path, config: Mapping[str, Any], kind: Any) -> None:
-    """Check the sizes in config.json: transformers allocates the model before reading its weights."""
-    default = kind.config_class()
-
-    def value(name: str) -> Any:
-        return config.get(name, getattr(default, name, 0))
-
-    width = value("hidden_size")
-    try:
-        ffn = value("intermediate_size") or int(width * value("mlp_ratio"))
-        check_vit_sizes(width, value("num_hidden_layers"), value("num_attention_heads"), ffn,
-                        value("num_register_tokens"), gated=config.get("use_gated_mlp") is True)
-        for name, limit in (("image_size", 16384), ("patch_size", 64)):
-            if not 0 < value(name) <= limit:
-                raise ConfigError(f"{name} is {value(name)}, legal: 1 to {limit}")
-    except (ConfigError, TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(f"{folder / 'config.json'}: {error}") from error
-
-
-def _pretrained_vit(folder: Path) -> Any:
-    config = directory_config(folder)
+def _pretrained_vit(folder: Path) -> WeightsFile:
+    """The ViT of a Hugging Face directory. Not through `from_pretrained`, which obeys all of config.json (attention
+    implementation, quantisation, sizes to allocate) and only logs what does not fit."""
+    config, path = directory_config(folder), folder / "config.json"
     model_type = config.get("model_type")
-    if model_type not in _CLASSES:
-        legal = (*_CLASSES, *MODEL_TYPES)
+    if not isinstance(model_type, str) or model_type not in _CONFIGS:
+        legal = (*_CONFIGS, *MODEL_TYPES)
         raise ConfigError(f"backbone.source {folder} is a model of type {model_type!r}, legal: {', '.join(legal)}")
-    kind = _CLASSES[model_type]
-    _check_sizes(folder, config, kind)
-    check_folder(folder)
-    if not sys.stderr.isatty():
-        disable_progress_bar()  # as for our own progress bars
+    config = {**_CONFIGS[model_type]().to_dict(), **config}
+    is_dinov3 = model_type == DINOv3ViTConfig.model_type
+    heads, epsilon = declared_heads(config, path, divisor=4 if is_dinov3 else 1), declared_epsilon(config, path)
+    tensors = directory_tensors(folder)
+    check_tensors(tensors, folder)
+    what = f"the ViT's weights in {folder}"
     try:
-        loaded: Any = kind.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
-    except OSError as error:
-        raise ConfigError(f"backbone.source {folder} cannot be loaded ({error}). {_DOWNLOAD_HINT}") from error
-    vit, report = loaded
-    missing = sorted(set(report["missing_keys"]) - {"embeddings.mask_token"})  # the mask token is never used
-    if missing:
-        raise ConfigError(f"backbone.source {folder} lacks {len(missing)} weights, the first is {missing[0]}. "
-                          f"{_DOWNLOAD_HINT}")
-    # transformers only logs these: a ViT-S+ loaded with a ViT-S config.json would run, but without its gates.
-    problems = grouped(missing=(), unexpected=report["unexpected_keys"],
-                       misshaped=(key for key, *_ in report["mismatched_keys"]))
-    if problems:
-        raise ConfigError(f"backbone.source {folder}: config.json does not describe the ViT in the weights; {problems}")
-    return vit
+        if is_dinov3:
+            vit = dinov3_directory_to_meta(tensors, heads)
+            declared = architecture_of(vit, what).declared()
+        else:
+            vit = dinov2_directory_to_meta(tensors)
+            declared = dinov2_architecture_of(vit, heads, what).declared(config.get("mlp_ratio"))
+            declared["qkv_bias"] = True
+    except ConfigError:
+        raise
+    except MALFORMED as error:
+        raise ConfigError(f"{what} are not a {model_type}; unexpected, missing or malformed key: {error}") from error
+    check_declared(config, declared, path)
+    return WeightsFile(path=folder, vit=vit, layer_norm_eps=epsilon, num_heads=heads)
