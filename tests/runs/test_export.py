@@ -144,7 +144,7 @@ def test_a_damaged_or_foreign_export_is_refused(exported: Path, tmp_path: Path) 
 
 def test_no_setting_that_names_a_place_is_exported(tmp_path: Path) -> None:
     """Every new text setting must have choices, be listed here as naming no place, or be unset in exports."""
-    harmless = {"data.train_split", "data.val_split"}
+    harmless = {"data.train_split", "data.val_split", "load.base_sha256"}
     overrides = {f"{prefix}{field.name}": "/secret/place" for prefix, field in text_fields(RunConfig())
                  if f"{prefix}{field.name}" not in harmless}
     overrides["load.ignore"] = ["/secret/place"]
