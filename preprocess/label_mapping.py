@@ -125,7 +125,7 @@ def hex_color(color: Color) -> str:
 
 def _packed(colors: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
     red, green, blue = (colors[..., channel].astype(np.uint32) for channel in range(3))
-    packed: npt.NDArray[np.uint32] = red << 16 | green << 8 | blue
+    packed: npt.NDArray[Any] = red << 16 | green << 8 | blue
     return packed
 
 
