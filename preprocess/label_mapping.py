@@ -14,7 +14,7 @@ from shards.errors import DatasetError
 from shards.rle import count_values, ignore_value
 
 Color = tuple[int, int, int]
-_UNKNOWN = 65535  # in a colour look-up; class ids end at 65,534
+_UNKNOWN = -1  # in a colour look-up
 
 
 class Mapped(NamedTuple):
@@ -83,7 +83,7 @@ class LabelMapping:
         nearest = rest = 0
         if places[0].size:
             found, inverse, counts = np.unique(packed[places], return_inverse=True, return_counts=True)
-            ids = np.empty(found.size, np.uint16)
+            ids = np.empty(found.size, np.int32)
             for number, (color, count) in enumerate(zip(map(_unpacked, found.tolist()), counts.tolist(), strict=True)):
                 closest, distance = self._closest(color)
                 if distance <= self.tolerance:
@@ -97,7 +97,7 @@ class LabelMapping:
                         f"the nearest is {hex_color(closest)} at distance {distance:.1f} (tolerance is "
                         f"{self.tolerance:g})")
             mapped[places] = ids[inverse]
-        return Mapped(mapped.astype(np.uint8) if self.ignore_index == 255 else mapped, nearest, rest)
+        return Mapped(mapped.astype(np.uint8 if self.ignore_index == 255 else np.uint16), nearest, rest)
 
     def _closest(self, color: Color) -> tuple[Color, float]:
         """The listed colour with the smallest distance; of several the first by value."""
@@ -133,9 +133,9 @@ def _unpacked(packed: int) -> Color:
     return packed >> 16, packed >> 8 & 255, packed & 255
 
 
-@functools.lru_cache(maxsize=1)  # 32 MB
-def _lookup(colors: tuple[tuple[Color, int], ...]) -> npt.NDArray[np.uint16]:
-    table = np.full(1 << 24, _UNKNOWN, np.uint16)
+@functools.lru_cache(maxsize=1)  # 64 MB
+def _lookup(colors: tuple[tuple[Color, int], ...]) -> npt.NDArray[np.int32]:
+    table = np.full(1 << 24, _UNKNOWN, np.int32)
     for color, value in colors:
         table[color[0] << 16 | color[1] << 8 | color[2]] = value
     return table

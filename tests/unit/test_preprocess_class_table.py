@@ -67,6 +67,13 @@ def test_colours_are_exact_or_within_the_tolerance_and_counted(tmp_path: Path) -
         mapping.apply(far, "x.png")
 
 
+def test_ignored_colours_are_exact_with_more_than_255_classes() -> None:
+    colors = {(number % 256, number // 256, 7): number for number in range(300)} | {(0, 0, 0): 65535}
+    stored = np.array([[(0, 0, 0), (43, 1, 7)]], np.uint8)
+    label_map, nearest, rest = LabelMapping(num_classes=300, colors=colors, tolerance=5).apply(stored, "x")
+    assert label_map.dtype == np.uint16 and label_map.tolist() == [[65535, 299]] and (nearest, rest) == (0, 0)
+
+
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=20, unique=True), st.integers(0, 2**31))
 def test_mapping_equals_its_definition(stored_ids: list[int], seed: int) -> None:
     generator = np.random.default_rng(seed)

@@ -327,6 +327,7 @@ def test_a_file_that_is_not_exactly_a_vit_is_refused(
     ({"use_gated_mlp": False}, "use_gated_mlp is False, but the weights beside it have True"),
     ({"intermediate_size": 48}, "intermediate_size is 48, but the weights beside it have 96"),
     ({"query_bias": False}, "query_bias is False, but the weights beside it have True"),
+    ({"rope_theta": 10000.0}, r"rope_theta is 10000\.0, but the weights beside it have 100\.0"),
 ])
 def test_a_hugging_face_directory_whose_config_is_of_another_vit_is_refused(
     setting: dict[str, Any], message: str, tmp_path: Path

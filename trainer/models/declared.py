@@ -41,9 +41,9 @@ def declared_heads(config: Mapping[str, Any], path: Path, *, divisor: int = 1) -
 
 
 def check_declared(config: Mapping[str, Any], actual: Mapping[str, Any], path: Path) -> None:
-    """Raise ConfigError unless every field in `actual` has that value in config.json, of that type."""
+    """Raise ConfigError unless every field in `actual` has that value in config (1 equals 1.0, but not true)."""
     for name, value in actual.items():
         declared = config.get(name)
-        if type(declared) is not type(value) or declared != value:
+        if isinstance(declared, bool) != isinstance(value, bool) or declared != value:
             raise ConfigError(f"{path}: {name} is {shown_value(declared)}, but the weights beside it have {value!r}: "
                               "config.json does not describe them")

@@ -33,6 +33,7 @@ from trainer.models.backbones.dinov2_keys import (
 from trainer.models.backbones.dinov3 import DINOv3Backbone
 from trainer.models.backbones.dinov3_keys import (
     META_ONLY,
+    ROPE_BASE,
     VitArchitecture,
     architecture_of,
     check_meta_vit,
@@ -166,7 +167,7 @@ def _pretrained_vit(folder: Path) -> WeightsFile:
     try:
         if is_dinov3:
             vit = dinov3_directory_to_meta(tensors, heads)
-            declared = architecture_of(vit, what).declared()
+            declared = architecture_of(vit, what).declared() | {"rope_theta": ROPE_BASE}
         else:
             vit = dinov2_directory_to_meta(tensors)
             declared = dinov2_architecture_of(vit, heads, what).declared(config.get("mlp_ratio"))
