@@ -20,7 +20,8 @@ from PIL import Image, features
 
 from preprocess.config import PreprocessConfig
 from preprocess.crops import crop_rng, cut_image, cut_labels, draw_crop, pad_labels
-from preprocess.pairs import Dataset, Pair, read_pair
+from preprocess.layouts.pairing import Pair
+from preprocess.pairs import Dataset, read_pair
 from preprocess.source_tree import HashedTree
 from shards.cli.config_file import config_to_dict
 from shards.errors import ConfigError, DatasetError
@@ -29,8 +30,12 @@ from shards.rle import count_values, encode_rle
 from shards.sample import encode_sample
 from shards.writer import ShardWriter
 
-# Settings added later are left out of the hash at the values that give the old behaviour, so older sets keep theirs.
-_LATER_SETTINGS = {"crops": {"scaled_side": "short"}, "dataset": {"exif_orientation": "refuse"}}
+# Settings added later are left out of the hash at the values that give the old behaviour, so older sets keep theirs;
+# those of the second line also of the manifest.
+_HASHED_LATER = {"crops": {"scaled_side": "short"}, "dataset": {"exif_orientation": "refuse"}}
+STORED_LATER: dict[str, dict[str, Any]] = {
+    "dataset": {"images": None, "labels": None, "image_range": [], "image_bands": []},
+}
 NO_LABEL = "no labelled pixel in any try"
 
 
@@ -86,17 +91,25 @@ def config_hash(config: PreprocessConfig, dataset: Dataset) -> str:
         del content[place]
     for place in ("root", "class_file", "limit"):
         del content["dataset"][place]
-    for section, settings in _LATER_SETTINGS.items():
-        for name, neutral in settings.items():
-            if content[section][name] == neutral:
-                del content[section][name]
+    for later in (_HASHED_LATER, STORED_LATER):
+        leave_out(content, later)
     meaning = [asdict(item) for item in dataset.classes], *dataset.mapping.identity
     return hash_of([FORMAT_VERSION, content, meaning, producer()])
 
 
+def leave_out(content: dict[str, Any], later: dict[str, dict[str, Any]]) -> None:
+    """Remove the settings in `later` that have the value given there."""
+    for section, settings in later.items():
+        for name, neutral in settings.items():
+            if content[section].get(name) == neutral:
+                del content[section][name]
+
+
 def block_fingerprint(fingerprint: str, block: Block) -> str:
     """Hash of everything that determines a block's bytes: settings and the names and sizes of its source files."""
-    return hash_of([fingerprint, block.shard_names, [asdict(pair) for pair in block.pairs]])
+    pairs = [{name: value for name, value in asdict(pair).items() if name != "annotation" or value}
+             for pair in block.pairs]
+    return hash_of([fingerprint, block.shard_names, pairs])
 
 
 def hash_sources(tree: HashedTree, block: Block, stop: Any = None, images_done: Any = None) -> str:
@@ -107,11 +120,12 @@ def hash_sources(tree: HashedTree, block: Block, stop: Any = None, images_done: 
     hashes = []
     for pair in block.pairs:
         _check_stop(stop)
-        for path in (pair.image_path, pair.label_path):
+        for path in pair.paths:
             if path not in tree.sha256:
                 with contextlib.suppress(DatasetError):  # unreadable: reported when it is used
                     tree.read(path)
             hashes.append(tree.sha256.get(path, "unreadable"))
+        hashes += [pair.annotation] if pair.annotation else []
         _count(images_done)
     return hash_of(hashes)
 

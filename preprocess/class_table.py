@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -72,16 +73,24 @@ def is_class_table(path: str) -> bool:
     return path.lower().endswith((".yaml", ".yml"))
 
 
-def read_class_table(path: str) -> tuple[list[ClassInfo], LabelMapping]:
-    """The classes and the mapping of a table. Raises ConfigError naming file, entry, value and what is legal."""
+def read_class_table(path: str, own_names: dict[str, list[int]] | None = None) -> tuple[list[ClassInfo], LabelMapping]:
+    """The classes and the mapping of the table `path`. Raises ConfigError naming file, entry, value and what is legal.
+
+    `own_names`: name -> stored ids, known from the dataset, for tables without `names`.
+    """
     table = _parsed(path)
+    ids_of = _ids_by_name(path, table.names) if table.names is not None else own_names or {}
+    return build_classes(table, path, ids_of)
+
+
+def build_classes(table: ClassTable, path: str, ids_of: dict[str, list[int]]) -> tuple[list[ClassInfo], LabelMapping]:
+    """As `read_class_table`; `path` is used in errors."""
     if not 1 <= len(table.classes) <= MAX_CLASSES:
         raise ConfigError(f"{path} lists {len(table.classes)} classes, legal: 1..{MAX_CLASSES}")
     if table.tolerance < 0 or (table.tolerance and table.labels == "ids"):
         raise ConfigError(f"{path}: tolerance is {table.tolerance:g}, legal: 0 or more with labels: rgb, 0 with ids")
     classes = [_class_info(entry, default, f"{path}: class {entry.name!r}")
                for entry, default in zip(table.classes, default_colors(len(table.classes)), strict=True)]
-    ids_of = _ids_by_name(path, table.names)
     ignored = ignore_value(len(classes))
     mapping: dict[Any, int] = {}
     for number, entry in enumerate([*table.classes, table.ignore]):
@@ -112,10 +121,8 @@ def _class_info(entry: TableClass, default: Color, where: str) -> ClassInfo:
         raise ConfigError(f"{where}: {error}") from None
 
 
-def _ids_by_name(path: str, names: str | None) -> dict[str, list[int]]:
+def _ids_by_name(path: str, names: str) -> dict[str, list[int]]:
     """Name -> the ids that have it, from the file `names`, relative to the table."""
-    if names is None:
-        return {}
     file = Path(path).parent / names
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
@@ -138,12 +145,21 @@ def _stored(entry: Stored, labels: str, ids_of: dict[str, list[int]], where: str
         raise ConfigError(f"{where} has colors, legal with labels: ids: ids and names; or set labels: rgb")
     unknown = [name for name in entry.names if name not in ids_of]
     if unknown:
-        raise ConfigError(f"{where} has the name {unknown[0]!r}, which the file of `names` does not hold")
+        raise ConfigError(f"{where} has the name {unknown[0]!r}, which "
+                          f"{_nearest(unknown[0], ids_of)}")
     ids = [*entry.ids, *(number for name in entry.names for number in ids_of[name])]
     illegal = [number for number in ids if not 0 <= number <= MAX_CLASSES]
     if illegal:
         raise ConfigError(f"{where} has the id {illegal[0]}, legal: 0..{MAX_CLASSES}")
     return ids
+
+
+def _nearest(name: str, names: dict[str, list[int]]) -> str:
+    """What is wrong with a name that is in no list."""
+    if not names:
+        return "is known only with a list of names: set `names` to a text file with one name per line, from id 0"
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"is not in the list of names{f'; did you mean {near[0]!r}?' if near else ''}"
 
 
 def _mapping(table: ClassTable, classes: list[ClassInfo], mapping: dict[Any, int], path: str) -> LabelMapping:

@@ -7,15 +7,21 @@ from dataclasses import dataclass
 from shards.cli.settings import setting
 from shards.errors import ConfigError
 
+KINDS = ("ade20k", "camvid", "folder")  # of dataset layouts, in preprocess/layouts/
+
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetConfig:
     """Location of the images and label maps, and the meaning of label values."""
 
-    kind: str = setting("ade20k", "dataset layout (see docs/your-data.md)", choices=("ade20k", "camvid", "folder"))
+    kind: str = setting("ade20k", "dataset layout (see docs/your-data.md)", choices=KINDS)
     root: str | None = setting(None, "dataset folder; for ade20k also the original .zip, read without unpacking")
     splits: dict[str, str] = setting({}, "split name -> source folder, e.g. {train: training}; empty: the layout's "
                                      "default splits")
+    images: str | None = setting(None, "for kind=folder: file-name template of the images below root, such as "
+                                 "leftImg8bit/{split}/{stem}_leftImg8bit.png; null: images/{split}/{stem}")
+    labels: str | None = setting(None, "for kind=folder: template of the label maps, with the same fields as images; "
+                                 "null: annotations/{split}/{stem}")
     class_file: str | None = setting(None, "text file with one class per line in id order, optionally followed by a "
                                      "tab and #rrggbb; or a YAML class table, which also says which stored ids, names "
                                      "or colours mean each class; null: the layout's own classes (for kind=folder, "
@@ -28,9 +34,22 @@ class DatasetConfig:
                                     "error; apply the rotation, if labels were drawn on the upright view; or ignore "
                                     "the tag, if they were drawn on the pixels as stored",
                                     choices=("refuse", "apply", "ignore"))
+    image_range: list[float] = setting([], "for images of more than 8 bits: the two stored values that become 0 and "
+                                       "255, such as [0, 4095]; empty: refuse such images")
+    image_bands: list[int] = setting([], "for images with other bands than grey or RGB: the bands, counted from 1, to "
+                                     "use as red, green and blue, or one as grey; empty: refuse such images")
     val_fraction: float = setting(0.0, "for kind=folder without split folders: fraction of the images to move to "
                                   "'val'", minimum=0, maximum=0.9)
     limit: int | None = setting(None, "use only the first N pairs of each split; null: all", minimum=1)
+
+    def __post_init__(self) -> None:
+        if (self.images is None) != (self.labels is None) or (self.images is not None and self.kind != "folder"):
+            raise ConfigError(f"dataset.images is {self.images!r}, dataset.labels {self.labels!r} and dataset.kind "
+                              f"{self.kind}, legal: both templates, with kind=folder, or none")
+        if self.image_range and not (len(self.image_range) == 2 and self.image_range[0] < self.image_range[1]):
+            raise ConfigError(f"dataset.image_range is {self.image_range}, legal: [low, high] with low < high")
+        if self.image_bands and not (len(self.image_bands) in (1, 3) and min(self.image_bands) >= 1):
+            raise ConfigError(f"dataset.image_bands is {self.image_bands}, legal: three bands, or one, counted from 1")
 
 
 @dataclass(frozen=True, kw_only=True)

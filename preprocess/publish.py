@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.blocks import Block, Job, producer
+from preprocess.blocks import STORED_LATER, Block, Job, leave_out, producer
 from shards.cli.config_file import config_to_dict
 from shards.errors import DatasetError
 from shards.files.atomic import write_atomically
@@ -66,7 +66,9 @@ def _report_mapped(split: str, records: list[dict[str, Any]]) -> None:
 def _portable(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings without paths, workers and policies, so that equal inputs give equal manifests on any machine."""
     dataset = {key: value for key, value in settings["dataset"].items() if key not in ("root", "class_file")}
-    return {"dataset": dataset, "crops": settings["crops"], "images_per_shard": settings["images_per_shard"]}
+    portable = {"dataset": dataset, "crops": settings["crops"], "images_per_shard": settings["images_per_shard"]}
+    leave_out(portable, STORED_LATER)
+    return portable
 
 
 def _publish_split(

@@ -23,6 +23,7 @@ from typing import NamedTuple, Protocol
 from shards.errors import DatasetError, StorageError
 from shards.files.plain_file import LARGEST_PICTURE, read_plain
 
+_OF_THE_SYSTEM = {".DS_Store", "__MACOSX", "Thumbs.db", "desktop.ini", ".ipynb_checkpoints"}
 _MAX_LINKS = 40  # links followed to resolve one path, as in Linux
 _log = logging.getLogger(__name__)
 # What zipfile raises on damaged, encrypted or unusual archives; all have a useful message.
@@ -31,9 +32,13 @@ _ZIP_ERRORS = (OSError, KeyError, ValueError, RuntimeError, EOFError, zipfile.Ba
 
 
 class SourceTree(Protocol):
-    """A read-only tree of files, addressed by '/'-separated paths relative to its root."""
+    """A read-only tree of files, addressed by '/'-separated paths relative to its root.
+
+    left_out   the hidden files and folders, and those of operating systems, that `files` has skipped so far
+    """
 
     name: str
+    left_out: set[str]
 
     def files(self, folder: str) -> dict[str, int]:
         """Path -> size in bytes of every file below `folder`, in name order, without hidden files.
@@ -49,7 +54,7 @@ class HashedTree:
     """Wraps a tree and records the sha256 of every file read through it."""
 
     def __init__(self, tree: SourceTree) -> None:
-        self.tree, self.name = tree, tree.name
+        self.tree, self.name, self.left_out = tree, tree.name, tree.left_out
         self.sha256: dict[str, str] = {}
 
     def files(self, folder: str) -> dict[str, int]:
@@ -76,6 +81,7 @@ class _LinkedTree(ABC):
     name: str
 
     def __init__(self) -> None:
+        self.left_out: set[str] = set()
         self._warned: set[str] = set()  # skipped links, so that each is reported once
 
     def files(self, folder: str) -> dict[str, int]:
@@ -87,7 +93,8 @@ class _LinkedTree(ABC):
         """`above`: resolved paths of the folders from the root down to `folder`, which comes last."""
         for entry in sorted(self._entries(above[-1])):
             path = f"{folder}/{entry.name}" if folder else entry.name
-            if entry.name.startswith((".", "__MACOSX")):
+            if entry.name.startswith(".") or is_of_the_system(entry.name):
+                self.left_out.add(path)
                 continue
             if entry.size is not None:
                 yield path, entry.size
@@ -109,6 +116,11 @@ class _LinkedTree(ABC):
     @abstractmethod
     def _entries(self, real: str) -> Iterator[_Entry]:
         """The entries of a folder, given by its resolved path."""
+
+
+def is_of_the_system(name: str) -> bool:
+    """Whether an operating system or a tool has left this file or folder, which is never part of a dataset."""
+    return name.startswith("._") or name in _OF_THE_SYSTEM
 
 
 def _holds(folder: str, place: str) -> bool:

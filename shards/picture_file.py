@@ -1,4 +1,4 @@
-"""Open JPEG and PNG files with Pillow: size limits, damage and EXIF orientation are handled here for everybody.
+"""Open picture files with Pillow: size limits, damage and EXIF orientation are handled here for everybody.
 
 Pillow's own limits do not apply: an intact file is read up to MAX_SIDE pixels a side, whatever metadata it carries.
 Unreadable files raise CorruptShardError with Pillow's reason.
@@ -15,8 +15,11 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageFile
+from PIL.BmpImagePlugin import BmpImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
 from shards.errors import CorruptShardError
 from shards.rle import MAX_SIDE
@@ -26,12 +29,15 @@ Pixels = npt.NDArray[np.uint8]
 
 JPEG_START = b"\xff\xd8\xff"
 PNG_START = b"\x89PNG\r\n\x1a\n"
-_STARTS = {"JPEG": JPEG_START, "PNG": PNG_START}
+_KINDS: dict[str, tuple[type[ImageFile.ImageFile], tuple[bytes, ...]]] = {  # reader, and how such files begin
+    "JPEG": (JpegImageFile, (JPEG_START,)), "PNG": (PngImageFile, (PNG_START,)), "BMP": (BmpImageFile, (b"BM",)),
+    "TIFF": (TiffImageFile, (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")), "WebP": (WebPImageFile, (b"RIFF",)),
+}
 _IHDR, _DEPTH, _COLOUR, _IHDR_CRC = slice(12, 16), 24, 25, slice(29, 33)  # positions in a PNG's header
 _GREY, _PALETTE = 0, 3  # colour types of PNG
 _TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # irrelevant to the pixels, and Pillow limits their size
 # What Pillow raises on damaged files, found by fuzzing.
-_DECODER_ERRORS = (OSError, EOFError, ValueError, SyntaxError, AssertionError, LookupError, TypeError, struct.error)
+DECODER_ERRORS = (OSError, EOFError, ValueError, SyntaxError, AssertionError, LookupError, TypeError, struct.error)
 UPRIGHT = 1  # EXIF orientation of an image that is stored upright
 _TO_UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -63,7 +69,7 @@ def check_pixels(data: bytes, name: str) -> None:
 
 
 def open_label_map(data: bytes, name: str) -> ImageFile.ImageFile:
-    """Open a PNG of class ids such that its pixels will be the stored values.
+    """Open a PNG, TIFF or BMP of class ids such that its pixels will be the stored values.
 
     Pillow treats grey as brightness and scales 1, 2 and 4 bits to 0..255, but leaves palette indices alone. So a grey
     file of less than 8 bits is opened as if it had a palette, by changing one byte of its header.
@@ -74,13 +80,18 @@ def open_label_map(data: bytes, name: str) -> ImageFile.ImageFile:
             data = data[: _IHDR.start] + header + zlib.crc32(header).to_bytes(4, "big") + data[_IHDR_CRC.stop :]
     elif data.startswith(PNG_START):
         raise CorruptShardError(f"{name} is not a readable PNG file: it does not begin with an IHDR chunk")
-    return open_picture(data, name, ("PNG",))
+    return open_picture(data, name, ("PNG", "TIFF", "BMP"))
+
+
+def kind_of(data: bytes) -> str | None:
+    """The format of a picture file by its first bytes: JPEG, PNG, BMP, TIFF or WebP; None for all others."""
+    return next((kind for kind, (_, starts) in _KINDS.items() if data.startswith(starts)), None)
 
 
 def open_picture(data: bytes, name: str, formats: tuple[str, ...]) -> ImageFile.ImageFile:
     """Read a picture's header. Raises CorruptShardError when it is not one of `formats` or is too large."""
-    found = next((kind for kind, start in _STARTS.items() if data.startswith(start)), None)
-    legal = " or ".join(formats)
+    found = kind_of(data)
+    legal = " or ".join([", ".join(formats[:-1]), formats[-1]] if len(formats) > 1 else formats)
     if found is None:
         begins = f", it begins with {data[:8]!r}" if data else ""
         raise CorruptShardError(f"{name} is not a readable {legal} file of {len(data)} bytes{begins}")
@@ -88,7 +99,7 @@ def open_picture(data: bytes, name: str, formats: tuple[str, ...]) -> ImageFile.
         raise CorruptShardError(f"{name} is a {found} file, legal: {legal}")
     try:
         image = _opened(_without(data, _TEXT_CHUNKS))
-    except _DECODER_ERRORS as error:
+    except DECODER_ERRORS as error:
         raise CorruptShardError(f"{name} is not a readable {found} file of {len(data)} bytes: {error}") from error
     if max(image.size) > MAX_SIDE:
         raise CorruptShardError(f"{name} is {image.width}x{image.height} pixels, legal: at most {MAX_SIDE} a side")
@@ -97,26 +108,27 @@ def open_picture(data: bytes, name: str, formats: tuple[str, ...]) -> ImageFile.
 
 def _opened(data: bytes) -> ImageFile.ImageFile:
     """Bypasses Image.open, which has its own limits and hides the reason. Warnings of damaged metadata are ignored."""
+    reader, _ = _KINDS[kind_of(data) or "PNG"]  # an unknown file makes the PNG reader say so
     with warnings.catch_warnings(action="ignore"):
-        return JpegImageFile(io.BytesIO(data)) if data.startswith(JPEG_START) else PngImageFile(io.BytesIO(data))
+        return reader(io.BytesIO(data))
 
 
 def load_picture(image: ImageFile.ImageFile, name: str) -> Image.Image:
     """Decode the pixels of an opened picture. Raises CorruptShardError when they are damaged or truncated."""
     try:
         image.load()
-    except _DECODER_ERRORS as error:
+    except DECODER_ERRORS as error:
         raise CorruptShardError(f"{name} is not a readable image, it is damaged or truncated: {error}") from error
     return image
 
 
 def exif_orientation(data: bytes) -> int:
-    """EXIF orientation of a JPEG or PNG, 1 to 8; 1 (upright) if it is missing or invalid."""
+    """EXIF orientation of a picture, 1 to 8; 1 (upright) if it is missing or invalid."""
     for skipped in ((b"IDAT", b"fdAT"), (b"IDAT", b"fdAT", *_TEXT_CHUNKS)):  # text may be too large for Pillow
         try:
             with warnings.catch_warnings(action="ignore"), _opened(_without(data, skipped)) as image:
                 value = Image.Image.getexif(image).get(ExifTags.Base.Orientation)  # PNG's own would decode pixels
-        except _DECODER_ERRORS:  # damage is reported by whoever decodes the pixels
+        except DECODER_ERRORS:  # damage is reported by whoever decodes the pixels
             continue
         return value if value in _TO_UPRIGHT else UPRIGHT
     return UPRIGHT

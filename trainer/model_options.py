@@ -26,7 +26,7 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
                         "programs: YAML file or recipe with the network's settings (repeatable; later ones override "
                         "earlier ones)")
     parser.add_argument("--classes", help="only for weights of other programs: text file with one class name per line, "
-                        "in id order, e.g. preprocess/ade20k_classes.txt")
+                        "in id order, e.g. preprocess/layouts/tables/ade20k.txt")
 
 
 def open_pretrained(arguments: argparse.Namespace) -> Pretrained:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from preprocess.layouts import _by_stem
+from preprocess.layouts.pairing import Template, find_pairs
 from shards.class_list import parse_classes
 from shards.cli.config_file import load_config
 from shards.errors import ConfigError, CorruptShardError, MaskStreamError
@@ -195,10 +195,14 @@ def test_a_sample_larger_than_its_whole_split_is_refused_before_it_is_decoded(sc
 
 
 def test_an_image_named_by_dots_alone_is_left_over_with_a_reason() -> None:
-    """Hidden files are skipped in a folder, but not in an archive."""
-    rejected: list[tuple[str, str]] = []
-    assert set(_by_stem({"images/...jpg": 1, "images/a.b.jpg": 1}, "images", (".jpg",), rejected)) == {"a.b"}
-    assert rejected == [("images/...jpg", "its name consists only of dots and a suffix")]
+    """Hidden files are skipped in a folder, but not everywhere."""
+    class Tree:
+        def files(self, folder: str) -> dict[str, int]:
+            return {"images": {"images/...jpg": 1, "images/a.b.jpg": 1}, "labels": {"labels/a.b.png": 1}}[folder]
+
+    found = find_pairs(Tree(), Template("images/{stem}", (".jpg",), ""), Template("labels/{stem}", (".png",), ""), "")
+    assert [pair.key for pair in found.pairs] == ["a.b"]
+    assert found.unpaired == [("images/...jpg", "its name consists only of dots and a suffix")]
 
 
 @pytest.mark.slow

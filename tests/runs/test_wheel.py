@@ -64,8 +64,9 @@ def test_the_wheel_holds_the_packages_and_the_recipes_and_nothing_else(wheel: Pa
     recipes = {f"shards/{path.relative_to(REPOSITORY).as_posix()}"
                for path in (REPOSITORY / "configs").rglob("*.yaml")}
     expected = modules | recipes | {f"{package}/py.typed" for package in PACKAGES}
-    expected |= {"maskstream/__init__.py", "preprocess/ade20k_classes.txt", "trainer/reporting/report.css",
-                 "trainer/reporting/report.html.j2"}
+    expected |= {"maskstream/__init__.py", "trainer/reporting/report.css", "trainer/reporting/report.html.j2"}
+    expected |= {path.relative_to(REPOSITORY).as_posix() for path in
+                 (REPOSITORY / "preprocess/layouts/tables").iterdir()}
     assert {name for name in names if ".dist-info/" not in name} == expected
 
 

@@ -110,7 +110,7 @@ def test_nearest_colour_equals_its_definition(seed: int, tolerance: float) -> No
     ("classes: [{name: a, ids: [1]}, {name: b, ids: [2, 1]}]", "class 'b' lists 1, which already means class 'a'"),
     ("classes: [{name: a, ids: [1]}]\nignore: {ids: [1]}", "ignore lists 1, which already means class 'a'"),
     ("classes: [{name: a, ids: [-1]}]", r"class 'a' has the id -1, legal: 0\.\.65535"),
-    ("classes: [{name: a, names: [x]}]", "class 'a' has the name 'x', which the file of `names` does not hold"),
+    ("classes: [{name: a, names: [x]}]", "'x', which is known only with a list of names: set `names`"),
     ("classes: [{name: a, colors: ['#000000']}]", "class 'a' has colors, legal with labels: ids"),
     ("labels: rgb\nclasses: [{name: a, ids: [1]}]", "class 'a' has ids or names, legal with labels: rgb: colors"),
     ("labels: rgb\nclasses: [{name: a, colors: [red]}]", "class 'a': colour 'red', legal: #rrggbb"),
@@ -150,7 +150,7 @@ def test_rgb_palette_and_grey_label_maps_are_read_by_colour(tmp_path: Path) -> N
     assert not read_pair(dataset, dataset.splits["train"][0]).label_map.any()
     deep = dataset_of(tmp_path / "deep", RGB, Image.fromarray(np.zeros((4, 6), np.uint16)))
     dataset = open_dataset(deep, "fail")
-    with pytest.raises(DatasetError, match="has mode I;16, legal with labels: rgb: RGB"):
+    with pytest.raises(DatasetError, match="has mode I;16; legal with labels: rgb: RGB"):
         read_pair(dataset, dataset.splits["train"][0])
 
 

@@ -243,7 +243,7 @@ def spoil(root: Path, how: str) -> str:
         return "scene_train_00003.png has 16 bits per channel"
     if how == "empty file":
         image.write_bytes(b"")
-        return "scene_train_00003.jpg is not a readable JPEG or PNG file of 0 bytes"
+        return "scene_train_00003.jpg is not a readable JPEG, PNG, WebP, TIFF or BMP file of 0 bytes"
     if how == "dangling link":
         image.unlink()
         image.symlink_to("nowhere.jpg")
@@ -277,7 +277,7 @@ def test_unusable_files_are_named_or_recorded(scenes: Path, tmp_path: Path, how:
     [
         (["dataset.root=/nowhere"], "/nowhere does not exist"),
         (["dataset.root={scenes}/images"], "no folder 'images'"),
-        (["dataset.splits={{train: morning}}"], "no image with a label map in images/morning"),
+        (["dataset.splits={{train: morning}}"], "no image with a label map for the split 'train': images/morning"),
         (["crops.splits=[train, tset]"], "'tset'"),
         (["dataset.class_file=/nowhere.txt"], "cannot be read"),
         (["dataset.val_fraction=0.5"], "has split folders"),

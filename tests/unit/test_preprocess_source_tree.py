@@ -419,8 +419,8 @@ def test_sound_files_are_read_whatever_pillow_takes_for_a_bomb(tmp_path: Path, m
     (png(np.zeros((1, 16385), np.uint8), 8, 0), r"16385x1 pixels, legal: at most 16384 a side"),
     (png(np.zeros((4, 4), np.uint8), 8, 0)[:-30], r"broken PNG file"),
     (png(np.arange(4096).reshape(64, 64).astype(np.uint8), 8, 0)[:-40], r"damaged or truncated: .+"),
-    (b"GIF89a" + bytes(20), r"not a readable PNG file of 26 bytes, it begins with b'GIF89a"),
-    (b"\xff\xd8\xff\xe0" + bytes(20), r"is a JPEG file, legal: PNG"),
+    (b"GIF89a" + bytes(20), r"not a readable PNG, TIFF or BMP file of 26 bytes, it begins with b'GIF89a"),
+    (b"\xff\xd8\xff\xe0" + bytes(20), r"is a JPEG file, legal: PNG, TIFF or BMP"),
 ])
 def test_a_refusal_says_its_reason(tmp_path: Path, data: bytes, reason: str) -> None:
     root = write_pairs(tmp_path, ["train/x"])

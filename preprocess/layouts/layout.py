@@ -1,0 +1,109 @@
+"""What all dataset layouts have in common: where the files are, what the stored labels mean, how they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy.typing as npt
+
+from preprocess.class_table import is_class_table, read_class_table
+from preprocess.config import DatasetConfig
+from preprocess.label_mapping import LabelMapping, plain_mapping
+from preprocess.layouts.pairing import IMAGE_SUFFIXES, LABEL_SUFFIXES, Found, Pair, Template, find_pairs, listed_keys
+from preprocess.source_picture import read_stored_labels
+from preprocess.source_tree import SourceTree, open_tree
+from shards.class_list import parse_classes
+from shards.errors import ConfigError
+from shards.manifest import ClassInfo
+from shards.rle import ignore_value
+
+TABLES = Path(__file__).parent / "tables"
+Classes = tuple[list[ClassInfo], LabelMapping]
+
+
+class Layout:
+    """A dataset as it is published. A subclass sets the constants, and overrides the methods that do not fit.
+
+    images, labels   file-name templates (see `pairing`)
+    lists            template of the text files that list the keys of a split; "": a split has all files that match
+    splits           split -> its source folder ({split} in templates); `dataset.splits` replaces it
+    official         split -> images of the complete release
+    table            class table, a file in tables/: .yaml, or .txt with a name per line for ids 0..C-1
+    companions       endings of files that lie beside the labels by right
+    """
+
+    name: ClassVar[str]
+    images: ClassVar[str] = ""
+    labels: ClassVar[str] = ""
+    lists: ClassVar[str] = ""
+    splits: ClassVar[Mapping[str, str]] = {"train": "train", "val": "val"}
+    official: ClassVar[Mapping[str, int]] = {}
+    table: ClassVar[str] = ""
+    reduces_zero_label: ClassVar[bool] = False
+    ignored_label: ClassVar[int | None] = None  # of a plain list of names; None: the ignore value of its length
+    companions: ClassVar[tuple[str, ...]] = ()
+
+    def open(self, config: DatasetConfig) -> SourceTree:
+        """The dataset's files. Raises DatasetError when `dataset.root` does not hold them."""
+        assert config.root is not None
+        return open_tree(config.root, self.marker(config))
+
+    def marker(self, config: DatasetConfig) -> str:
+        """A folder that the dataset's root must have."""
+        return top_folder(self.images, config.splits or self.splits)
+
+    def classes(self, config: DatasetConfig, tree: SourceTree) -> Classes:
+        """The classes, and what stored labels mean.
+
+        Raises ConfigError for a class file that cannot be used, and for settings that a class table replaces.
+        """
+        place = Path(config.class_file) if config.class_file is not None else self._own_table(tree)
+        if is_class_table(str(place)):
+            if config.ignore_labels or config.reduce_zero_label is not None:
+                raise ConfigError(f"the classes come from {place}, a class table, which says itself what is ignored; "
+                                  "leave out dataset.ignore_labels and dataset.reduce_zero_label")
+            return read_class_table(str(place), self.own_names(tree))
+        return self._plain(config, parse_classes(_read_text(place), str(place)))
+
+    def pairs(self, config: DatasetConfig, tree: SourceTree) -> Iterator[tuple[str, Found]]:
+        """(split, its files), in a fixed order. Raises ConfigError when folders are ambiguous."""
+        images = Template(self.images, IMAGE_SUFFIXES, "dataset.images")
+        labels = Template(self.labels, LABEL_SUFFIXES, "dataset.labels")
+        for split, folder in (config.splits or self.splits).items():
+            listed = listed_keys(tree, self.lists.replace("{split}", folder)) if self.lists else None
+            found = find_pairs(tree, images, labels, folder, listed=listed)
+            yield split, found._replace(others=[path for path in found.others if not path.endswith(self.companions)])
+
+    def read_labels(self, data: bytes, pair: Pair, mapping: LabelMapping, height: int, width: int) -> npt.NDArray[Any]:
+        """Stored values [H, W], or colours uint8 [H, W, 3], of a pair whose image is `height` x `width`.
+
+        `data` is the content of the label file. Raises DatasetError or CorruptShardError naming the file.
+        """
+        return read_stored_labels(data, pair.label_path, mapping.reads_colors, height * width)
+
+    def own_names(self, tree: SourceTree) -> dict[str, list[int]]:
+        """Name -> stored ids, where a file of the dataset says so; class tables may then use these names."""
+        return {}
+
+    def _own_table(self, tree: SourceTree) -> Path:
+        """The class table when `dataset.class_file` is not set."""
+        return TABLES / self.table
+
+    def _plain(self, config: DatasetConfig, classes: list[ClassInfo]) -> Classes:
+        reduce = config.reduce_zero_label if config.reduce_zero_label is not None else self.reduces_zero_label
+        default = self.ignored_label if self.ignored_label is not None else ignore_value(len(classes))
+        return classes, plain_mapping(len(classes), tuple(config.ignore_labels) or (default,), reduce)
+
+
+def top_folder(template: str, splits: Mapping[str, str]) -> str:
+    """The first folder of a template, for the first split; "" if it begins with another field."""
+    return template.replace("{split}", next(iter(splits.values()))).partition("{")[0].partition("/")[0]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"dataset.class_file {path} cannot be read: {error}") from error

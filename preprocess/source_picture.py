@@ -1,0 +1,174 @@
+"""Decode the pictures of a source dataset: images of all supported formats, and label maps as stored.
+
+Images of more than 8 bits, or with other bands than grey or RGB, have no obvious meaning as RGB: they are refused, or
+converted as `dataset.image_range` and `dataset.image_bands` say, after decoding by tifffile and imagecodecs (the extra
+`tiff`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from PIL.TiffImagePlugin import (
+    BITSPERSAMPLE,
+    EXTRASAMPLES,
+    PHOTOMETRIC_INTERPRETATION,
+    SAMPLESPERPIXEL,
+    ImageFileDirectory_v2,
+)
+
+from preprocess.config import DatasetConfig
+from shards.errors import ConfigError, CorruptShardError, DatasetError
+from shards.picture_file import DECODER_ERRORS, PNG_START, kind_of, load_picture, open_label_map, open_picture
+from shards.rle import MAX_CLASSES, MAX_SIDE
+from shards.sample import decode_image
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WebP", "TIFF", "BMP")
+READABLE_FORMATS = {"JPEG": "jpg", "PNG": "png"}  # which shards hold: suffix of each
+_COLOR_MODES = ("RGB", "RGBA", "P", "L", "1")
+_LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16B")  # single-channel values; palettes hold the index
+_BIG_TIFF, _MIN_IS_WHITE, _ALPHA = 43, 0, (1, 2)  # values in TIFF files
+_PNG_DEPTH, _PNG_COLOR, _PNG_BANDS = 24, 25, {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+_LUMA_AND_COLOR = (1, 2, 3, 4)  # bands with an RGB meaning: grey or RGB, with or without alpha
+Pixels = npt.NDArray[np.uint8]
+
+
+class Conversion(NamedTuple):
+    """How pixels without an RGB meaning become RGB (`dataset.image_range`, `dataset.image_bands`)."""
+
+    range: tuple[float, float] | None = None  # stored values that become 0 and 255
+    bands: tuple[int, ...] = ()  # the bands, counted from 1, that become red, green and blue (or grey, if one)
+
+    @classmethod
+    def of(cls, config: DatasetConfig) -> Conversion:
+        """As the settings say."""
+        low_high = (config.image_range[0], config.image_range[1]) if config.image_range else None
+        return cls(low_high, tuple(config.image_bands))
+
+
+def decode_source_image(data: bytes, name: str, conversion: Conversion) -> tuple[Pixels, str]:
+    """RGB pixels uint8 [H, W, 3], and the suffix under which shards hold the file as it is; "" if they cannot.
+
+    Raises CorruptShardError or DatasetError naming the file.
+    """
+    bits, bands, has_meaning = _described(data, name)
+    if bits <= 8 and has_meaning and not conversion.bands:
+        if suffix := READABLE_FORMATS.get(kind_of(data) or ""):
+            return decode_image(data, name), suffix
+        with open_picture(data, name, IMAGE_FORMATS) as image:
+            return np.asarray(load_picture(image, name).convert("RGB")), ""
+    if (bits > 8 and conversion.range is None) or not (has_meaning or conversion.bands):
+        wanted = [*(["dataset.image_range=[low, high], the stored values that become 0 and 255"] if bits > 8 else []),
+                  *([] if has_meaning else ["dataset.image_bands=[r, g, b], the bands to use, counted from 1"])]
+        raise DatasetError(f"{name} has {bits} bits per channel and {bands} channel{'s' if bands > 1 else ''}, legal: "
+                           f"8 bits, grey or RGB. Set {' and '.join(wanted)}; or convert the images")
+    return _converted(_raw(data, name), bits, conversion, name), ""
+
+
+def encode_png(pixels: Pixels) -> bytes:
+    """The pixels as a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def read_stored_labels(data: bytes, name: str, reads_colors: bool, most_pixels: int) -> npt.NDArray[Any]:
+    """Stored values [H, W] of a label map, or its colours uint8 [H, W, 3]; palette images give the index or the colour.
+
+    Raises DatasetError when it is not such an image, or has more than `most_pixels`; CorruptShardError when damaged.
+    """
+    with open_label_map(data, name) as image:
+        modes, advice = (_COLOR_MODES, f"legal with labels: rgb: {', '.join(_COLOR_MODES)}") if reads_colors else (
+            _LABEL_MODES, "a label map must have one channel of class ids (for colours, write a class table with "
+                          "labels: rgb and set dataset.class_file to it)")
+        if image.mode not in modes:
+            raise DatasetError(f"{name} has mode {image.mode}; {advice}")
+        if image.format == "TIFF" and not reads_colors:
+            _check_label_tiff(image, name)
+        if image.width * image.height > most_pixels:
+            raise DatasetError(f"{name} is {image.width}x{image.height}, but its image has only {most_pixels} pixels; "
+                               "their sizes must be equal")
+        loaded = load_picture(image, name)
+        values = np.asarray(loaded.convert("RGB") if reads_colors else loaded)
+    if values.min() < 0 or values.max() > MAX_CLASSES:
+        raise DatasetError(f"{name} holds labels {values.min()}..{values.max()}, legal: 0..{MAX_CLASSES}")
+    return values.astype(np.uint8) if values.dtype == bool else values
+
+
+def _check_label_tiff(image: Any, name: str) -> None:
+    """Refuse what Pillow would scale or invert."""
+    bits = image.tag_v2.get(BITSPERSAMPLE, (1,))[0]
+    if bits not in (1, 8, 16, 32) or image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == _MIN_IS_WHITE:
+        raise DatasetError(f"{name} is a TIFF of {bits} bits{', white is zero' if bits in (1, 8, 16) else ''}, legal "
+                           "for label maps: 8 or 16 bits, black is zero; convert it to PNG")
+
+
+def _described(data: bytes, name: str) -> tuple[int, int, bool]:
+    """(bits per band, bands, whether they mean grey or RGB with or without alpha)"""
+    if data.startswith(PNG_START) and len(data) > _PNG_COLOR:
+        return data[_PNG_DEPTH], _PNG_BANDS.get(data[_PNG_COLOR], 1), True
+    if kind_of(data) != "TIFF":
+        open_picture(data, name, IMAGE_FORMATS).close()
+        return 8, 3, True
+    tags = _tiff_tags(data, name)
+    bands, extra = tags[SAMPLESPERPIXEL], tags[EXTRASAMPLES]
+    return tags[BITSPERSAMPLE], bands, bands in _LUMA_AND_COLOR and (bands in (1, 3) or extra in _ALPHA)
+
+
+def _tiff_tags(data: bytes, name: str) -> dict[int, int]:
+    """Bits, bands and first extra sample of a TIFF, also of one that Pillow cannot decode."""
+    try:
+        directory = ImageFileDirectory_v2(data[:16] if _BIG_TIFF in data[2:4] else data[:8])
+        stream = io.BytesIO(data)
+        stream.seek(directory.next)
+        with warnings.catch_warnings(action="ignore"):
+            directory.load(stream)
+        found = {tag: directory.get(tag, default) for tag, default in
+                 ((BITSPERSAMPLE, 1), (SAMPLESPERPIXEL, 1), (EXTRASAMPLES, 0))}
+        return {tag: int(value[0] if isinstance(value, Sequence) else value) for tag, value in found.items()}
+    except DECODER_ERRORS as error:
+        raise CorruptShardError(f"{name} is not a readable TIFF file of {len(data)} bytes: {error}") from error
+
+
+def _raw(data: bytes, name: str) -> npt.NDArray[Any]:
+    """Stored values [H, W] or [H, W, bands], by tifffile or imagecodecs."""
+    try:
+        tifffile, codecs = (importlib.import_module(module) for module in ("tifffile", "imagecodecs"))
+    except ImportError as error:
+        raise ConfigError(f"{name} needs the extra 'tiff' ({error}): pip install 'maskstream[tiff]'") from None
+    try:
+        if kind_of(data) != "TIFF":
+            return np.asarray(codecs.imread(data))
+        with tifffile.TiffFile(io.BytesIO(data)) as file:
+            page = file.pages.first
+            if max(page.imagelength, page.imagewidth) > MAX_SIDE:
+                raise DatasetError(f"{name} is {page.imagewidth}x{page.imagelength} pixels, legal: at most {MAX_SIDE} "
+                                   "a side")
+            values = np.asarray(page.asarray())
+            return np.moveaxis(values, 0, -1) if page.axes.startswith("S") else values
+    except (DatasetError, MemoryError):
+        raise
+    except (*DECODER_ERRORS, RuntimeError, tifffile.TiffFileError) as error:
+        raise CorruptShardError(f"{name} is not a readable image: {error}") from error
+
+
+def _converted(values: npt.NDArray[Any], bits: int, conversion: Conversion, name: str) -> Pixels:
+    values = values[..., None] if values.ndim == 2 else values
+    bands = conversion.bands or ((1,) if values.shape[-1] <= 2 else (1, 2, 3))
+    if max(bands) > values.shape[-1]:
+        raise DatasetError(f"{name} has {values.shape[-1]} bands, but dataset.image_bands is {list(bands)}")
+    chosen = values[..., [band - 1 for band in bands]]
+    if bits > 8:
+        assert conversion.range is not None
+        low, high = conversion.range
+        scaled = (chosen.astype(np.float64) - low) * (255 / (high - low))
+        chosen = np.nan_to_num(np.clip(np.rint(scaled), 0, 255))  # NaN marks missing pixels: black
+    pixels = chosen.astype(np.uint8)
+    return np.ascontiguousarray(pixels.repeat(3, -1) if len(bands) == 1 else pixels)
