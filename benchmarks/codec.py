@@ -22,7 +22,8 @@ from pycocotools import mask as coco
 
 from benchmarks.results import Result, benchmark_parser, spread
 from preprocess.config import CropConfig, DatasetConfig
-from preprocess.crops import crop_rng, cut_labels, draw_crop, pad_labels
+from preprocess.crops import crop_rng, draw_crop
+from preprocess.label_runs import LabelRuns
 from preprocess.pairs import open_dataset, read_pair
 from shards import rle
 
@@ -55,10 +56,12 @@ def load_crops(root: str, per_image: int) -> list[np.ndarray]:
     crops = []
     for pair in [pair for pairs in dataset.splits.values() for pair in pairs]:
         label_map = read_pair(dataset, pair)[3]
+        runs = LabelRuns(label_map, 255)
         for number in range(per_image):
-            crop = draw_crop(crop_rng(0, pair.key, number), label_map, 255, CropConfig())
+            crop = draw_crop(crop_rng(0, pair.key, number), runs, CropConfig())
             if crop is not None:
-                crops.append(pad_labels(cut_labels(label_map, crop), 512, 255))
+                record = rle.encode_runs(512, 512, *runs.cut(crop, 512))
+                crops.append(rle.label_map_from_segments(*rle.decode_segment_map(record)))
     return crops
 
 

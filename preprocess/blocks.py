@@ -19,14 +19,15 @@ import PIL
 from PIL import Image, features
 
 from preprocess.config import PreprocessConfig
-from preprocess.crops import crop_rng, cut_image, cut_labels, draw_crop, pad_labels
+from preprocess.crops import crop_rng, cut_image, draw_crop
+from preprocess.label_runs import LabelRuns
 from preprocess.layouts.pairing import Pair
 from preprocess.pairs import Dataset, read_pair
 from preprocess.source_tree import HashedTree
 from shards.cli.config_file import config_to_dict
 from shards.errors import ConfigError, DatasetError
 from shards.manifest import FORMAT_VERSION, hash_of
-from shards.rle import count_values, encode_rle
+from shards.rle import count_values, encode_rle, encode_runs
 from shards.sample import encode_sample
 from shards.writer import ShardWriter
 
@@ -150,20 +151,29 @@ def producer() -> dict[str, str]:
     }
 
 
-def encode_crop(
-    dataset: Dataset, pair: Pair, image: Image.Image, label_map: np.ndarray, config: PreprocessConfig, number: int
-) -> tuple[str, bytes, bytes, np.ndarray] | None:
-    """Crop `number` of an image as (key, JPEG bytes, msgpack bytes, class ids); None if no pixel is labelled."""
-    crop = draw_crop(crop_rng(config.seed, pair.key, number), label_map, dataset.ignore_index, config.crops)
+class EncodedCrop(NamedTuple):
+    """The parts of a sample, and its labelled pixels by class."""
+
+    key: str
+    jpeg: bytes
+    payload: bytes
+    class_pixels: np.ndarray
+
+
+def encode_crop(config: PreprocessConfig, pair: Pair, image: Image.Image, labels: LabelRuns, number: int
+                ) -> EncodedCrop | None:
+    """Crop `number` of an image; None if no pixel is labelled."""
+    crop = draw_crop(crop_rng(config.seed, pair.key, number), labels, config.crops)
     if crop is None:
         return None
     key = f"{pair.key}-{number:03d}"
     side = config.crops.window
-    labels = pad_labels(cut_labels(label_map, crop), side, dataset.ignore_index)
+    runs = labels.cut(crop, side)
     buffer = io.BytesIO()
-    Image.fromarray(cut_image(image, crop, side)).save(buffer, "JPEG", quality=config.crops.jpeg_quality)
-    meta = {"source": pair.image_path, "crop": asdict(crop)}
-    return key, buffer.getvalue(), encode_sample(key, encode_rle(labels, dataset.ignore_index), meta), labels
+    cut_image(image, crop, side).save(buffer, "JPEG", quality=config.crops.jpeg_quality)
+    meta = {"source": pair.image_path, "crop": crop._asdict()}
+    payload = encode_sample(key, encode_runs(side, side, *runs), meta)
+    return EncodedCrop(key, buffer.getvalue(), payload, runs.counts())
 
 
 def write_block(job: Job, block: Block, stop: Any = None, images_done: Any = None) -> dict[str, Any]:
@@ -203,16 +213,16 @@ def _write_pair(
         record = encode_rle(label_map, dataset.ignore_index)
         meta = {"source": pair.image_path}
         writers[0].write(pair.key, source.image_bytes, source.suffix, encode_sample(pair.key, record, meta))
-        stats.add(label_map, dataset.ignore_index)
+        stats.add(count_values(label_map, dataset.ignore_index + 1)[: dataset.ignore_index], label_map.size)
     else:
+        labels = LabelRuns(label_map, dataset.ignore_index)
         for number, writer in enumerate(writers):
-            encoded = encode_crop(dataset, pair, source.image, label_map, config, number)
+            encoded = encode_crop(config, pair, source.image, labels, number)
             if encoded is None:
                 stats.skipped_crops[NO_LABEL] += 1
                 continue
-            key, jpeg, payload, labels = encoded
-            writer.write(key, jpeg, "jpg", payload)
-            stats.add(labels, dataset.ignore_index)
+            writer.write(encoded.key, encoded.jpeg, "jpg", encoded.payload)
+            stats.add(encoded.class_pixels, config.crops.window**2)
     stats.images += 1
     stats.mapped["pixels"] += label_map.size
     stats.mapped["nearest"] += source.nearest
@@ -229,12 +239,12 @@ class _BlockStats:
         self.skipped_crops: Counter[str] = Counter()
         self.skipped_images: list[tuple[str, str]] = []
 
-    def add(self, label_map: np.ndarray, ignore_index: int) -> None:
-        counts = count_values(label_map, ignore_index + 1)
-        classes = counts[: self.class_pixels.size]
-        self.class_pixels += classes
-        self.class_samples += classes > 0
-        self.ignored_pixels += int(counts[ignore_index])
+    def add(self, class_pixels: np.ndarray, pixels: int) -> None:
+        """Add a sample of `pixels` pixels, of which `class_pixels` are labelled."""
+        present = class_pixels[: self.class_pixels.size]
+        self.class_pixels[: present.size] += present
+        self.class_samples[: present.size] += present > 0
+        self.ignored_pixels += pixels - int(present.sum())
 
     def to_record(self) -> dict[str, Any]:
         return {

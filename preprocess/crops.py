@@ -1,4 +1,4 @@
-"""Draw and cut training crops with the geometry of the reference's training transform.
+"""Draw training crops, and cut them from images, with the geometry of the reference's training transform.
 
 DINOv3's segmentation training scales the short side to crop x U(0.5, 2.0), then cuts a square of the crop size (or the
 whole axis, where the scaled image is shorter) at a random position, redrawing the position while a single class covers
@@ -9,8 +9,7 @@ position with a labelled pixel. Only the crop's region is resampled here.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +22,7 @@ PADDING_COLOR = (124, 116, 104)
 _SCALE_DRAWS = 10  # scales tried while no position in the scaled image has a labelled pixel
 
 
-@dataclass(frozen=True, kw_only=True)
-class Crop:
+class Crop(NamedTuple):
     """A window `[top, top+height) x [left, left+width)` of the image scaled to `scaled_height x scaled_width`."""
 
     scaled_height: int
@@ -41,27 +39,36 @@ def crop_rng(seed: int, key: str, crop_number: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64([seed, image, crop_number]))
 
 
-def draw_crop(
-    rng: np.random.Generator, label_map: npt.NDArray[Any], ignore_index: int, config: CropConfig
-) -> Crop | None:
+class Labels(Protocol):
+    """The labels of an image, as far as drawing needs them (see `LabelRuns`)."""
+
+    height: int
+    width: int
+
+    def counts(self, crop: Crop) -> npt.NDArray[np.int64]:
+        """Pixels of each class in a crop."""
+
+
+def draw_crop(rng: np.random.Generator, labels: Labels, config: CropConfig) -> Crop | None:
     """Draw a crop; None if no try has a labelled pixel."""
     limit = config.cat_max_ratio
     positions = config.tries + 1 if limit is not None else 1  # tried per scale
     scaled_size = _scaled_size if config.scaled_side == "short" else _fitted_size
     for _ in range(_SCALE_DRAWS * (config.tries + 1) // positions):
-        scaled = scaled_size(label_map.shape, config.size * rng.uniform(config.min_scale, config.max_scale))
+        side = config.size * rng.uniform(config.min_scale, config.max_scale)
+        scaled = scaled_size((labels.height, labels.width), side)
         for _ in range(positions):
             crop = _random_window(rng, scaled, config.window)
-            counts = _label_counts(cut_labels(label_map, crop), ignore_index)
-            if limit is not None and counts.size > 1 and counts.max() < limit * counts.sum():
+            counts = labels.counts(crop)
+            if limit is not None and np.count_nonzero(counts) > 1 and counts.max() < limit * counts.sum():
                 return crop
-        if counts.size:
+        if counts.any():
             return crop
     return None
 
 
-def cut_image(image: Image.Image, crop: Crop, side: int) -> npt.NDArray[np.uint8]:
-    """RGB pixels `[side,side,3]`: bilinear with antialiasing, padded right and below with the mean colour.
+def cut_image(image: Image.Image, crop: Crop, side: int) -> Image.Image:
+    """The crop of an RGB image: bilinear with antialiasing, padded right and below with the mean colour to `side`.
 
     Pillow reads beyond `box` where the filter needs it, so up to rounding the result equals cropping the whole scaled
     image.
@@ -73,29 +80,11 @@ def cut_image(image: Image.Image, crop: Crop, side: int) -> npt.NDArray[np.uint8
         min((crop.left + crop.width) * x_ratio, image.width),
         min((crop.top + crop.height) * y_ratio, image.height),
     )
-    padded = np.empty((side, side, 3), np.uint8)
-    padded[:] = PADDING_COLOR
     resized = image.resize((crop.width, crop.height), Image.Resampling.BILINEAR, box)
-    padded[: crop.height, : crop.width] = np.asarray(resized)
-    return padded
-
-
-def cut_labels(label_map: npt.NDArray[Any], crop: Crop) -> npt.NDArray[Any]:
-    """Class ids `[height,width]`: nearest neighbour as in tensor resizing, source = floor(target x ratio).
-
-    Computed in integers. torch multiplies in float32 and picks the adjacent pixel for 57 of 14 million (4 in a
-    million); matching it is not worth changing the bytes of every set.
-    """
-    rows = np.arange(crop.top, crop.top + crop.height) * label_map.shape[0] // crop.scaled_height
-    columns = np.arange(crop.left, crop.left + crop.width) * label_map.shape[1] // crop.scaled_width
-    cut: npt.NDArray[Any] = label_map[rows[:, None], columns]
-    return cut
-
-
-def pad_labels(labels: npt.NDArray[Any], side: int, ignore_index: int) -> npt.NDArray[Any]:
-    """Pad to `[side,side]` on the right and below with `ignore_index`."""
-    padded = np.full((side, side), ignore_index, labels.dtype)
-    padded[: labels.shape[0], : labels.shape[1]] = labels
+    if resized.size == (side, side):
+        return resized
+    padded = Image.new("RGB", (side, side), PADDING_COLOR)
+    padded.paste(resized)
     return padded
 
 
@@ -121,10 +110,3 @@ def _random_window(rng: np.random.Generator, scaled: tuple[int, int], window: in
         top=int(rng.integers(0, scaled[0] - height + 1)), left=int(rng.integers(0, scaled[1] - width + 1)),
         height=height, width=width,
     )
-
-
-def _label_counts(labels: npt.NDArray[Any], ignore_index: int) -> npt.NDArray[np.int64]:
-    """Pixel count of each class present, without ignored pixels."""
-    counts = np.bincount(labels.reshape(-1), minlength=ignore_index + 1)
-    counts[ignore_index] = 0
-    return counts[counts > 0]

@@ -7,6 +7,7 @@ import numpy as np
 from preprocess.blocks import encode_crop, plan_blocks
 from preprocess.config import PreprocessConfig
 from preprocess.label_mapping import LabelMapping, hex_color
+from preprocess.label_runs import LabelRuns
 from preprocess.pairs import Dataset, read_pair
 from shards.cli.config_file import config_to_yaml
 from shards.errors import DatasetError
@@ -73,9 +74,8 @@ def _print_first(config: PreprocessConfig, dataset: Dataset) -> None:
     print(f"first image of {split}: {shown(pairs[0].key)}, {source.image.width}x{source.image.height} pixels, classes "
           f"{[dataset.classes[label].name for label in header.labels.tolist()]}")
     if split in config.crops.splits:
-        encoded = encode_crop(dataset, pairs[0], source.image, source.label_map, config, 0)
+        encoded = encode_crop(config, pairs[0], source.image, LabelRuns(source.label_map, dataset.ignore_index), 0)
         if encoded is not None:
-            key, jpeg, payload, _ = encoded
-            header = read_header(payload)[1]
-            print(f"first crop: {shown(key)}, {header.width}x{header.height} pixels, {header.labels.size} classes, "
-                  f"JPEG {len(jpeg)} bytes, masks {len(payload)} bytes")
+            header = read_header(encoded.payload)[1]
+            print(f"first crop: {shown(encoded.key)}, {header.width}x{header.height} pixels, {header.labels.size} "
+                  f"classes, JPEG {len(encoded.jpeg)} bytes, masks {len(encoded.payload)} bytes")

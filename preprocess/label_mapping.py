@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.errors import DatasetError
-from shards.rle import count_values, ignore_value
+from shards.rle import IGNORE_8_BIT, count_values, ignore_value
 
 Color = tuple[int, int, int]
 _UNKNOWN = -1  # in a colour look-up
@@ -59,7 +59,25 @@ class LabelMapping:
         Raises DatasetError naming the file, the first unknown value, how many pixels have it, and the nearest legal
         one.
         """
-        return self._apply_to_colors(stored, name) if self.reads_colors else self._apply_to_values(stored, name)
+        if self.reads_colors:
+            return self._apply_to_colors(stored, name)
+        return self._apply_to_bytes(stored) or self._apply_to_values(stored, name)
+
+    def _apply_to_bytes(self, stored: npt.NDArray[Any]) -> Mapped | None:
+        """As `_apply_to_values` in a third of the time, for 8-bit maps without unknown values; None for others."""
+        if stored.dtype != np.uint8 or self.ignore_index != IGNORE_8_BIT:
+            return None
+        known, table = self._byte_table
+        data = stored.tobytes()
+        if data.translate(None, delete=known):
+            return None
+        return Mapped(np.frombuffer(data.translate(table), np.uint8).reshape(stored.shape))
+
+    @functools.cached_property
+    def _byte_table(self) -> tuple[bytes, bytes]:
+        """The known byte values, and the class id of every byte value."""
+        known = bytes(value for value in range(256) if value in self.values)
+        return known, bytes(self.values.get(value, self.ignore_index) for value in range(256))
 
     def _apply_to_values(self, stored: npt.NDArray[Any], name: str) -> Mapped:
         counts = count_values(stored)

@@ -82,14 +82,25 @@ def encode_rle(label_map: IntArray, ignore_index: int = 255) -> MaskRecord:
     height, width = label_map.shape
     if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
         raise ValueError(f"label map is {height}x{width}, legal: 1 to {MAX_SIDE} pixels a side")
-    start, length, value = _runs_of(label_map.reshape(-1))
+    start, length, value = runs_of(label_map.reshape(-1))
     kept = value != ignore_index
-    start, length, value = start[kept], length[kept], value[kept].astype(np.int64)
+    return encode_runs(height, width, start[kept], length[kept], value[kept])
+
+
+def encode_runs(height: int, width: int, start: npt.NDArray[np.int64], length: npt.NDArray[np.int64], value: IntArray
+                ) -> MaskRecord:
+    """Encode maximal runs of class ids `value`, in the order of pixels; pixels in no run are ignored.
+
+    Raises ValueError for an id outside 0..65534.
+    """
     if value.size and (value.min() < 0 or value.max() >= MAX_CLASSES):
         raise ValueError(f"class ids are {value.min()}..{value.max()}, legal: 0..{MAX_CLASSES - 1}")
-    order = np.argsort(value, kind="stable")  # group by class, keep pixel order within a class
+    # Group by class, keep pixel order within a class. Of 16 bits, because numpy then uses radix sort.
+    order = np.argsort(value.astype(np.uint16), kind="stable")
     start, length = start[order], length[order]
-    labels, run_counts = np.unique(value, return_counts=True)
+    counts = np.bincount(value)
+    labels = np.flatnonzero(counts)
+    run_counts = counts[labels]
     gap = start - _previous_end(start + length, run_counts)
     gap_bytes, length_bytes = _byte_width(gap), _byte_width(length)
     planes = _to_planes(gap, gap_bytes) + _to_planes(length, length_bytes)
@@ -191,8 +202,8 @@ def label_map_from_segments(segment_map: IntArray, labels: IntArray, ignore_inde
     return table[segment_map]
 
 
-def _runs_of(flat: IntArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], IntArray]:
-    """Maximal runs of equal values: (start, length, value)."""
+def runs_of(flat: IntArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], IntArray]:
+    """Maximal runs of equal values in a flat array: (start, length, value)."""
     changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     start = np.concatenate(([0], changes))
     length = np.diff(np.concatenate((start, [flat.size])))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tarfile
 import zlib
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +18,11 @@ from shards.manifest import INDEX_DTYPE, ShardInfo
 from shards.sample import IMAGE_SUFFIXES, member_stem
 
 _BLOCK = 512
+# A ustar header of a regular file: name, mode and owner, size, time, checksum, type, magic (see docs/format.md).
+_NAME, _SIZE = 100, 11
+_OWNER, _TIME = b"0000644\0" + 2 * b"0000000\0", b"\0" + b"00000000000\0"
+_REST = b"0".ljust(101, b"\0") + b"ustar\x0000".ljust(255, b"\0")
+_HEADER_SUM = sum(_OWNER + _TIME + _REST) + 8 * ord(" ")  # a checksum is counted as blanks
 _END_OF_ARCHIVE = bytes(2 * _BLOCK)
 
 
@@ -96,7 +100,10 @@ class ShardWriter:
 
 
 def _member(name: str, data: bytes) -> bytes:
-    header = tarfile.TarInfo(name)
-    header.size, header.mtime, header.mode = len(data), 0, 0o644
-    padding = bytes(-len(data) % _BLOCK)
-    return header.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict") + data + padding
+    """A tar member. Raises ValueError for a name or size that a ustar header cannot hold."""
+    encoded, size = name.encode("ascii"), b"%011o" % len(data)
+    if len(encoded) > _NAME or len(size) > _SIZE:
+        raise ValueError(f"member {name!r} of {len(data)} bytes, legal: names of {_NAME} and sizes of {_SIZE} digits")
+    checksum = _HEADER_SUM + sum(encoded) + sum(size)
+    header = b"".join((encoded.ljust(_NAME, b"\0"), _OWNER, size, _TIME, b"%06o\0 " % checksum, _REST))
+    return b"".join((header, data, bytes(-len(data) % _BLOCK)))

@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from preprocess.blocks import config_hash, producer
+from preprocess.blocks import STORED_LATER, config_hash, producer
 from preprocess.config import CropConfig, DatasetConfig, PreprocessConfig
-from preprocess.crops import cut_labels, draw_crop
+from preprocess.crops import draw_crop
+from preprocess.label_runs import LabelRuns
 from preprocess.pairs import open_dataset
 from shards.cli.config_file import config_to_dict
 from shards.manifest import FORMAT_VERSION, hash_of
+from tests.support.label_maps import cut_labels
 
 
 @pytest.mark.parametrize("size", [(480, 640), (640, 480), (512, 512), (33, 2000)], ids=str)
@@ -21,7 +23,7 @@ def test_the_long_side_may_be_what_is_scaled(size: tuple[int, int]) -> None:
     """As in torchvision's ScaleJitter: ratio = min(target / height, target / width) x U, both sides floored."""
     config = CropConfig(size=512, scaled_side="long", cat_max_ratio=None)
     labels = np.zeros(size, np.uint8)
-    crops = [draw_crop(np.random.default_rng(seed), labels, 255, config) for seed in range(200)]
+    crops = [draw_crop(np.random.default_rng(seed), LabelRuns(labels, 255), config) for seed in range(200)]
     long_sides = []
     for seed, crop in enumerate(crops):
         assert crop is not None
@@ -39,14 +41,14 @@ def test_without_the_rule_on_classes_any_labelled_place_will_do() -> None:
     labels[:, :4] = 3
     for config, redraws in ((CropConfig(size=32, cat_max_ratio=None), False), (CropConfig(size=32), True)):
         rng = np.random.default_rng(0)
-        crop = draw_crop(rng, np.full((64, 64), 7, np.uint8), 255, config)
+        crop = draw_crop(rng, LabelRuns(np.full((64, 64), 7, np.uint8), 255), config)
         first = np.random.default_rng(0)
         first.uniform(), first.integers(0, 2), first.integers(0, 2)
         assert crop is not None and (rng.bit_generator.state != first.bit_generator.state or not redraws)
         for seed in range(50):
-            crop = draw_crop(np.random.default_rng(seed), labels, 255, config)
+            crop = draw_crop(np.random.default_rng(seed), LabelRuns(labels, 255), config)
             assert crop is None or (cut_labels(labels, crop) == 3).any()
-    assert draw_crop(np.random.default_rng(0), np.full((64, 64), 255, np.uint8), 255, config) is None
+    assert draw_crop(np.random.default_rng(0), LabelRuns(np.full((64, 64), 255, np.uint8), 255), config) is None
 
 
 def test_later_settings_leave_the_identity_of_earlier_sets_alone(scenes: Path) -> None:
@@ -56,6 +58,8 @@ def test_later_settings_leave_the_identity_of_earlier_sets_alone(scenes: Path) -
     content = config_to_dict(plain)
     assert content["crops"].pop("scaled_side") == "short"
     assert content["dataset"].pop("exif_orientation") == "refuse"
+    for name, neutral in STORED_LATER["dataset"].items():
+        assert content["dataset"].pop(name) == neutral
     for place in ("output", "staging", "workers", "on_error", "warn_ignored"):
         del content[place]
     for place in ("root", "class_file", "limit"):

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from preprocess.config import CropConfig, DatasetConfig, PreprocessConfig
-from preprocess.crops import Crop, crop_rng, cut_image, cut_labels, draw_crop, pad_labels
+from preprocess.crops import Crop, crop_rng, cut_image, draw_crop
+from preprocess.label_runs import LabelRuns
 from preprocess.make_scenes import CLASSES
 from preprocess.pairs import open_dataset, read_pair
 from shards.cli.config_file import load_config
@@ -28,6 +29,7 @@ from shards.manifest import load_manifest
 from shards.reader import iter_samples
 from shards.verify import verify
 from tests.conftest import REPOSITORY, make_shards
+from tests.support.label_maps import cut_labels, pad_labels
 
 
 def write_pair(root: Path, image: str, label: str, labels: np.ndarray, mode: str = "RGB") -> None:
@@ -302,11 +304,11 @@ def test_a_cut_equals_cutting_the_whole_scaled_image(height: int, width: int, se
     image = Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8))
     labels = rng.integers(0, 5, (height, width), np.uint8)
     config = CropConfig(size=48, min_scale=0.5, max_scale=2.0)
-    crop = draw_crop(rng, labels, 255, config)
+    crop = draw_crop(rng, LabelRuns(labels, 255), config)
     assert crop is not None and min(crop.scaled_height, crop.scaled_width) in range(24, 97)
     inside = np.s_[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
     whole = np.asarray(image.resize((crop.scaled_width, crop.scaled_height), Image.Resampling.BILINEAR))
-    cut = cut_image(image, crop, 48)
+    cut = np.asarray(cut_image(image, crop, 48))
     assert np.abs(cut[: crop.height, : crop.width].astype(int) - whole[inside]).max() <= 2
     assert (cut[crop.height :] == (124, 116, 104)).all() and (cut[:, crop.width :] == (124, 116, 104)).all()
     rows = (np.arange(crop.scaled_height) * height / crop.scaled_height).astype(int)
@@ -319,27 +321,21 @@ def test_crops_avoid_a_single_class_when_they_can() -> None:
     labels[:, 80:] = 1
     config = CropConfig(size=50, min_scale=2.0, max_scale=2.0, tries=200)
     for number in range(20):
-        crop = draw_crop(crop_rng(0, "image", number), labels, 255, config)
+        crop = draw_crop(crop_rng(0, "image", number), LabelRuns(labels, 255), config)
         assert crop is not None
         assert np.bincount(cut_labels(labels, crop).reshape(-1)).max() < 0.75 * 2500
     anywhere = CropConfig(size=50, cat_max_ratio=1.0)
-    without = [draw_crop(crop_rng(0, "image", number), labels, 255, anywhere) for number in range(20)]
+    without = [draw_crop(crop_rng(0, "image", number), LabelRuns(labels, 255), anywhere) for number in range(20)]
     assert any(np.bincount(cut_labels(labels, crop).reshape(-1)).max() >= 0.75 * 2500 for crop in without if crop)
 
 
 def test_an_unlabelled_image_gives_no_crop_and_is_counted(scenes: Path, tmp_path: Path) -> None:
-    assert draw_crop(crop_rng(0, "x", 0), np.full((40, 40), 255, np.uint8), 255, CropConfig(size=32)) is None
+    assert draw_crop(crop_rng(0, "x", 0), LabelRuns(np.full((40, 40), 255, np.uint8), 255), CropConfig(size=32)) is None
     root = Path(shutil.copytree(scenes, tmp_path / "scenes"))
     label = root / "annotations/train/scene_train_00000.png"
     Image.fromarray(np.full(np.asarray(Image.open(label)).shape, 255, np.uint8)).save(label)
     split = load_manifest(make_shards(tmp_path / "set", root)).splits["train"]
     assert split.skipped_crops == {"no labelled pixel in any try": 2} and split.samples == 22
-
-
-def test_padding_is_ignored() -> None:
-    assert pad_labels(np.ones((2, 3), np.uint8), 4, 255).tolist() == [
-        [1, 1, 1, 255], [1, 1, 1, 255], [255] * 4, [255] * 4,
-    ]
 
 
 def test_stored_windows_may_be_larger_than_the_training_crop(scenes: Path, tmp_path: Path) -> None:
