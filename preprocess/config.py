@@ -98,6 +98,10 @@ class PreprocessConfig:
     seed: int = setting(0, "random seed of the crops", minimum=0, maximum=2**62)
     workers: int | None = setting(None, "worker processes; null: one per CPU (the output does not depend on it)",
                                   minimum=1)
+    executor: str = setting("local", "who runs the workers: local, processes of this machine; ray, a Ray cluster (the "
+                            "extra 'ray')", choices=("local", "ray"))
+    ray_address: str | None = setting(None, "for executor=ray: address of the cluster, such as auto or "
+                                      "ray://host:10001; null: start one on this machine")
     warn_ignored: float = setting(0.5, "warn when more than this fraction of a split's pixels is ignored (crop padding "
                                   "counts)", minimum=0, maximum=1)
     on_error: str = setting("fail", "on an unusable source image: fail, or skip it and record it in the manifest",

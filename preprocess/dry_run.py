@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from preprocess.blocks import encode_crop, plan_blocks
+from preprocess.blocks import plan_blocks
 from preprocess.config import PreprocessConfig
+from preprocess.encoding import encode_crop
 from preprocess.label_mapping import LabelMapping, hex_color
 from preprocess.label_runs import LabelRuns
 from preprocess.pairs import Dataset, read_pair

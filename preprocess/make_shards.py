@@ -6,14 +6,14 @@ example: python preprocess/make_shards.py --dataset ade20k --root ADEChallengeDa
 from __future__ import annotations
 
 import sys
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from typing import Any
 
 try:
-    from preprocess.config import PreprocessConfig
+    from preprocess.config import KINDS, PreprocessConfig
     from preprocess.dry_run import print_dry_run
     from preprocess.pairs import open_dataset
-    from preprocess.pipeline import write_shards
+    from preprocess.pipeline import Part, finish, write_part, write_shards
     from preprocess.publish import label_warnings
     from shards.cli.command_line import add_overrides, config_files, config_parser, run_entry_point
     from shards.cli.config_file import load_config
@@ -27,13 +27,20 @@ DEFAULT_RECIPE = "ade20k-shards"
 
 
 def main() -> int:
-    config, dry_run = _parse()
+    config, arguments = _parse()
     dataset = open_dataset(config.dataset, config.on_error)
-    if dry_run:
+    output = masked_value(str(config.output))
+    if arguments.dry_run:
         print_dry_run(config, dataset)
         return 0
-    manifest, written = write_shards(config, dataset)
-    output = masked_value(str(config.output))
+    part: Part | None = arguments.part
+    if part is not None and not arguments.finish:
+        images = write_part(config, dataset, part)
+        print(f"{output}: part {part.number} of {part.total} is there, {images} images; once all parts are, run the "
+              "same command with --finish")
+        return 0
+    manifest, written = (finish(config, dataset, part.total if part else None) if arguments.finish else
+                         write_shards(config, dataset))
     print(f"{output}: {'written' if written else 'already complete, nothing to do'}")
     _print_report(manifest, output)
     for warning in label_warnings(manifest, config.warn_ignored):
@@ -41,19 +48,29 @@ def main() -> int:
     return 0
 
 
-def _parse() -> tuple[PreprocessConfig, bool]:
+def _parse() -> tuple[PreprocessConfig, Namespace]:
     parser = config_parser(str(__doc__), PreprocessConfig, DEFAULT_RECIPE)
-    parser.add_argument("--dataset", default=None, help="dataset layout: ade20k, camvid or folder (dataset.kind)")
+    parser.add_argument("--dataset", default=None, help=f"dataset layout (dataset.kind): {', '.join(KINDS)}")
     parser.add_argument("--root", default=None, help="dataset folder, or the ADE20K .zip (dataset.root)")
     parser.add_argument("--output", default=None, help="folder or URL of the shard set to write (output)")
     parser.add_argument("--workers", type=int, default=None, help="worker processes; default: one per CPU (workers)")
     parser.add_argument("--on-error", default=None, help="on an unusable image: fail or skip it (on_error)")
     parser.add_argument("--dry-run", action="store_true", help="print settings, counts, label mapping and one sample; "
                         "write nothing")
+    parser.add_argument("--part", type=_part, metavar="I/N", help="write only part I of N, counted from 0; parts run "
+                        "anywhere, in any order, at the same time or again")
+    parser.add_argument("--finish", action="store_true", help="when all parts are there: write the manifest")
     add_overrides(parser)
     arguments = parser.parse_intermixed_args()
     config = load_config(PreprocessConfig, config_files(arguments), arguments.overrides, _named(arguments))
-    return config, arguments.dry_run
+    return config, arguments
+
+
+def _part(text: str) -> Part:
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdigit() and count.isdigit() and int(number) < int(count)):
+        raise ArgumentTypeError(f"{text!r}, legal: I/N with I from 0 to N-1, such as 0/16")
+    return Part(int(number), int(count))
 
 
 def _named(arguments: Namespace) -> dict[str, Any]:

@@ -1,246 +1,294 @@
-"""Write a shard set block by block, in parallel and resumably.
+"""Write a shard set block by block, in parallel, on one or many machines, resumably.
 
-Each finished block leaves a record in `<output>/.progress`; a rerun redoes only the blocks without a matching record.
-The manifest is written last, once every block is finished.
+Every finished block leaves a record beside the set (see `execution.block_store`); a rerun does only the blocks without
+a matching one. The manifest is written last, once every block has a record. A set may be written
+
+    by one command            write_shards
+    by many, one per part     write_part, anywhere and in any order, then finish
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import multiprocessing
-import os
-import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, TypeVar
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from preprocess.blocks import Block, Job, block_fingerprint, config_hash, hash_sources, plan_blocks, write_block
+from preprocess.blocks import Block, block_fingerprint, config_hash, plan_blocks
 from preprocess.config import PreprocessConfig
+from preprocess.encoding import merged
+from preprocess.execution.block_store import PROGRESS, BlockStore
+from preprocess.execution.local_executor import Counts, Executor, LocalExecutor, default_workers
+from preprocess.execution.ray_executor import RayExecutor
+from preprocess.execution.tasks import EncodePiece, HashSources, Job, JoinShard, Task, WriteBlock, complete_record
 from preprocess.pairs import Dataset
 from preprocess.publish import publish
-from preprocess.source_tree import HashedTree
-from shards.errors import ConfigError, DatasetError
-from shards.files.atomic import remove_leftovers, write_atomically
-from shards.files.locks import only_writer
-from shards.files.storage import LocalStorage, Storage, is_remote, open_storage
-from shards.files.strict_json import to_json
+from shards.errors import ConfigError, ShardError
+from shards.files.locks import among_writers, only_writer
 from shards.manifest import MANIFEST_NAME, Manifest, hash_of, load_manifest
-from shards.mirror import copy_set, files_of
-from shards.shown_text import masked_value
-from shards.workers import exit_with_parent, use_own_temporary_folder
 
-_PROGRESS_FOLDER = ".progress"
-_POLL_SECONDS = 0.2
+_TASKS_PER_WORKER = 4  # wanted, so that all workers finish at about the same time
+_LEAST_PIECE = 8  # images
 _log = logging.getLogger(__name__)
-_Result = TypeVar("_Result")
+
+
+class Part(NamedTuple):
+    """Part `number` of `total`, counted from 0."""
+
+    number: int
+    total: int
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The blocks of a set, what must be true of their records, and where they go."""
+
+    config: PreprocessConfig
+    dataset: Dataset
+    store: BlockStore
+    blocks: list[Block]
+    fingerprints: dict[str, str]
+    set_hash: str
 
 
 def write_shards(config: PreprocessConfig, dataset: Dataset) -> tuple[Manifest, bool]:
     """Write the missing parts of the shard set `config.output`, then its manifest.
 
-    A set for object storage is built in `config.staging`, uploaded, verified, then deleted locally. Returns (manifest,
-    whether anything was written). Raises ConfigError when the output holds a complete set made with other settings,
-    DatasetError on the first unusable image (on_error "fail").
+    Returns (manifest, whether anything was written). Raises ConfigError when the output holds a complete set made with
+    other settings, DatasetError on the first unusable image (on_error "fail").
     """
+    plan = _planned(config, dataset)
+    if (existing := _existing_set(plan)) is not None:
+        return existing, False
+    with _alone(plan):
+        records = _write_missing(plan, plan.blocks)
+        return _published(plan, records), True
+
+
+def write_part(config: PreprocessConfig, dataset: Dataset, part: Part) -> int:
+    """Write the missing blocks of a part of the set; returns the number of the part's images.
+
+    Parts may run at the same time, on machines that share the output, and more than once. Raises as `write_shards`.
+    """
+    plan = _planned(config, dataset)
+    blocks = plan.blocks[part.number :: part.total]
+    if _existing_set(plan) is None:
+        with _beside_others(plan):
+            _write_missing(plan, blocks)
+    return sum(len(block.pairs) for block in blocks)
+
+
+def finish(config: PreprocessConfig, dataset: Dataset, parts: int | None) -> tuple[Manifest, bool]:
+    """Write the manifest of a set whose blocks are all there. Returns as `write_shards`.
+
+    Raises ShardError naming what is missing; with `parts`, the parts to be run again.
+    """
+    plan = _planned(config, dataset)
+    if (existing := _existing_set(plan)) is not None:
+        return existing, False
+    with _alone(plan):
+        records = _matching_records(plan, plan.blocks)
+        missing = [number for number, block in enumerate(plan.blocks) if block.name not in records]
+        if missing:
+            again = f"; run these parts again: {sorted({number % parts for number in missing})}" if parts else ""
+            raise ShardError(f"{plan.store.storage.root} is not finished: {len(missing)} of {len(plan.blocks)} blocks "
+                             "are missing or were made with other settings, sources or encoders, such as "
+                             f"{plan.blocks[missing[0]].name}{again}")
+        return _published(plan, records), True
+
+
+def _planned(config: PreprocessConfig, dataset: Dataset) -> _Plan:
     if not config.output:
         raise ConfigError("output is not set: pass --output <dir or URL>, where the shard set is to be written")
-    if not is_remote(config.output):
-        return _write_to_folder(Job(config, dataset, Path(config.output)))
-    destination, folder = open_storage(config.output), staging_folder(config)
     blocks = plan_blocks(config, dataset)
-    _, set_hash = _fingerprints(config, dataset, blocks)
-    if _has_manifest(destination):
-        return _existing_set(Job(config, dataset, folder), blocks, destination, set_hash), False
-    manifest, _ = _write_to_folder(Job(config, dataset, folder))
-    with tqdm(total=sum(file.bytes for file in files_of(manifest)), unit="B", unit_scale=True, disable=None,
-              desc="uploading") as bar:
-        copy_set(folder, destination, lambda file: bar.update(file.bytes))
-    shutil.rmtree(folder)
-    return manifest, True
-
-
-def staging_folder(config: PreprocessConfig) -> Path:
-    """Where a set for the URL `config.output` is built before its upload: one folder per URL."""
-    return Path(config.staging) / hash_of(masked_value(config.output))[:16]
-
-
-def _write_to_folder(job: Job) -> tuple[Manifest, bool]:
-    config, dataset, output = job
-    blocks = plan_blocks(config, dataset)
-    fingerprints, set_hash = _fingerprints(config, dataset, blocks)
-    progress_folder = output / _PROGRESS_FOLDER
-    if (output / MANIFEST_NAME).exists():
-        _remove_progress(progress_folder)
-        return _existing_set(job, blocks, LocalStorage(output), set_hash), False
-    if output.exists() and not progress_folder.exists() and any(output.iterdir()):
-        raise ConfigError(f"{output} is not empty and is not an unfinished shard set; choose another --output")
-    progress_folder.mkdir(parents=True, exist_ok=True)
-    with only_writer(progress_folder / "lock", output):
-        manifest = _write_missing(job, blocks, fingerprints, set_hash)
-        shutil.rmtree(progress_folder)
-    return manifest, True
-
-
-def _has_manifest(storage: Storage) -> bool:
-    try:
-        storage.read(MANIFEST_NAME)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def _remove_progress(folder: Path) -> None:
-    """Clean up after a run that was killed between publishing the manifest and removing its progress folder."""
-    if folder.exists():
-        with only_writer(folder / "lock", folder.parent):
-            remove_leftovers(folder.parent)
-            shutil.rmtree(folder)
-
-
-def _fingerprints(config: PreprocessConfig, dataset: Dataset, blocks: list[Block]) -> tuple[dict[str, str], str]:
-    """(block name -> fingerprint, hash of the whole set)"""
     fingerprint = config_hash(config, dataset)
     fingerprints = {block.name: block_fingerprint(fingerprint, block) for block in blocks}
-    return fingerprints, hash_of([fingerprint, sorted(fingerprints.items())])
-
-
-def _write_missing(job: Job, blocks: list[Block], fingerprints: dict[str, str], set_hash: str) -> Manifest:
-    output = job.output
-    records = {block.name: _load_record(output, block, fingerprints[block.name], job.config) for block in blocks}
-    finished = [block for block in blocks if records[block.name] is not None]
-    for block in _changed(job, finished, {name: record["sources"] for name, record in records.items()
-                                        if record is not None}):
-        records[block.name] = None
-    missing = [block for block in blocks if records[block.name] is None]
-    _remove_leftovers(output, blocks)
-    images = sum(len(block.pairs) for block in blocks)
-    done = images - sum(len(block.pairs) for block in missing)
-    with tqdm(total=images, initial=done, unit="img", disable=None, desc="sharding") as bar:
-        for block, record in _run_blocks(job, missing, bar, _write):
-            record["fingerprint"] = fingerprints[block.name]
-            write_atomically(_record_path(output, block), to_json(record).encode())
-            records[block.name] = record
-    return publish(job, blocks, records, set_hash)
-
-
-def _changed(job: Job, blocks: list[Block], known: dict[str, str]) -> list[Block]:
-    """The blocks whose source files no longer match the hashes in `known`."""
-    with tqdm(total=sum(len(block.pairs) for block in blocks), unit="img", disable=None, desc="checking sources",
-              leave=False) as bar:
-        found = {block.name: sources for block, sources in _run_blocks(job, blocks, bar, _hash)}
-    return [block for block in blocks if found[block.name] != known.get(block.name)]
-
-
-def _run_blocks(
-    job: Job, blocks: list[Block], bar: tqdm[Any], task: Callable[[Block], _Result]
-) -> Iterator[tuple[Block, _Result]]:
-    """Run `task` on each block in worker processes; yield (block, result) in any order. Stops all workers on an error
-    or Ctrl-C."""
-    if not blocks:
-        return
-    use_own_temporary_folder()
-    context = multiprocessing.get_context("spawn")  # image libraries may have threads, which do not survive a fork
-    stop, images_done = context.Event(), context.Value("q", 0)
-    workers = min(job.config.workers or os.cpu_count() or 1, len(blocks))
-    without_pairs = job._replace(dataset=replace(job.dataset, splits={}, skipped={}))  # each block carries its pairs
-    with ProcessPoolExecutor(
-        workers, context, _start_worker, (without_pairs, stop, images_done)
-    ) as pool, _interrupt_on_sigterm():
-        try:
-            waiting: dict[Future[_Result], Block] = {pool.submit(task, block): block for block in blocks}
-            seen = 0
-            while waiting:
-                finished, _ = wait(waiting, _POLL_SECONDS, FIRST_COMPLETED)
-                bar.update(images_done.value - seen)
-                seen = images_done.value
-                for future in sorted(finished, key=lambda future: future.exception() is not None):  # successes first
-                    yield waiting.pop(future), future.result()
-        except BrokenProcessPool as error:
-            raise DatasetError(
-                "a worker process died (killed, or out of memory). Finished blocks are kept: rerun the same command, "
-                "with fewer --workers if memory ran out"
-            ) from error
-        except BaseException:
-            stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-
-
-_worker_state: tuple[Job, Any, Any]
-
-
-def _start_worker(job: Job, stop: Any, images_done: Any) -> None:
-    """Initialise a worker: store the job, leave Ctrl-C to the parent, exit when the parent does."""
-    global _worker_state
-    _worker_state = (job, stop, images_done)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    exit_with_parent()
-
-
-def _write(block: Block) -> dict[str, Any]:
-    return write_block(_worker_state[0], block, *_worker_state[1:])
-
-
-def _hash(block: Block) -> str:
-    job, stop, images_done = _worker_state
-    return hash_sources(HashedTree(job.dataset.tree), block, stop, images_done)
+    return _Plan(config, dataset, BlockStore(config.output, config.staging), blocks, fingerprints,
+                 hash_of([fingerprint, sorted(fingerprints.items())]))
 
 
 @contextlib.contextmanager
-def _interrupt_on_sigterm() -> Iterator[None]:
-    """Handle SIGTERM (sent by schedulers) like Ctrl-C, so that unfinished shards are cleaned up."""
-    if threading.current_thread() is not threading.main_thread():
+def _alone(plan: _Plan) -> Iterator[None]:
+    """While nobody else writes to the set. A folder is locked; in object storage, the manifest is never overwritten."""
+    with contextlib.ExitStack() as stack:
+        if plan.store.folder is not None:
+            _check_folder(plan)
+            stack.enter_context(only_writer(plan.store.scratch / "lock", plan.store.folder))
+        stack.enter_context(plan.store.own_scratch())
+        plan.store.tidy(plan.blocks)
         yield
-        return
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+
+
+@contextlib.contextmanager
+def _beside_others(plan: _Plan) -> Iterator[None]:
+    """While other parts may be written."""
+    with contextlib.ExitStack() as stack:
+        if plan.store.folder is not None:
+            _check_folder(plan)
+            stack.enter_context(among_writers(plan.store.scratch / "lock", lambda: None))
+        stack.enter_context(plan.store.own_scratch())
         yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
-def _record_path(output: Path, block: Block) -> Path:
-    return output / _PROGRESS_FOLDER / f"{block.name}.json"
+def _check_folder(plan: _Plan) -> None:
+    """Make the output folder. Raises ConfigError when it holds something else."""
+    folder, scratch = plan.store.folder, plan.store.scratch
+    assert folder is not None
+    if folder.exists() and not scratch.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty and is not an unfinished shard set; choose another --output")
+    scratch.mkdir(parents=True, exist_ok=True)
 
 
-def _load_record(output: Path, block: Block, fingerprint: str, config: PreprocessConfig) -> dict[str, Any] | None:
-    """The record of a block finished by an earlier run with the same settings and sources, or None to redo it.
+def _published(plan: _Plan, records: dict[str, Any]) -> Manifest:
+    manifest = publish(plan.config, plan.dataset, plan.store.storage, plan.blocks, records, plan.set_hash)
+    plan.store.remove_records()
+    return manifest
 
-    With on_error "fail", a block in which an earlier run skipped images is redone, and so fails.
+
+def _write_missing(plan: _Plan, blocks: list[Block]) -> dict[str, Any]:
+    """Write those of the blocks that have no matching record, or whose sources changed; returns all their records."""
+    records = _matching_records(plan, blocks)
+    finished = [block for block in blocks if block.name in records]
+    for block in _changed(plan, finished, {name: record["sources"] for name, record in records.items()}):
+        del records[block.name]
+    missing = [block for block in blocks if block.name not in records]
+    if not missing:
+        return records
+    images, left = (sum(len(block.pairs) for block in some) for some in (blocks, missing))
+    with tqdm(total=images, initial=images - left, unit="img", disable=None, desc="sharding") as bar, \
+            _executor(plan) as executor:
+        for block, record in _written(executor, missing, plan.store, bar):
+            record["fingerprint"] = plan.fingerprints[block.name]
+            plan.store.write_record(block, record)
+            records[block.name] = record
+    return records
+
+
+def _matching_records(plan: _Plan, blocks: list[Block]) -> dict[str, Any]:
+    """The records of earlier runs with the same settings and sources.
+
+    With on_error "fail", a block in which an earlier run skipped images is done again, and so fails.
     """
+    return {name: record for name, record in plan.store.read_records(blocks).items()
+            if record.get("fingerprint") == plan.fingerprints[name] and "sources" in record
+            and not (plan.config.on_error == "fail" and record.get("skipped_images"))}
+
+
+def _executor(plan: _Plan) -> LocalExecutor | RayExecutor:
+    """The executor that the settings name. Each task carries its own pairs."""
+    config = plan.config
+    job = Job(config, replace(plan.dataset, splits={}, skipped={}), plan.store)
+    if config.executor == "ray":
+        return RayExecutor(job, config.ray_address, config.workers)
+    return LocalExecutor(job, config.workers or default_workers())
+
+
+def _written(executor: Executor, blocks: list[Block], store: BlockStore, bar: tqdm[Any]
+             ) -> Iterator[tuple[Block, dict[str, Any]]]:
+    """Write blocks, whole or in pieces; yields (block, record) in any order."""
+    pieces = _pieces_per_block(executor, len(blocks))
+    encoded: dict[str, dict[int, Any]] = defaultdict(dict)  # by the number of a piece's first image
+    joined: dict[str, dict[int, Any]] = defaultdict(dict)
+    wanted: dict[str, list[EncodePiece]] = {}
+    for block in blocks:
+        parts = wanted[block.name] = _split(block, pieces)
+        tasks: list[Task] = [*parts] if len(parts) > 1 else [WriteBlock(block)]
+        for task in tasks:
+            executor.submit(task)
+    for task, result in executor.finished(_shown_on(bar)):
+        name = task.block.name
+        if isinstance(task, WriteBlock):
+            yield task.block, result
+        elif isinstance(task, EncodePiece):
+            encoded[name][task.first] = result
+            if len(encoded[name]) == len(wanted[name]):
+                for join in _joins(task.block, wanted[name], encoded[name]):
+                    executor.submit(join)
+        elif isinstance(task, JoinShard):
+            joined[name][task.number] = result
+            if len(joined[name]) == len(task.block.shard_names):
+                record = merged(encoded[name][piece.first]["record"] for piece in wanted[name])
+                yield task.block, complete_record(record, [shard for _, shard in sorted(joined[name].items())])
+
+
+def _pieces_per_block(executor: Executor, blocks: int) -> int:
+    """1 where blocks are many or workers do not share a folder."""
+    if executor.workers == 1 or not executor.shares_scratch:
+        return 1
+    return max(1, -(-_TASKS_PER_WORKER * executor.workers // max(blocks, 1)) if blocks < 2 * executor.workers else 1)
+
+
+def _split(block: Block, pieces: int) -> list[EncodePiece]:
+    """A block in pieces of nearly equal size, of at least `_LEAST_PIECE` images."""
+    images = len(block.pairs)
+    count = max(1, min(pieces, images // _LEAST_PIECE))
+    ends = [number * images // count for number in range(count + 1)]
+    return [EncodePiece(block, first, last) for first, last in pairwise(ends)]
+
+
+def _joins(block: Block, pieces: list[EncodePiece], encoded: dict[int, Any]) -> list[JoinShard]:
+    return [JoinShard(block, number, pieces, [encoded[piece.first]["entries"][number] for piece in pieces])
+            for number in range(len(block.shard_names))]
+
+
+def _shown_on(bar: tqdm[Any]) -> Any:
+    """A function that shows counts on the bar."""
+    start = int(bar.n)
+
+    def show(counts: Counts) -> None:
+        done = min(start + counts.images, bar.total or 0)  # images of a killed worker are counted again
+        bar.update(max(0, done - bar.n))
+        if counts.failed:
+            bar.set_postfix(failed=counts.failed, refresh=False)
+
+    return show
+
+
+def _changed(plan: _Plan, blocks: list[Block], known: dict[str, str]) -> list[Block]:
+    """The blocks whose source files no longer match the hashes in `known`."""
+    if not blocks:
+        return []
+    changed = []
+    with tqdm(total=sum(len(block.pairs) for block in blocks), unit="img", disable=None, desc="checking sources",
+              leave=False) as bar, _executor(plan) as executor:
+        for block in blocks:
+            executor.submit(HashSources(block))
+        for task, sources in executor.finished(_shown_on(bar)):
+            if sources != known.get(task.block.name):
+                changed.append(task.block.name)
+    return [block for block in blocks if block.name in changed]
+
+
+def _existing_set(plan: _Plan) -> Manifest | None:
+    """The manifest of a complete set that this command would produce; None if there is no complete set.
+
+    Raises ConfigError when the set is another one, or its sources have been edited since.
+    """
+    storage = plan.store.storage
     try:
-        record: dict[str, Any] = json.loads(_record_path(output, block).read_bytes())
-        sizes = [(output / shard["name"]).stat().st_size == shard["bytes"] for shard in record["shards"]]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        storage.size(MANIFEST_NAME)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    if config.on_error == "fail" and record.get("skipped_images"):
-        return None
-    is_right = record.get("fingerprint") == fingerprint and all(sizes) and "sources" in record
-    return record if is_right else None
-
-
-def _existing_set(job: Job, blocks: list[Block], place: Storage, set_hash: str) -> Manifest:
-    """The manifest of a complete set, if this command would produce the same one. Raises ConfigError if not."""
-    manifest, output = load_manifest(place), place.root
-    if manifest.config_hash != set_hash:
+    manifest, output = load_manifest(storage), storage.root
+    if plan.store.folder is not None and (plan.store.folder / PROGRESS).exists():  # killed after publishing
+        with only_writer(plan.store.scratch / "lock", plan.store.folder):
+            plan.store.tidy(plan.blocks)
+            plan.store.remove_records()
+    if manifest.config_hash != plan.set_hash:
         raise ConfigError(
             f"{output} already holds a complete shard set made with other settings, sources or encoders "
-            f"(its config_hash is {manifest.config_hash[:12]}, this command's is {set_hash[:12]}); "
+            f"(its config_hash is {manifest.config_hash[:12]}, this command's is {plan.set_hash[:12]}); "
             "sets are never extended or overwritten: choose another --output, or remove that set first"
         )
     if not manifest.sources:
         _log.warning("%s was written by an older version: its sources can only be compared by name and size", output)
         return manifest
-    changed = _changed(job, blocks, manifest.sources)
+    changed = _changed(plan, plan.blocks, manifest.sources)
     if changed:
         first, more = changed[0], f" and {len(changed) - 1} more blocks" if len(changed) > 1 else ""
         raise ConfigError(
@@ -249,14 +297,3 @@ def _existing_set(job: Job, blocks: list[Block], place: Storage, set_hash: str) 
             "--output, or remove that set first"
         )
     return manifest
-
-
-def _remove_leftovers(output: Path, blocks: list[Block]) -> None:
-    """Remove temporary files of killed runs, and shards of an unfinished run with other settings."""
-    remove_leftovers(output)
-    wanted = {name for block in blocks for name in block.shard_names}
-    splits = {block.split for block in blocks}
-    for path in output.iterdir():
-        is_ours = path.suffix == ".tar" and path.name[:-11] in splits and path.name[-10:-4].isdigit()
-        if is_ours and path.name not in wanted:
-            path.unlink()

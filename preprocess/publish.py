@@ -6,36 +6,41 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from preprocess.blocks import STORED_LATER, Block, Job, leave_out, producer
+from preprocess.blocks import STORED_LATER, Block, leave_out, producer
+from preprocess.config import PreprocessConfig
+from preprocess.pairs import Dataset
 from shards.cli.config_file import config_to_dict
 from shards.errors import DatasetError
-from shards.files.atomic import write_atomically
-from shards.manifest import INDEX_DTYPE, MANIFEST_NAME, IndexInfo, Manifest, ShardInfo, SplitInfo, manifest_bytes
+from shards.files.storage import Storage
+from shards.manifest import INDEX_DTYPE, IndexInfo, Manifest, ShardInfo, SplitInfo, manifest_bytes
+from shards.mirror import publish_manifest
 
 _MAX_NAMED = 20  # classes named in one warning
 _log = logging.getLogger(__name__)
 
 
-def publish(job: Job, blocks: list[Block], records: dict[str, Any], set_hash: str) -> Manifest:
-    """Combine the records of all blocks; write the indexes and the manifest."""
-    config, dataset, output = job
+def publish(config: PreprocessConfig, dataset: Dataset, storage: Storage, blocks: list[Block],
+            records: dict[str, Any], set_hash: str) -> Manifest:
+    """Combine the records of all blocks; write the indexes and the manifest.
+
+    Raises StorageError when another process has published another set here in the meantime.
+    """
     splits = {}
     for split in dataset.splits:
         mine = [records[block.name] for block in blocks if block.split == split]
         _report_mapped(split, mine)
-        splits[split] = _publish_split(output, split, mine, dataset.skipped[split], split in config.crops.splits)
+        splits[split] = _publish_split(storage, split, mine, dataset.skipped[split], split in config.crops.splits)
     settings = config_to_dict(config)
     manifest = Manifest(
         dataset=dataset.kind, classes=dataset.classes, ignore_index=dataset.ignore_index, seed=config.seed,
         crops=settings["crops"], config=_portable(settings), config_hash=set_hash, producer=producer(), splits=splits,
         sources={block.name: records[block.name]["sources"] for block in blocks},
     )
-    write_atomically(output / MANIFEST_NAME, manifest_bytes(manifest))
+    publish_manifest(storage, manifest_bytes(manifest))
     return manifest
 
 
@@ -72,7 +77,7 @@ def _portable(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _publish_split(
-    output: Path, split: str, records: list[dict[str, Any]], unpaired: list[tuple[str, str]], is_crops: bool
+    storage: Storage, split: str, records: list[dict[str, Any]], unpaired: list[tuple[str, str]], is_crops: bool
 ) -> SplitInfo:
     shards = [ShardInfo(**shard) for record in records for shard in record["shards"]]
     index = b"".join(bytes.fromhex(entries) for record in records for entries in record["index"])
@@ -83,7 +88,7 @@ def _publish_split(
                            "Check dataset.ignore_labels, dataset.reduce_zero_label and the class table")
     index_info = IndexInfo(name=f"{split}.index", bytes=len(index), sha256=hashlib.sha256(index).hexdigest())
     assert len(index) == INDEX_DTYPE.itemsize * sum(shard.samples for shard in shards)
-    write_atomically(output / index_info.name, index)
+    storage.write(index_info.name, index)
     skipped_crops: Counter[str] = Counter()
     for record in records:
         skipped_crops.update(record["skipped_crops"])

@@ -64,15 +64,16 @@ def _copy_missing(source: Storage, destination: Storage, manifest: Manifest, pro
     copied = 0
     for file in files_of(manifest):
         if sizes.get(file.name) != file.bytes or not _is_intact(destination, file):
-            _copy(source, destination, file)
+            copy_file(source, destination, file)
             copied += 1
         progress(file)
     if content is not None:
-        _create_manifest(destination, content)
+        publish_manifest(destination, content)
     return copied
 
 
-def _create_manifest(destination: Storage, content: bytes) -> None:
+def publish_manifest(destination: Storage, content: bytes) -> None:
+    """Write the manifest of a set whose files are there. Raises StorageError when there is another one already."""
     try:
         destination.write(MANIFEST_NAME, content, create=True)
     except StorageError:  # another copy has just created it; or ours has, and the response was lost
@@ -93,7 +94,9 @@ def _is_same_place(one: Storage, other: Storage) -> bool:
     return str(one.root).rstrip("/") == str(other.root).rstrip("/")
 
 
-def _copy(source: Storage, destination: Storage, file: File) -> None:
+def copy_file(source: Storage, destination: Storage, file: File) -> None:
+    """Copy a file of a set and read it back. Raises ShardError when the source has no such file, CorruptShardError when
+    it has another size or arrives changed."""
     try:
         size = source.size(file.name)
     except FileNotFoundError as error:

@@ -17,7 +17,7 @@ from shards.files.plain_file import LARGEST_PICTURE
 from shards.manifest import INDEX_DTYPE, ShardInfo
 from shards.sample import IMAGE_SUFFIXES, member_stem
 
-_BLOCK = 512
+_BLOCK, _PIECE = 512, 8 << 20
 # A ustar header of a regular file: name, mode and owner, size, time, checksum, type, magic (see docs/format.md).
 _NAME, _SIZE = 100, 11
 _OWNER, _TIME = b"0000644\0" + 2 * b"0000000\0", b"\0" + b"00000000000\0"
@@ -37,29 +37,36 @@ class ShardWriter:
         self.path = Path(path)
         self._temporary = temporary_name(self.path)
         self._entries: list[tuple[int, int, int]] = []
-        self._names: set[str] = set()
+        self._keys: set[str] = set()
         self._hash = hashlib.sha256()
         self._offset = 0
 
     def __enter__(self) -> ShardWriter:
-        self._temporary.unlink(missing_ok=True)  # left by a killed process with the same pid
         self._file = open(self._temporary, "xb")  # noqa: PTH123 - closed in __exit__
         return self
 
     def write(self, key: str, image_bytes: bytes, image_suffix: str, payload: bytes) -> None:
         """Append one sample. Raises ValueError on a repeated key, an unknown image suffix, or a sample too large to
         read."""
-        if image_suffix not in IMAGE_SUFFIXES:
-            raise ValueError(f"image suffix of {key!r} is {image_suffix!r}, legal: {', '.join(IMAGE_SUFFIXES)}")
-        stem = member_stem(key)
-        if stem in self._names:
+        if key in self._keys:
             raise ValueError(f"key {key!r} is written twice to {self.path.name}")
-        self._names.add(stem)
-        span = _member(f"{stem}.{image_suffix}", image_bytes) + _member(f"{stem}.mp", payload)
-        if len(span) > LARGEST_PICTURE:
-            raise ValueError(f"sample {key!r} has {len(span)} bytes, legal: at most {LARGEST_PICTURE}")
+        self._keys.add(key)
+        span = encode_span(key, image_bytes, image_suffix, payload)
         self._entries.append((self._offset, len(span), zlib.crc32(span)))
         self._append(span)
+
+    def extend(self, spans: Path, entries: npt.NDArray[np.void]) -> None:
+        """Append the samples in a file of spans, described by `INDEX_DTYPE` records with offsets in that file.
+
+        Raises ValueError when the file has another size than the records say.
+        """
+        shift, size = self._offset, int(entries["length"].sum())
+        with spans.open("rb") as file:
+            while piece := file.read(_PIECE):
+                self._append(piece)
+        if self._offset - shift != size:
+            raise ValueError(f"{spans} has {self._offset - shift} bytes, legal: the {size} of its samples")
+        self._entries += [(shift + offset, length, crc32) for offset, length, crc32 in entries.tolist()]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -97,6 +104,17 @@ class ShardWriter:
             self._file.write(data)
         self._hash.update(data)
         self._offset += len(data)
+
+
+def encode_span(key: str, image_bytes: bytes, image_suffix: str, payload: bytes) -> bytes:
+    """The tar members of one sample. Raises ValueError on an unknown image suffix, or a sample too large to read."""
+    if image_suffix not in IMAGE_SUFFIXES:
+        raise ValueError(f"image suffix of {key!r} is {image_suffix!r}, legal: {', '.join(IMAGE_SUFFIXES)}")
+    stem = member_stem(key)
+    span = _member(f"{stem}.{image_suffix}", image_bytes) + _member(f"{stem}.mp", payload)
+    if len(span) > LARGEST_PICTURE:
+        raise ValueError(f"sample {key!r} has {len(span)} bytes, legal: at most {LARGEST_PICTURE}")
+    return span
 
 
 def _member(name: str, data: bytes) -> bytes:

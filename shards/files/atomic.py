@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 # Names made by `temporary_name`, for files of a shard set or run, and by trainer.run.checkpoint_writer.
-_TEMPORARY = re.compile(r"\..+\.\d+\.tmp|\.checkpoint\.tmp")
+_TEMPORARY = re.compile(r"\..+\.\d+(-[0-9a-f]{8})?\.tmp|\.checkpoint\.tmp")
 
 
 def write_atomically(path: Path, data: bytes, *, create: bool = False) -> None:
@@ -41,8 +41,11 @@ def copy_atomically(source: Path | BinaryIO, path: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """Where this process writes a file before renaming it."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Where this process writes a file before renaming it.
+
+    Never the same twice: on a shared folder, processes of several hosts or containers may have the same number.
+    """
+    return path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -79,7 +82,6 @@ def atomic_path(path: Path, *, create: bool = False) -> Iterator[Path]:
     """
     temporary = temporary_name(path)
     try:
-        temporary.unlink(missing_ok=True)  # left by a killed process with the same pid; or a link, not to be followed
         with naming(path):
             yield temporary
             with temporary.open("rb") as file:

@@ -6,13 +6,17 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import stat
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from shards.errors import ConfigError
+
+_OWN, _LOCK = "run-", "lock"
 
 
 def open_lock(path: str | Path, folder: int | None = None) -> IO[str]:
@@ -84,3 +88,33 @@ def among_writers(path: Path, tidy: Callable[[], None]) -> Iterator[None]:
             with contextlib.suppress(BlockingIOError):
                 try_lock(file)
                 path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def own_folder(parent: Path) -> Iterator[Path]:
+    """A new folder below `parent`, removed in the end. Those left by killed processes are removed first.
+
+    A folder belongs to a process as long as its lock is held.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    for folder in parent.glob(f"{_OWN}*"):
+        with contextlib.suppress(OSError, ConfigError), open_lock(folder / _LOCK) as lock:
+            if try_lock(lock) is None:
+                shutil.rmtree(folder, ignore_errors=True)
+    folder, lock = _locked_folder(parent)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.close()
+
+
+def _locked_folder(parent: Path) -> tuple[Path, IO[str]]:
+    """A new folder and its held lock; again if another process took it for dead before it was locked."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_OWN, dir=parent))
+        with contextlib.suppress(FileNotFoundError, BlockingIOError):
+            lock = open_lock(folder / _LOCK)
+            try_lock(lock)
+            if (folder / _LOCK).exists():
+                return folder, lock

@@ -91,6 +91,14 @@ def open_storage(root: str | Path | Storage, policy: RetryPolicy | None = None) 
     return ObjectStorage(str(root), policy or RetryPolicy())
 
 
+def below(root: str, folder: str) -> str:
+    """The path or URL of a folder below another; a query (as in a signed URL) stays at the end."""
+    if isinstance(open_storage(root), LocalStorage):
+        return str(Path(root) / folder)
+    location, mark, query = root.partition("?")
+    return f"{location.rstrip('/')}/{folder}{mark}{query}"
+
+
 def read_checked(storage: Storage, name: str, check: Callable[[bytes], _Value], most: int = LARGEST_WHOLE) -> _Value:
     """Read a whole blob and return `check(data)`. From object storage it is read again when `check` raises
     CorruptShardError, as a bit may have flipped in transit. Raises StorageError, before reading, for more than `most`

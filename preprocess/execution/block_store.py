@@ -1,0 +1,116 @@
+"""Where finished blocks are kept: the set's folder or URL, with a record per block in `.progress/` below it.
+
+Whoever finishes a block, on any machine, leaves its shards and then its record there. When every block has a record,
+the manifest can be written, and the records removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from preprocess.blocks import Block
+from shards.files.atomic import remove_leftovers
+from shards.files.locks import own_folder
+from shards.files.storage import LocalStorage, below, open_storage
+from shards.files.strict_json import to_json
+from shards.manifest import ShardInfo, hash_of
+from shards.mirror import copy_file
+from shards.shown_text import masked_value
+
+PROGRESS = ".progress"
+
+
+class BlockStore:
+    """The shards and records of an unfinished set. May be pickled."""
+
+    def __init__(self, output: str, staging: str) -> None:
+        self.storage = open_storage(output)
+        self.records = open_storage(below(output, PROGRESS))
+        self.folder = self.storage.folder if isinstance(self.storage, LocalStorage) else None
+        self._staging = Path(staging) / hash_of(masked_value(output))[:16]
+        self.scratch = self.folder / PROGRESS if self.folder is not None else self._staging
+
+    @contextlib.contextmanager
+    def own_scratch(self) -> Iterator[None]:
+        """While a run lasts: `scratch` is a folder of its own, removed at the end, as are those of killed runs."""
+        if self.folder is not None:
+            yield
+            return
+        with own_folder(self._staging) as folder:
+            self.scratch = folder
+            yield
+        with contextlib.suppress(OSError):  # another run's is there
+            self._staging.rmdir()
+
+    @contextlib.contextmanager
+    def workspace(self) -> Iterator[Path]:
+        """A folder to write shards in, before `keep`: the set's own, or a temporary one."""
+        if self.folder is not None:
+            yield self.folder
+            return
+        with tempfile.TemporaryDirectory(dir=self.scratch if self.scratch.is_dir() else None) as folder:
+            yield Path(folder)
+
+    def keep(self, path: Path, info: ShardInfo) -> None:
+        """Publish a finished shard, and read it back. Raises as `copy_file`."""
+        if self.folder is None:
+            copy_file(LocalStorage(path.parent), self.storage, info)
+
+    def write_record(self, block: Block, record: dict[str, Any]) -> None:
+        """Mark a block as finished."""
+        self.records.write(_name(block), to_json(record).encode())
+
+    def read_records(self, blocks: list[Block]) -> dict[str, dict[str, Any]]:
+        """The records of those blocks whose shards are there with the recorded sizes, by block name."""
+        try:
+            present = self.records.sizes() or {}
+            sizes = self.storage.sizes() or {}
+        except FileNotFoundError:
+            return {}
+        found = {}
+        for block in blocks:
+            if _name(block) in present:
+                with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+                    record = json.loads(self.records.read(_name(block)))
+                    if all(sizes.get(shard["name"]) == shard["bytes"] for shard in record["shards"]):
+                        found[block.name] = record
+        return found
+
+    def tidy(self, blocks: list[Block]) -> None:
+        """Remove temporary files of killed runs, and shards of an unfinished run with other settings.
+
+        Only with nobody else writing to the set.
+        """
+        if self.folder is not None:
+            remove_leftovers(self.folder)
+            for path in self.scratch.glob("*.spans"):
+                path.unlink()
+        wanted = {name for block in blocks for name in block.shard_names}
+        splits = {block.split for block in blocks}
+        for name in self._listed():
+            if name.endswith(".tar") and name[:-11] in splits and name[-10:-4].isdigit() and name not in wanted:
+                self.storage.delete(name)
+
+    def remove_records(self) -> None:
+        """After the manifest: nothing but the set stays."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder / PROGRESS, ignore_errors=True)
+            return
+        for name in self.records.sizes() or ():
+            self.records.delete(name)
+
+    def _listed(self) -> list[str]:
+        try:
+            return sorted(self.storage.sizes() or ())
+        except FileNotFoundError:
+            return []
+
+
+def _name(block: Block) -> str:
+    return f"{block.name}.json"
