@@ -59,10 +59,10 @@ def _server(url: str, policy: RetryPolicy | None) -> tuple[ObjectStorage, str]:
     """(the storage of a URL's folder, the name in it)"""
     location, mark, query = url.partition("?")
     root, _, name = location.rpartition("/")
-    storage = open_storage(f"{root}{mark}{query}", policy) if name else None
+    storage = open_storage(f"{root}{mark}{query}", policy) if name and not re.search(r"\s", url) else None
     if not isinstance(storage, ObjectStorage):
         raise ConfigError(f"--url {masked_value(url)} does not name a file on a server, legal: a URL such as "
-                          "https://host/folder/file.zip (likewise s3://, gs:// and az://)")
+                          "https://host/folder/file.zip (likewise s3://, gs:// and az://), with %20 for a space")
     return storage, unquote(name)
 
 

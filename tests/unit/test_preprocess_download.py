@@ -419,7 +419,7 @@ def test_a_second_process_is_refused(server: FileServer, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("url", ["tiny.zip", "/data/tiny.zip", "https://host/folder/", "https://tiny.zip", "https://",
-                                 "ftp://host/tiny.zip", "https://host/tiny.zip?***"])
+                                 "ftp://host/tiny.zip", "https://host/tiny.zip?***", "https://host/a tiny.zip"])
 def test_a_url_that_names_no_file_on_a_server(url: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"legal|pass the full URL"):
         fetch.fetch(published(), tmp_path, url)
@@ -457,6 +457,16 @@ def test_credentials_are_never_shown(
     captured = capsys.readouterr()
     said = captured.out + captured.err + caplog.text
     assert "tiny.zip?***" in said and "abcdef" not in said and "pass1234" not in said
+
+
+def test_a_secret_with_a_space_is_masked_to_its_end(
+    server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for url in (f"{server.address}/tiny.zip?sig=ab cdef", "ftp://host/tiny.zip?sig=ab cdef"):
+        assert run(monkeypatch, published(server), "--output", str(tmp_path), "--url", url) == 2
+        captured = capsys.readouterr()
+        assert "tiny.zip?***\n" in captured.out and "cdef" not in captured.out
+        assert "tiny.zip?*** does not name a file" in captured.err and "cdef" not in captured.err
 
 
 # To shards
