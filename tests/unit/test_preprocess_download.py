@@ -251,6 +251,30 @@ def test_files_of_others_are_left_alone(server: FileServer, tmp_path: Path) -> N
     assert names(tmp_path) == sorted([*others, "tiny.zip"])
 
 
+def test_a_file_removed_during_a_run_can_be_continued(server: FileServer, tmp_path: Path,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    read = fetch._read
+
+    def remove_after_two(storage: object, name: str, offset: int, *rest: object) -> bytes:
+        server.status = 404 if offset == 2 * PIECE else 0
+        return read(storage, name, offset, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fetch, "_read", remove_after_two)
+    with pytest.raises(StorageError, match=r"offset 20000.*404.*run the command again to continue"):
+        fetch.fetch(published(server), tmp_path)
+    assert parts(tmp_path)[0].read_bytes() == DATA[: 2 * PIECE]
+
+
+def test_the_file_is_synced_before_and_its_folder_after_it_is_renamed(server: FileServer, tmp_path: Path,
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[tuple[str, bool]] = []
+    path = tmp_path / "tiny.zip"
+    monkeypatch.setattr(fetch.os, "fsync", lambda descriptor: events.append(("file", path.exists())))
+    monkeypatch.setattr(fetch, "sync_folder", lambda folder: events.append((folder.name, path.exists())))
+    fetch.fetch(published(server), tmp_path)
+    assert events == [("file", False), (tmp_path.name, True)]
+
+
 # What is not the published file
 
 
