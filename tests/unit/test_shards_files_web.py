@@ -54,7 +54,8 @@ def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_redirect_to_another_host_is_refused_and_never_asked(scene_shards: Path) -> None:
     with cloud_stub(scene_shards) as (other, asked), redirecting(lambda path: f"{other}{path}") as (address, _):
         for read in (lambda: load_manifest(f"{address}/set?sig=abcdef"),
-                     lambda: open_storage(f"{address}/set").read("train-000000.tar", 0, 10)):
+                     lambda: open_storage(f"{address}/set").read("train-000000.tar", 0, 10),
+                     lambda: ObjectStorage(f"{address}/set?sig=abcdef", RetryPolicy()).version("train-000000.tar")):
             with pytest.raises(StorageError) as error:
                 read()
             assert f"redirects to {other}/set/" in str(error.value) and "MASKSTREAM_REDIRECTS=any" in str(error.value)
