@@ -14,7 +14,8 @@ import random
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
+from urllib.parse import quote
 
 import obstore
 from obstore import exceptions
@@ -35,6 +36,13 @@ _log = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
 
 
+class ObjectVersion(NamedTuple):
+    """Differs when an object was replaced by another one."""
+
+    size: int  # bytes
+    tag: str  # the ETag, or else the time of the last change; empty when the server gives neither
+
+
 class ObjectStorage:
     """Object storage by URL. Each process makes its client on first use; threads may share it."""
 
@@ -48,14 +56,30 @@ class ObjectStorage:
         # Loader processes inherit their fork server's environment, which may have been started before these were set.
         self._settings = {name: value for name, value in os.environ.items() if name.startswith(_SETTINGS)}
 
-    def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+    def read(self, name: str, offset: int = 0, length: int | None = None,
+             version: ObjectVersion | None = None) -> bytes:
+        """As in `Storage`. With `version`, raises StorageError when the object has become another one."""
         received = bytearray()
         if length is None:
             length = self.size(name) - offset
             check_size(self.where(name), length, LARGEST_WHOLE)
         while len(received) < length:  # in pieces, to keep each request short
-            self._read_piece(name, offset, min(length, len(received) + _PIECE), received)
+            self._read_piece(name, offset, min(length, len(received) + _PIECE), received, version)
         return bytes(received)
+
+    def version(self, name: str) -> ObjectVersion:
+        """The object's version now, taken from a response to a range, as reading compares it with such responses.
+
+        Raises as `read`, also for a server that does not support ranges.
+        """
+
+        def first_byte() -> ObjectVersion:
+            self._check_redirects(name)
+            answer = obstore.get(self._client(), name, options={"range": (0, 1)})
+            answer.bytes()  # so that the connection can be used again
+            return _version_of(answer.meta)
+
+        return self._with_retries(name, 0, first_byte)
 
     def size(self, name: str) -> int:
         def head() -> int:
@@ -119,10 +143,11 @@ class ObjectStorage:
     def _check_redirects(self, name: str) -> None:
         if self._is_web and name not in self._redirects_checked:
             location, mark, query = self._url.partition("?")
-            check_redirects(f"{location}/{name}{mark}{query}", self.policy.timeout)
+            check_redirects(f"{location}/{quote(name)}{mark}{query}", self.policy.timeout)
             self._redirects_checked.add(name)
 
-    def _read_piece(self, name: str, offset: int, end: int, received: bytearray) -> None:
+    def _read_piece(self, name: str, offset: int, end: int, received: bytearray,
+                    version: ObjectVersion | None) -> None:
         """Append an object's bytes to `received` until it has `end` of them; its first byte is at `offset`."""
 
         def read_rest() -> None:
@@ -131,6 +156,9 @@ class ObjectStorage:
             answer = obstore.get(self._client(), name, options={"range": (start, offset + end)})
             if next(iter(answer.range)) != start:
                 raise exceptions.GenericError(f"requested bytes from {start}, got {answer.range}")
+            if version is not None and _version_of(answer.meta) != version:
+                raise StorageError(f"{self.where(name)} was replaced on the server while it was read (size and ETag "
+                                   f"were {tuple(version)}, now they are {tuple(_version_of(answer.meta))})")
             for chunk in answer.stream(min_chunk_size=1):
                 received.extend(bytes(chunk)[: end - len(received)])
             if len(received) < end:
@@ -187,6 +215,11 @@ class ObjectStorage:
             except (exceptions.BaseError, ValueError) as error:
                 raise StorageError(f"{self.root}: {brief(error, self._url)}") from error
         return self._store
+
+
+def _version_of(meta: Any) -> ObjectVersion:
+    changed = meta["last_modified"]  # 1970 when the server does not say
+    return ObjectVersion(meta["size"], meta["e_tag"] or (changed.isoformat() if changed.timestamp() else ""))
 
 
 _clients_used = _fork_broke_clients = False

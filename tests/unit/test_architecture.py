@@ -20,7 +20,7 @@ from trainer.config import RunConfig, load_run_config
 PACKAGES = ("shards", "preprocess", "trainer")
 MAY_IMPORT = {"shards": {"shards"}, "preprocess": {"shards", "preprocess"}, "trainer": {"shards", "trainer"}}
 ENTRY_POINTS = {"trainer.train", "trainer.eval", "trainer.predict", "trainer.export", "trainer.status",
-                "preprocess.make_shards"}
+                "preprocess.make_shards", "preprocess.download"}
 
 # Modules and packages, lowest layer first. A module imports lower layers, and its own package. A module of a package
 # may be given a layer of its own.

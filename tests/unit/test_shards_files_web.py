@@ -13,9 +13,11 @@ import pytest
 
 from shards.errors import StorageError
 from shards.files import web
+from shards.files.object_storage import ObjectStorage, ObjectVersion
 from shards.files.storage import RetryPolicy, open_storage
 from shards.manifest import MANIFEST_NAME, load_manifest
 from shards.reader import iter_samples
+from tests.support.file_server import file_server
 from tests.support.object_storage import cloud_stub
 
 
@@ -52,7 +54,8 @@ def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_redirect_to_another_host_is_refused_and_never_asked(scene_shards: Path) -> None:
     with cloud_stub(scene_shards) as (other, asked), redirecting(lambda path: f"{other}{path}") as (address, _):
         for read in (lambda: load_manifest(f"{address}/set?sig=abcdef"),
-                     lambda: open_storage(f"{address}/set").read("train-000000.tar", 0, 10)):
+                     lambda: open_storage(f"{address}/set").read("train-000000.tar", 0, 10),
+                     lambda: ObjectStorage(f"{address}/set?sig=abcdef", RetryPolicy()).version("train-000000.tar")):
             with pytest.raises(StorageError) as error:
                 read()
             assert f"redirects to {other}/set/" in str(error.value) and "MASKSTREAM_REDIRECTS=any" in str(error.value)
@@ -143,3 +146,36 @@ def test_https_is_never_left(monkeypatch: pytest.MonkeyPatch) -> None:
     for url in ("https://host/set", "http://host/set", "s3://bucket/set"):
         open_storage(url, RetryPolicy())._client()  # type: ignore[attr-defined]
     assert [option["allow_http"] for option in options] == [False, True, True]
+
+
+@pytest.mark.parametrize(("etag", "changed", "tag"), [
+    ('"first"', "Wed, 25 Nov 2026 00:00:00 GMT", '"first"'), ('"first"', "", '"first"'), ("", "", ""),
+    ("", "Wed, 25 Nov 2026 00:00:00 GMT", "2026-11-25T00:00:00+00:00"),
+])
+def test_a_version_is_size_and_etag_or_else_time(etag: str, changed: str, tag: str) -> None:
+    with file_server(b"x" * 100) as server:
+        server.etag, server.changed = etag, changed
+        storage = ObjectStorage(f"{server.address}/set", RetryPolicy(tries=1))
+        version = storage.version("file")
+        assert version == ObjectVersion(100, tag) and server.asked == []
+        assert storage.read("file", 10, 20, version) == b"x" * 20
+
+
+def test_two_versions_of_a_file_are_never_mixed() -> None:
+    """Neither between two reads, nor when a read that broke off is continued."""
+    with file_server(bytes(range(100))) as server:
+        storage = ObjectStorage(f"{server.address}/set", RetryPolicy(tries=3, longest_pause=0.1))
+        server.faults = ["replace"]
+        with pytest.raises(StorageError, match="file was replaced on the server while it was read"):
+            storage.read("file", 0, 50, storage.version("file"))
+        assert server.asked == [(0, 50), (25, 50)] and storage.retries == 1
+        version = storage.version("file")
+        server.data += b"x"
+        with pytest.raises(StorageError, match="was replaced"):
+            storage.read("file", 0, 50, version)
+
+
+def test_names_with_spaces_are_quoted() -> None:
+    with file_server(b"x" * 100) as server:
+        assert open_storage(f"{server.address}/set").read("a b?.tar", 0, 2) == b"xx"
+    assert set(server.paths) == {"/set/a%20b%3F.tar"}

@@ -17,6 +17,7 @@ from pathlib import Path
 PACKAGES = {"shards": "cli/recipes.py", "preprocess": "make_shards.py", "trainer": "train.py"}
 COMMANDS = {
     "make-scenes": ("preprocess.make_scenes", "draw a small synthetic dataset with labels, for demos"),
+    "download": ("preprocess.download", "download ADE20K: resumable, checked"),
     "make-shards": ("preprocess.make_shards", "turn images and label PNGs into a shard set"),
     "train": ("trainer.train", "train; with several ranks: torchrun --nproc-per-node N -m trainer.train"),
     "eval": ("trainer.eval", "evaluate a checkpoint: mIoU and per-class IoU"),
