@@ -145,6 +145,7 @@ def _check_folder(plan: _Plan) -> None:
 
 
 def _published(plan: _Plan, records: dict[str, Any]) -> Manifest:
+    plan.store.tidy(plan.blocks)  # after workers that were killed in this run
     manifest = publish(plan.config, plan.dataset, plan.store.storage, plan.blocks, records, plan.set_hash)
     plan.store.remove_records()
     return manifest

@@ -124,7 +124,7 @@ def load_picture(image: ImageFile.ImageFile, name: str) -> Image.Image:
 
 def exif_orientation(data: bytes) -> int:
     """EXIF orientation of a picture, 1 to 8; 1 (upright) if it is missing or invalid."""
-    if data.startswith(JPEG_START) and b"Exif" not in data:
+    if data.startswith(JPEG_START) and b"Exif" not in data and b"Orientation" not in data:  # the latter in XMP
         return UPRIGHT
     for skipped in ((b"IDAT", b"fdAT"), (b"IDAT", b"fdAT", *_TEXT_CHUNKS)):  # text may be too large for Pillow
         try:

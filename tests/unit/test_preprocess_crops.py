@@ -60,7 +60,7 @@ def test_later_settings_leave_the_identity_of_earlier_sets_alone(scenes: Path) -
     assert content["dataset"].pop("exif_orientation") == "refuse"
     for name, neutral in STORED_LATER["dataset"].items():
         assert content["dataset"].pop(name) == neutral
-    for place in ("output", "staging", "workers", "on_error", "warn_ignored"):
+    for place in ("output", "staging", "workers", "executor", "ray_address", "on_error", "warn_ignored"):
         del content[place]
     for place in ("root", "class_file", "limit"):
         del content["dataset"][place]

@@ -1,0 +1,316 @@
+"""A shard set made in parts, in pieces, on a Ray cluster, with workers killed at random: always the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from preprocess import pipeline
+from preprocess.config import PreprocessConfig
+from preprocess.execution.block_store import BlockStore
+from preprocess.execution.tasks import Job, WriteBlock
+from preprocess.pairs import open_dataset
+from preprocess.pipeline import Part, finish, write_part
+from shards.cli.config_file import load_config
+from shards.errors import ShardError
+from shards.files.storage import open_storage
+from shards.manifest import MANIFEST_NAME, load_manifest
+from shards.mirror import files_of
+from shards.verify import verify
+from tests.conftest import REPOSITORY, make_shards
+from tests.support.object_storage import FaultyProxy
+
+SETTINGS = ("dataset.kind=folder", "crops.size=64", "crops.per_image=3", "images_per_shard=4", "workers=1")
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """38 training and 5 validation scenes: 10 blocks and 2."""
+    from preprocess.make_scenes import write_scenes
+
+    root = tmp_path_factory.mktemp("drawn")
+    write_scenes(root, {"train": 38, "val": 5}, seed=3)
+    return root
+
+
+@pytest.fixture(scope="module")
+def one_run(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of a set made by one process."""
+    return contents(make_shards(tmp_path_factory.mktemp("one") / "set", drawn, *SETTINGS))
+
+
+def contents(output: Path | str) -> dict[str, bytes]:
+    """The files of a set, by name; nothing else may be there."""
+    storage = open_storage(output)
+    names = {MANIFEST_NAME, *(file.name for file in files_of(load_manifest(storage)))}
+    assert set(storage.sizes() or ()) == names
+    if not str(output).startswith("s3:"):
+        assert {path.name for path in Path(output).iterdir()} == names, "something is left beside the set"
+    return {name: storage.read(name) for name in sorted(names)}
+
+
+def config_of(drawn: Path, output: Path | str, *overrides: str) -> PreprocessConfig:
+    return load_config(PreprocessConfig, None, [*SETTINGS, f"dataset.root={drawn}", f"output={output}", *overrides])
+
+
+def command(drawn: Path, output: Path | str, *arguments: str) -> list[str]:
+    return [sys.executable, str(REPOSITORY / "preprocess/make_shards.py"), *SETTINGS, "--root", str(drawn), "--output",
+            str(output), *arguments]
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, capture_output=True, text=True, check=False)
+
+
+# -- pieces -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [2, 3])
+def test_blocks_in_pieces_give_the_same_bytes(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                              workers: int) -> None:
+    options = ("images_per_shard=19", f"workers={workers}")
+    expected = contents(make_shards(tmp_path / "whole", drawn, *SETTINGS, "images_per_shard=19"))
+    joined: list[int] = []
+    real = pipeline._joins
+
+    def joins(*arguments: Any) -> Any:
+        joined.append(len(arguments[1]))
+        return real(*arguments)
+
+    monkeypatch.setattr(pipeline, "_joins", joins)
+    monkeypatch.setattr(pipeline, "_LEAST_PIECE", 2)
+    assert contents(make_shards(tmp_path / "pieces", drawn, *SETTINGS, *options)) == expected
+    assert max(joined) > 1, "nothing was made in pieces"
+
+
+@pytest.mark.slow
+def test_images_skipped_in_a_piece_are_recorded_as_in_a_whole_block(drawn: Path, tmp_path: Path,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    root = Path(shutil.copytree(drawn, tmp_path / "scenes"))
+    for number in (3, 17):
+        (root / f"images/train/scene_train_{number:05d}.jpg").write_bytes(b"no image")
+    options = (*SETTINGS, "images_per_shard=19", "on_error=skip")
+    expected = contents(make_shards(tmp_path / "whole", root, *options))
+    monkeypatch.setattr(pipeline, "_LEAST_PIECE", 2)
+    assert contents(make_shards(tmp_path / "pieces", root, *options, "workers=2")) == expected
+    skipped = load_manifest(tmp_path / "pieces").splits["train"].skipped_images
+    assert [Path(item["image"]).stem for item in skipped] == ["scene_train_00003", "scene_train_00017"]
+
+
+# -- parts --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("total", [1, 3, 20])
+def test_parts_in_any_order_and_again_give_the_same_bytes(drawn: Path, one_run: dict[str, bytes], tmp_path: Path,
+                                                          total: int) -> None:
+    config = config_of(drawn, tmp_path / "set")
+    dataset = open_dataset(config.dataset, "fail")
+    parts = [*range(total), *range(0, total, 2)]
+    random.Random(total).shuffle(parts)
+    images = {part: write_part(config, dataset, Part(part, total)) for part in parts}
+    assert sum(images.values()) == 43
+    assert not (tmp_path / "set" / MANIFEST_NAME).exists()
+    assert finish(config, dataset, total)[1]
+    assert contents(tmp_path / "set") == one_run
+    assert finish(config, dataset, total)[1] is False and write_part(config, dataset, Part(0, total)) == images[0]
+    assert contents(tmp_path / "set") == one_run
+
+
+@pytest.mark.slow
+def test_a_part_that_was_done_is_not_done_again(drawn: Path, tmp_path: Path) -> None:
+    config = config_of(drawn, tmp_path / "set")
+    dataset = open_dataset(config.dataset, "fail")
+    write_part(config, dataset, Part(0, 2))
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "set").glob("*.tar")}
+    assert times
+    write_part(config, dataset, Part(0, 2))
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "set").glob("*.tar")} == times
+
+
+@pytest.mark.slow
+def test_finishing_too_early_names_the_parts_to_run_again(drawn: Path, one_run: dict[str, bytes], tmp_path: Path
+                                                          ) -> None:
+    for part in ("0/5", "1/5", "3/5"):
+        done = run(*command(drawn, tmp_path / "set", "--part", part))
+        assert done.returncode == 0 and "once all parts are, run the same command with --finish" in done.stdout
+    early = run(*command(drawn, tmp_path / "set", "--part", "0/5", "--finish"))
+    assert early.returncode == 2 and "is not finished: 4 of 12 blocks are missing" in early.stderr
+    assert "run these parts again: [2, 4]" in early.stderr and not (tmp_path / "set" / MANIFEST_NAME).exists()
+    other = run(*command(drawn, tmp_path / "set", "--part", "2/5", "crops.jpeg_quality=50"))
+    assert other.returncode == 0
+    mixed = run(*command(drawn, tmp_path / "set", "--part", "0/5", "--finish"))
+    assert mixed.returncode == 2 and "or were made with other settings, sources or encoders" in mixed.stderr
+    assert "run these parts again: [2, 4]" in mixed.stderr
+    for part in ("2/5", "4/5"):
+        assert run(*command(drawn, tmp_path / "set", "--part", part)).returncode == 0
+    done = run(*command(drawn, tmp_path / "set", "--finish"))
+    assert done.returncode == 0 and "written" in done.stdout, done.stderr
+    assert contents(tmp_path / "set") == one_run
+
+
+def test_one_command_completes_what_parts_began(drawn: Path, one_run: dict[str, bytes], tmp_path: Path) -> None:
+    config = config_of(drawn, tmp_path / "set")
+    write_part(config, open_dataset(config.dataset, "fail"), Part(1, 4))
+    assert contents(make_shards(tmp_path / "set", drawn, *SETTINGS)) == one_run
+
+
+def test_finishing_nothing_says_so(drawn: Path, tmp_path: Path) -> None:
+    config = config_of(drawn, tmp_path / "set")
+    with pytest.raises(ShardError, match="12 of 12 blocks are missing"):
+        finish(config, open_dataset(config.dataset, "fail"), None)
+
+
+@pytest.mark.parametrize("part", ["3", "3/3", "-1/3", "a/b", "1/0", "1/3/5"])
+def test_a_part_that_cannot_be_is_refused(drawn: Path, tmp_path: Path, part: str) -> None:
+    done = run(*command(drawn, tmp_path / "set", f"--part={part}"))
+    assert done.returncode == 2 and "legal: I/N with I from 0 to N-1" in done.stderr and not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_parts_killed_at_random_and_run_twice_at_once(drawn: Path, one_run: dict[str, bytes], tmp_path: Path) -> None:
+    """Two processes for each part, all at the same time, killed and started again, as a cluster might."""
+    rng = random.Random(0)
+    output = tmp_path / "set"
+    for round_ in range(3):
+        running = [subprocess.Popen(command(drawn, output, "--part", f"{part}/2"), stdout=subprocess.DEVNULL,
+                                    stderr=subprocess.DEVNULL, start_new_session=True)
+                   for part in (0, 1) for _ in range(2)]
+        if round_ < 2:
+            records = output / ".progress"
+            before = len(list(records.glob("*.json")))
+            deadline = time.monotonic() + 60
+            while len(list(records.glob("*.json"))) < before + 2 and any(one.poll() is None for one in running):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            rng.shuffle(running)
+            for one in running[:3]:
+                os.killpg(one.pid, signal.SIGKILL)
+        for one in running:
+            one.wait(120)
+    done = run(*command(drawn, output, "--part", "0/2", "--finish"))
+    assert done.returncode == 0, done.stderr
+    assert contents(output) == one_run and verify(output) == []
+
+
+@pytest.mark.slow
+def test_parts_meet_in_object_storage(s3: FaultyProxy, s3_root: str, drawn: Path, one_run: dict[str, bytes],
+                                      tmp_path: Path) -> None:
+    options = (f"staging={tmp_path / 'staging'}",)
+    storage = open_storage(s3_root)
+    storage.write("marker", b"")  # makes the bucket
+    storage.delete("marker")
+    first = subprocess.Popen(command(drawn, s3_root, "--part", "0/2", *options), start_new_session=True,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not any(name.endswith(".tar") for name in storage.sizes() or ()):
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    both = [subprocess.Popen(command(drawn, s3_root, "--part", part, *options), stdout=subprocess.DEVNULL)
+            for part in ("0/2", "1/2", "1/2")]
+    assert [one.wait(120) for one in both] == [0, 0, 0]
+    done = run(*command(drawn, s3_root, "--finish", *options))
+    assert done.returncode == 0, done.stderr
+    assert contents(s3_root) == one_run
+    assert not any(open_storage(f"{s3_root}/.progress").sizes() or ()), "records stay behind"
+    assert not list(tmp_path.glob("staging/*/*")), "a killed run's staging folder stays behind"
+
+
+# -- Ray ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A Ray cluster on the loopback interface, with two workers."""
+    ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+    yield ray
+    ray.shutdown()
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_bytes(cluster: Any, drawn: Path, one_run: dict[str, bytes], tmp_path: Path) -> None:
+    assert contents(make_shards(tmp_path / "set", drawn, *SETTINGS, "executor=ray", "workers=2")) == one_run
+
+
+@pytest.mark.slow
+def test_ray_workers_may_be_killed(cluster: Any, drawn: Path, one_run: dict[str, bytes], tmp_path: Path,
+                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    from preprocess.execution.ray_executor import RayExecutor
+
+    real, killed = RayExecutor.finished, list[int]()
+
+    def finished(self: RayExecutor, report: Any) -> Iterator[Any]:
+        for found in real(self, report):
+            if len(killed) < 4:
+                for worker in workers_of_ray():
+                    killed.append(worker)
+                    os.kill(worker, signal.SIGKILL)
+            yield found
+
+    monkeypatch.setattr(RayExecutor, "finished", finished)
+    assert contents(make_shards(tmp_path / "set", drawn, *SETTINGS, "executor=ray", "workers=2")) == one_run
+    assert killed, "no worker was killed"
+
+
+def workers_of_ray() -> list[int]:
+    """Processes that run a task now."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if (entry / "cmdline").read_bytes().startswith(b"ray::_run"):
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.slow
+def test_an_error_in_a_ray_task_is_the_same_one_line(cluster: Any, drawn: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from shards.errors import DatasetError
+
+    root = Path(shutil.copytree(drawn, tmp_path / "scenes"))
+    (root / "images/train/scene_train_00003.jpg").write_bytes(b"no image")
+    with pytest.raises(DatasetError, match=r"^images/train/scene_train_00003\.jpg is not a readable"):
+        make_shards(tmp_path / "set", root, *SETTINGS, "executor=ray")
+
+
+def test_a_task_hands_back_no_shard(drawn: Path, tmp_path: Path) -> None:
+    """What Ray carries: the task in, its record out."""
+    config = config_of(drawn, tmp_path)
+    dataset = open_dataset(config.dataset, "fail")
+    block = pipeline.plan_blocks(config, dataset)[0]
+
+    class Silent:
+        def image_done(self, failed: bool = False) -> None:
+            pass
+
+    record = WriteBlock(block).run(Job(config, dataset, BlockStore(str(tmp_path), ".staging")), Silent())
+    shards = sum((tmp_path / shard["name"]).stat().st_size for shard in record["shards"])
+    assert len(pickle.dumps(record)) < shards / 20 and json.loads(json.dumps(record)) == record
+
+
+def test_without_ray_the_extra_is_named(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from shards.errors import ConfigError
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r"pip install 'maskstream\[ray\]'"):
+        make_shards(tmp_path / "set", drawn, *SETTINGS, "executor=ray")
