@@ -5,7 +5,9 @@
     straightforward  Pillow resizes the whole image and its labels for each crop, and writes a JPEG and a PNG
     MaskStream       what make_shards.py does with a block: labels, masks, tar, checksums, fsync
 
-All three cut the same crops, from the same files. example: python -m benchmarks.preprocess --data ../shared/data
+All three cut the same crops, from the same files.
+
+example: python -m benchmarks.preprocess --data ../shared/data
 """
 
 from __future__ import annotations
