@@ -73,7 +73,7 @@ def one_core(folder: Path, arguments: argparse.Namespace, result: Result) -> Non
     """Tables 1 and 3."""
     keep_freed_memory()  # as loader processes do
     reader = ShardReader(folder / "set", "train")
-    plan = TrainPlan([shard.samples for shard in reader.info.shards], arguments.batch, 0)
+    plan = TrainPlan(reader.table.samples, arguments.batch, 0)
     numbers = range(arguments.samples // arguments.batch)
     samples = [reader.read(draw.sample) for number in numbers for draw in plan.micro_batch(number)]
     jpegs = [sample.image_bytes for sample in samples]
@@ -149,7 +149,7 @@ def epoch(root: str, size: int) -> tuple[float, float, float]:
     started = perf_counter()
     config = DataConfig(root=root, workers=1)
     reader = open_reader(config, "train")
-    plan = TrainPlan([shard.samples for shard in reader.info.shards], size, 0)
+    plan = TrainPlan(reader.table.samples, size, 0)
     total = len(reader) // size
     times, memory = [], 0.0
     for batch in train_loader(TrainCrops(reader, plan, config), range(total), torch.device("cpu")):

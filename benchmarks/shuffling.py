@@ -31,7 +31,7 @@ def main() -> None:
     reader = ShardReader(arguments.root, arguments.split)
     total = len(reader)
     labels = [set(reader.read(number).labels.tolist()) for number in range(total)]
-    plan = TrainPlan([shard.samples for shard in reader.info.shards], 1, 0, arguments.lanes, arguments.span)
+    plan = TrainPlan(reader.table.samples, 1, 0, arguments.lanes, arguments.span)
     orders = {
         "the plan": np.array([plan.sample_at(position).sample for position in range(total)]),
         "a full permutation": np.random.default_rng(0).permutation(total),

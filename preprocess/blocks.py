@@ -75,8 +75,8 @@ def plan_blocks(config: PreprocessConfig, dataset: Dataset) -> list[Block]:
     return blocks
 
 
-def config_hash(config: PreprocessConfig, dataset: Dataset) -> str:
-    """Hash of everything that determines the shards' bytes: settings, classes, encoders; not paths or workers."""
+def config_hash(config: PreprocessConfig, dataset: Dataset, version: int = FORMAT_VERSION) -> str:
+    """Hash of everything that determines a set's bytes: format, settings, classes, encoders; not paths or workers."""
     content = config_to_dict(config)
     for place in ("output", "staging", "workers", "executor", "ray_address", "on_error", "warn_ignored"):
         del content[place]
@@ -85,7 +85,7 @@ def config_hash(config: PreprocessConfig, dataset: Dataset) -> str:
     for later in (_HASHED_LATER, STORED_LATER):
         leave_out(content, later)
     meaning = [asdict(item) for item in dataset.classes], *dataset.mapping.identity
-    return hash_of([FORMAT_VERSION, content, meaning, producer()])
+    return hash_of([version, content, meaning, producer()])
 
 
 def leave_out(content: dict[str, Any], later: dict[str, dict[str, Any]]) -> None:

@@ -23,6 +23,7 @@ from shards.rle import count_values, encode_rle, encode_runs
 from shards.sample import encode_sample
 
 NO_LABEL = "no labelled pixel in any try"
+STATISTICS = ("images", "class_pixels", "class_samples", "ignored_pixels", "mapped", "skipped_crops", "skipped_images")
 Record = dict[str, Any]  # what a block's record says of the images, in JSON types
 
 

@@ -84,10 +84,9 @@ def _named(arguments: Namespace) -> dict[str, Any]:
 
 def _print_report(manifest: Manifest, output: str) -> None:
     for name, split in manifest.splits.items():
-        size = sum(shard.bytes for shard in split.shards)
         skipped = sum(split.skipped_crops.values())
-        print(f"  {name}: {split.samples} {split.kind} from {split.images} images, {len(split.shards)} shards, "
-              f"{size / 1e6:.1f} MB; skipped {skipped} crops, {len(split.skipped_images)} files")
+        print(f"  {name}: {split.samples} {split.kind} from {split.images} images, {split.shards} shards, "
+              f"{split.bytes / 1e6:.1f} MB; skipped {skipped} crops, {len(split.skipped_images)} files")
     print(f"inspect it:  python -m shards show {output}\ncheck it:    python -m shards verify {output}")
 
 

@@ -22,15 +22,16 @@ from tqdm import tqdm
 from preprocess.blocks import Block, block_fingerprint, config_hash, plan_blocks
 from preprocess.config import PreprocessConfig
 from preprocess.encoding import merged
-from preprocess.execution.block_store import PROGRESS, BlockStore
-from preprocess.execution.local_executor import Counts, Executor, LocalExecutor, default_workers
+from preprocess.execution.block_store import PROGRESS, BlockStore, Summary
+from preprocess.execution.local_executor import Counts, Executor, LocalExecutor
 from preprocess.execution.ray_executor import RayExecutor
 from preprocess.execution.tasks import EncodePiece, HashSources, Job, JoinShard, Task, WriteBlock, complete_record
 from preprocess.pairs import Dataset
-from preprocess.publish import publish
+from preprocess.publish import publish, source_hashes
 from shards.errors import ConfigError, ShardError
 from shards.files.locks import among_writers, only_writer
-from shards.manifest import MANIFEST_NAME, Manifest, hash_of, load_manifest
+from shards.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, hash_of, load_manifest
+from shards.workers import default_workers
 
 _TASKS_PER_WORKER = 4  # wanted, so that all workers finish at about the same time
 _LEAST_PIECE = 8  # images
@@ -66,8 +67,8 @@ def write_shards(config: PreprocessConfig, dataset: Dataset) -> tuple[Manifest, 
     if (existing := _existing_set(plan)) is not None:
         return existing, False
     with _alone(plan):
-        records = _write_missing(plan, plan.blocks)
-        return _published(plan, records), True
+        _write_missing(plan, plan.blocks)
+        return _published(plan), True
 
 
 def write_part(config: PreprocessConfig, dataset: Dataset, part: Part) -> int:
@@ -92,21 +93,21 @@ def finish(config: PreprocessConfig, dataset: Dataset, parts: int | None) -> tup
     if (existing := _existing_set(plan)) is not None:
         return existing, False
     with _alone(plan):
-        records = _matching_records(plan, plan.blocks)
-        missing = [number for number, block in enumerate(plan.blocks) if block.name not in records]
+        finished = _finished(plan, plan.blocks)
+        missing = [number for number, block in enumerate(plan.blocks) if block.name not in finished]
         if missing:
             again = f"; run these parts again: {sorted({number % parts for number in missing})}" if parts else ""
             raise ShardError(f"{plan.store.storage.root} is not finished: {len(missing)} of {len(plan.blocks)} blocks "
                              "are missing or were made with other settings, sources or encoders, such as "
                              f"{plan.blocks[missing[0]].name}{again}")
-        return _published(plan, records), True
+        return _published(plan), True
 
 
-def _planned(config: PreprocessConfig, dataset: Dataset) -> _Plan:
+def _planned(config: PreprocessConfig, dataset: Dataset, version: int = FORMAT_VERSION) -> _Plan:
     if not config.output:
         raise ConfigError("output is not set: pass --output <dir or URL>, where the shard set is to be written")
     blocks = plan_blocks(config, dataset)
-    fingerprint = config_hash(config, dataset)
+    fingerprint = config_hash(config, dataset, version)
     fingerprints = {block.name: block_fingerprint(fingerprint, block) for block in blocks}
     return _Plan(config, dataset, BlockStore(config.output, config.staging), blocks, fingerprints,
                  hash_of([fingerprint, sorted(fingerprints.items())]))
@@ -144,40 +145,37 @@ def _check_folder(plan: _Plan) -> None:
     scratch.mkdir(parents=True, exist_ok=True)
 
 
-def _published(plan: _Plan, records: dict[str, Any]) -> Manifest:
+def _published(plan: _Plan) -> Manifest:
     plan.store.tidy(plan.blocks)  # after workers that were killed in this run
-    manifest = publish(plan.config, plan.dataset, plan.store.storage, plan.blocks, records, plan.set_hash)
+    manifest = publish(plan.config, plan.dataset, plan.store, plan.blocks, plan.set_hash)
     plan.store.remove_records()
     return manifest
 
 
-def _write_missing(plan: _Plan, blocks: list[Block]) -> dict[str, Any]:
-    """Write those of the blocks that have no matching record, or whose sources changed; returns all their records."""
-    records = _matching_records(plan, blocks)
-    finished = [block for block in blocks if block.name in records]
-    for block in _changed(plan, finished, {name: record["sources"] for name, record in records.items()}):
-        del records[block.name]
-    missing = [block for block in blocks if block.name not in records]
+def _write_missing(plan: _Plan, blocks: list[Block]) -> None:
+    """Write those of the blocks that have no matching record, or whose sources changed."""
+    finished = _finished(plan, blocks)
+    for block in _changed(plan, [block for block in blocks if block.name in finished],
+                          {name: summary.sources for name, summary in finished.items()}):
+        del finished[block.name]
+    missing = [block for block in blocks if block.name not in finished]
     if not missing:
-        return records
+        return
     images, left = (sum(len(block.pairs) for block in some) for some in (blocks, missing))
     with tqdm(total=images, initial=images - left, unit="img", disable=None, desc="sharding") as bar, \
             _executor(plan) as executor:
         for block, record in _written(executor, missing, plan.store, bar):
-            record["fingerprint"] = plan.fingerprints[block.name]
-            plan.store.write_record(block, record)
-            records[block.name] = record
-    return records
+            plan.store.write_record(block, {**record, "fingerprint": plan.fingerprints[block.name]})
 
 
-def _matching_records(plan: _Plan, blocks: list[Block]) -> dict[str, Any]:
-    """The records of earlier runs with the same settings and sources.
+def _finished(plan: _Plan, blocks: list[Block]) -> dict[str, Summary]:
+    """The blocks finished by earlier runs with the same settings and sources.
 
     With on_error "fail", a block in which an earlier run skipped images is done again, and so fails.
     """
-    return {name: record for name, record in plan.store.read_records(blocks).items()
-            if record.get("fingerprint") == plan.fingerprints[name] and "sources" in record
-            and not (plan.config.on_error == "fail" and record.get("skipped_images"))}
+    return {name: found for name, found in plan.store.summaries(blocks).items()
+            if found.fingerprint == plan.fingerprints[name]
+            and not (plan.config.on_error == "fail" and found.has_skipped)}
 
 
 def _executor(plan: _Plan) -> LocalExecutor | RayExecutor:
@@ -280,16 +278,19 @@ def _existing_set(plan: _Plan) -> Manifest | None:
         with only_writer(plan.store.scratch / "lock", plan.store.folder):
             plan.store.tidy(plan.blocks)
             plan.store.remove_records()
+    if manifest.format_version != FORMAT_VERSION:  # the same command made it, with an older release
+        plan = _planned(plan.config, plan.dataset, manifest.format_version)
     if manifest.config_hash != plan.set_hash:
         raise ConfigError(
             f"{output} already holds a complete shard set made with other settings, sources or encoders "
             f"(its config_hash is {manifest.config_hash[:12]}, this command's is {plan.set_hash[:12]}); "
             "sets are never extended or overwritten: choose another --output, or remove that set first"
         )
-    if not manifest.sources:
+    sources = source_hashes(storage, manifest, plan.blocks)
+    if sources is None:
         _log.warning("%s was written by an older version: its sources can only be compared by name and size", output)
         return manifest
-    changed = _changed(plan, plan.blocks, manifest.sources)
+    changed = _changed(plan, plan.blocks, sources)
     if changed:
         first, more = changed[0], f" and {len(changed) - 1} more blocks" if len(changed) > 1 else ""
         raise ConfigError(

@@ -1,10 +1,11 @@
-"""Write the indexes and, last, the manifest, whose presence marks a shard set as complete."""
+"""Write tables, indexes and, last, the manifest, whose presence marks a shard set as complete."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections import Counter
+import tempfile
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,36 +13,53 @@ import numpy as np
 
 from preprocess.blocks import STORED_LATER, Block, leave_out, producer
 from preprocess.config import PreprocessConfig
+from preprocess.encoding import STATISTICS, merged
+from preprocess.execution.block_store import BlockStore
 from preprocess.pairs import Dataset
 from shards.cli.config_file import config_to_dict
-from shards.errors import DatasetError
+from shards.errors import CorruptShardError, DatasetError
 from shards.files.storage import Storage
-from shards.manifest import INDEX_DTYPE, IndexInfo, Manifest, ShardInfo, SplitInfo, manifest_bytes
+from shards.manifest import INDEX_DTYPE, SHARD_DTYPE, SOURCE_BYTES, FileInfo, Manifest, SplitInfo, manifest_bytes
 from shards.mirror import publish_manifest
 
 _MAX_NAMED = 20  # classes named in one warning
 _log = logging.getLogger(__name__)
 
 
-def publish(config: PreprocessConfig, dataset: Dataset, storage: Storage, blocks: list[Block],
-            records: dict[str, Any], set_hash: str) -> Manifest:
-    """Combine the records of all blocks; write the indexes and the manifest.
+def publish(config: PreprocessConfig, dataset: Dataset, store: BlockStore, blocks: list[Block], set_hash: str
+            ) -> Manifest:
+    """Combine the records of all blocks, one after the other; write tables, indexes and the manifest.
 
     Raises StorageError when another process has published another set here in the meantime.
     """
     splits = {}
     for split in dataset.splits:
-        mine = [records[block.name] for block in blocks if block.split == split]
-        _report_mapped(split, mine)
-        splits[split] = _publish_split(storage, split, mine, dataset.skipped[split], split in config.crops.splits)
+        mine = [block for block in blocks if block.split == split]
+        splits[split] = _publish_split(store, split, mine, dataset.skipped[split], split in config.crops.splits)
     settings = config_to_dict(config)
     manifest = Manifest(
         dataset=dataset.kind, classes=dataset.classes, ignore_index=dataset.ignore_index, seed=config.seed,
         crops=settings["crops"], config=_portable(settings), config_hash=set_hash, producer=producer(), splits=splits,
-        sources={block.name: records[block.name]["sources"] for block in blocks},
     )
-    publish_manifest(storage, manifest_bytes(manifest))
+    publish_manifest(store.storage, manifest_bytes(manifest))
     return manifest
+
+
+def source_hashes(storage: Storage, manifest: Manifest, blocks: list[Block]) -> dict[str, str] | None:
+    """Block -> hash of its source files, as a complete set has it; None if it was written without."""
+    if manifest.format_version == 1:
+        return manifest.sources or None
+    found: dict[str, str] = {}
+    for split, info in manifest.splits.items():
+        assert info.sources is not None
+        data = storage.read(info.sources.name)
+        mine = [block.name for block in blocks if block.split == split]
+        if len(data) != SOURCE_BYTES * len(mine) or hashlib.sha256(data).hexdigest() != info.sources.sha256:
+            raise CorruptShardError(f"{storage.where(info.sources.name)} does not match its size or sha256 in the "
+                                    "manifest")
+        found |= {name: data[SOURCE_BYTES * number : SOURCE_BYTES * (number + 1)].hex()
+                  for number, name in enumerate(mine)}
+    return found
 
 
 def label_warnings(manifest: Manifest, most_ignored: float) -> Iterator[str]:
@@ -56,11 +74,8 @@ def label_warnings(manifest: Manifest, most_ignored: float) -> Iterator[str]:
                    f"check dataset.ignore_labels and dataset.reduce_zero_label, which decide which values are ignored")
 
 
-def _report_mapped(split: str, records: list[dict[str, Any]]) -> None:
+def _report_mapped(split: str, counts: dict[str, int]) -> None:
     """Say how many source pixels a class table did not map exactly."""
-    counts: Counter[str] = Counter()
-    for record in records:
-        counts.update(record.get("mapped", {}))  # blocks of an older version have none
     for name, happened in (("nearest", "have an unlisted colour and took the class of the nearest listed one"),
                            ("rest", "hold values that the class table does not list, and are ignored")):
         if counts[name]:
@@ -76,32 +91,57 @@ def _portable(settings: dict[str, Any]) -> dict[str, Any]:
     return portable
 
 
-def _publish_split(
-    storage: Storage, split: str, records: list[dict[str, Any]], unpaired: list[tuple[str, str]], is_crops: bool
-) -> SplitInfo:
-    shards = [ShardInfo(**shard) for record in records for shard in record["shards"]]
-    index = b"".join(bytes.fromhex(entries) for record in records for entries in record["index"])
-    if not shards:
-        raise DatasetError(f"split {split!r} has no usable sample: every image or crop was skipped")
-    if not any(map(any, (record["class_pixels"] for record in records))):
-        raise DatasetError(f"split {split!r} has no labelled pixel: its label maps hold only ignored values. "
-                           "Check dataset.ignore_labels, dataset.reduce_zero_label and the class table")
-    index_info = IndexInfo(name=f"{split}.index", bytes=len(index), sha256=hashlib.sha256(index).hexdigest())
-    assert len(index) == INDEX_DTYPE.itemsize * sum(shard.samples for shard in shards)
-    storage.write(index_info.name, index)
-    skipped_crops: Counter[str] = Counter()
-    for record in records:
-        skipped_crops.update(record["skipped_crops"])
-    skipped = [*unpaired, *(tuple(item) for record in records for item in record["skipped_images"])]
+def _publish_split(store: BlockStore, split: str, blocks: list[Block], unpaired: list[tuple[str, str]],
+                   is_crops: bool) -> SplitInfo:
+    """Write a split's table, index and sources. The index is collected in a file, as it may be large."""
+    stats: dict[str, Any] = {}
+    rows: list[tuple[int, int, int, int, bytes]] = []
+    sources, index_hash, index_bytes = [], hashlib.sha256(), 0
+    with tempfile.TemporaryFile(dir=store.scratch if store.scratch.is_dir() else None) as index:
+        for block in blocks:
+            record = store.read_record(block)
+            entries = record.pop("index")
+            index_hash.update(entries)
+            index_bytes += index.write(entries)
+            rows += _rows(record.pop("shards"), entries)
+            sources.append(record.pop("sources"))
+            stats = merged([stats, {name: record[name] for name in STATISTICS}])
+        if not rows:
+            raise DatasetError(f"split {split!r} has no usable sample: every image or crop was skipped")
+        if not any(stats["class_pixels"]):
+            raise DatasetError(f"split {split!r} has no labelled pixel: its label maps hold only ignored values. "
+                               "Check dataset.ignore_labels, dataset.reduce_zero_label and the class table")
+        index.flush()
+        store.storage.upload(f"{split}.index", index)
+    _report_mapped(split, stats["mapped"])
+    table = np.array(rows, SHARD_DTYPE)
     return SplitInfo(
         kind="crops" if is_crops else "images",
-        images=sum(record["images"] for record in records),
-        samples=sum(shard.samples for shard in shards),
-        shards=shards,
-        index=index_info,
-        class_pixels=np.sum([record["class_pixels"] for record in records], axis=0).tolist(),
-        class_samples=np.sum([record["class_samples"] for record in records], axis=0).tolist(),
-        ignored_pixels=sum(record["ignored_pixels"] for record in records),
-        skipped_crops=dict(sorted(skipped_crops.items())),
-        skipped_images=[{"image": image, "reason": reason} for image, reason in skipped],
+        images=stats["images"],
+        samples=int(table["samples"].sum(dtype=np.int64)),
+        shards=len(table),
+        bytes=int(table["bytes"].sum(dtype=np.uint64)),
+        table=_written(store.storage, f"{split}.shards", table.tobytes()),
+        index=FileInfo(name=f"{split}.index", bytes=index_bytes, sha256=index_hash.hexdigest()),
+        sources=_written(store.storage, f"{split}.sources", bytes.fromhex("".join(sources))),
+        class_pixels=stats["class_pixels"],
+        class_samples=stats["class_samples"],
+        ignored_pixels=stats["ignored_pixels"],
+        skipped_crops=dict(sorted(stats["skipped_crops"].items())),
+        skipped_images=[{"image": image, "reason": reason} for image, reason in [*unpaired, *stats["skipped_images"]]],
     )
+
+
+def _rows(shards: list[dict[str, Any]], index: bytes) -> Iterator[tuple[int, int, int, int, bytes]]:
+    """SHARD_DTYPE records of a block's shards."""
+    start = 0
+    for shard in shards:
+        end = start + shard["samples"] * INDEX_DTYPE.itemsize
+        number = int(shard["name"].removesuffix(".tar").rpartition("-")[2])
+        yield (number, shard["samples"], shard["bytes"], zlib.crc32(index[start:end]), bytes.fromhex(shard["sha256"]))
+        start = end
+
+
+def _written(storage: Storage, name: str, data: bytes) -> FileInfo:
+    storage.write(name, data)
+    return FileInfo(name=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())

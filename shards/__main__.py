@@ -16,12 +16,13 @@ from shards.audit import audit
 from shards.cli.command_line import run_entry_point
 from shards.errors import ConfigError, MaskStreamError
 from shards.manifest import Manifest, SplitInfo, load_manifest
-from shards.mirror import copy_set, files_of
+from shards.mirror import bytes_of, copy_set
 from shards.picture import contact_sheet, overlay, save_picture
 from shards.plan import LANES, SPAN_SAMPLES, TrainPlan
 from shards.reader import ShardReader
 from shards.shown_text import shown
 from shards.verify import verify
+from shards.workers import default_workers
 
 
 def main() -> int:
@@ -44,13 +45,17 @@ def main() -> int:
                                    "rank and step"), ("lanes", LANES, "same as data.lanes"),
                                    ("span-samples", SPAN_SAMPLES, "same as data.span_samples")):
         audited.add_argument(f"--{name}", type=_at_least_one, default=default, help=f"{meaning} (default: {default})")
+    check.add_argument("--deep", action="store_true", help="also decode every sample; this is the default")
+    check.add_argument("--hashes", action="store_true", help="compare hashes only, without decoding samples")
+    check.add_argument("--workers", type=_at_least_one, default=default_workers(),
+                       help="processes (default: one per CPU)")
     show.add_argument("--split", default=None, help="split to show (default: the first one)")
     show.add_argument("--count", type=int, default=12, help="number of samples to show (default: 12)")
     show.add_argument("--first", type=int, default=0, help="index of the first sample (default: 0)")
     show.add_argument("--output", default="contact-sheet.png", help="image file to write (default: contact-sheet.png)")
     arguments = parser.parse_args()
     if arguments.command == "verify":
-        return _verify(arguments.root)
+        return _verify(arguments.root, not arguments.hashes, arguments.workers)
     if arguments.command == "show":
         return _show(arguments)
     if arguments.command == "audit":
@@ -70,8 +75,8 @@ def _info(root: str) -> int:
 
 
 def _print_split(name: str, split: SplitInfo, manifest: Manifest) -> None:
-    megabytes = sum(shard.bytes for shard in split.shards) / 1e6
-    print(f"\n{name}: {split.samples} {split.kind} from {split.images} images in {len(split.shards)} shards, "
+    megabytes = split.bytes / 1e6
+    print(f"\n{name}: {split.samples} {split.kind} from {split.images} images in {split.shards} shards, "
           f"{megabytes:.1f} MB")
     for reason, count in split.skipped_crops.items():
         print(f"  skipped crops: {count} ({shown(reason)})")
@@ -89,13 +94,13 @@ def _print_split(name: str, split: SplitInfo, manifest: Manifest) -> None:
                   f"{split.class_samples[class_id]:8d}")
 
 
-def _verify(root: str) -> int:
+def _verify(root: str, deep: bool, workers: int) -> int:
     try:
-        total = sum(len(split.shards) for split in load_manifest(root).splits.values())
+        total = sum(split.shards for split in load_manifest(root).splits.values())
     except MaskStreamError:  # verify() below reports it; this only sizes the progress bar
         total = 0
     with tqdm(total=total, unit="shard", disable=None) as bar:
-        problems = verify(root, lambda shard: bar.update())
+        problems = verify(root, lambda shard: bar.update(), deep=deep, workers=workers)
     for problem in problems:
         print(f"problem: {shown(problem)}")
     print(f"{shown(root)}: {f'{len(problems)} problems' if problems else 'sound'}")
@@ -104,7 +109,7 @@ def _verify(root: str) -> int:
 
 def _audit(arguments: argparse.Namespace) -> int:
     reader = ShardReader(arguments.root, arguments.split)
-    plan = TrainPlan([shard.samples for shard in reader.info.shards], arguments.batch, arguments.seed,
+    plan = TrainPlan(reader.table.samples, arguments.batch, arguments.seed,
                      arguments.lanes, arguments.span_samples)
     with tqdm(total=len(reader), unit="sample", disable=None) as bar:
         found = audit(reader, plan, arguments.ranks, arguments.workers, arguments.accumulation,
@@ -127,7 +132,7 @@ def _audit(arguments: argparse.Namespace) -> int:
 
 def _copy(root: str, destination: str) -> int:
     manifest = load_manifest(root)
-    total = sum(file.bytes for file in files_of(manifest))
+    total = bytes_of(manifest)
     with tqdm(total=total, unit="B", unit_scale=True, disable=None, desc="copying") as bar:
         copied = copy_set(root, destination, lambda file: bar.update(file.bytes))
     print(f"{shown(destination)}: complete, {copied} files copied, all verified ({total / 1e6:.1f} MB)")

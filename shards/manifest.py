@@ -1,7 +1,9 @@
 """The manifest of a shard set. It is written last, so its presence means that the set is complete.
 
-    <root>/manifest.json    the manifest
+    <root>/manifest.json    the manifest; its size does not grow with the number of shards
+    <root>/<split>.shards   one SHARD_DTYPE record per shard (in version 1, the manifest lists the shards itself)
     <root>/<split>.index    one INDEX_DTYPE record per sample, in shard order
+    <root>/<split>.sources  32 bytes per block: sha256 of its source files (in version 1, in the manifest)
     <root>/<split>-000000.tar …
 """
 
@@ -19,20 +21,27 @@ from typing import Any
 import numpy as np
 
 from shards.errors import CorruptShardError, FormatVersionError, ShardError
-from shards.files.outside_json import built, parse_json
+from shards.files.outside_json import LARGEST_INTEGER, built, parse_json
 from shards.files.storage import LocalStorage, Storage, open_storage, read_checked
 from shards.rle import MAX_CLASSES, MAX_SIDE, ignore_value
 from shards.shown_text import has_control_characters, shown
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 MANIFEST_NAME = "manifest.json"
 _SPLIT_NAME, _SHA256 = re.compile(r"[A-Za-z0-9_-]+"), re.compile(r"[0-9a-f]{64}")
 _MIN_SAMPLE_BYTES = 2048  # two tar headers, an image, its masks
-_MAX_MANIFEST_BYTES = 512 << 20  # a million shards take half of it
-_FILE_NAME = re.compile(r"[A-Za-z0-9_-]+\.(tar|index)")  # no folders or dot files, so nothing outside the root
+_MAX_MANIFEST_BYTES = 512 << 20  # in version 1, a million shards take half of it
+_FILE_NAME = re.compile(r"[A-Za-z0-9_-]+\.(tar|index|shards|sources)")  # no folders, so nothing outside the root
+_MAX_SHARDS = 1 << 32
 
 # Little-endian record per sample: offset of its tar members, their total length, their CRC-32.
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc32", "<u4")])
+# Little-endian record per shard: the number in its name, its samples and bytes, the CRC-32 of its part of the index,
+# its sha256.
+SHARD_DTYPE = np.dtype([("number", "<u4"), ("samples", "<u4"), ("bytes", "<u8"), ("index_crc32", "<u4"),
+                        ("sha256", "V32")])
+SOURCE_BYTES = 32  # per block in <split>.sources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +81,8 @@ class ShardInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class IndexInfo:
-    """The index file of a split."""
+class FileInfo:
+    """A file of a split that is not a shard."""
 
     name: str
     bytes: int
@@ -82,18 +91,30 @@ class IndexInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitInfo:
-    """One split. `class_pixels` and `class_samples` count labelled pixels and samples holding each class."""
+    """One split. `class_pixels` and `class_samples` count labelled pixels and samples holding each class.
+
+    Sets of version 1 have their shards in `listed`, and neither `table` nor `sources`.
+    """
 
     kind: str  # "crops" or "images"
     images: int
     samples: int
-    shards: list[ShardInfo]
-    index: IndexInfo
+    shards: int
+    bytes: int  # of all shards
+    index: FileInfo
     class_pixels: list[int]
     class_samples: list[int]
     ignored_pixels: int
+    table: FileInfo | None = None
+    sources: FileInfo | None = None
+    listed: list[ShardInfo] | None = None
     skipped_crops: dict[str, int] = field(default_factory=dict)  # reason -> crops
     skipped_images: list[dict[str, str]] = field(default_factory=list)  # {"image", "reason"}
+
+    @property
+    def files(self) -> list[FileInfo]:
+        """All files but the shards."""
+        return [file for file in (self.table, self.index, self.sources) if file is not None]
 
     @property
     def labelled_pixels(self) -> int:
@@ -129,7 +150,7 @@ class Manifest:
     config_hash: str
     producer: dict[str, str]
     splits: dict[str, SplitInfo]
-    sources: dict[str, str] = field(default_factory=dict)  # block -> hash of its source files; {}: unknown
+    sources: dict[str, str] = field(default_factory=dict)  # version 1: block -> hash of its files; {}: unknown
     format_version: int = FORMAT_VERSION
 
     @property
@@ -175,10 +196,19 @@ def manifest_bytes(manifest: Manifest) -> bytes:
 
 
 def _content(manifest: Manifest) -> dict[str, Any]:
-    """The manifest's fields. `sources` is left out when empty, so that sets of versions without it keep their hash."""
+    """The manifest's fields as its version has them; hashes of sets depend on it."""
     content = dataclasses.asdict(manifest)
-    if not manifest.sources:
-        del content["sources"]
+    if manifest.format_version == 1:
+        for split in content["splits"].values():
+            split["shards"] = split.pop("listed")
+            for name in ("bytes", "table", "sources"):
+                del split[name]
+        if not manifest.sources:  # left out by those who wrote none
+            del content["sources"]
+        return content
+    for split in content["splits"].values():
+        del split["listed"]
+    del content["sources"]
     return content
 
 
@@ -208,17 +238,42 @@ def parse_manifest(data: bytes, name: str) -> Manifest:
     if type(content.get("format_version")) is not int:
         raise CorruptShardError(f"{name} has no integer field 'format_version'")
     version = content["format_version"]
-    if version != FORMAT_VERSION:
-        raise FormatVersionError(f"{name} has format_version {version}, this code knows {FORMAT_VERSION}")
+    if version not in READABLE_VERSIONS:
+        raise FormatVersionError(f"{name} has format_version {version}, this code knows "
+                                 f"{' and '.join(map(str, READABLE_VERSIONS))}")
     try:
         recorded = content.pop("manifest_sha256", None)
         if recorded != hash_of(content):
             raise CorruptShardError(f"{name} does not match its manifest_sha256: it was damaged or edited")
-        manifest = built(Manifest, content)
+        manifest = built(Manifest, _from_version_1(content) if version == 1 else _of_version_2(content))
         _check_consistency(manifest, name)
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptShardError(f"{name} has a missing or malformed field: {error}") from error
     return manifest
+
+
+def _of_version_2(content: dict[str, Any]) -> dict[str, Any]:
+    """The content itself. Raises ValueError for fields that only version 1 has."""
+    if "sources" in content or any("listed" in split for split in content.get("splits", {}).values()):
+        raise ValueError("it has a field of version 1: sources, or listed shards")
+    return content
+
+
+def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 in today's fields; what is malformed stays so. Raises ValueError for fields that it does not have."""
+    if not isinstance(content.get("splits"), dict):
+        return content
+    splits = {}
+    for name, split in content["splits"].items():
+        if not isinstance(split, dict) or not isinstance(split.get("shards"), list):
+            raise ValueError(f"splits.{name} has no list of shards")
+        if unknown := {"listed", "bytes", "table", "sources"} & split.keys():
+            raise ValueError(f"splits.{name}.{min(unknown)} is an unknown field")
+        shards = split["shards"]
+        sizes = [shard.get("bytes") for shard in shards if isinstance(shard, dict)]
+        total = sum(size for size in sizes if type(size) is int and 0 <= size <= LARGEST_INTEGER)
+        splits[name] = {**split, "listed": shards, "shards": len(shards), "bytes": total}
+    return {**content, "splits": splits}
 
 
 def _check_consistency(manifest: Manifest, name: str) -> None:
@@ -243,12 +298,17 @@ def _check_consistency(manifest: Manifest, name: str) -> None:
 
 
 def _check_counts(split: SplitInfo, num_classes: int, where: str) -> None:
-    if sum(shard.samples for shard in split.shards) != split.samples:
+    if not 1 <= split.shards <= min(split.samples, _MAX_SHARDS) or split.samples * _MIN_SAMPLE_BYTES > split.bytes:
+        raise CorruptShardError(f"{where}: {split.samples} samples in {split.shards} shards of {split.bytes} bytes, "
+                                f"legal: at least one a shard, of at least {_MIN_SAMPLE_BYTES} bytes each")
+    if split.listed is not None and sum(shard.samples for shard in split.listed) != split.samples:
         raise CorruptShardError(f"{where}: the shards' sample counts do not add up to {split.samples}")
-    for shard in split.shards:
-        if shard.samples * _MIN_SAMPLE_BYTES > shard.bytes:
+    for shard in split.listed or ():
+        if shard.samples < 0 or shard.samples * _MIN_SAMPLE_BYTES > shard.bytes:
             raise CorruptShardError(f"{where}: {shard.name} has {shard.samples} samples in {shard.bytes} bytes, legal: "
                                     f"at least {_MIN_SAMPLE_BYTES} bytes each")
+    if split.table is not None and split.table.bytes != split.shards * SHARD_DTYPE.itemsize:
+        raise CorruptShardError(f"{where}: the table has {split.table.bytes} bytes for {split.shards} shards")
     if split.index.bytes != split.samples * INDEX_DTYPE.itemsize:
         raise CorruptShardError(f"{where}: the index has {split.index.bytes} bytes for {split.samples} samples")
     for counts in (split.class_pixels, split.class_samples):
@@ -261,7 +321,9 @@ def _check_counts(split: SplitInfo, num_classes: int, where: str) -> None:
 
 def _check_files(split: SplitInfo, files: set[str], where: str) -> None:
     """Check that names are plain and unique in the whole set (`files`), and hashes well-formed."""
-    listed: list[ShardInfo | IndexInfo] = [*split.shards, split.index]
+    if (split.table is None) == (split.listed is None):
+        raise CorruptShardError(f"{where}: it needs a table of its shards")
+    listed: list[ShardInfo | FileInfo] = [*(split.listed or ()), *split.files]
     for file in listed:
         if not _FILE_NAME.fullmatch(file.name) or file.name in files:
             raise CorruptShardError(f"{where}: {file.name!r} is not a plain file name, or is listed twice")

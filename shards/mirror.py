@@ -12,11 +12,12 @@ from shards.errors import ConfigError, CorruptShardError, ShardError, StorageErr
 from shards.files.atomic import naming, remove_leftovers
 from shards.files.locks import among_writers
 from shards.files.storage import LocalStorage, Storage, open_storage
-from shards.manifest import MANIFEST_NAME, IndexInfo, Manifest, ShardInfo, load_manifest, manifest_bytes
+from shards.manifest import MANIFEST_NAME, FileInfo, Manifest, ShardInfo, load_manifest, manifest_bytes
+from shards.shard_table import ShardTable
 
 _PIECE = 8 << 20
 
-File = ShardInfo | IndexInfo
+File = ShardInfo | FileInfo
 
 
 def copy_set(source: str | Path | Storage, destination: str | Path | Storage,
@@ -62,7 +63,7 @@ def _copy_missing(source: Storage, destination: Storage, manifest: Manifest, pro
     except FileNotFoundError:  # the folder or bucket will be created, or the upload will report the error
         sizes = {}
     copied = 0
-    for file in files_of(manifest):
+    for file in files_of(source, manifest):
         if sizes.get(file.name) != file.bytes or not _is_intact(destination, file):
             copy_file(source, destination, file)
             copied += 1
@@ -81,11 +82,16 @@ def publish_manifest(destination: Storage, content: bytes) -> None:
             raise
 
 
-def files_of(manifest: Manifest) -> Iterator[File]:
-    """All files of a set except the manifest."""
-    for split in manifest.splits.values():
-        yield from split.shards
-        yield split.index
+def files_of(storage: Storage, manifest: Manifest) -> Iterator[File]:
+    """All files of a set except the manifest. Raises as `ShardTable.load`."""
+    for name, split in manifest.splits.items():
+        yield from split.files
+        yield from ShardTable.load(storage, name, split)
+
+
+def bytes_of(manifest: Manifest) -> int:
+    """The bytes of all files of a set except the manifest."""
+    return sum(split.bytes + sum(file.bytes for file in split.files) for split in manifest.splits.values())
 
 
 def _is_same_place(one: Storage, other: Storage) -> bool:

@@ -51,8 +51,8 @@ class TrainPlan:
     Memory grows with the number of shards and, for the lanes in use, the number of spans (samples / span_samples).
     """
 
-    def __init__(self, shard_samples: Sequence[int], micro_batch_size: int, seed: int, lanes: int = LANES,
-                 span_samples: int = SPAN_SAMPLES) -> None:
+    def __init__(self, shard_samples: Sequence[int] | npt.NDArray[np.int64], micro_batch_size: int, seed: int,
+                 lanes: int = LANES, span_samples: int = SPAN_SAMPLES) -> None:
         self.shard_samples = np.asarray(shard_samples, np.int64)
         self.num_samples = int(self.shard_samples.sum())
         if self.num_samples < 1:
@@ -104,11 +104,15 @@ class TrainPlan:
         in_lane, lane = divmod(in_epoch, self.lanes)
         size, longer = divmod(self.num_samples, self.lanes)  # the first `longer` lanes have one extra sample
         first, length = int(self._lane_starts(epoch)[lane]), size + (lane < longer)
-        order, starts = self._span_order(epoch, lane, length)
-        number = int(np.searchsorted(starts, in_lane, side="right")) - 1
+        order, short = self._span_order(epoch, lane, length)
+        lacking = len(order) * self.span_samples - length  # samples that the short span has less than the others
+        number = in_lane // self.span_samples
+        if number > short or (number == short and in_lane >= (short + 1) * self.span_samples - lacking):
+            number = (in_lane + lacking) // self.span_samples  # after the short one
+        start = number * self.span_samples - (lacking if number > short else 0)
         offset = int(order[number]) * self.span_samples
         span = Span(epoch, first + offset, min(self.span_samples, length - offset))
-        return span, in_lane - int(starts[number])
+        return span, in_lane - start
 
     def _make_row(self, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """(shards in the epoch's order, end of each in the row)"""
@@ -124,14 +128,11 @@ class TrainPlan:
         starts[order] = np.cumsum(lengths) - lengths
         return starts
 
-    def _make_span_order(self, epoch: int, lane: int, length: int) -> tuple[npt.NDArray[np.int32],
-                                                                           npt.NDArray[np.int32]]:
-        """(permuted spans of a lane, start of each in the lane's order); the last span of the lane may be short."""
+    def _make_span_order(self, epoch: int, lane: int, length: int) -> tuple[npt.NDArray[np.int32], int]:
+        """(permuted spans of a lane, place of its last one, which may be short, among them)"""
         count = -(-length // self.span_samples)
         order = self._rng(epoch, _SPANS, lane).permutation(np.arange(count, dtype=np.int32))
-        sizes = np.full(count, self.span_samples, np.int32)
-        sizes[order == count - 1] = length - (count - 1) * self.span_samples
-        return order, np.cumsum(sizes, dtype=np.int32) - sizes
+        return order, int(np.flatnonzero(order == count - 1)[0])
 
     def _make_sample_order(self, span: Span) -> npt.NDArray[np.int64]:
         return self._rng(span.epoch, _SAMPLES, span.first).permutation(span.size)

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import logging
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing.context import get_spawning_popen
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from shards.errors import CorruptShardError, ShardError, StorageError
 from shards.files.cache import DiskCache
-from shards.files.plain_file import LARGEST_PICTURE
-from shards.files.storage import LARGEST_WHOLE, READS_OF_DAMAGED, LocalStorage, Storage, open_storage, read_checked
-from shards.manifest import INDEX_DTYPE, Manifest, ShardInfo, SplitInfo, load_manifest
+from shards.files.storage import READS_OF_DAMAGED, LocalStorage, Storage, open_storage
+from shards.manifest import Manifest, ShardInfo, SplitInfo, load_manifest
 from shards.rle import MAX_SIDE
 from shards.sample import IMAGE_SUFFIXES, CropSample, decode_sample
-from shards.shard_table import ShardTable
+from shards.shard_table import SampleIndex, ShardTable
 
+_MOST_LISTED = 10_000  # shards; the sizes of more are not compared at the start, as listing them takes too long
 _BLOCK = 512
 _NAME, _SIZE, _KIND = 100, slice(124, 136), slice(156, 157)  # fields of a tar header: length or position
 _log = logging.getLogger(__name__)
@@ -40,7 +38,8 @@ class Place(NamedTuple):
 class ShardReader:
     """Random access to the samples of one split, numbered 0..len-1 in storage order.
 
-    Opening reads the manifest and the index and, if the storage can list files, checks the size of every shard. Each
+    Opening reads the manifest, the table of shards and a small index; if the storage can list files, it checks the size
+    of every shard, unless there are very many. Each
     read is one byte range, verified by its CRC-32; damaged data from object storage is fetched again. May be passed to
     spawned workers and, for local folders, to forked ones. With `cache`, ranges from object storage are kept on local
     disk.
@@ -52,9 +51,11 @@ class ShardReader:
         self._manifest: Manifest | None = manifest if manifest is not None else load_manifest(self.storage)
         self.num_classes, self.ignore_index = self._manifest.num_classes, self._manifest.ignore_index
         self._most_pixels = self._manifest.most_pixels(split)
-        self._index_info, shards = self.info.index, self.info.shards
-        self._table = ShardTable.of(shards, load_index(self.storage, self._manifest, split))
-        _check_sizes(self.storage, shards)
+        self._index_info = self.info.index
+        self.table = ShardTable.load(self.storage, split, self.info)
+        self._index = SampleIndex(self.storage, self.table, self._index_info)
+        if len(self.table) <= _MOST_LISTED:
+            _check_sizes(self.storage, self.table)
 
     @property
     def manifest(self) -> Manifest:
@@ -79,7 +80,7 @@ class ShardReader:
         return self.__dict__ if get_spawning_popen() is None else {**self.__dict__, "_manifest": None}
 
     def __len__(self) -> int:
-        return len(self._table.offset)
+        return int(self.table.first_sample[-1])
 
     def read(self, number: int, data: bytes | None = None) -> CropSample:
         """Sample `number`, parsed from `data` if its bytes were already fetched (see `fetch`).
@@ -113,13 +114,12 @@ class ShardReader:
         return found
 
     def place(self, number: int) -> Place:
-        """Location of a sample."""
-        table = self._table
-        return Place(table.shard_of(number), int(table.offset[number]), int(table.length[number]))
+        """Location of a sample. Raises as `read`, where the index is read in parts."""
+        return Place(*self._index.entry(number)[:3])
 
     def bytes_of(self, numbers: Sequence[int]) -> int:
         """Number of bytes that `fetch` would return."""
-        return int(self._table.length[np.asarray(numbers)].sum())
+        return sum(self.place(int(number)).length for number in np.asarray(numbers).tolist())
 
     @property
     def is_local(self) -> bool:
@@ -143,7 +143,7 @@ class ShardReader:
             yield run
 
     def _range(self, shard: int, offset: int, length: int) -> bytes:
-        name = self._table.name(shard)
+        name = self.table.name(shard)
 
         def from_storage() -> bytes:
             try:
@@ -164,18 +164,19 @@ class ShardReader:
 
     def _cache_key(self, place: Place) -> str:
         """Key by content, not by location, so that identical shards share cache entries."""
-        return f"{self._table.sha256(place.shard)}-{place.offset}-{place.length}"
+        return f"{self.table.sha256(place.shard)}-{place.offset}-{place.length}"
 
     def _problem(self, number: int, data: bytes) -> str | None:
-        if len(data) != self._table.length[number]:
-            return f"got {len(data)} of {self._table.length[number]} bytes, the shard is truncated"
-        damaged = zlib.crc32(data) != self._table.crc32[number]
+        _, _, length, crc32 = self._index.entry(number)
+        if len(data) != length:
+            return f"got {len(data)} of {length} bytes, the shard is truncated"
+        damaged = zlib.crc32(data) != crc32
         return "CRC-32 differs from the index, the shard is damaged or was replaced" if damaged else None
 
     def _where(self, number: int) -> str:
         shard, offset, _ = self.place(number)
-        name = self.storage.where(self._table.name(shard))
-        return f"{name}, sample {number - int(self._table.first_sample[shard])} (offset {offset})"
+        name = self.storage.where(self.table.name(shard))
+        return f"{name}, sample {number - int(self.table.first_sample[shard])} (offset {offset})"
 
 
 def iter_samples(root: str | Path | Storage, split: str) -> Iterator[CropSample]:
@@ -186,33 +187,6 @@ def iter_samples(root: str | Path | Storage, split: str) -> Iterator[CropSample]
             yield reader.read(number)
     finally:
         reader.close()
-
-
-def load_index(storage: Storage, manifest: Manifest, split: str) -> npt.NDArray[np.void]:
-    """The `INDEX_DTYPE` records of a split, checked against the manifest's size and hash and the size of each shard."""
-    shards, info = manifest.split(split).shards, manifest.split(split).index
-    path = storage.where(info.name)
-
-    def check(data: bytes) -> npt.NDArray[np.void]:
-        if len(data) != info.bytes or hashlib.sha256(data).hexdigest() != info.sha256:
-            raise CorruptShardError(f"{path}: the index does not match its size or sha256 in the manifest")
-        index = np.frombuffer(data, INDEX_DTYPE)
-        room = np.repeat([shard.bytes for shard in shards], [shard.samples for shard in shards]).astype(np.uint64)
-        outside = (index["length"] > room) | (index["offset"] > room - index["length"])
-        if outside.any():
-            number = int(outside.argmax())
-            raise CorruptShardError(f"{path}: sample {number} has offset {index['offset'][number]} and length "
-                                    f"{index['length'][number]}, legal: within the {room[number]} bytes of its shard")
-        longest = int(index["length"].max(initial=0))
-        if longest > LARGEST_PICTURE:
-            raise CorruptShardError(f"{path}: sample {int(index['length'].argmax())} has length {longest}, legal: at "
-                                    f"most {LARGEST_PICTURE}")
-        return index
-
-    try:
-        return read_checked(storage, info.name, check, min(info.bytes, LARGEST_WHOLE))
-    except OSError as error:
-        raise ShardError(f"{path}: the index of split {split!r} cannot be read: {error}") from error
 
 
 def parse_span(span: bytes, where: str, ignore_index: int = 255, most_pixels: int = MAX_SIDE**2) -> CropSample:
@@ -269,7 +243,7 @@ def _read_member(stream: io.BytesIO, where: str) -> tuple[str, bytes]:
     return name.decode(), data
 
 
-def _check_sizes(storage: Storage, shards: Sequence[ShardInfo]) -> None:
+def _check_sizes(storage: Storage, shards: Iterable[ShardInfo]) -> None:
     """Check that every shard exists with the manifest's size, if the storage can list files."""
     try:
         sizes = storage.sizes()

@@ -1,34 +1,44 @@
 """Verify a shard set: every byte against its hash, every sample by decoding it, all counts by recounting.
 
-Memory is bounded by one piece and the largest sample, whatever the size of the shards. A shard whose size differs from
-the manifest's is not read at all.
+Shards are checked one by one, in several processes; memory is bounded by one piece and the largest sample in each, and
+8 bytes per sample for finding keys that occur twice. A shard whose size differs from the manifest's is not read at all.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import multiprocessing
 import zlib
-from collections import Counter
+from array import array
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from shards.errors import MaskStreamError, StorageError
 from shards.files.storage import Storage, open_storage
-from shards.manifest import MANIFEST_NAME, Manifest, ShardInfo, SplitInfo, load_manifest, manifest_bytes
-from shards.reader import load_index, parse_span
+from shards.manifest import MANIFEST_NAME, FileInfo, Manifest, ShardInfo, SplitInfo, load_manifest, manifest_bytes
+from shards.reader import parse_span
 from shards.sample import CropSample
+from shards.shard_table import SampleIndex, ShardTable
+from shards.workers import exit_with_parent, use_own_temporary_folder
 
 _END_OF_ARCHIVE = bytes(1024)
 _PIECE = 8 << 20  # bytes per read
+_QUEUED = 4  # shards handed to each process
 
 
-def verify(root: str | Path | Storage, progress: Callable[[str], object] = lambda shard: None) -> list[str]:
+def verify(root: str | Path | Storage, progress: Callable[[str], object] = lambda shard: None, *, deep: bool = True,
+           workers: int = 1) -> list[str]:
     """All problems found, each a sentence naming the file; an empty list means the set is intact.
 
-    `progress` is called with the name of each shard once it has been read.
+    `progress` is called with the name of each shard once it has been read. Without `deep`, shards are compared with
+    their hashes only, and no sample is decoded.
     """
     storage = open_storage(root)
     try:
@@ -38,51 +48,136 @@ def verify(root: str | Path | Storage, progress: Callable[[str], object] = lambd
     problems = []
     if storage.read(MANIFEST_NAME) != manifest_bytes(manifest):
         problems.append(f"{storage.where(MANIFEST_NAME)} is not in canonical form: it was edited or damaged")
-    problems += _unlisted_files(storage, manifest)
-    for name in manifest.splits:
-        problems += _verify_split(storage, manifest, name, progress)
-    return problems
+    listed: set[str] = set()
+    for name, split in manifest.splits.items():
+        try:
+            table = ShardTable.load(storage, name, split)
+        except MaskStreamError as error:
+            problems.append(str(error))
+            continue
+        listed.update(shard.name for shard in table)
+        problems += _verify_files(storage, split.files)
+        problems += _verify_split(_Facts(storage, manifest, name, table, deep), progress, workers)
+    return [*problems, *(_unlisted_files(storage, listed) if not problems or listed else ())]
 
 
-def _verify_split(storage: Storage, manifest: Manifest, name: str, progress: Callable[[str], object]) -> Iterator[str]:
-    split = manifest.splits[name]
-    try:
-        index = load_index(storage, manifest, name)
-    except MaskStreamError as error:
-        yield str(error)
+class _Facts(NamedTuple):
+    """What checking a split takes; sent to the processes."""
+
+    storage: Storage
+    manifest: Manifest
+    name: str
+    table: ShardTable
+    deep: bool
+
+    @property
+    def split(self) -> SplitInfo:
+        return self.manifest.splits[self.name]
+
+
+@dataclass
+class _Report:
+    """What was found in a shard: problems, and counts of its samples."""
+
+    shard: int
+    pixels: np.ndarray
+    samples: np.ndarray
+    ignored: int = 0
+    keys: array[int] = field(default_factory=lambda: array("Q"))  # a hash of each
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, sample: CropSample) -> None:
+        """Count a sample. Raises ValueError for a label that is no class; decoding errors as `CropSample`."""
+        self.keys.append(int.from_bytes(hashlib.blake2b(sample.key.encode(), digest_size=8).digest(), "little"))
+        labels, segment_map = sample.labels, sample.segment_map
+        if labels.size and labels.max() >= self.pixels.size:
+            raise ValueError(f"label {labels.max()}, legal: 0..{self.pixels.size - 1}")
+        area = np.bincount(segment_map.reshape(-1), minlength=labels.size)[: labels.size]
+        self.pixels[labels] += area
+        self.samples[labels] += 1
+        self.ignored += segment_map.size - int(area.sum())
+
+
+def _verify_split(facts: _Facts, progress: Callable[[str], object], workers: int) -> Iterator[str]:
+    whole, sound = _Report(0, *_zeros(facts)), True
+    order: list[tuple[int, int]] = []  # (shard, samples) in the order of `whole.keys`
+    for report in _reports(facts, workers):
+        yield from report.problems
+        sound = sound and not report.problems
+        whole.pixels += report.pixels
+        whole.samples += report.samples
+        whole.ignored += report.ignored
+        whole.keys.extend(report.keys)
+        order.append((report.shard, len(report.keys)))
+        progress(facts.table.name(report.shard))
+    if sound and facts.deep:
+        where = f"{facts.storage.where(MANIFEST_NAME)}, split {facts.name!r}"
+        yield from _compare(whole, facts.split, where)
+        yield from _repeated(facts, whole.keys, order, where)
+
+
+def _reports(facts: _Facts, workers: int) -> Iterator[_Report]:
+    """The reports of all shards, in any order."""
+    if workers == 1 or len(facts.table) == 1:
+        yield from (_verify_shard(facts, shard) for shard in range(len(facts.table)))
         return
-    counts, most_pixels = _Counts(manifest.num_classes), manifest.most_pixels(name)
-    first, sound = 0, True
-    for shard in split.shards:
-        entries = index[first : first + shard.samples]
-        first += shard.samples
-        parse = partial(parse_span, ignore_index=manifest.ignore_index, most_pixels=most_pixels)
-        problems = list(_verify_shard(storage, shard, entries, parse, counts))
-        yield from problems
-        sound = sound and not problems
-        progress(shard.name)
-    if sound:
-        yield from counts.compare(split, f"{storage.where(MANIFEST_NAME)}, split {name!r}")
+    use_own_temporary_folder()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(facts.table)), context, _start, (facts,)) as pool:
+        left, running = iter(range(len(facts.table))), set[Future[_Report]]()
+        try:
+            while True:
+                while len(running) < _QUEUED * workers and (shard := next(left, None)) is not None:
+                    running.add(pool.submit(_verify_numbered, shard))
+                if not running:
+                    return
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _verify_shard(storage: Storage, shard: ShardInfo, entries: np.ndarray, parse: Callable[[bytes, str], CropSample],
-                  counts: _Counts) -> Iterator[str]:
-    path = storage.where(shard.name)
+_facts: _Facts
+
+
+def _start(facts: _Facts) -> None:
+    global _facts
+    _facts = facts
+    exit_with_parent()
+
+
+def _verify_numbered(shard: int) -> _Report:
+    return _verify_shard(_facts, shard)
+
+
+def _zeros(facts: _Facts) -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros(facts.manifest.num_classes, np.int64), np.zeros(facts.manifest.num_classes, np.int64)
+
+
+def _verify_shard(facts: _Facts, number: int) -> _Report:
+    storage, table, report = facts.storage, facts.table, _Report(number, *_zeros(facts))
+    name = table.name(number)
+    path = storage.where(name)
     try:
-        size = storage.size(shard.name)
-        if size != shard.bytes:
-            yield f"{path} has {size} bytes, the manifest says {shard.bytes}"
-            return
-        content = _Pass(storage, shard)
-        yield from _verify_samples(content, entries, path, parse, counts)
-        if content.sha256() != shard.sha256:
-            yield f"{path} does not match its sha256 in the manifest"
+        size, expected = storage.size(name), table.bytes(number)
+        if size != expected:
+            report.problems.append(f"{path} has {size} bytes, the manifest says {expected}")
+            return report
+        content = _Pass(storage, ShardInfo(name=name, bytes=expected, sha256=table.sha256(number), samples=0))
+        if facts.deep:
+            entries = SampleIndex(storage, table, facts.split.index).entries(number)
+            parse = partial(parse_span, ignore_index=facts.manifest.ignore_index,
+                            most_pixels=facts.manifest.most_pixels(facts.name))
+            report.problems += _verify_samples(content, entries, path, parse, report)
+        if content.sha256() != table.sha256(number):
+            report.problems.append(f"{path} does not match its sha256 in the manifest")
     except (OSError, MaskStreamError) as error:
-        yield f"{path} cannot be read: {error}"
+        report.problems.append(f"{path} cannot be read: {error}")
+    return report
 
 
 def _verify_samples(content: _Pass, entries: np.ndarray, path: str, parse: Callable[[bytes, str], CropSample],
-                    counts: _Counts) -> Iterator[str]:
+                    report: _Report) -> Iterator[str]:
     for number, (offset, length, crc32) in enumerate(entries.tolist()):
         where = f"{path}, sample {number} (offset {offset})"
         if offset != content.position:
@@ -96,7 +191,7 @@ def _verify_samples(content: _Pass, entries: np.ndarray, path: str, parse: Calla
             continue
         try:
             sample = parse(span, where)
-            counts.add(sample.key, sample.segment_map, sample.labels)
+            report.add(sample)
             assert sample.image.shape[:2] == sample.segment_map.shape
         except (MaskStreamError, ValueError) as error:
             yield f"{where}: {error}"
@@ -107,7 +202,7 @@ def _verify_samples(content: _Pass, entries: np.ndarray, path: str, parse: Calla
 class _Pass:
     """One sequential pass over a shard, in pieces, hashing it on the way."""
 
-    def __init__(self, storage: Storage, shard: ShardInfo) -> None:
+    def __init__(self, storage: Storage, shard: ShardInfo | FileInfo) -> None:
         self.storage, self.shard, self.position = storage, shard, 0
         self._hash = hashlib.sha256()
         self._piece = memoryview(b"")  # read ahead, not yet returned
@@ -147,8 +242,18 @@ class _Pass:
         return part
 
 
-def _unlisted_files(storage: Storage, manifest: Manifest) -> list[str]:
-    listed = {shard.name for split in manifest.splits.values() for shard in split.shards}
+def _verify_files(storage: Storage, files: list[FileInfo]) -> Iterator[str]:
+    """Table, index and sources: whole, against their hashes."""
+    for file in files:
+        path = storage.where(file.name)
+        try:
+            if storage.size(file.name) != file.bytes or _Pass(storage, file).sha256() != file.sha256:
+                yield f"{path} does not match its size or sha256 in the manifest"
+        except (OSError, MaskStreamError) as error:
+            yield f"{path} cannot be read: {error}"
+
+
+def _unlisted_files(storage: Storage, listed: set[str]) -> list[str]:
     return [
         f"{storage.where(name)} is not in the manifest: a leftover of an interrupted run? Remove it"
         for name in sorted(storage.sizes() or ())
@@ -156,27 +261,33 @@ def _unlisted_files(storage: Storage, manifest: Manifest) -> list[str]:
     ]
 
 
-class _Counts:
-    """Recounts the class statistics of the manifest, and checks that keys are unique."""
+def _compare(found: _Report, split: SplitInfo, where: str) -> Iterator[str]:
+    """Recounted statistics with the manifest's."""
+    if found.pixels.tolist() != split.class_pixels or found.samples.tolist() != split.class_samples:
+        yield f"{where}: class counts differ from the samples"
+    if found.ignored != split.ignored_pixels:
+        yield f"{where}: ignored_pixels is {split.ignored_pixels}, the samples have {found.ignored}"
 
-    def __init__(self, num_classes: int) -> None:
-        self.pixels, self.samples = np.zeros(num_classes, np.int64), np.zeros(num_classes, np.int64)
-        self.ignored = 0
-        self.keys: Counter[str] = Counter()
 
-    def add(self, key: str, segment_map: np.ndarray, labels: np.ndarray) -> None:
-        self.keys[key] += 1
-        if labels.size and labels.max() >= self.pixels.size:
-            raise ValueError(f"label {labels.max()}, legal: 0..{self.pixels.size - 1}")
-        area = np.bincount(segment_map.reshape(-1), minlength=labels.size)[: labels.size]
-        self.pixels[labels] += area
-        self.samples[labels] += 1
-        self.ignored += segment_map.size - int(area.sum())
+def _repeated(facts: _Facts, keys: array[int], order: list[tuple[int, int]], where: str) -> Iterator[str]:
+    """Keys that occur more than once: found by their hashes, then read again to name them."""
+    hashes = np.frombuffer(keys, np.uint64)
+    places = np.argsort(hashes, kind="stable")
+    twice = np.flatnonzero(hashes[places[1:]] == hashes[places[:-1]])
+    ends = np.cumsum([samples for _, samples in order])
+    counts: dict[str, int] = {}
+    for place in np.unique(places[np.concatenate((twice, twice + 1))]).tolist():
+        turn = int(np.searchsorted(ends, place, side="right"))
+        shard, samples = order[turn]
+        with contextlib.suppress(MaskStreamError):
+            key = _key_of(facts, shard, place - int(ends[turn]) + samples)
+            counts[key] = counts.get(key, 0) + 1
+    for key, count in sorted(counts.items()):
+        if count > 1:  # 1: another key with the same hash
+            yield f"{where}: the key {key!r} occurs {count} times"
 
-    def compare(self, split: SplitInfo, where: str) -> Iterator[str]:
-        for key in (key for key, count in self.keys.items() if count > 1):
-            yield f"{where}: the key {key!r} occurs {self.keys[key]} times"
-        if self.pixels.tolist() != split.class_pixels or self.samples.tolist() != split.class_samples:
-            yield f"{where}: class counts differ from the samples"
-        if self.ignored != split.ignored_pixels:
-            yield f"{where}: ignored_pixels is {split.ignored_pixels}, the samples have {self.ignored}"
+
+def _key_of(facts: _Facts, shard: int, number: int) -> str:
+    entry = SampleIndex(facts.storage, facts.table, facts.split.index).entries(shard)[number]
+    name = facts.table.name(shard)
+    return parse_span(facts.storage.read(name, int(entry["offset"]), int(entry["length"])), name).key

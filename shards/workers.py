@@ -27,6 +27,11 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h
 
 
+def default_workers() -> int:
+    """One process per CPU that this one may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def exit_with_parent() -> None:
     """Call in a worker: it exits as soon as its parent process is gone, however that ended.
 

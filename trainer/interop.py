@@ -25,7 +25,7 @@ class SampleStream(IterableDataset[dict[str, Any]]):
 
     def __init__(self, config: DataConfig, seed: int = 0, epoch: int = 0, rank: int = 0, world_size: int = 1) -> None:
         self.reader = open_reader(config, config.train_split)
-        self.plan = TrainPlan([shard.samples for shard in self.reader.info.shards], 1, seed, config.lanes,
+        self.plan = TrainPlan(self.reader.table.samples, 1, seed, config.lanes,
                               config.span_samples)
         self.epoch, self.rank, self.world_size, self.budget = epoch, rank, world_size, config.read_ahead_mb << 20
 
@@ -48,7 +48,7 @@ class TransformersBatches(IterableDataset[dict[str, Any]]):
                  rank: int = 0, world_size: int = 1, mean: Sequence[float] = IMAGENET_MEAN,
                  std: Sequence[float] = IMAGENET_STD) -> None:
         reader = open_reader(config, config.train_split)
-        plan = TrainPlan([shard.samples for shard in reader.info.shards], batch_size, seed, config.lanes,
+        plan = TrainPlan(reader.table.samples, batch_size, seed, config.lanes,
                          config.span_samples)
         numbers = MicroBatchNumbers(first_step=first_step, last_step=last_step, rank=rank, world_size=world_size,
                                     accumulation=1)

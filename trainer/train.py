@@ -62,7 +62,7 @@ def _dry_run(config: RunConfig) -> int:
     accumulation = accumulation_for(global_batch, config.train.micro_batch_size, 1)
     val_images = len(val_reader)
     print(f"{shown(manifest.dataset)}: {manifest.num_classes} classes, {samples} training samples in "
-          f"{len(crops.reader.info.shards)} shards, {val_images} validation samples")
+          f"{crops.reader.info.shards} shards, {val_images} validation samples")
     print(f"{steps} steps of {global_batch} = {steps * global_batch / samples:.2f} epochs; {accumulation} "
           "micro-batches per step, divided among the ranks")
     batch = crops[0]

@@ -12,18 +12,31 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from preprocess.blocks import Block
 from shards.files.atomic import remove_leftovers
 from shards.files.locks import own_folder
 from shards.files.storage import LocalStorage, below, open_storage
 from shards.files.strict_json import to_json
-from shards.manifest import ShardInfo, hash_of
+from shards.manifest import INDEX_DTYPE, ShardInfo, hash_of
 from shards.mirror import copy_file
 from shards.shown_text import masked_value
 
 PROGRESS = ".progress"
+
+
+class Summary(NamedTuple):
+    """What a rerun needs to know of a finished block; with very many blocks, whole records would fill the memory."""
+
+    fingerprint: str
+    sources: str
+    has_skipped: bool
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> Summary:
+        """The summary of a record. Raises KeyError when it is not one."""
+        return cls(str(record["fingerprint"]), str(record["sources"]), bool(record["skipped_images"]))
 
 
 class BlockStore:
@@ -63,11 +76,18 @@ class BlockStore:
             copy_file(LocalStorage(path.parent), self.storage, info)
 
     def write_record(self, block: Block, record: dict[str, Any]) -> None:
-        """Mark a block as finished."""
+        """Mark a block as finished: first its index is written, then the rest of the record."""
+        record = dict(record)
+        self.records.write(_index(block), record.pop("index"))
         self.records.write(_name(block), to_json(record).encode())
 
-    def read_records(self, blocks: list[Block]) -> dict[str, dict[str, Any]]:
-        """The records of those blocks whose shards are there with the recorded sizes, by block name."""
+    def read_record(self, block: Block) -> dict[str, Any]:
+        """The record of a finished block, with its index."""
+        record = json.loads(self.records.read(_name(block)))
+        return {**record, "index": self.records.read(_index(block))}
+
+    def summaries(self, blocks: list[Block]) -> dict[str, Summary]:
+        """What is to be known of those blocks whose shards are there with the recorded sizes, by block name."""
         try:
             present = self.records.sizes() or {}
             sizes = self.storage.sizes() or {}
@@ -78,8 +98,10 @@ class BlockStore:
             if _name(block) in present:
                 with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
                     record = json.loads(self.records.read(_name(block)))
-                    if all(sizes.get(shard["name"]) == shard["bytes"] for shard in record["shards"]):
-                        found[block.name] = record
+                    samples = sum(shard["samples"] for shard in record["shards"])
+                    if all(sizes.get(shard["name"]) == shard["bytes"] for shard in record["shards"]) \
+                            and present.get(_index(block)) == samples * INDEX_DTYPE.itemsize:
+                        found[block.name] = Summary.of(record)
         return found
 
     def tidy(self, blocks: list[Block]) -> None:
@@ -114,3 +136,7 @@ class BlockStore:
 
 def _name(block: Block) -> str:
     return f"{block.name}.json"
+
+
+def _index(block: Block) -> str:
+    return f"{block.name}.index"

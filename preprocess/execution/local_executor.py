@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -116,11 +115,6 @@ def _start_worker(job: Job, stop: Any, images: Any, failed: Any) -> None:
 
 def _run(task: Task) -> Any:
     return task.run(*_worker_state)
-
-
-def default_workers() -> int:
-    """One per CPU that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The tasks that workers run, on any executor. Each is small when pickled, and returns JSON types.
+"""The tasks that workers run, on any executor. Each is small when pickled, and returns counts and the shards' indexes.
 
 A block is one task. When there are fewer blocks than work for all workers, it is encoded in pieces, and each of its
 shards is then joined from theirs: the same bytes.
@@ -62,7 +62,7 @@ class WriteBlock:
     block: Block
 
     def run(self, job: Job, progress: Progress) -> dict[str, Any]:
-        """The block's record: shards, index, sources, class counts, skips."""
+        """The block's record: shards, sources, class counts, skips, and `index`, the bytes of the shards' indexes."""
         with job.store.workspace() as folder:
             writers = [ShardWriter(folder / name) for name in self.block.shard_names]
             with contextlib.ExitStack() as stack:
@@ -121,7 +121,7 @@ class JoinShard:
 def complete_record(record: dict[str, Any], shards: list[dict[str, Any] | None]) -> dict[str, Any]:
     """A block's record from its statistics and its shards."""
     kept = [shard for shard in shards if shard is not None]
-    return {**record, "shards": [shard["info"] for shard in kept], "index": [shard["index"] for shard in kept],
+    return {**record, "shards": [shard["info"] for shard in kept], "index": b"".join(shard["index"] for shard in kept),
             "sources": hash_of(record["sources"])}
 
 
@@ -131,7 +131,7 @@ def _kept(store: BlockStore, writer: ShardWriter) -> dict[str, Any] | None:
         writer.path.unlink()
         return None
     store.keep(writer.path, writer.info)
-    return {"info": asdict(writer.info), "index": writer.index.tobytes().hex()}
+    return {"info": asdict(writer.info), "index": writer.index.tobytes()}
 
 
 class _Spans:

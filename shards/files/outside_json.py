@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import types
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -51,6 +52,8 @@ def _built(kind: Any, value: Any, where: str) -> Any:
     if origin is Any:
         _check_depth(value, where)
         return value
+    if origin is types.UnionType:  # X | None
+        return None if value is None else _built(inner[0], value, where)
     expected: Any = list if origin is tuple else origin
     if type(value) is not expected or (expected is int and not 0 <= value <= LARGEST_INTEGER) or (
             expected is str and len(value) > _LONGEST_TEXT):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from shards.manifest import MANIFEST_NAME, ClassInfo, canonical_json, hash_of, l
 from shards.manifest import parse_manifest as parse
 from shards.reader import ShardReader
 from tests.runs.test_end_to_end import run_program, tiny
+from tests.support.hand_made import as_version_1
 from tests.support.training_run import TINY
 from tests.unit.test_trainer_run_checkpoint import state
 from trainer.build import build_model
@@ -52,7 +54,7 @@ def both(*changes: Change) -> Change:
 
 
 TRAIN = ("splits", "train")
-HOSTILE: dict[str, Change] = {
+HOSTILE: dict[str, Change] = {  # of version 1, which lists its shards
     "negative counts that sum right": both(change(*TRAIN, "shards", 0, "samples", to=-6),
                                            change(*TRAIN, "shards", 1, "samples", to=18)),
     "null samples": change(*TRAIN, "samples", to=None),
@@ -90,11 +92,33 @@ HOSTILE: dict[str, Change] = {
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_manifest_is_one_line(name: str, scene_shards: Path) -> None:
-    content = json.loads((scene_shards / MANIFEST_NAME).read_bytes())
+HOSTILE_2: dict[str, Change] = {  # of version 2, beside those above that name no shard
+    "no shards": change(*TRAIN, "shards", to=0),
+    "more shards than samples": change(*TRAIN, "shards", to=25),
+    "shards of version 1": change(*TRAIN, "shards", to=[]),
+    "listed shards": change(*TRAIN, "listed", to=[]),
+    "bytes that hold no sample": change(*TRAIN, "bytes", to=100),
+    "10**30 bytes": change(*TRAIN, "bytes", to=10**30),
+    "no table": change(*TRAIN, "table", to=None),
+    "a table elsewhere": change(*TRAIN, "table", "name", to="../train.shards"),
+    "a table for other shards": change(*TRAIN, "table", "bytes", to=53),
+    "a table named as the index": change(*TRAIN, "table", "name", to="train.index"),
+    "a table whose hash is none": change(*TRAIN, "table", "sha256", to="x" * 64),
+    "a number for a table": change(*TRAIN, "table", to=5),
+    "sources elsewhere": change(*TRAIN, "sources", "name", to="/etc/passwd.sources"),
+    "sources of version 1": change("sources", to={"train-000000": "0" * 64}),
+}
+HOSTILE_2 |= {name: change for name, change in HOSTILE.items() if "shard" not in name and name not in (
+    "negative counts that sum right", "10**30 samples", "2**62 samples that sum right",
+    "as many samples as fit no file", "whole floats", "text for a number", "negative bytes", "a hash that is none")}
+
+
+@pytest.mark.parametrize(("version", "name"), [*((1, name) for name in HOSTILE), *((2, name) for name in HOSTILE_2)])
+def test_a_hostile_manifest_is_one_line(version: int, name: str, scene_shards: Path, tmp_path: Path) -> None:
+    root = scene_shards if version == 2 else as_version_1(Path(shutil.copytree(scene_shards, tmp_path / "set")))
+    content = json.loads((root / MANIFEST_NAME).read_bytes())
     del content["manifest_sha256"]
-    HOSTILE[name](content)
+    (HOSTILE if version == 1 else HOSTILE_2)[name](content)
     try:
         data = canonical_json({**content, "manifest_sha256": hash_of(content)}).encode()
     except ValueError:  # NaN has no canonical form

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import random
@@ -53,7 +52,7 @@ def one_run(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 def contents(output: Path | str) -> dict[str, bytes]:
     """The files of a set, by name; nothing else may be there."""
     storage = open_storage(output)
-    names = {MANIFEST_NAME, *(file.name for file in files_of(load_manifest(storage)))}
+    names = {MANIFEST_NAME, *(file.name for file in files_of(storage, load_manifest(storage)))}
     assert set(storage.sizes() or ()) == names
     if not str(output).startswith("s3:"):
         assert {path.name for path in Path(output).iterdir()} == names, "something is left beside the set"
@@ -305,7 +304,8 @@ def test_a_task_hands_back_no_shard(drawn: Path, tmp_path: Path) -> None:
 
     record = WriteBlock(block).run(Job(config, dataset, BlockStore(str(tmp_path), ".staging")), Silent())
     shards = sum((tmp_path / shard["name"]).stat().st_size for shard in record["shards"])
-    assert len(pickle.dumps(record)) < shards / 20 and json.loads(json.dumps(record)) == record
+    assert len(pickle.dumps(record)) < shards / 20
+    assert len(record["index"]) == 16 * 12
 
 
 def test_without_ray_the_extra_is_named(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

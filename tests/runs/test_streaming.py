@@ -53,7 +53,7 @@ def crops(root: str | Path, batch: int = 2, **changed: Any) -> TrainCrops:
     settings = {"workers": 0, "lanes": 8, "span_samples": 3, "tries": 8, "timeout": 1.0} | changed
     config = DataConfig(root=str(root), **settings)
     reader = open_reader(config, "train")
-    plan = TrainPlan([shard.samples for shard in reader.info.shards], batch, 5, config.lanes, config.span_samples)
+    plan = TrainPlan(reader.table.samples, batch, 5, config.lanes, config.span_samples)
     return TrainCrops(reader, plan, config)
 
 
@@ -163,7 +163,7 @@ def test_each_byte_is_fetched_once_an_epoch_and_ranks_make_up_the_same_batches(
 ) -> None:
     """Two epochs of 24 samples in 6 steps of 8, as read by each worker of each rank."""
     reader = ShardReader(s3_shards, "train")
-    size = sum(shard.bytes for shard in reader.info.shards)
+    size = reader.info.bytes
     datasets = [[crops(s3_shards) for _ in range(workers)] for _ in range(ranks)]
     s3.bytes = 0
     found: dict[int, Batch] = {}
@@ -300,7 +300,7 @@ def damaged(shards: Path, folder: Path, samples: list[int]) -> Path:
     reader = ShardReader(shards, "train")
     for number in samples:
         shard, offset, _ = reader.place(number)
-        path = copied / reader.info.shards[shard].name
+        path = copied / reader.table.name(shard)
         data = bytearray(path.read_bytes())
         data[offset + 600] ^= 1
         path.write_bytes(data)

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from shards.files.storage import LocalStorage
 from shards.manifest import (
     MANIFEST_NAME,
+    SHARD_DTYPE,
     ClassInfo,
-    IndexInfo,
+    FileInfo,
     Manifest,
     ShardInfo,
     SplitInfo,
+    load_manifest,
     manifest_bytes,
 )
 from shards.rle import encode_rle
 from shards.sample import encode_sample
+from shards.shard_table import ShardTable
 from shards.writer import ShardWriter
 
 
@@ -47,14 +53,58 @@ def write_set(root: Path, shards: Sequence[Sequence[bytes]], size: tuple[int, in
 
 
 def write_manifest(root: Path, shards: list[ShardInfo], index: bytes, samples: int, size: tuple[int, int]) -> None:
-    """Write the index and manifest for `write_set`."""
-    (root / "train.index").write_bytes(index)
+    """Write table, index and manifest for `write_set`."""
+    rows, start = [], 0
+    for shard in shards:
+        end = start + 16 * shard.samples
+        number = int(shard.name.removesuffix(".tar").rpartition("-")[2])
+        rows.append((number, shard.samples, shard.bytes, zlib.crc32(index[start:end]), bytes.fromhex(shard.sha256)))
+        start = end
+    files = {name: file_of(root, f"train.{name}", data) for name, data in
+             (("shards", np.array(rows, SHARD_DTYPE).tobytes()), ("index", index), ("sources", b""))}
     split = SplitInfo(
-        kind="crops", images=samples, samples=samples, shards=shards, class_pixels=[samples * size[0] * size[1], 0],
-        class_samples=[samples, 0], ignored_pixels=0,
-        index=IndexInfo(name="train.index", bytes=len(index), sha256=hashlib.sha256(index).hexdigest()),
-    )
+        kind="crops", images=samples, samples=samples, shards=len(shards), bytes=sum(shard.bytes for shard in shards),
+        class_pixels=[samples * size[0] * size[1], 0], class_samples=[samples, 0], ignored_pixels=0,
+        table=files["shards"], index=files["index"], sources=files["sources"])
     classes = [ClassInfo(name=name, color=(number, 0, 0)) for number, name in enumerate(("a", "b"))]
     manifest = Manifest(dataset="folder", classes=classes, ignore_index=255, seed=0, crops={}, config={},
                         config_hash="0" * 64, producer={}, splits={"train": split})
     (root / MANIFEST_NAME).write_bytes(manifest_bytes(manifest))
+
+
+def file_of(root: Path, name: str, data: bytes) -> FileInfo:
+    (root / name).write_bytes(data)
+    return FileInfo(name=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def edit_table(root: Path, split: str, change: Callable[[np.ndarray], None], fix: bool = True) -> None:
+    """Change the SHARD_DTYPE records of a split; with `fix`, the manifest is made to agree."""
+    manifest = load_manifest(root)
+    info = manifest.splits[split]
+    records = np.fromfile(root / f"{split}.shards", SHARD_DTYPE)
+    change(records)
+    table = file_of(root, f"{split}.shards", records.tobytes())
+    if fix:
+        changed = {**manifest.splits, split: replace(info, table=table, shards=len(records))}
+        (root / MANIFEST_NAME).write_bytes(manifest_bytes(replace(manifest, splits=changed)))
+
+
+def shards_of(root: Path, split: str = "train") -> list[ShardInfo]:
+    return list(ShardTable.load(LocalStorage(root), split, load_manifest(root).splits[split]))
+
+
+def as_version_1(root: Path) -> Path:
+    """Rewrite a set's manifest as releases wrote it that knew version 1 only; all other files stay."""
+    manifest = load_manifest(root)
+    splits, sources = {}, {}
+    for name, info in manifest.splits.items():
+        listed = shards_of(root, name)
+        hashes = (root / f"{name}.sources").read_bytes()
+        sources |= {f"{name}-{block:06d}": hashes[32 * block : 32 * block + 32].hex()
+                    for block in range(len(hashes) // 32)}
+        splits[name] = replace(info, listed=listed, table=None, sources=None)
+        for suffix in ("shards", "sources"):
+            (root / f"{name}.{suffix}").unlink()
+    old = replace(manifest, splits=splits, sources=sources, format_version=1)
+    (root / MANIFEST_NAME).write_bytes(manifest_bytes(old))
+    return root

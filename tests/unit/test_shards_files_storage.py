@@ -230,7 +230,7 @@ def test_missing_replaced_and_newer_sets_are_refused(s3_shards: str, scene_shard
     reader, name = ShardReader(s3_shards, "train"), "train-000001.tar"
     data = bytearray(storage.read(name))
     storage.write(name, bytes(255 - byte for byte in data))  # replaced while it is being read
-    number = reader.info.shards[0].samples
+    number = int(reader.table.samples[0])
     with pytest.raises(CorruptShardError, match=f"{s3_shards}/{name}, sample 0 .*was replaced"):
         reader.read(number)
     storage.delete(name)
@@ -241,7 +241,7 @@ def test_missing_replaced_and_newer_sets_are_refused(s3_shards: str, scene_shard
     storage.write(name, bytes(data[:-512]))
     with pytest.raises(CorruptShardError, match=f"{name} has {len(data) - 512} bytes, the manifest says {len(data)}"):
         ShardReader(s3_shards, "train")
-    newer = manifest_bytes(load_manifest(s3_shards)).replace(b'"format_version": 1', b'"format_version": 9')
+    newer = manifest_bytes(load_manifest(s3_shards)).replace(b'"format_version": 2', b'"format_version": 9')
     storage.write(MANIFEST_NAME, newer)
     with pytest.raises(FormatVersionError, match=f"{s3_shards}/manifest.json has format_version 9"):
         load_manifest(s3_shards)
@@ -335,7 +335,7 @@ def test_a_full_disk_costs_the_cache_only(tmp_path: Path) -> None:
 
 def test_a_set_is_mirrored_between_any_places(s3_root: str, scene_shards: Path, tmp_path: Path) -> None:
     there, elsewhere, back = s3_root, f"{s3_root}-too", tmp_path / "back"
-    files = sum(1 for _ in files_of(load_manifest(scene_shards)))
+    files = sum(1 for _ in files_of(LocalStorage(scene_shards), load_manifest(scene_shards)))
     for source, destination in ((scene_shards, there), (there, elsewhere), (elsewhere, back)):
         assert copy_set(source, destination) == files
         assert copy_set(source, destination) == 0
@@ -382,7 +382,7 @@ def test_a_killed_upload_is_never_taken_for_a_set_and_goes_on(
     upload.wait()
     s3.delay = 0.0
     there = len(storage.sizes() or {})
-    files = sum(1 for _ in files_of(load_manifest(scene_shards)))
+    files = sum(1 for _ in files_of(LocalStorage(scene_shards), load_manifest(scene_shards)))
     assert 2 <= there < files
     with pytest.raises(ShardError, match="was not finished"):
         load_manifest(s3_root)
@@ -402,7 +402,7 @@ def test_a_set_that_another_process_published_meanwhile_is_not_overwritten(
 ) -> None:
     storage = open_storage(s3_root if kind == "object storage" else tmp_path / "set")
     other = manifest_bytes(load_manifest(scene_shards)).replace(b'"seed": 0', b'"seed": 1')
-    last = list(files_of(load_manifest(scene_shards)))[-1]
+    last = list(files_of(LocalStorage(scene_shards), load_manifest(scene_shards)))[-1]
 
     def publish(file: object) -> None:
         if file == last:  # all files are there, the manifest would be next

@@ -175,7 +175,7 @@ def test_whole_images_keep_their_original_bytes(scenes: Path, scene_shards: Path
 def test_stock_webdataset_reads_our_shards(scene_shards: Path) -> None:
     webdataset = pytest.importorskip("webdataset")
     reader = ShardReader(scene_shards, "train")
-    urls = [str(scene_shards / shard.name) for shard in reader.info.shards]
+    urls = [str(scene_shards / shard.name) for shard in reader.table]
     with warnings.catch_warnings():  # webdataset leaves shard files for the garbage collector to close
         warnings.simplefilter("ignore", ResourceWarning)
         found = list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil"))
@@ -231,7 +231,7 @@ def test_a_missing_and_an_extra_shard_are_found(damaged: Path) -> None:
 
 def test_the_reader_refuses_a_damaged_sample_and_serves_the_others(damaged: Path) -> None:
     reader = ShardReader(damaged, "train")
-    path = damaged / reader.info.shards[0].name
+    path = damaged / reader.table.name(0)
     data = bytearray(path.read_bytes())
     data[700] ^= 1
     path.write_bytes(data)
@@ -253,10 +253,10 @@ def test_manifests_that_cannot_be_trusted_are_refused(damaged: Path) -> None:
     assert manifest_bytes(manifest) == original
     splits = json.loads(original)["splits"]
     wrong_count = {**splits, "val": splits["val"] | {"samples": 6}}
-    escaping = json.loads(original.replace(b'"val-000000.tar"', b'"../val.tar"'))["splits"]
+    escaping = json.loads(original.replace(b'"val.shards"', b'"../val.shards"'))["splits"]
     for changes, error, message in (
-        ({"format_version": 2}, FormatVersionError, "format_version 2"),
-        ({"splits": wrong_count}, CorruptShardError, "do not add up to 6"),
+        ({"format_version": 3}, FormatVersionError, "format_version 3, this code knows 1 and 2"),
+        ({"splits": wrong_count}, CorruptShardError, "the index has 80 bytes for 6 samples"),
         ({"splits": escaping}, CorruptShardError, "not a plain file name"),
         ({"classes": 3}, CorruptShardError, "has a missing or malformed field"),
         ({"splits": [1]}, CorruptShardError, "has a missing or malformed field"),

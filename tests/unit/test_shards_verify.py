@@ -21,9 +21,12 @@ from shards.files.storage import LocalStorage
 from shards.manifest import INDEX_DTYPE, MANIFEST_NAME, load_manifest
 from shards.mirror import copy_set
 from shards.reader import ShardReader, iter_samples
+from shards.rle import encode_rle
+from shards.sample import encode_sample
 from shards.verify import verify
+from shards.writer import ShardWriter
 from tests.conftest import make_shards
-from tests.support.hand_made import jpeg, write_manifest, write_set
+from tests.support.hand_made import jpeg, shards_of, write_manifest, write_set
 
 MEGABYTE = 1 << 20
 
@@ -128,10 +131,9 @@ def test_verify_holds_a_piece_and_a_sample(tmp_path: Path, monkeypatch: pytest.M
 ])
 def test_verify_in_one_pass_finds_holes_and_overlaps(tmp_path: Path, shift: int, message: str) -> None:
     write_set(tmp_path, [[jpeg(64, 64)] * 3])
-    manifest = load_manifest(tmp_path)
     index = np.fromfile(tmp_path / "train.index", INDEX_DTYPE)
     index["offset"][1] = int(index["offset"][1]) + shift
-    write_manifest(tmp_path, manifest.splits["train"].shards, index.tobytes(), 3, (64, 64))
+    write_manifest(tmp_path, shards_of(tmp_path), index.tobytes(), 3, (64, 64))
     problems = verify(tmp_path)
     assert "sample 1 (offset" in problems[0] and message in problems[0]
     assert not any("sample 0" in problem or "its sha256" in problem for problem in problems)
@@ -139,8 +141,8 @@ def test_verify_in_one_pass_finds_holes_and_overlaps(tmp_path: Path, shift: int,
 
 def test_samples_beyond_four_gigabytes_are_read(tmp_path: Path) -> None:
     write_set(tmp_path, [[jpeg(64, 64)] * 2])
-    path, manifest = tmp_path / "train-000000.tar", load_manifest(tmp_path)
-    (shard,), index = manifest.splits["train"].shards, np.fromfile(tmp_path / "train.index", INDEX_DTYPE)
+    path = tmp_path / "train-000000.tar"
+    (shard,), index = shards_of(tmp_path), np.fromfile(tmp_path / "train.index", INDEX_DTYPE)
     content, far = path.read_bytes(), 5 << 30
     with path.open("r+b") as file:  # sparse
         file.truncate(far)
@@ -156,11 +158,11 @@ def test_samples_beyond_four_gigabytes_are_read(tmp_path: Path) -> None:
 
 def test_an_index_with_a_sample_that_nothing_can_hold_is_refused(tmp_path: Path) -> None:
     write_set(tmp_path, [[jpeg(64, 64)] * 2])
-    path, manifest = tmp_path / "train-000000.tar", load_manifest(tmp_path)
+    path = tmp_path / "train-000000.tar"
     os.truncate(path, 60 << 30)
     index = np.fromfile(tmp_path / "train.index", INDEX_DTYPE)
     index["length"][1] = 3 << 30
-    shard = replace(manifest.splits["train"].shards[0], bytes=60 << 30)
+    shard = replace(shards_of(tmp_path)[0], bytes=60 << 30)
     write_manifest(tmp_path, [shard], index.tobytes(), 2, (64, 64))
     with pytest.raises(CorruptShardError, match=rf"train\.index: sample 1 has length {3 << 30}, legal: at most"):
         ShardReader(tmp_path, "train")
@@ -196,3 +198,41 @@ def test_a_pipe_in_the_place_of_a_run_s_files_hangs_nobody(tmp_path: Path) -> No
     assert is_used(tmp_path) is None
     with pytest.raises(StorageError, match=r"state\.json is a named pipe, legal: a regular file"):
         read_state(tmp_path)
+
+
+# -- several processes ------------------------------------------------------------------------------------------------
+
+
+def test_several_processes_find_what_one_finds(scene_shards: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(scene_shards, tmp_path / "set"))
+    assert verify(root, workers=2) == []
+    for name, place in (("train-000001.tar", 3000), ("train-000003.tar", 700)):
+        data = bytearray((root / name).read_bytes())
+        data[place] ^= 1
+        (root / name).write_bytes(data)
+    (root / ".train-000009.tar.4711.tmp").touch()
+    seen: list[str] = []
+    assert sorted(verify(root, seen.append, workers=2)) == sorted(verify(root)) != []
+    assert sorted(seen) == [*[f"train-{number:06d}.tar" for number in range(4)], "val-000000.tar"]
+
+
+def test_hashes_alone_find_every_changed_byte(scene_shards: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(scene_shards, tmp_path / "set"))
+    assert verify(root, deep=False) == []
+    data = bytearray((root / "val-000000.tar").read_bytes())
+    data[-1] ^= 1  # in the end-of-archive blocks
+    (root / "val-000000.tar").write_bytes(data)
+    (problem,) = verify(root, deep=False)
+    assert problem.endswith("val-000000.tar does not match its sha256 in the manifest")
+
+
+def test_a_key_in_two_shards_is_named(tmp_path: Path) -> None:
+    write_set(tmp_path, [[jpeg(64, 64)] * 2, [jpeg(64, 64)] * 2])
+    with ShardWriter(tmp_path / "train-000001.tar") as writer:
+        for key in ("0-1", "1-0"):
+            writer.write(key, jpeg(64, 64), "jpg", encode_sample(key, encode_rle(np.zeros((64, 64), np.uint8)), {}))
+    index = (tmp_path / "train.index").read_bytes()[:32] + writer.index.tobytes()
+    write_manifest(tmp_path, [shards_of(tmp_path)[0], writer.info], index, 4, (64, 64))
+    for workers in (1, 2):
+        (problem,) = verify(tmp_path, workers=workers)
+        assert problem.endswith("the key '0-1' occurs 2 times")

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 def crops(root: Path, batch: int = 3, **settings: object) -> TrainCrops:
     reader = ShardReader(root, "train")
-    plan = TrainPlan([shard.samples for shard in reader.info.shards], batch, 5)
+    plan = TrainPlan(reader.table.samples, batch, 5)
     return TrainCrops(reader, plan, DataConfig(**{"workers": 0, **settings}))  # type: ignore[arg-type]
 
 
@@ -159,7 +159,7 @@ def test_a_damaged_sample_reaches_the_user_as_itself_through_a_worker(scene_shar
 
     broken = Path(shutil.copytree(scene_shards, tmp_path / "set"))
     dataset = crops(broken, workers=1)
-    for shard in dataset.reader.info.shards:
+    for shard in dataset.reader.table:
         data = bytearray((broken / shard.name).read_bytes())
         data[600] ^= 255
         (broken / shard.name).write_bytes(data)

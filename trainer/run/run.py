@@ -123,7 +123,7 @@ class Run:
 def open_crops(config: RunConfig, manifest: Manifest) -> TrainCrops:
     """The training samples in the planned order. Raises ConfigError when their size does not fit the head."""
     reader = open_reader(config.data, config.data.train_split, manifest)
-    plan = TrainPlan([shard.samples for shard in reader.info.shards], config.train.micro_batch_size, config.seed,
+    plan = TrainPlan(reader.table.samples, config.train.micro_batch_size, config.seed,
                      config.data.lanes, config.data.span_samples)
     crops = TrainCrops(reader, plan, config.data, global_batch_size=config.train.global_batch_size)
     height, width = crops[0].images.shape[2:]
