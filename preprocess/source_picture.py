@@ -8,7 +8,6 @@ are refused.
 
 from __future__ import annotations
 
-import importlib
 import io
 import warnings
 from collections.abc import Sequence
@@ -28,7 +27,8 @@ from PIL.TiffImagePlugin import (
 )
 
 from preprocess.config import DatasetConfig
-from shards.errors import ConfigError, CorruptShardError, DatasetError
+from preprocess.extras import import_extra
+from shards.errors import CorruptShardError, DatasetError
 from shards.picture_file import DECODER_ERRORS, PNG_START, kind_of, load_picture, open_label_map, open_picture
 from shards.rle import MAX_CLASSES, MAX_SIDE
 from shards.sample import decode_image
@@ -179,10 +179,7 @@ def _first(value: Any) -> int:
 
 def _raw(data: bytes, name: str) -> npt.NDArray[Any]:
     """Stored values [H, W] or [H, W, bands], by tifffile or imagecodecs."""
-    try:
-        tifffile, codecs = (importlib.import_module(module) for module in ("tifffile", "imagecodecs"))
-    except ImportError as error:
-        raise ConfigError(f"{name} needs the extra 'tiff' ({error}): pip install 'maskstream[tiff]'") from None
+    tifffile, codecs = (import_extra(module, "tiff", name) for module in ("tifffile", "imagecodecs"))
     try:
         if kind_of(data) != "TIFF":
             return np.asarray(codecs.imread(data))

@@ -85,7 +85,7 @@ def test_mapping_equals_its_definition(stored_ids: list[int], seed: int) -> None
     assert mapping.apply(stored, "x").label_map.tolist() == expected
 
 
-@settings(max_examples=20)  # each builds a table of all colours
+@settings(max_examples=20, deadline=None)  # each builds a table of all colours
 @given(st.integers(0, 2**31), st.floats(0, 60))
 def test_nearest_colour_equals_its_definition(seed: int, tolerance: float) -> None:
     generator = np.random.default_rng(seed)

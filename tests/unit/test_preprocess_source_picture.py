@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from preprocess import source_picture
+from preprocess import extras, source_picture
 from preprocess.config import DatasetConfig
 from preprocess.pairs import open_dataset, read_pair
 from preprocess.source_picture import Conversion, decode_source_image, encode_png, read_stored_labels
@@ -175,7 +175,7 @@ def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -
             raise ImportError("No module named 'imagecodecs'")
         return real(name)
 
-    monkeypatch.setattr(source_picture.importlib, "import_module", missing)
+    monkeypatch.setattr(extras.importlib, "import_module", missing)
     with pytest.raises(ConfigError, match=r"x needs the extra 'tiff' \(.*imagecodecs.*\): pip install 'masks"):
         decoded(saved("PNG", DEEP[..., 0]), Conversion((0, 65535)))
     with pytest.raises(DatasetError, match=r"Set dataset[.]image_range"):  # the advice needs no extra
