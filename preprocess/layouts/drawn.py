@@ -77,8 +77,8 @@ class Canvas:
         self._draw = ImageDraw.Draw(self._image)
 
     def polygon(self, points: Sequence[tuple[float, float]], stored: int) -> None:
-        """Fill it, with its outline."""
-        self._draw.polygon(list(points), fill=stored, outline=stored)
+        """Fill it, with its outline. Each corner is the pixel that holds the point, as in LabelMe's own conversion."""
+        self._draw.polygon([(math.floor(x), math.floor(y)) for x, y in points], fill=stored, outline=stored)
 
     def circle(self, center: tuple[float, float], radius: float, stored: int) -> None:
         """Fill it, with its outline."""

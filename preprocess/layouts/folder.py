@@ -86,7 +86,9 @@ class Folder(TwoTrees):
                               f"{tree.name}/{self.class_lists[0]} or set dataset.class_file") from error
 
     def pairs(self, config: DatasetConfig, tree: SourceTree) -> Iterator[tuple[str, Found]]:
-        yield from self._by_templates(config, tree) if config.images is not None else super().pairs(config, tree)
+        by_templates = config.images is not None
+        for split, found in self._by_templates(config, tree) if by_templates else super().pairs(config, tree):
+            yield split, found._replace(unpaired=[item for item in found.unpaired if item[0] not in self.class_lists])
 
     def _by_templates(self, config: DatasetConfig, tree: SourceTree) -> Iterator[tuple[str, Found]]:
         """By `dataset.images` and `dataset.labels`."""
