@@ -167,23 +167,29 @@ class _Listing:
         """The files of a split. `order`: the fields, in their order in the key."""
         pattern, listing = template.pattern(split), cls()
         for path, size in sorted(tree.files(template.folder(split)).items()):
-            place = PurePosixPath(path)
-            if not place.stem.strip("."):
+            stem, suffix = _split_suffix(path)
+            if not stem.rpartition("/")[2].strip("."):
                 listing.rejected[path] = "its name consists only of dots and a suffix"
                 continue
-            matched = pattern.fullmatch(path if template.has_suffix else str(place.with_suffix("")))
+            matched = pattern.fullmatch(path if template.has_suffix else stem)
             key = "/".join(matched[name] for name in order) if matched else ""
             if matched is None:
                 listing.unmatched.add(path)
             elif wanted is not None and key not in wanted:
                 listing.unlisted.add(path)
-            elif place.suffix.lower() not in template.suffixes:
+            elif suffix.lower() not in template.suffixes:
                 listing.rejected[path] = f"not one of {', '.join(template.suffixes)}"
             elif key in listing.found:
                 listing.rejected[path] = f"same name as {listing.found[key][0]}"
             else:
                 listing.found[key] = (path, size)
         return listing
+
+
+def _split_suffix(path: str) -> tuple[str, str]:
+    """(path without suffix, suffix); as PurePosixPath does it, but ten times as fast."""
+    place = path.rfind(".", path.rfind("/") + 2)
+    return (path[:place], path[place:]) if 0 < place < len(path) - 1 else (path, "")
 
 
 def _rest(one: _Listing, other: _Listing) -> tuple[list[tuple[str, str]], list[str]]:

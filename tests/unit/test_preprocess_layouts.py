@@ -247,13 +247,13 @@ class Names:
     def __init__(self, names: Iterator[str], content: dict[str, bytes] | None = None) -> None:
         self.name, self.left_out, self.content = "names", set[str](), content or {}
         self.by_folder: dict[str, dict[str, int]] = {}
-        for path in [*names, *self.content]:
+        for path in sorted([*names, *self.content]):
             parts = path.split("/")
             for depth in range(len(parts)):
                 self.by_folder.setdefault("/".join(parts[:depth]), {})[path] = 1
 
     def files(self, folder: str) -> dict[str, int]:
-        return dict(sorted(self.by_folder.get(folder.strip("/"), {}).items()))
+        return self.by_folder.get(folder.strip("/"), {})
 
     def has_files(self, folder: str) -> bool:
         return folder.strip("/") in self.by_folder
