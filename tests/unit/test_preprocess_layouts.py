@@ -625,3 +625,49 @@ def test_real_camvid_by_templates_equals_its_own_layout(shared_data: Path, tmp_p
         assert np.array_equal(read_pair(by_kind, pair).label_map, read_pair(by_templates, pair).label_map)
 
 
+
+
+def test_real_ade20k_in_other_layouts_gives_the_same_labels(shared_data: Path, tmp_path: Path) -> None:
+    """Three real pairs, written as the full ADE20K, as COCO instances and as panoptic segments."""
+    coco = pytest.importorskip("pycocotools.mask")
+    root = shared_data / "ade20k-sample"
+    own = open_dataset(DatasetConfig(kind="ade20k", root=str(root), limit=3), "fail")
+    full = read_class_table(str(TABLES / "ade20k-full.yaml"))[1].values
+    index = np.zeros(256, np.int64)
+    for stored, number in sorted(full.items(), reverse=True):
+        index[number] = stored if number < 150 else 0
+    categories = [{"id": number + 1, "name": item.name} for number, item in enumerate(own.classes)]
+    files: dict[str, Any] = {kind: {"images": [], "annotations": [], "categories": categories}
+                             for kind in ("instances", "panoptic")}
+    expected = {}
+    for number, pair in enumerate(own.splits["val"]):
+        labels = expected[pair.key] = read_pair(own, pair).label_map
+        photograph = np.asarray(Image.open(root / pair.image_path).convert("RGB"))
+        ids, zero = index[labels], np.zeros(labels.shape, np.int64)
+        save(tmp_path, f"full/images/validation/a/x/{pair.key}.jpg", photograph)
+        save(tmp_path, f"full/images/validation/a/x/{pair.key}_seg.png",
+             np.stack([ids // 256 * 10, ids % 256, zero], -1).astype(np.uint8))
+        save(tmp_path, f"coco/val/{pair.key}.jpg", photograph)
+        segments = np.where(labels == 255, 0, labels.astype(np.int64) * 400 + 1)
+        save(tmp_path, f"coco/panoptic_val/{pair.key}.png",
+             np.stack([segments % 256, segments // 256, zero], -1).astype(np.uint8))
+        present = [int(value) for value in np.unique(labels) if value < 255]
+        for content in files.values():
+            content["images"].append({"id": number, "file_name": f"{pair.key}.jpg", "height": labels.shape[0],
+                                      "width": labels.shape[1]})
+        files["panoptic"]["annotations"].append({"image_id": number, "file_name": f"{pair.key}.png", "segments_info": [
+            {"id": value * 400 + 1, "category_id": value + 1} for value in present]})
+        for value in present:
+            coded = coco.encode(np.asfortranarray(labels == value).astype(np.uint8))
+            files["instances"]["annotations"].append({
+                "id": 1000 * number + value, "image_id": number, "category_id": value + 1,
+                "segmentation": {"size": list(labels.shape), "counts": coded["counts"].decode()}})
+    (tmp_path / "coco/annotations").mkdir()
+    for kind, content in files.items():
+        (tmp_path / f"coco/annotations/{kind}_val.json").write_text(json.dumps(content))
+    for kind, folder, splits in (("ade20k-full", "full", {"val": "validation"}),
+                                 ("coco-instances", "coco", {"val": "val"}), ("coco-panoptic", "coco", {"val": "val"})):
+        dataset = open_dataset(DatasetConfig(kind=kind, root=str(tmp_path / folder), splits=splits), "fail")
+        assert len(dataset.splits["val"]) == 3
+        for pair in dataset.splits["val"]:
+            assert np.array_equal(read_pair(dataset, pair).label_map, expected[Path(pair.key).name]), kind
