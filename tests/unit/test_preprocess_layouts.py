@@ -20,6 +20,7 @@ from preprocess.config import KINDS, WITH_TEMPLATES, DatasetConfig, PreprocessCo
 from preprocess.dry_run import print_dry_run
 from preprocess.layouts import layout as layout_module
 from preprocess.layouts.layout import TABLES, Layout
+from preprocess.layouts.pairing import IMAGE_SUFFIXES, LABEL_SUFFIXES, Template, find_pairs
 from preprocess.layouts.registry import LAYOUTS
 from preprocess.matlab_file import read_matrix
 from preprocess.pairs import open_dataset, read_pair
@@ -527,6 +528,20 @@ def test_characters_of_regular_expressions_are_literal_in_templates(tmp_path: Pa
     touch(tmp_path, "i(1)/train/a+b.jpg", "l.x/train/a+b[0].png", "lyx/train/a+b[0].png")
     dataset = templated(tmp_path, "i(1)/{split}/{stem}.jpg", "l.x/{split}/{stem}[0].png", splits={"train": "train"})
     assert keys_of(dataset)["train"] == [("a+b", "i(1)/train/a+b.jpg", "l.x/train/a+b[0].png")]
+
+
+def test_lists_select_among_images_and_labels_in_one_folder() -> None:
+    tree = Names(iter(["a.jpg", "a.png", "a_seg.png", "b.jpg", "b_seg.png", "c_seg.png", "d.txt"]))
+    images = Template("{stem}", IMAGE_SUFFIXES, "images")
+    found = find_pairs(tree, images, Template("{stem}_seg.png", LABEL_SUFFIXES, "labels"), "", listed=["a", "c"])
+    assert [(pair.key, pair.image_path, pair.label_path) for pair in found.pairs] == [("a", "a.jpg", "a_seg.png")]
+    assert found.unpaired == [("a.png", "same name as a.jpg"), ("c_seg.png", "no image in ")] and found.others == []
+    by_suffix = Template("{stem}.jpg", IMAGE_SUFFIXES, "images")
+    found = find_pairs(tree, by_suffix, Template("{stem}_seg.png", LABEL_SUFFIXES, "labels"), "", listed=["a", "c"])
+    assert found.unpaired == [("c_seg.png", "no image in ")] and found.others == ["a.png", "d.txt"]
+    json_beside = Names(iter(["a.jpg", "a.json", "b.json", "c.txt"]))
+    found = find_pairs(json_beside, images, Template("{stem}.json", (".json",), "labels"), "")
+    assert [pair.key for pair in found.pairs] == ["a"] and [path for path, _ in found.unpaired] == ["c.txt", "b.json"]
 
 
 @pytest.mark.parametrize(("images", "labels", "message"), [
