@@ -331,6 +331,12 @@ def test_a_chain_of_pages_without_end_is_cut() -> None:
         decoded(tiff(PIXELS, photometric="rgb", bigtiff=True, byteorder=">"))
 
 
+def test_numbers_beyond_any_file_are_damage() -> None:
+    data = tiff(PIXELS, photometric="rgb", bigtiff=True)
+    with pytest.raises(CorruptShardError, match=r"x is not a readable TIFF file of \d+ bytes: .*too large"):
+        decoded(data[:8] + b"\xff" * 8 + data[16:])
+
+
 SOUND = [saved("TIFF"), saved("TIFF", compression="tiff_lzw"), tiff(DEEP, photometric="rgb"), saved("BMP"),
          tiff(DEEP, photometric="rgb", compression="deflate"), saved("WEBP", lossless=True), saved("WEBP"), png16(DEEP),
          tiff(DEEP[..., 0], bigtiff=True), tiff(np.tile(PIXELS, 2), photometric="minisblack", planarconfig="contig")]
