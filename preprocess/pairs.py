@@ -11,7 +11,7 @@ from PIL import Image
 
 from preprocess.config import DatasetConfig
 from preprocess.label_mapping import LabelMapping
-from preprocess.layouts.pairing import Found, Pair, split_off_validation
+from preprocess.layouts.pairing import Found, Pair, check_split_names, split_off_validation
 from preprocess.layouts.registry import LAYOUTS
 from preprocess.source_picture import Conversion, decode_source_image, encode_png
 from preprocess.source_tree import SourceTree, is_of_the_system
@@ -63,6 +63,7 @@ def open_dataset(config: DatasetConfig, on_error: str) -> Dataset:
             "dataset.root is not set: pass the dataset folder, e.g. "
             "python preprocess/make_shards.py --dataset ade20k --root <ADEChallengeData2016> --output <dir>"
         )
+    check_split_names(config.splits)
     layout = LAYOUTS[config.kind]
     tree = layout.open(config)
     classes, mapping = layout.classes(config, tree)

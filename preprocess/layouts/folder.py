@@ -6,7 +6,6 @@ Without `dataset.splits`, split folders are recognised by their usual names; ADE
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import ClassVar, NamedTuple
@@ -19,7 +18,6 @@ from shards.class_list import parse_classes
 from shards.errors import ConfigError, DatasetError
 
 USUAL_NAMES = {"train": ("training", "train"), "val": ("validation", "val", "valid"), "test": ("testing", "test")}
-_SPLIT_NAME = re.compile(r"[A-Za-z0-9_-]+")
 _log = logging.getLogger(__name__)
 
 
@@ -48,7 +46,6 @@ class TwoTrees(Layout):
         tops = (_above_split(self.images), _above_split(self.labels))
         if not config.splits:
             return _usual_folders(tree, *tops)
-        check_split_names(config.splits)
         labelled = _folders_of(tree, tops[1])
         return {split: SplitFolders(folder, _label_folder(folder, labelled)) for split, folder in config.splits.items()}
 
@@ -95,20 +92,12 @@ class Folder(TwoTrees):
         assert config.images is not None and config.labels is not None
         images = Template(config.images, IMAGE_SUFFIXES, "dataset.images")
         labels = Template(config.labels, self.label_suffixes, "dataset.labels")
-        check_split_names(config.splits)
         has_splits = "{split}" in config.images
         if has_splits != ("{split}" in config.labels) or (config.splits and not has_splits):
             raise ConfigError(f"dataset.images is {config.images!r} and dataset.labels {config.labels!r}, legal: "
                               "{split} in both, or in neither and without dataset.splits")
         for split, folder in ((config.splits or self.splits) if has_splits else {"train": ""}).items():
             yield split, find_pairs(tree, images, labels, folder)
-
-
-def check_split_names(splits: Mapping[str, str]) -> None:
-    """Raise ConfigError for a name that could not be part of a shard's."""
-    bad_names = [split for split in splits if not _SPLIT_NAME.fullmatch(split)]
-    if bad_names:
-        raise ConfigError(f"dataset.splits has a split named {bad_names[0]!r}, legal: letters, digits, '_' and '-'")
 
 
 def _label_folder(folder: str, labelled: set[str]) -> str:

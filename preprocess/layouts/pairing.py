@@ -16,7 +16,7 @@ import hashlib
 import re
 import string
 import unicodedata
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import NamedTuple
@@ -28,6 +28,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")
 _FIELD = {"stem": ".+"}
 _OTHER_FIELD = "[^/]+"
+_SPLIT_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +214,13 @@ def _partners(images: Set[str], labels: Set[str]) -> dict[str, str]:
         for key in keys:
             by_form.setdefault(unicodedata.normalize("NFC", key), ([], []))[side].append(key)
     return partner | {ours[0]: theirs[0] for ours, theirs in by_form.values() if len(ours) == len(theirs) == 1}
+
+
+def check_split_names(splits: Mapping[str, str]) -> None:
+    """Raise ConfigError for a name that could not be part of a shard's."""
+    bad_names = [split for split in splits if not _SPLIT_NAME.fullmatch(split)]
+    if bad_names:
+        raise ConfigError(f"dataset.splits has a split named {bad_names[0]!r}, legal: letters, digits, '_' and '-'")
 
 
 def split_off_validation(found: dict[str, Found], fraction: float, limit: int | None) -> None:

@@ -335,6 +335,12 @@ def test_chosen_splits_and_limits_are_not_compared_with_the_release(tmp_path: Pa
     assert "complete release" not in caplog.text
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_of_splits_are_checked_for_every_layout(kind: str) -> None:
+    with pytest.raises(ConfigError, match=r"dataset\.splits has a split named '\.\./evil', legal: letters, digits"):
+        open_dataset(DatasetConfig(kind=kind, root=".", splits={"../evil": "train"}), "fail")
+
+
 # -- what is wrong in a tree --------------------------------------------------------------------------------
 
 
