@@ -83,6 +83,17 @@ def read_class_table(path: str, own_names: dict[str, list[int]] | None = None) -
     return build_classes(table, path, ids_of)
 
 
+def names_in_table(path: Path, first: int) -> dict[str, list[int]]:
+    """Name -> the stored ids that have it, as a layout's own table knows them: from its list of names, or else its
+    classes. `first` is the id of the first line of a plain list."""
+    if not is_class_table(str(path)):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return {line.partition("\t")[0].strip(): [number] for number, line in enumerate(lines, first)}
+    table = _parsed(str(path))
+    known = _ids_by_name(str(path), table.names) if table.names is not None else {}
+    return known or {entry.name: _stored(entry, table.labels, known, str(path)) for entry in table.classes}
+
+
 def build_classes(table: ClassTable, path: str, ids_of: dict[str, list[int]]) -> tuple[list[ClassInfo], LabelMapping]:
     """As `read_class_table`; `path` is used in errors."""
     if not 1 <= len(table.classes) <= MAX_CLASSES:

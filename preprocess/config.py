@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from shards.cli.settings import setting
 from shards.errors import ConfigError
 
-KINDS = ("ade20k", "camvid", "folder")  # of dataset layouts, in preprocess/layouts/
+KINDS = ("ade20k", "ade20k-full", "camvid", "cityscapes", "cityscapes-trainids", "coco-instances", "coco-panoptic",
+         "coco-stuff", "loveda", "mapillary-v1.2", "mapillary-v2.0", "pascal-context", "voc", "folder", "labelme",
+         "yolo")  # the layouts in preprocess/layouts/registry.py
+WITH_TEMPLATES = ("folder", "labelme", "yolo")  # which have no official folders
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,19 +18,20 @@ class DatasetConfig:
     """Location of the images and label maps, and the meaning of label values."""
 
     kind: str = setting("ade20k", "dataset layout (see docs/your-data.md)", choices=KINDS)
-    root: str | None = setting(None, "dataset folder; for ade20k also the original .zip, read without unpacking")
+    root: str | None = setting(None, "dataset folder, or a .zip of it, read without unpacking")
     splits: dict[str, str] = setting({}, "split name -> source folder, e.g. {train: training}; empty: the layout's "
                                      "default splits")
-    images: str | None = setting(None, "for kind=folder: file-name template of the images below root, such as "
-                                 "leftImg8bit/{split}/{stem}_leftImg8bit.png; null: images/{split}/{stem}")
-    labels: str | None = setting(None, "for kind=folder: template of the label maps, with the same fields as images; "
-                                 "null: annotations/{split}/{stem}")
+    images: str | None = setting(None, "for kind=folder, labelme or yolo: file-name template of the images below root, "
+                                 "such as leftImg8bit/{split}/{stem}_leftImg8bit.png; null: the layout's, such as "
+                                 "images/{split}/{stem}")
+    labels: str | None = setting(None, "template of the label files, with the same fields as images; null: the "
+                                 "layout's")
     class_file: str | None = setting(None, "text file with one class per line in id order, optionally followed by a "
                                      "tab and #rrggbb; or a YAML class table, which also says which stored ids, names "
                                      "or colours mean each class; null: the layout's own classes (for kind=folder, "
                                      "<root>/classes.txt)")
     reduce_zero_label: bool | None = setting(None, "treat stored label 0 as ignored and label k as class k-1; null: "
-                                             "the layout's default (true for ade20k, else false)")
+                                             "the layout's default (true for ade20k and loveda, else false)")
     ignore_labels: list[int] = setting([], "stored label values to ignore; empty: the layout's default (11 for camvid, "
                                        "else 255, or 65535 with more than 255 classes)")
     exif_orientation: str = setting("refuse", "what to do with a rotated image (EXIF orientation): refuse it with an "
@@ -38,14 +42,15 @@ class DatasetConfig:
                                        "255, such as [0, 4095]; empty: refuse such images")
     image_bands: list[int] = setting([], "for images with other bands than grey or RGB: the bands, counted from 1, to "
                                      "use as red, green and blue, or one as grey; empty: refuse such images")
-    val_fraction: float = setting(0.0, "for kind=folder without split folders: fraction of the images to move to "
-                                  "'val'", minimum=0, maximum=0.9)
+    val_fraction: float = setting(0.0, "for sources without split folders: fraction of the images to move to 'val'",
+                                  minimum=0, maximum=0.9)
     limit: int | None = setting(None, "use only the first N pairs of each split; null: all", minimum=1)
 
     def __post_init__(self) -> None:
-        if (self.images is None) != (self.labels is None) or (self.images is not None and self.kind != "folder"):
+        if (self.images is None) != (self.labels is None) or (
+                self.images is not None and self.kind not in WITH_TEMPLATES):
             raise ConfigError(f"dataset.images is {self.images!r}, dataset.labels {self.labels!r} and dataset.kind "
-                              f"{self.kind}, legal: both templates, with kind=folder, or none")
+                              f"{self.kind}, legal: both templates, with kind {', '.join(WITH_TEMPLATES)}, or none")
         if self.image_range and not (len(self.image_range) == 2 and self.image_range[0] < self.image_range[1]):
             raise ConfigError(f"dataset.image_range is {self.image_range}, legal: [low, high] with low < high")
         if self.image_bands and not (len(self.image_bands) in (1, 3) and min(self.image_bands) >= 1):

@@ -31,6 +31,7 @@ class LabelMapping:
 
     tolerance   colours: largest distance (Euclidean, in RGB) to a listed colour whose class a pixel may take
     ignore_rest ignore all values or colours that are not listed, instead of refusing them
+    names       name -> stored value, where the dataset has names; some label files hold these
     legal       how errors describe the legal values
     identity    what the mapping adds to the hash of a shard set
     """
@@ -40,6 +41,7 @@ class LabelMapping:
     colors: Mapping[Color, int] = field(default_factory=dict)
     tolerance: float = 0.0
     ignore_rest: bool = False
+    names: Mapping[str, int] = field(default_factory=dict)
     legal: str = ""
     identity: tuple[Any, ...] = ()
 
@@ -86,8 +88,9 @@ class LabelMapping:
         if unknown and not self.ignore_rest:
             nearest = min(self.values, key=lambda value: (abs(value - unknown[0]), value))
             others = f", and {len(unknown) - 1} more values" if len(unknown) > 1 else ""
-            raise DatasetError(f"{name} holds the label {unknown[0]} ({int(counts[unknown[0]])} pixels{others}), "
-                               f"legal: {self.legal}; the nearest is {nearest}")
+            called = "".join(f" {known!r}" for known, value in self.names.items() if value == unknown[0])
+            raise DatasetError(f"{name} holds the label {unknown[0]}{called} ({int(counts[unknown[0]])} pixels{others}"
+                               f"), legal: {self.legal}; the nearest is {nearest}")
         table = np.full(int(present[-1]) + 1, self.ignore_index, np.uint8 if self.ignore_index == 255 else np.uint16)
         for value in present:
             table[value] = self.values.get(value, self.ignore_index)

@@ -10,7 +10,7 @@ from argparse import ArgumentTypeError, Namespace
 from typing import Any
 
 try:
-    from preprocess.config import KINDS, PreprocessConfig
+    from preprocess.config import PreprocessConfig
     from preprocess.dry_run import print_dry_run
     from preprocess.pairs import open_dataset
     from preprocess.pipeline import Part, finish, write_part, write_shards
@@ -50,8 +50,8 @@ def main() -> int:
 
 def _parse() -> tuple[PreprocessConfig, Namespace]:
     parser = config_parser(str(__doc__), PreprocessConfig, DEFAULT_RECIPE)
-    parser.add_argument("--dataset", default=None, help=f"dataset layout (dataset.kind): {', '.join(KINDS)}")
-    parser.add_argument("--root", default=None, help="dataset folder, or the ADE20K .zip (dataset.root)")
+    parser.add_argument("--dataset", default=None, help="dataset layout, such as ade20k or folder (dataset.kind)")
+    parser.add_argument("--root", default=None, help="dataset folder, or a .zip of it (dataset.root)")
     parser.add_argument("--output", default=None, help="folder or URL of the shard set to write (output)")
     parser.add_argument("--workers", type=int, default=None, help="worker processes; default: one per CPU (workers)")
     parser.add_argument("--on-error", default=None, help="on an unusable image: fail or skip it (on_error)")

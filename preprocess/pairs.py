@@ -11,7 +11,7 @@ from PIL import Image
 
 from preprocess.config import DatasetConfig
 from preprocess.label_mapping import LabelMapping
-from preprocess.layouts.pairing import Found, Pair
+from preprocess.layouts.pairing import Found, Pair, check_split_names, split_off_validation
 from preprocess.layouts.registry import LAYOUTS
 from preprocess.source_picture import Conversion, decode_source_image, encode_png
 from preprocess.source_tree import SourceTree, is_of_the_system
@@ -63,11 +63,15 @@ def open_dataset(config: DatasetConfig, on_error: str) -> Dataset:
             "dataset.root is not set: pass the dataset folder, e.g. "
             "python preprocess/make_shards.py --dataset ade20k --root <ADEChallengeData2016> --output <dir>"
         )
+    check_split_names(config.splits)
     layout = LAYOUTS[config.kind]
     tree = layout.open(config)
     classes, mapping = layout.classes(config, tree)
     splits, skipped = {}, {}
-    for split, found in layout.pairs(config, tree):
+    found_in = dict(layout.pairs(config, tree))
+    if config.val_fraction > 0:
+        split_off_validation(found_in, config.val_fraction, config.limit)
+    for split, found in found_in.items():
         if found.unpaired and on_error == "fail":
             shown = "; ".join(f"{file}: {reason}" for file, reason in found.unpaired[:5])
             more = f" (and {len(found.unpaired) - 5} more)" if len(found.unpaired) > 5 else ""
@@ -84,8 +88,8 @@ def open_dataset(config: DatasetConfig, on_error: str) -> Dataset:
 
 def _say_what_is_left_out(split: str, found: Found, official: int | None) -> None:
     if found.others:
-        _log.warning("split %r: %d files match no file-name template and are left out, such as %s", split,
-                     len(found.others), found.others[0])
+        _log.warning("split %r: %d files are neither an image nor labels of this layout and are left out, such as %s",
+                     split, len(found.others), found.others[0])
     if official is not None and len(found.pairs) != official:
         _log.warning("split %r has %d images with labels; the complete release has %d", split, len(found.pairs),
                      official)
@@ -95,7 +99,7 @@ def _say_what_is_hidden(tree: SourceTree) -> None:
     of_the_system = {path for path in tree.left_out if is_of_the_system(path.rpartition("/")[2])}
     if of_the_system:
         _log.warning("%s: %d files and folders of operating systems are left out, such as %s", tree.name,
-                  len(of_the_system), min(of_the_system))
+                     len(of_the_system), min(of_the_system))
     if hidden := tree.left_out - of_the_system:
         _log.warning("%s: %d hidden files and folders are left out, such as %s", tree.name, len(hidden), min(hidden))
 
@@ -110,7 +114,6 @@ def read_pair(dataset: Dataset, pair: Pair, *, keeps_file: bool = True) -> Sourc
     label_bytes = dataset.tree.read(pair.label_path) if pair.label_path else b""
     try:
         pixels, suffix = decode_source_image(image_bytes, pair.image_path, dataset.conversion)
-        stored = LAYOUTS[dataset.kind].read_labels(label_bytes, pair, dataset.mapping, *pixels.shape[:2])
     except CorruptShardError as error:
         raise DatasetError(str(error)) from error
     orientation = exif_orientation(image_bytes)
@@ -120,6 +123,10 @@ def read_pair(dataset: Dataset, pair: Pair, *, keeps_file: bool = True) -> Sourc
     elif orientation != UPRIGHT:
         pixels = upright(pixels, orientation) if dataset.exif_orientation == "apply" else pixels
         suffix = ""  # encoded again without the tag, so that readers do not rotate it once more
+    try:
+        stored = LAYOUTS[dataset.kind].read_labels(label_bytes, pair, dataset.mapping, *pixels.shape[:2])
+    except CorruptShardError as error:
+        raise DatasetError(str(error)) from error
     if keeps_file and not suffix:
         image_bytes, suffix = encode_png(pixels), "png"
     label_map, nearest, rest = dataset.mapping.apply(stored, pair.label_name)

@@ -16,7 +16,7 @@ import struct
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, Protocol
 
@@ -46,6 +46,9 @@ class SourceTree(Protocol):
         Empty if there is no such folder. Raises DatasetError when a folder cannot be read.
         """
 
+    def has_files(self, folder: str) -> bool:
+        """Whether `files` would find any; stops at the first one."""
+
     def read(self, path: str) -> bytes:
         """Content of a file. Raises DatasetError naming it."""
 
@@ -59,6 +62,9 @@ class HashedTree:
 
     def files(self, folder: str) -> dict[str, int]:
         return self.tree.files(folder)
+
+    def has_files(self, folder: str) -> bool:
+        return self.tree.has_files(folder)
 
     def read(self, path: str) -> bytes:
         data = self.tree.read(path)
@@ -85,9 +91,15 @@ class _LinkedTree(ABC):
         self._warned: set[str] = set()  # skipped links, so that each is reported once
 
     def files(self, folder: str) -> dict[str, int]:
+        return dict(self._below(folder))
+
+    def has_files(self, folder: str) -> bool:
+        return any(True for _ in self._below(folder))
+
+    def _below(self, folder: str) -> Iterator[tuple[str, int]]:
         names = [name for name in folder.split("/") if name]
         above = [self._real("/".join(names[:depth])) for depth in range(len(names) + 1)]
-        return dict(self._walk("/".join(names), [real for real in above if real is not None])) if above[-1] else {}
+        return self._walk("/".join(names), [real for real in above if real is not None]) if above[-1] else iter(())
 
     def _walk(self, folder: str, above: list[str]) -> Iterator[tuple[str, int]]:
         """`above`: resolved paths of the folders from the root down to `folder`, which comes last."""
@@ -248,23 +260,37 @@ class ZipTree(_LinkedTree):
         return ZipTree, (self.path, self.inside)  # workers open the archive themselves
 
 
-def open_tree(root: str | Path, marker: str) -> SourceTree:
-    """The tree that has the folder `marker` at `root`, or one level below it.
+def open_tree(root: str | Path, markers: Sequence[str]) -> SourceTree:
+    """The tree that has one of the folders `markers` at `root`, or one level below it; earlier markers come first.
 
     Raises DatasetError when `root` does not exist or has no such folder.
     """
     path = Path(root)
     if not path.exists():
         raise DatasetError(f"{path} does not exist; dataset.root must be the dataset folder or zip archive")
-    candidates: list[SourceTree]
+    trees: list[SourceTree]
     if path.is_file():
         archive = ZipTree(path)
         names = sorted({PurePosixPath(name).parts[0] for name in archive.files("")})
-        candidates = [archive, *(ZipTree(path, f"{name}/") for name in names)]
+        trees = [archive, *(ZipTree(path, f"{name}/") for name in names)]
     else:
         below = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
-        candidates = [FolderTree(path), *(FolderTree(child) for child in below if (child / marker).is_dir())]
-    for tree in candidates:
-        if tree.files(marker):
-            return tree
-    raise DatasetError(f"{path} has no folder {marker!r} with files in it; check dataset.root and dataset.kind")
+        trees = [FolderTree(path), *map(FolderTree, below)]
+    for marker in markers:
+        for tree in trees:
+            if tree.has_files(marker):
+                return tree
+    folders = " or ".join(map(repr, dict.fromkeys(markers)))
+    raise DatasetError(f"{path} has no folder {folders} with files in it; check dataset.root and dataset.kind")
+
+
+def read_first(tree: SourceTree, paths: Sequence[str]) -> tuple[str, bytes]:
+    """(path, content) of the first of `paths` that can be read. Raises DatasetError naming the first one."""
+    problem: DatasetError | None = None
+    for path in paths:
+        try:
+            return path, tree.read(path)
+        except DatasetError as error:
+            problem = problem or error
+    assert problem is not None
+    raise problem

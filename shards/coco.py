@@ -63,6 +63,12 @@ def from_coco_rle(rles: Sequence[Mapping[str, Any]], size: tuple[int, int] | Non
     return encode_rle(np.ascontiguousarray(label_map.reshape(width, height).T), ignore_value(65535))
 
 
+def rle_mask(rle: Mapping[str, Any]) -> npt.NDArray[np.bool_]:
+    """The mask [H, W] of one COCO RLE, compressed or not. Raises CorruptShardError as `from_coco_rle`."""
+    height, width = _size_of(rle)
+    return np.ascontiguousarray(_foreground(rle.get("counts"), height * width).reshape(width, height).T)
+
+
 def compress_counts(counts: Sequence[int]) -> bytes:
     """COCO's printable string of run lengths."""
     text = bytearray()

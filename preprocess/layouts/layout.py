@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy.typing as npt
 
-from preprocess.class_table import is_class_table, read_class_table
+from preprocess.class_table import is_class_table, names_in_table, read_class_table
 from preprocess.config import DatasetConfig
 from preprocess.label_mapping import LabelMapping, plain_mapping
 from preprocess.layouts.pairing import IMAGE_SUFFIXES, LABEL_SUFFIXES, Found, Pair, Template, find_pairs, listed_keys
@@ -26,8 +26,9 @@ Classes = tuple[list[ClassInfo], LabelMapping]
 class Layout:
     """A dataset as it is published. A subclass sets the constants, and overrides the methods that do not fit.
 
-    images, labels   file-name templates (see `pairing`)
-    lists            template of the text files that list the keys of a split; "": a split has all files that match
+    images, labels   file-name templates (see `pairing`); of several, the first with files in its folder is used
+    label_suffixes   suffixes that label files may have
+    lists            templates of text files that list the keys of a split; (): a split has all files that match
     splits           split -> its source folder ({split} in templates); `dataset.splits` replaces it
     official         split -> images of the complete release
     table            class table, a file in tables/: .yaml, or .txt with a name per line for ids 0..C-1
@@ -35,9 +36,10 @@ class Layout:
     """
 
     name: ClassVar[str]
-    images: ClassVar[str] = ""
-    labels: ClassVar[str] = ""
-    lists: ClassVar[str] = ""
+    images: ClassVar[str | tuple[str, ...]] = ""
+    labels: ClassVar[str | tuple[str, ...]] = ""
+    label_suffixes: ClassVar[tuple[str, ...]] = LABEL_SUFFIXES
+    lists: ClassVar[tuple[str, ...]] = ()
     splits: ClassVar[Mapping[str, str]] = {"train": "train", "val": "val"}
     official: ClassVar[Mapping[str, int]] = {}
     table: ClassVar[str] = ""
@@ -48,31 +50,35 @@ class Layout:
     def open(self, config: DatasetConfig) -> SourceTree:
         """The dataset's files. Raises DatasetError when `dataset.root` does not hold them."""
         assert config.root is not None
-        return open_tree(config.root, self.marker(config))
+        return open_tree(config.root, self.markers(config))
 
-    def marker(self, config: DatasetConfig) -> str:
-        """A folder that the dataset's root must have."""
-        return top_folder(self.images, config.splits or self.splits)
+    def markers(self, config: DatasetConfig) -> list[str]:
+        """Folders of which the dataset's root must have one."""
+        return [top_folder(text, config.splits or self.splits) for text in texts(self.images)]
 
     def classes(self, config: DatasetConfig, tree: SourceTree) -> Classes:
         """The classes, and what stored labels mean.
 
         Raises ConfigError for a class file that cannot be used, and for settings that a class table replaces.
         """
-        place = Path(config.class_file) if config.class_file is not None else self._own_table(tree)
-        if is_class_table(str(place)):
-            if config.ignore_labels or config.reduce_zero_label is not None:
-                raise ConfigError(f"the classes come from {place}, a class table, which says itself what is ignored; "
-                                  "leave out dataset.ignore_labels and dataset.reduce_zero_label")
-            return read_class_table(str(place), self.own_names(tree))
-        return self._plain(config, parse_classes(_read_text(place), str(place)))
+        if config.class_file is None:
+            return self.own_classes(config, tree)
+        return self._classes_in(config, tree, Path(config.class_file))
+
+    def own_classes(self, config: DatasetConfig, tree: SourceTree) -> Classes:
+        """`classes` when `dataset.class_file` is not set."""
+        return self._classes_in(config, tree, TABLES / self.table)
+
+    def own_names(self, config: DatasetConfig, tree: SourceTree) -> dict[str, list[int]]:
+        """Name -> stored ids; class tables of users may then use these names."""
+        return names_in_table(TABLES / self.table, 1 if self.reduces_zero_label else 0) if self.table else {}
 
     def pairs(self, config: DatasetConfig, tree: SourceTree) -> Iterator[tuple[str, Found]]:
         """(split, its files), in a fixed order. Raises ConfigError when folders are ambiguous."""
-        images = Template(self.images, IMAGE_SUFFIXES, "dataset.images")
-        labels = Template(self.labels, LABEL_SUFFIXES, "dataset.labels")
         for split, folder in (config.splits or self.splits).items():
-            listed = listed_keys(tree, self.lists.replace("{split}", folder)) if self.lists else None
+            images = _present(tree, self.images, IMAGE_SUFFIXES, folder)
+            labels = _present(tree, self.labels, self.label_suffixes, folder)
+            listed = listed_keys(tree, [text.replace("{split}", folder) for text in self.lists]) if self.lists else None
             found = find_pairs(tree, images, labels, folder, listed=listed)
             yield split, found._replace(others=[path for path in found.others if not path.endswith(self.companions)])
 
@@ -83,18 +89,30 @@ class Layout:
         """
         return read_stored_labels(data, pair.label_path, mapping.reads_colors, height * width)
 
-    def own_names(self, tree: SourceTree) -> dict[str, list[int]]:
-        """Name -> stored ids, where a file of the dataset says so; class tables may then use these names."""
-        return {}
-
-    def _own_table(self, tree: SourceTree) -> Path:
-        """The class table when `dataset.class_file` is not set."""
-        return TABLES / self.table
+    def _classes_in(self, config: DatasetConfig, tree: SourceTree, path: Path) -> Classes:
+        """The classes of a table, or of a list of names."""
+        if is_class_table(str(path)):
+            refuse_ignore_settings(config, str(path))
+            return read_class_table(str(path), self.own_names(config, tree))
+        return self._plain(config, parse_classes(read_text(path), str(path)))
 
     def _plain(self, config: DatasetConfig, classes: list[ClassInfo]) -> Classes:
+        """Of a list of names."""
         reduce = config.reduce_zero_label if config.reduce_zero_label is not None else self.reduces_zero_label
         default = self.ignored_label if self.ignored_label is not None else ignore_value(len(classes))
         return classes, plain_mapping(len(classes), tuple(config.ignore_labels) or (default,), reduce)
+
+
+def refuse_ignore_settings(config: DatasetConfig, source: str) -> None:
+    """Raise ConfigError for settings that have no meaning when the classes come from `source`, a class table."""
+    if config.ignore_labels or config.reduce_zero_label is not None:
+        raise ConfigError(f"the classes come from {source}, a class table, which says itself what is ignored; leave "
+                          "out dataset.ignore_labels and dataset.reduce_zero_label")
+
+
+def texts(templates: str | tuple[str, ...]) -> tuple[str, ...]:
+    """One or several templates as a tuple."""
+    return (templates,) if isinstance(templates, str) else templates
 
 
 def top_folder(template: str, splits: Mapping[str, str]) -> str:
@@ -102,7 +120,14 @@ def top_folder(template: str, splits: Mapping[str, str]) -> str:
     return template.replace("{split}", next(iter(splits.values()))).partition("{")[0].partition("/")[0]
 
 
-def _read_text(path: Path) -> str:
+def _present(tree: SourceTree, templates: str | tuple[str, ...], suffixes: tuple[str, ...], split: str) -> Template:
+    """The first template with files in its folder, or else the first one."""
+    parsed = [Template(text, suffixes, "the layout's template") for text in texts(templates)]
+    return next((template for template in parsed if tree.has_files(template.folder(split))), parsed[0])
+
+
+def read_text(path: Path) -> str:
+    """The content of a class file. Raises ConfigError naming it."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -12,21 +12,23 @@ joined by "/", so image and label templates need the same fields.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import string
 import unicodedata
-from collections.abc import Iterable, Set
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
-from preprocess.source_tree import SourceTree
+from preprocess.source_tree import SourceTree, read_first
 from shards.errors import ConfigError, DatasetError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")
 _FIELD = {"stem": ".+"}
 _OTHER_FIELD = "[^/]+"
+_SPLIT_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,7 @@ class Found(NamedTuple):
 
     pairs       sorted by key
     unpaired    (file, reason) of each file that has no partner
-    others      files that match no template
+    others      files of the folders that were looked in, which belong to no pair
     looked_for  where, for errors
     """
 
@@ -109,12 +111,12 @@ def find_pairs(tree: SourceTree, images: Template, labels: Template, split: str,
     if sorted(images.fields) != sorted(labels.fields):
         raise ConfigError(f"the templates {images.text!r} and {labels.text!r} have different fields: {images.fields} "
                           f"and {labels.fields}; they must be the same, beside {{split}}")
-    unpaired: list[tuple[str, str]] = []
-    others: list[str] = []
     wanted = None if listed is None else set(listed)
-    of_images = _by_key(tree, images, images.fields, split, wanted, unpaired, others)
     label_split = split if label_split is None else label_split
-    of_labels = _by_key(tree, labels, images.fields, label_split, wanted, unpaired, others)
+    image_files = _Listing.of(tree, images, images.fields, split, wanted)
+    label_files = _Listing.of(tree, labels, images.fields, label_split, wanted)
+    of_images, of_labels = image_files.found, label_files.found
+    unpaired, others = _rest(image_files, label_files)
     partner = _partners(of_images.keys(), of_labels.keys())
     unpaired += [(of_images[key][0], f"no label map in {labels.folder(label_split)}")
                  for key in sorted(of_images.keys() - partner.keys())]
@@ -132,37 +134,73 @@ def find_pairs(tree: SourceTree, images: Template, labels: Template, split: str,
     return Found(pairs, unpaired, others, looked_for)
 
 
-def listed_keys(tree: SourceTree, path: str) -> list[str]:
-    """The keys in a text file, one per line; what follows a blank is left out. Raises DatasetError naming the file."""
+def listed_keys(tree: SourceTree, paths: list[str]) -> list[str]:
+    """The keys in a text file, the first of `paths` that can be read: one per line; what follows a blank is left out.
+
+    Raises DatasetError naming the file.
+    """
+    path, data = read_first(tree, paths)
     try:
-        lines = tree.read(path).decode("utf-8-sig").splitlines()
+        lines = data.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise DatasetError(f"{tree.name}/{path} is not a text file: {error}") from error
     return [line.split()[0] for line in lines if line.strip()]
 
 
-def _by_key(tree: SourceTree, template: Template, order: list[str], split: str, wanted: Set[str] | None,
-            rejected: list[tuple[str, str]], others: list[str]) -> dict[str, tuple[str, int]]:
-    """Key -> (path, bytes) of the files of a template. `rejected`: beside a template that names no suffix."""
-    pattern, found = template.pattern(split), dict[str, tuple[str, int]]()
-    for path, size in sorted(tree.files(template.folder(split)).items()):
-        place = PurePosixPath(path)
-        if not place.stem.strip("."):
-            rejected.append((path, "its name consists only of dots and a suffix"))
-            continue
-        matched = pattern.fullmatch(path if template.has_suffix else str(place.with_suffix("")))
-        key = "/".join(matched[name] for name in order) if matched else ""
-        if matched is None:
-            others.append(path)
-        elif wanted is not None and key not in wanted:
-            continue
-        elif place.suffix.lower() not in template.suffixes:
-            rejected.append((path, f"not one of {', '.join(template.suffixes)}"))
-        elif key in found:
-            rejected.append((path, f"same name as {found[key][0]}"))
-        else:
-            found[key] = (path, size)
-    return found
+@dataclass(frozen=True, kw_only=True)
+class _Listing:
+    """What a template makes of the files in its folder.
+
+    found      key -> (path, bytes)
+    rejected   path -> reason: beside a template that names no suffix, files with another one, for example
+    unlisted   paths of keys that are not listed
+    unmatched  all other paths
+    """
+
+    found: dict[str, tuple[str, int]] = field(default_factory=dict)
+    rejected: dict[str, str] = field(default_factory=dict)
+    unlisted: set[str] = field(default_factory=set)
+    unmatched: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, tree: SourceTree, template: Template, order: list[str], split: str,
+           wanted: Set[str] | None) -> _Listing:
+        """The files of a split. `order`: the fields, in their order in the key."""
+        pattern, listing = template.pattern(split), cls()
+        for path, size in sorted(tree.files(template.folder(split)).items()):
+            stem, suffix = _split_suffix(path)
+            if not stem.rpartition("/")[2].strip("."):
+                listing.rejected[path] = "its name consists only of dots and a suffix"
+                continue
+            matched = pattern.fullmatch(path if template.has_suffix else stem)
+            key = "/".join(matched[name] for name in order) if matched else ""
+            if matched is None:
+                listing.unmatched.add(path)
+            elif wanted is not None and key not in wanted:
+                listing.unlisted.add(path)
+            elif suffix.lower() not in template.suffixes:
+                listing.rejected[path] = f"not one of {', '.join(template.suffixes)}"
+            elif key in listing.found:
+                listing.rejected[path] = f"same name as {listing.found[key][0]}"
+            else:
+                listing.found[key] = (path, size)
+        return listing
+
+
+def _split_suffix(path: str) -> tuple[str, str]:
+    """(path without suffix, suffix); as PurePosixPath does it, but ten times as fast."""
+    place = path.rfind(".", path.rfind("/") + 2)
+    return (path[:place], path[place:]) if 0 < place < len(path) - 1 else (path, "")
+
+
+def _rest(one: _Listing, other: _Listing) -> tuple[list[tuple[str, str]], list[str]]:
+    """(rejected files, unmatched files); images and labels may lie in one folder, so each may be fine as the other."""
+    rejected, unmatched = dict[str, str](), set[str]()
+    for mine, its in ((one, other), (other, one)):
+        used = {path for path, _ in its.found.values()} | its.unlisted
+        rejected |= {path: reason for path, reason in mine.rejected.items() if path not in used}
+        unmatched |= mine.unmatched - used
+    return sorted(rejected.items()), sorted(unmatched - rejected.keys())
 
 
 def _partners(images: Set[str], labels: Set[str]) -> dict[str, str]:
@@ -176,3 +214,25 @@ def _partners(images: Set[str], labels: Set[str]) -> dict[str, str]:
         for key in keys:
             by_form.setdefault(unicodedata.normalize("NFC", key), ([], []))[side].append(key)
     return partner | {ours[0]: theirs[0] for ours, theirs in by_form.values() if len(ours) == len(theirs) == 1}
+
+
+def check_split_names(splits: Mapping[str, str]) -> None:
+    """Raise ConfigError for a name that could not be part of a shard's."""
+    bad_names = [split for split in splits if not _SPLIT_NAME.fullmatch(split)]
+    if bad_names:
+        raise ConfigError(f"dataset.splits has a split named {bad_names[0]!r}, legal: letters, digits, '_' and '-'")
+
+
+def split_off_validation(found: dict[str, Found], fraction: float, limit: int | None) -> None:
+    """Move a fraction of 'train' (of its first `limit` pairs) to 'val', chosen by a hash of the key, so that adding
+    images moves no others."""
+    if set(found) != {"train"}:
+        raise ConfigError(f"dataset.val_fraction is {fraction}, but the source has split folders: {sorted(found)}")
+    parts: tuple[list[Pair], list[Pair]] = ([], [])
+    for pair in found["train"].pairs[:limit]:
+        parts[int(hashlib.sha256(pair.key.encode()).hexdigest()[:8], 16) < fraction * 2**32].append(pair)
+    if not all(parts):
+        raise ConfigError(f"dataset.val_fraction is {fraction}: with {sum(map(len, parts))} images one split "
+                          "would be empty")
+    found["train"] = found["train"]._replace(pairs=parts[0])
+    found["val"] = Found(parts[1], [], [], found["train"].looked_for)

@@ -127,7 +127,7 @@ def test_a_label_map_larger_than_its_image_is_not_decoded(scenes: Path, tmp_path
     def refuse(*_: object) -> None:
         raise AssertionError("it began to decode")
 
-    monkeypatch.setattr("preprocess.pairs.load_picture", refuse)
+    monkeypatch.setattr("preprocess.source_picture.load_picture", refuse)
     dataset = open_dataset(DatasetConfig(kind="folder", root=str(tmp_path)), "fail")
     with pytest.raises(DatasetError, match=r"a\.png is 16000x16000, but its image has only 4096 pixels"):
         read_pair(dataset, dataset.splits["train"][0])
