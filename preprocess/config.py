@@ -9,8 +9,8 @@ from shards.errors import ConfigError
 
 KINDS = ("ade20k", "ade20k-full", "camvid", "cityscapes", "cityscapes-trainids", "coco-instances", "coco-panoptic",
          "coco-stuff", "loveda", "mapillary-v1.2", "mapillary-v2.0", "pascal-context", "voc", "folder", "labelme",
-         "yolo")  # the layouts in preprocess/layouts/registry.py
-WITH_TEMPLATES = ("folder", "labelme", "yolo")  # which have no official folders
+         "yolo", "huggingface")  # the layouts in preprocess/layouts/registry.py
+WITH_TEMPLATES = ("folder", "labelme", "yolo", "huggingface")  # which have no official folders
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,14 +18,15 @@ class DatasetConfig:
     """Location of the images and label maps, and the meaning of label values."""
 
     kind: str = setting("ade20k", "dataset layout (see docs/your-data.md)", choices=KINDS)
-    root: str | None = setting(None, "dataset folder, or a .zip of it, read without unpacking")
+    root: str | None = setting(None, "dataset folder, or a .zip of it, read without unpacking; for huggingface "
+                                "also the id of a dataset on the hub")
     splits: dict[str, str] = setting({}, "split name -> source folder, e.g. {train: training}; empty: the layout's "
                                      "default splits")
     images: str | None = setting(None, "for kind=folder, labelme or yolo: file-name template of the images below root, "
-                                 "such as leftImg8bit/{split}/{stem}_leftImg8bit.png; null: the layout's, such as "
-                                 "images/{split}/{stem}")
-    labels: str | None = setting(None, "template of the label files, with the same fields as images; null: the "
-                                 "layout's")
+                                 "such as leftImg8bit/{split}/{stem}_leftImg8bit.png; for huggingface: name of the "
+                                 "column of images; null: the layout's, such as images/{split}/{stem}")
+    labels: str | None = setting(None, "template of the label files, with the same fields as images, or "
+                                 "column of label images; null: the layout's")
     class_file: str | None = setting(None, "text file with one class per line in id order, optionally followed by a "
                                      "tab and #rrggbb; or a YAML class table, which also says which stored ids, names "
                                      "or colours mean each class; null: the layout's own classes (for kind=folder, "
@@ -50,7 +51,7 @@ class DatasetConfig:
         if (self.images is None) != (self.labels is None) or (
                 self.images is not None and self.kind not in WITH_TEMPLATES):
             raise ConfigError(f"dataset.images is {self.images!r}, dataset.labels {self.labels!r} and dataset.kind "
-                              f"{self.kind}, legal: both templates, with kind {', '.join(WITH_TEMPLATES)}, or none")
+                              f"{self.kind}, legal: both, with kind {', '.join(WITH_TEMPLATES)}, or none")
         if self.image_range and not (len(self.image_range) == 2 and self.image_range[0] < self.image_range[1]):
             raise ConfigError(f"dataset.image_range is {self.image_range}, legal: [low, high] with low < high")
         if self.image_bands and not (len(self.image_bands) in (1, 3) and min(self.image_bands) >= 1):

@@ -8,6 +8,7 @@ from preprocess.layouts.cityscapes import Cityscapes, CityscapesTrainIds
 from preprocess.layouts.coco import CocoInstances, CocoPanoptic
 from preprocess.layouts.coco_stuff import COCOStuff
 from preprocess.layouts.folder import ADE20K, Folder
+from preprocess.layouts.huggingface import HuggingFace
 from preprocess.layouts.labelme import LabelMe
 from preprocess.layouts.layout import Layout
 from preprocess.layouts.loveda import LoveDA
@@ -17,4 +18,5 @@ from preprocess.layouts.yolo import YOLO
 
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (
     ADE20K(), ADE20KFull(), CamVid(), Cityscapes(), CityscapesTrainIds(), CocoInstances(), CocoPanoptic(), COCOStuff(),
-    LoveDA(), MapillaryV1(), MapillaryV2(), PascalContext(), PascalVOC(), Folder(), LabelMe(), YOLO())}
+    LoveDA(), MapillaryV1(), MapillaryV2(), PascalContext(), PascalVOC(), Folder(), LabelMe(), YOLO(),
+    HuggingFace())}
