@@ -20,15 +20,18 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 
-from preprocess.config import DatasetConfig
+from preprocess.config import DatasetConfig, PreprocessConfig
 from preprocess.pairs import SourcePair, open_dataset, read_pair
+from preprocess.pipeline import _planned
 from preprocess.source_tree import FolderTree, SourceTree, ZipTree
+from shards.cli.config_file import load_config
 from shards.errors import ConfigError, DatasetError
 from shards.manifest import canonical_json, hash_of, load_manifest, manifest_bytes
 from shards.reader import iter_samples
 from shards.sample import decode_image, decode_upright
 from shards.verify import verify
 from tests.conftest import REPOSITORY, make_shards
+from tests.support.hand_made import as_version_1
 
 CLASSES = "".join(f"class {i}\n" for i in range(16))
 
@@ -482,11 +485,15 @@ def test_an_unfinished_set_does_only_edited_blocks_again(uncompressed: Path, tmp
 
 def test_a_set_of_an_older_version_is_still_complete_and_keeps_its_identity(scenes: Path, tmp_path: Path,
                                                                             caplog: pytest.LogCaptureFixture) -> None:
-    output = make_shards(tmp_path / "set", scenes)
+    output = as_version_1(make_shards(tmp_path / "set", scenes))
     content = json.loads((output / "manifest.json").read_bytes())
     for name in ("sources", "manifest_sha256"):
         del content[name]
     del content["config"]["dataset"]["exif_orientation"]
+    config = load_config(PreprocessConfig, None, [
+        "dataset.kind=folder", f"dataset.root={scenes}", f"output={output}", "crops.size=64", "crops.per_image=2",
+        "images_per_shard=6"])
+    content["config_hash"] = _planned(config, open_dataset(config.dataset, "fail"), 1).set_hash
     old = (canonical_json({**content, "manifest_sha256": hash_of(content)}) + "\n").encode()
     (output / "manifest.json").write_bytes(old)
     manifest = load_manifest(output)
