@@ -53,7 +53,8 @@ def _parse() -> tuple[PreprocessConfig, Namespace]:
     parser.add_argument("--dataset", default=None, help="dataset layout, such as ade20k or folder (dataset.kind)")
     parser.add_argument("--root", default=None, help="dataset folder, or a .zip of it (dataset.root)")
     parser.add_argument("--output", default=None, help="folder or URL of the shard set to write (output)")
-    parser.add_argument("--workers", type=int, default=None, help="worker processes; default: one per CPU (workers)")
+    parser.add_argument("--workers", type=int, default=None, help="worker processes; 0: none; default: one per "
+                        "CPU (workers)")
     parser.add_argument("--on-error", default=None, help="on an unusable image: fail or skip it (on_error)")
     parser.add_argument("--dry-run", action="store_true", help="print settings, counts, label mapping and one sample; "
                         "write nothing")

@@ -23,7 +23,7 @@ from preprocess.blocks import Block, block_fingerprint, config_hash, plan_blocks
 from preprocess.config import PreprocessConfig
 from preprocess.encoding import merged
 from preprocess.execution.block_store import PROGRESS, BlockStore, Summary
-from preprocess.execution.local_executor import Counts, Executor, LocalExecutor
+from preprocess.execution.local_executor import Counts, Executor, InlineExecutor, LocalExecutor
 from preprocess.execution.ray_executor import RayExecutor
 from preprocess.execution.tasks import EncodePiece, HashSources, Job, JoinShard, Task, WriteBlock, complete_record
 from preprocess.pairs import Dataset
@@ -178,13 +178,14 @@ def _finished(plan: _Plan, blocks: list[Block]) -> dict[str, Summary]:
             and not (plan.config.on_error == "fail" and found.has_skipped)}
 
 
-def _executor(plan: _Plan) -> LocalExecutor | RayExecutor:
+def _executor(plan: _Plan) -> InlineExecutor | LocalExecutor | RayExecutor:
     """The executor that the settings name. Each task carries its own pairs."""
     config = plan.config
     job = Job(config, replace(plan.dataset, splits={}, skipped={}), plan.store)
     if config.executor == "ray":
         return RayExecutor(job, config.ray_address, config.workers)
-    return LocalExecutor(job, config.workers or default_workers())
+    workers = default_workers() if config.workers is None else config.workers
+    return LocalExecutor(job, workers) if workers else InlineExecutor(job)
 
 
 def _written(executor: Executor, blocks: list[Block], store: BlockStore, bar: tqdm[Any]

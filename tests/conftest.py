@@ -146,7 +146,7 @@ def make_shards(output: Path, root: Path, *overrides: str) -> Path:
     from shards.cli.config_file import load_config
 
     defaults = ["dataset.kind=folder", f"dataset.root={root}", f"output={output}", "crops.size=64",
-                "crops.per_image=2", "images_per_shard=6", "workers=1"]
+                "crops.per_image=2", "images_per_shard=6", "workers=0"]
     config = load_config(PreprocessConfig, None, [*defaults, *overrides])
     write_shards(config, open_dataset(config.dataset, config.on_error))
     return output

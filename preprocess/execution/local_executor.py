@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -84,6 +85,45 @@ class LocalExecutor:
                 "a worker process died (killed, or out of memory). Finished blocks are kept: rerun the same command, "
                 "with fewer --workers if memory ran out"
             ) from error
+
+
+class InlineExecutor:
+    """This process: no worker to start, one task after the other."""
+
+    shares_scratch, workers = True, 1
+
+    def __init__(self, job: Job) -> None:
+        self._job, self._waiting = job, deque[Task]()
+        self._counts = Counts()
+        self._report: Callable[[Counts], object] = _ignore
+        self._sigterm = contextlib.ExitStack()
+
+    def __enter__(self) -> InlineExecutor:
+        self._sigterm.enter_context(_interrupt_on_sigterm())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._sigterm.close()
+
+    def submit(self, task: Task) -> None:
+        """Queue a task."""
+        self._waiting.append(task)
+
+    def finished(self, report: Callable[[Counts], object]) -> Iterator[tuple[Task, Any]]:
+        """As in `Executor`."""
+        self._report = report
+        while self._waiting:
+            task = self._waiting.popleft()
+            yield task, task.run(self._job, self)
+
+    def image_done(self, failed: bool = False) -> None:
+        """As in `Progress`."""
+        self._counts = Counts(self._counts.images + 1, self._counts.failed + failed)
+        self._report(self._counts)
+
+
+def _ignore(counts: Counts) -> None:
+    """Nobody asked for reports yet."""
 
 
 class _SharedProgress:

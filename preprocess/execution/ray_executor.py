@@ -26,7 +26,7 @@ class RayExecutor:
         self._joins = not self._ray.is_initialized()
         if self._joins:
             try:
-                self._ray.init(address=address, num_cpus=None if address else workers, log_to_driver=False,
+                self._ray.init(address=address, num_cpus=None if address else workers or None, log_to_driver=False,
                                include_dashboard=False, configure_logging=False)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise ConfigError(f"ray_address is {address!r}: {error}") from error

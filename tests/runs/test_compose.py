@@ -19,7 +19,7 @@ from tests.support.object_storage import FaultyProxy
 
 COMPOSE = yaml.safe_load((REPOSITORY / "docker/compose.yaml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
-FEWER = {"scenes": ["--train", "6", "--val", "2"], "preprocess": ["--workers", "1", "crops.size=64"],
+FEWER = {"scenes": ["--train", "6", "--val", "2"], "preprocess": ["--workers", "0", "crops.size=64"],
          "train": ["train.total_steps=2", "train.eval_every=2", "data.workers=0", "train.global_batch_size=2",
                    "train.micro_batch_size=2", "eval.panels=0"]}
 

@@ -30,7 +30,7 @@ from shards.verify import verify
 from tests.conftest import REPOSITORY, make_shards
 from tests.support.object_storage import FaultyProxy
 
-SETTINGS = ("dataset.kind=folder", "crops.size=64", "crops.per_image=3", "images_per_shard=4", "workers=1")
+SETTINGS = ("dataset.kind=folder", "crops.size=64", "crops.per_image=3", "images_per_shard=4", "workers=0")
 
 
 @pytest.fixture(scope="module")

@@ -316,7 +316,7 @@ def test_a_label_map_that_fits_the_stored_view_only_is_refused_with_both_sizes(t
 
 def shard_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(REPOSITORY / "preprocess/make_shards.py"), "--dataset", "folder",
-                           "--workers", "1", "crops.size=64", "crops.per_image=1", *arguments],
+                           "--workers", "0", "crops.size=64", "crops.per_image=1", *arguments],
                           capture_output=True, text=True, check=False)
 
 

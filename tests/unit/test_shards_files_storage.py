@@ -427,7 +427,7 @@ def test_preprocessing_publishes_to_object_storage(
     s3: FaultyProxy, s3_root: str, scenes: Path, scene_shards: Path, tmp_path: Path
 ) -> None:
     command = ["preprocess/make_shards.py", "--dataset", "folder", "--root", str(scenes), "--output", s3_root,
-               "--workers", "1", "crops.size=64", "crops.per_image=2", "images_per_shard=6",
+               "--workers", "0", "crops.size=64", "crops.per_image=2", "images_per_shard=6",
                f"staging={tmp_path / 'staging'}"]
     done = python(*command)
     assert done.returncode == 0, done.stderr

@@ -237,7 +237,7 @@ def test_the_same_command_accepts_the_set_that_an_older_release_made(scenes: Pat
 
     root = as_version_1(make_shards(tmp_path / "set", scenes))
     settings = ["dataset.kind=folder", f"dataset.root={scenes}", f"output={root}", "crops.size=64", "crops.per_image=2",
-                "images_per_shard=6", "workers=1"]
+                "images_per_shard=6", "workers=0"]
     config = load_config(PreprocessConfig, None, settings)
     dataset = open_dataset(config.dataset, "fail")
     old = replace(load_manifest(root), config_hash=_planned(config, dataset, 1).set_hash)
