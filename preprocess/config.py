@@ -102,8 +102,8 @@ class PreprocessConfig:
     images_per_shard: int = setting(500, "source images per block; a block becomes crops.per_image shards, one per "
                                     "crop number (one shard for whole images)", minimum=1)
     seed: int = setting(0, "random seed of the crops", minimum=0, maximum=2**62)
-    workers: int | None = setting(None, "worker processes; null: one per CPU; 0: none, this process does all (the output "
-                                  "does not depend on it)", minimum=0)
+    workers: int | None = setting(None, "worker processes; null: one per CPU; 0: none, this process does all (the "
+                                  "output does not depend on it)", minimum=0)
     executor: str = setting("local", "who runs the workers: local, processes of this machine; ray, a Ray cluster (the "
                             "extra 'ray')", choices=("local", "ray"))
     ray_address: str | None = setting(None, "for executor=ray: address of the cluster, such as auto or "
