@@ -6,7 +6,8 @@ command=${1:-train}
 case $command in
 train)
     ranks=${RANKS:-$(python -c 'import torch; print(torch.cuda.device_count() or 2)')}
-    exec torchrun --standalone --nproc-per-node "$ranks" trainer/train.py "$@"
+    # --local-addr: without it, torchrun waits without a word where the container's name cannot be resolved
+    exec torchrun --standalone --local-addr localhost --nproc-per-node "$ranks" trainer/train.py "$@"
     ;;
 eval | predict)
     exec python "trainer/$command.py" "$@"
