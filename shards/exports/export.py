@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from shards.exports.pictures import checked_labels
 from shards.files.storage import Storage
-from shards.looking.selection import read_in_order
+from shards.looking.selection import check_labels, read_in_order
 from shards.manifest import Manifest
 from shards.reader import ShardReader
 from shards.sample import CropSample
@@ -19,6 +18,6 @@ def samples_of(storage: Storage, manifest: Manifest, split: str, progress: Progr
     `ShardReader.read`."""
     reader = ShardReader(storage, split, manifest)
     for _, sample in read_in_order(reader, range(len(reader))):
-        checked_labels(sample, manifest.classes)
+        check_labels(sample, manifest.classes)
         yield sample
         progress()

@@ -45,12 +45,6 @@ def label_png(label_map: npt.NDArray[Any], classes: Sequence[ClassInfo], palette
     return _png(picture)
 
 
-def checked_labels(sample: CropSample, classes: Sequence[ClassInfo]) -> None:
-    """Raise CorruptShardError for a label that is no class of the set."""
-    if sample.labels.size and sample.labels[-1] >= len(classes):
-        raise CorruptShardError(f"sample {sample.key!r}: label {sample.labels[-1]}, legal: 0..{len(classes) - 1}")
-
-
 def write_new(path: Path, data: bytes) -> None:
     """Write a file. Raises CorruptShardError when there is one: a key that occurs twice, or, on a file system that
     ignores case, two keys that differ in it only."""

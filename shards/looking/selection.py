@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from shards.errors import ConfigError
+from shards.errors import ConfigError, CorruptShardError
 from shards.looking.image_scores import ImageScore, read_scores
 from shards.manifest import ClassInfo, Manifest
 from shards.reader import ShardReader
@@ -149,9 +149,10 @@ def class_of(text: str, manifest: Manifest) -> int:
                       f"{len(names) - 1} (python -m shards info --classes lists them)")
 
 
-def short_name(info: ClassInfo) -> str:
-    """The first of a class's names, as ADE20K gives several."""
-    return info.name.split(",")[0].strip() or info.name
+def check_labels(sample: CropSample, classes: Sequence[ClassInfo]) -> None:
+    """Raise CorruptShardError for a label that is no class of the set, which readers do not look for."""
+    if sample.labels.size and sample.labels[-1] >= len(classes):
+        raise CorruptShardError(f"sample {sample.key!r}: label {sample.labels[-1]}, legal: 0..{len(classes) - 1}")
 
 
 def _folded(name: str) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from shards.looking.selection import check_labels
 from shards.manifest import ClassInfo
 from shards.picture import Pixels, overlay
 from shards.sample import CropSample
@@ -52,6 +53,7 @@ def sample_row(sample: CropSample, classes: Sequence[ClassInfo], caption: str, m
     Classes in `marked` are highlighted in the legend. Both pictures are scaled before they are blended, so that borders
     between classes stay visible in large images.
     """
+    check_labels(sample, classes)
     label_map = sample.label_map()
     image, small_map = fitted(sample.image, label_map, tile)
     pictures = [image, overlay(image, small_map, [info.color for info in classes])]
