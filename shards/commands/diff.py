@@ -18,6 +18,7 @@ from shards.looking.comparison import (
     SplitComparison,
     class_changes,
     count_changes,
+    other_changes,
     setting_changes,
 )
 from shards.manifest import Manifest, load_manifest
@@ -57,8 +58,12 @@ def run(arguments: argparse.Namespace) -> int:
     if ours[1].sha256 == theirs[1].sha256:
         print("equal: the manifests are the same, with the sha256 of every shard; no sample was read")
         return 0
+    lines = 0
     for line in _differences(ours, theirs, arguments.most, arguments.no_samples):
         print(line)
+        lines += 1
+    if not lines:
+        print(f"the manifests differ in: {', '.join(other_changes(ours[1], theirs[1]))}")
     print("different")
     return 1
 

@@ -7,6 +7,7 @@ is read whole, in both sets, and compared by key; of it only digests are kept, 5
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -49,6 +50,12 @@ def setting_changes(ours: Manifest, theirs: Manifest) -> Iterator[Change]:
     if different := len({block for (block, _), count in blocks.items() if count}):
         yield Change(f"source files ({different} blocks differ)", f"{len(ours.sources)} blocks",
                      f"{len(theirs.sources)} blocks")
+
+
+def other_changes(ours: Manifest, theirs: Manifest) -> list[str]:
+    """Names of the manifests' fields that differ, for what nothing else here tells apart."""
+    names = [field.name for field in dataclasses.fields(Manifest)]
+    return [name for name in names if getattr(ours, name) != getattr(theirs, name)]
 
 
 def class_changes(ours: Sequence[ClassInfo], theirs: Sequence[ClassInfo]) -> Iterator[str]:
@@ -169,8 +176,10 @@ class SplitComparison:
 
     def _read(self, place: tuple[Storage, Manifest], numbers: Numbers, progress: Callable[[], object]
               ) -> npt.NDArray[np.void]:
-        reader = ShardReader(place[0], self.split, place[1])
         table = np.empty(len(numbers), _READ_DTYPE)
+        if not numbers.size:
+            return table
+        reader = ShardReader(place[0], self.split, place[1])
         for row, (number, sample) in enumerate(read_in_order(reader, numbers.tolist())):
             try:
                 table[row] = (*digests_of(sample), number)

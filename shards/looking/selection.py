@@ -65,7 +65,8 @@ def read_in_order(reader: ShardReader, numbers: Sequence[int]) -> Iterator[tuple
             group, size = [], 0
         group.append(number)
         size += length
-    yield from _read_group(reader, group)
+    if group:
+        yield from _read_group(reader, group)
 
 
 def _read_group(reader: ShardReader, numbers: Sequence[int]) -> Iterator[tuple[int, CropSample]]:

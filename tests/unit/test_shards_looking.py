@@ -95,7 +95,7 @@ def test_samples_are_fetched_several_at_once(root: Path, monkeypatch: pytest.Mon
 def test_classes_are_named_by_name_or_id(root: Path, text: str, number: int | None) -> None:
     manifest = load_manifest(root)
     if number is None:
-        with pytest.raises(ConfigError, match=r"--class .* is no class of the set.*legal: a name, or an id from 0 to 5"):
+        with pytest.raises(ConfigError, match=r"--class .* is no class of the set.*legal: a name, or an id from 0 to"):
             class_of(text, manifest)
     else:
         assert class_of(text, manifest) == number
@@ -189,7 +189,8 @@ def test_a_legend_of_many_classes_is_complete_in_columns(tmp_path: Path) -> None
     label_map = np.repeat(np.arange(100, dtype=np.uint8), 6).reshape(20, 30)
     colors = [(number, 255 - number, 77) for number in range(100)]
     classes = [ClassInfo(name=f"class {number}", color=color) for number, color in enumerate(colors)]
-    root = write_labelled(tmp_path / "set", {"val": [("key", png(np.zeros((20, 30, 3), np.uint8)), label_map)]}, classes)
+    image = png(np.zeros((20, 30, 3), np.uint8))
+    root = write_labelled(tmp_path / "set", {"val": [("key", image, label_map)]}, classes)
     row = sample_row(ShardReader(root, "val").read(0), classes, "caption")
     sheet = np.asarray(legend_sheet([row, row]))
     assert all((sheet[:, 670:] == color).all(2).sum() >= 2 * 150 for color in colors)
@@ -241,7 +242,8 @@ def test_bad_arguments_are_one_error(root: Path, words: tuple[object, ...], expe
 def test_finding_nothing_says_where_to_look(root: Path, tmp_path: Path, run: Command) -> None:
     done = run("show", root, "--class", "Wall", "--split", "val", "--output", tmp_path / "s.png")
     assert done.code == 1 and not (tmp_path / "s.png").exists()
-    assert "no sample of split 'val' passes the filters, after reading 0 of 6" in done.out and "--split train" in done.out
+    assert "no sample of split 'val' passes the filters, after reading 0 of 6" in done.out
+    assert "--split train" in done.out
 
 
 # -- info --------------------------------------------------------------------------------------------------------------
