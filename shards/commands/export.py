@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,13 @@ from shards.manifest import Manifest, load_manifest
 
 Exporter = Callable[[Storage, Manifest, list[str], Path, Progress], None]
 FORMATS: dict[str, Exporter] = {"png": export_pngs, "coco": export_coco, "hf": export_parquet}
+
+_HINTS = {
+    "png": "\nback to shards, as whole images:  python preprocess/make_shards.py --dataset folder --root {quoted} "
+           "--output SET crops.splits=[]",
+    "coco": "",
+    "hf": "\nload it:  datasets.load_dataset({text!r})",
+}
 
 DESCRIPTION = """Write a shard set in another format. Images keep their bytes (one whose EXIF data would make other
 programs turn it becomes a PNG of the stored pixels). Keys become file names, in which signs that are not allowed
@@ -58,5 +66,6 @@ def run(arguments: argparse.Namespace) -> int:
         split_names(splits)
     with tqdm(total=total, unit="sample", desc="exporting", disable=None) as bar, staged_folder(output) as folder:
         FORMATS[arguments.format](storage, manifest, splits, folder, bar.update)
-    print(f"wrote {output}: {total} samples of {', '.join(splits)}")
+    hint = _HINTS[arguments.format].format(quoted=shlex.quote(str(output)), text=str(output))
+    print(f"wrote {output}: {total} samples of {', '.join(splits)}{hint}")
     return 0
