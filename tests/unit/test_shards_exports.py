@@ -259,6 +259,14 @@ def test_without_pyarrow_the_extra_is_named(tmp_path: Path, run: Command, monkey
     assert done.code == 2 and "pip install 'maskstream[hf]'" in done.err and not (tmp_path / "out").exists()
 
 
+def test_a_split_without_samples_has_a_file(tmp_path: Path, run: Command) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    root = write_labelled(tmp_path / "set", {"val": []}, CLASSES)
+    assert run("export", root, "--format", "hf", "--output", tmp_path / "out").code == 0
+    table = parquet.read_table(tmp_path / "out/data/val-00000-of-00001.parquet")
+    assert table.num_rows == 0 and table.column_names == ["key", "image", "label", "classes"]
+
+
 def test_splits_that_datasets_could_not_tell_apart_are_refused(tmp_path: Path, run: Command) -> None:
     root = write_labelled(tmp_path / "set", {"a-b": [sample("a")], "a_b": [sample("a")]}, CLASSES)
     done = run("export", root, "--format", "hf", "--output", tmp_path / "out")
@@ -313,6 +321,12 @@ def test_what_is_there_is_never_overwritten(content: str, scene_shards: Path, tm
     done = run("export", scene_shards, "--format", "png", "--output", output)
     assert done.code == 2 and "legal: a new or an empty folder" in done.err and files_of(tmp_path) == before
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_what_is_there_is_noticed_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "mine").touch()
+    with pytest.raises(ConfigError, match="is not empty"), staged_folder(tmp_path):
+        raise AssertionError("too late")
 
 
 def test_a_folder_filled_meanwhile_is_left_alone(tmp_path: Path) -> None:

@@ -26,24 +26,24 @@ class ImageScores:
         self._scores.append(torch.stack((iou.nanmean(), intersect.sum() / label.sum())))
 
     def gather(self, context: DistContext) -> list[ImageScore]:
-        """The scores of all ranks' images, by number. Call it on every rank.
+        """The scores of all ranks' images, numbered from 0 without gaps. Call it on every rank.
 
         Numbers and keys travel as plain tensors, each rank filling its own places: gathering objects would unpickle.
         """
         last = torch.tensor([-1] * context.world_size, device=context.device)
         last[context.rank] = max(self._keys, default=-1)
         total = int(context.all_reduce_sum(last + 1).max())
-        table = torch.zeros(total, 4, dtype=torch.float64, device=context.device)  # seen, bytes of key, mIoU, accuracy
+        table = torch.zeros(total, 3, dtype=torch.float64, device=context.device)  # bytes of the key, mIoU, accuracy
         for (number, key), scores in zip(self._keys.items(), self._scores, strict=True):
-            table[number, :2] = torch.tensor([1.0, len(key)], dtype=torch.float64)
-            table[number, 2:] = scores
+            table[number, 0] = len(key)
+            table[number, 1:] = scores
         rows = context.all_reduce_sum(table).tolist()
         ends = [0]
-        for _, length, *_ in rows:
+        for length, *_ in rows:
             ends.append(ends[-1] + int(length))
         text = torch.zeros(ends[-1], dtype=torch.uint8)
         for number, key in self._keys.items():
             text[ends[number] : ends[number + 1]] = torch.frombuffer(bytearray(key), dtype=torch.uint8)
         keys = bytes(context.all_reduce_sum(text.to(context.device)).cpu().numpy())
         return [ImageScore(self.split, number, keys[ends[number] : ends[number + 1]].decode(), miou, accuracy)
-                for number, (seen, _, miou, accuracy) in enumerate(rows) if seen]
+                for number, (_, miou, accuracy) in enumerate(rows)]
