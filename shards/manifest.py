@@ -298,7 +298,9 @@ def _check_consistency(manifest: Manifest, name: str) -> None:
 
 
 def _check_counts(split: SplitInfo, num_classes: int, where: str) -> None:
-    if not 1 <= split.shards <= min(split.samples, _MAX_SHARDS) or split.samples * _MIN_SAMPLE_BYTES > split.bytes:
+    is_empty = split.shards == split.samples == 0
+    if not (is_empty or 1 <= split.shards <= min(split.samples, _MAX_SHARDS)) \
+            or split.samples * _MIN_SAMPLE_BYTES > split.bytes:
         raise CorruptShardError(f"{where}: {split.samples} samples in {split.shards} shards of {split.bytes} bytes, "
                                 f"legal: at least one a shard, of at least {_MIN_SAMPLE_BYTES} bytes each")
     if split.listed is not None and sum(shard.samples for shard in split.listed) != split.samples:

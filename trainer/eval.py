@@ -42,6 +42,7 @@ def main() -> int:
 
 
 def _evaluate(config: RunConfig, checkpoint_path: Path, output: Path) -> int:
+    from shards.looking.image_scores import IMAGE_SCORES, encode_scores
     from shards.picture import save_picture
     from trainer.data.crops import open_reader
     from trainer.distributed import distributed
@@ -67,14 +68,16 @@ def _evaluate(config: RunConfig, checkpoint_path: Path, output: Path) -> int:
                               f"({manifest.num_classes} and {len(pretrained.classes)} classes)")
         model = pretrained.model
         result = evaluate(model, reader, settings, context, config.eval.max_images)
+        images = result.scores.gather(context)
         if context.is_main:
             print(format_metrics(result.metrics, manifest.classes))
             output.mkdir(parents=True, exist_ok=True)
             record = {**result.metrics, "step": pretrained.step, "checkpoint": str(checkpoint_path)}
             write_atomically(output / "metrics.json", to_json(record, indent=1).encode())
+            write_atomically(output / IMAGE_SCORES, encode_scores(images))
             if result.panels is not None:
                 save_picture(result.panels, output / "panels.png")
-            print(f"metrics.json and panels.png written to {output}")
+            print(f"metrics.json, {IMAGE_SCORES} and panels.png written to {output}")
     return 0
 
 

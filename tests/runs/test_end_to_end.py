@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from shards.errors import ConfigError
+from shards.looking.image_scores import read_scores
 from tests.conftest import REPOSITORY
 from tests.support.training_run import TrainingRun
 from tests.support.zygote import run_forked
@@ -381,6 +382,9 @@ def test_evaluate_and_predict_from_the_command_line(scenes: Path, finished: Path
     assert result.returncode == 0, result.stderr
     metrics = json.loads((tmp_path / "eval/metrics.json").read_text())
     assert f"mIoU {metrics['mIoU']:.4f}" in result.stdout and (tmp_path / "eval/panels.png").exists()
+    scores = list(read_scores(tmp_path / "eval"))
+    assert [(score.split, score.number) for score in scores] == [("val", number) for number in range(5)]
+    assert min(score.accuracy for score in scores) <= metrics["aAcc"] <= max(score.accuracy for score in scores)
     images = [*sorted((scenes / "images/val").iterdir())[:2], tmp_path / "...jpg"]  # a name that Pillow cannot place
     shutil.copy(images[0], images[-1])
     result = run_program("trainer/predict.py", "--checkpoint", checkpoint, "--output", tmp_path / "out", *images)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -24,7 +25,8 @@ from shards.manifest import (
     load_manifest,
     manifest_bytes,
 )
-from shards.rle import encode_rle
+from shards.picture_file import PNG_START
+from shards.rle import encode_rle, ignore_value
 from shards.sample import encode_sample
 from shards.shard_table import ShardTable
 from shards.writer import ShardWriter
@@ -54,22 +56,27 @@ def write_set(root: Path, shards: Sequence[Sequence[bytes]], size: tuple[int, in
 
 def write_manifest(root: Path, shards: list[ShardInfo], index: bytes, samples: int, size: tuple[int, int]) -> None:
     """Write table, index and manifest for `write_set`."""
+    split = split_of(root, "train", shards, index, kind="crops", class_pixels=[samples * size[0] * size[1], 0],
+                     class_samples=[samples, 0], ignored_pixels=0)
+    classes = [ClassInfo(name=name, color=(number, 0, 0)) for number, name in enumerate(("a", "b"))]
+    manifest = Manifest(dataset="folder", classes=classes, ignore_index=255, seed=0, crops={}, config={},
+                        config_hash="0" * 64, producer={}, splits={"train": split})
+    (root / MANIFEST_NAME).write_bytes(manifest_bytes(manifest))
+
+
+def split_of(root: Path, name: str, shards: Sequence[ShardInfo], index: bytes, **fields: Any) -> SplitInfo:
+    """Write a split's table, index and (empty) sources; `fields` are the manifest's."""
     rows, start = [], 0
     for shard in shards:
         end = start + 16 * shard.samples
         number = int(shard.name.removesuffix(".tar").rpartition("-")[2])
         rows.append((number, shard.samples, shard.bytes, zlib.crc32(index[start:end]), bytes.fromhex(shard.sha256)))
         start = end
-    files = {name: file_of(root, f"train.{name}", data) for name, data in
-             (("shards", np.array(rows, SHARD_DTYPE).tobytes()), ("index", index), ("sources", b""))}
-    split = SplitInfo(
-        kind="crops", images=samples, samples=samples, shards=len(shards), bytes=sum(shard.bytes for shard in shards),
-        class_pixels=[samples * size[0] * size[1], 0], class_samples=[samples, 0], ignored_pixels=0,
-        table=files["shards"], index=files["index"], sources=files["sources"])
-    classes = [ClassInfo(name=name, color=(number, 0, 0)) for number, name in enumerate(("a", "b"))]
-    manifest = Manifest(dataset="folder", classes=classes, ignore_index=255, seed=0, crops={}, config={},
-                        config_hash="0" * 64, producer={}, splits={"train": split})
-    (root / MANIFEST_NAME).write_bytes(manifest_bytes(manifest))
+    samples = sum(shard.samples for shard in shards)
+    return SplitInfo(
+        images=samples, samples=samples, shards=len(shards), bytes=sum(shard.bytes for shard in shards),
+        table=file_of(root, f"{name}.shards", np.array(rows, SHARD_DTYPE).tobytes()),
+        index=file_of(root, f"{name}.index", index), sources=file_of(root, f"{name}.sources", b""), **fields)
 
 
 def file_of(root: Path, name: str, data: bytes) -> FileInfo:
@@ -108,3 +115,44 @@ def as_version_1(root: Path) -> Path:
     old = replace(manifest, splits=splits, sources=sources, format_version=1)
     (root / MANIFEST_NAME).write_bytes(manifest_bytes(old))
     return root
+
+
+Labelled = tuple[str, bytes, np.ndarray]  # key, JPEG or PNG, label map [H, W] with `ignore_value` where ignored
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_labelled(root: Path, splits: Mapping[str, Sequence[Labelled]], classes: Sequence[str | ClassInfo],
+                   per_shard: int = 2, **fields: Any) -> Path:
+    """A set of whole images, with true counts; `fields` are the manifest's."""
+    root.mkdir(parents=True, exist_ok=True)
+    infos = [ClassInfo(name=item, color=(200, 10 * number % 256, 30)) if isinstance(item, str) else item
+             for number, item in enumerate(classes)]
+    found = {name: _write_split(root, name, samples, len(classes), per_shard) for name, samples in splits.items()}
+    settings = {"dataset": "folder", "seed": 0, "crops": {}, "config": {}, "config_hash": "0" * 64, "producer": {},
+                **fields}
+    manifest = Manifest(classes=infos, ignore_index=ignore_value(len(infos)), splits=found, **settings)
+    (root / MANIFEST_NAME).write_bytes(manifest_bytes(manifest))
+    return root
+
+
+def _write_split(root: Path, split: str, samples: Sequence[Labelled], num_classes: int, per_shard: int) -> SplitInfo:
+    shards, index, ignored = [], b"", ignore_value(num_classes)
+    pixels, holding, ignored_pixels = np.zeros(num_classes, int), np.zeros(num_classes, int), 0
+    for first in range(0, len(samples), per_shard):
+        with ShardWriter(root / f"{split}-{first // per_shard:06d}.tar") as writer:
+            for key, image, label_map in samples[first : first + per_shard]:
+                suffix = "png" if image.startswith(PNG_START) else "jpg"
+                writer.write(key, image, suffix, encode_sample(key, encode_rle(label_map, ignored), {}))
+                counts = np.bincount(label_map.reshape(-1), minlength=num_classes)[:num_classes]
+                pixels += counts
+                holding += counts > 0
+                ignored_pixels += int((label_map == ignored).sum())
+        shards.append(writer.info)
+        index += writer.index.tobytes()
+    return split_of(root, split, shards, index, kind="images", class_pixels=pixels.tolist(),
+                    class_samples=holding.tolist(), ignored_pixels=ignored_pixels)

@@ -46,8 +46,10 @@ LAYERS: dict[str, tuple[set[str], ...]] = {
         {"sample", "manifest"},
         {"shard_table", "writer"},
         {"reader", "mirror", "class_list"},
-        {"read_ahead", "audit", "verify"},
+        {"read_ahead", "audit", "verify", "looking"},
+        {"exports"},
         {"__init__"},
+        {"commands"},
         {"__main__", "console"},
     ),
 }

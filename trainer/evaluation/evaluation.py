@@ -18,16 +18,18 @@ from trainer.config import RunConfig
 from trainer.data.crops import LabelledImage, WholeImages
 from trainer.data.loader import validation_loader
 from trainer.distributed import DistContext
+from trainer.evaluation.image_scores import ImageScores
 from trainer.evaluation.metrics import ConfusionMatrix
 from trainer.evaluation.predictor import Predictor
 from trainer.models import Segmenter
 
 
 class Evaluation(NamedTuple):
-    """Metrics over the images of all ranks, and pictures of this rank's first images."""
+    """Metrics over the images of all ranks, and pictures and scores of this rank's images."""
 
     metrics: dict[str, Any]  # ConfusionMatrix.summary(), "baseline_mIoU" and "confused_pairs"
-    panels: Image.Image | None
+    panels: Image.Image | None  # of the first images
+    scores: ImageScores
 
 
 class EvaluationStopped(Exception):
@@ -49,6 +51,7 @@ def evaluate(
     total = len(reader) if images is None else min(images, len(reader))
     numbers = validation_samples(total, context.rank, context.world_size)
     confusion = ConfusionMatrix(manifest.num_classes, manifest.ignore_index, context.device)
+    scores = ImageScores(reader.split)
     rows: list[list[Any]] = []
     captions: list[str] = []
     loader = validation_loader(WholeImages(reader, config.data), numbers, context.device)
@@ -61,7 +64,10 @@ def evaluate(
         if stopped:
             break
         prediction = predict(item.image)
-        confusion.update(prediction, item.label_map)
+        image = ConfusionMatrix(manifest.num_classes, manifest.ignore_index, context.device)
+        image.update(prediction, item.label_map)
+        confusion.merge(image)
+        scores.add(item.number, item.key, image)
         if len(rows) < config.eval.panels:
             rows.append(panel_row(item, prediction.cpu(), manifest.classes))
             captions.append(f"{item.key}: image, truth, prediction")
@@ -72,7 +78,7 @@ def evaluate(
     metrics = {**confusion.summary(absent_as_zero=config.eval.reference == "eomt"),
                "baseline_mIoU": confusion.most_frequent_class_miou(),
                "confused_pairs": [pair._asdict() for pair in confusion.confused_pairs()]}
-    return Evaluation(metrics, contact_sheet(rows, captions) if rows else None)
+    return Evaluation(metrics, contact_sheet(rows, captions) if rows else None, scores)
 
 
 def panel_row(item: LabelledImage, prediction: Tensor, classes: Sequence[ClassInfo]) -> list[Any]:

@@ -24,7 +24,7 @@ COMMANDS = {
     "predict": ("trainer.predict", "segment images: class-id PNGs and overlays"),
     "export": ("trainer.export", "export a trained model for use elsewhere"),
     "status": ("trainer.status", "show the state of a run"),
-    "shards": ("shards.__main__", "info, verify, show, audit, copy: inspect, check or copy a shard set"),
+    "shards": ("shards.__main__", "look at a shard set, compare, check, copy or export it"),
     "recipes": ("shards.cli.recipes", "list the recipes that --config accepts by name, or print one"),
 }
 _EXIT_BAD_INPUT = 2
