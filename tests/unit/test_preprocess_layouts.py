@@ -360,7 +360,7 @@ def test_lists_name_what_is_missing(tmp_path: Path) -> None:
         open_dataset(config, "fail")
 
 
-@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"labelme"}))
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"labelme", "huggingface"}))  # these two have no folders
 def test_a_root_that_is_another_dataset_is_refused(kind: str, tmp_path: Path) -> None:
     (tmp_path / "something/else").mkdir(parents=True)
     (tmp_path / "something/else/a.txt").write_text("x")
@@ -565,7 +565,7 @@ def test_mistakes_in_templates_are_named(images: str, labels: str, message: str,
 
 def test_templates_come_in_twos_and_for_layouts_without_official_folders() -> None:
     for options in ({"images": "x/{stem}"}, {"labels": "x/{stem}"}):
-        with pytest.raises(ConfigError, match="legal: both templates, with kind folder, labelme, yolo, or none"):
+        with pytest.raises(ConfigError, match="legal: both, with kind folder, labelme, yolo, huggingface, or none"):
             DatasetConfig(kind="folder", **options)
     with pytest.raises(ConfigError, match=r"dataset\.kind voc, legal: both templates"):
         DatasetConfig(kind="voc", images="x/{stem}", labels="y/{stem}")
