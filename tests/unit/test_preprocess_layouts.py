@@ -567,7 +567,7 @@ def test_templates_come_in_twos_and_for_layouts_without_official_folders() -> No
     for options in ({"images": "x/{stem}"}, {"labels": "x/{stem}"}):
         with pytest.raises(ConfigError, match="legal: both, with kind folder, labelme, yolo, huggingface, or none"):
             DatasetConfig(kind="folder", **options)
-    with pytest.raises(ConfigError, match=r"dataset\.kind voc, legal: both templates"):
+    with pytest.raises(ConfigError, match=r"dataset\.kind voc, legal: both"):
         DatasetConfig(kind="voc", images="x/{stem}", labels="y/{stem}")
 
 
