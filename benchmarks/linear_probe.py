@@ -4,14 +4,16 @@ Batch norm and a 1x1 convolution on the last layer's patch tokens; AdamW, poly d
 those of transformers' own model on images of 476x364 pixels (26x34 patches of 14), or of MaskStream's DINOv2 on
 544x416 (the same grid, 16 pixels per token) with each way of reaching that grid (backbone.patch_resize).
 
+Every fit leaves a line in RESULTS/runs/linear_probe.jsonl, and is not repeated.
+
 example: python -m benchmarks.linear_probe --data ../shared/data/camvid --vit ../shared/weights/dinov2-vits14
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +23,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import Dinov2Model
 
-from benchmarks.results import Result, benchmark_parser
+from benchmarks.real_backbone import lines_of, over_seeds
+from benchmarks.results import Result, benchmark_parser, commit
+from shards.files.strict_json import to_json
 from trainer.model_config import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig
 from trainer.models.backbones.sources import build_backbone
 
@@ -29,6 +33,7 @@ CLASSES, VOID = 11, 11
 GRID = (26, 34)
 SIZE = (180, 240)  # of the logits in training
 STEPS, BATCH, LR = 1500, 8, 1e-3
+TOKENS = {"transformers": 14, "MaskStream, patch_resize image": 16, "MaskStream, patch_resize weights": 16}
 Features = Callable[[Tensor], Tensor]
 
 
@@ -36,32 +41,43 @@ def main() -> None:
     parser = benchmark_parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="CamVid folder with train/, trainannot/, val/, …")
     parser.add_argument("--vit", required=True, help="DINOv2 as a Hugging Face directory")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tokens", nargs="*", default=list(TOKENS), choices=TOKENS, help="which to fit (default: all)")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--limit", type=int, help="use only the first images of each split (for a trial)")
     arguments = parser.parse_args()
     result = Result("linear_probe", arguments.results)
-    table = result.table(f"Linear probe on CamVid val, {STEPS} steps of {BATCH}", "tokens from", "input", "val mIoU",
-                         "fit, s")
-    for name, stride, features in extractors(arguments.vit):
-        train, val = (load(arguments.data, split, stride, features, arguments.limit) for split in ("train", "val"))
-        started = time.perf_counter()
-        scores = [miou(fit(*train, seed), *val) for seed in range(arguments.seeds)]
-        seconds = (time.perf_counter() - started) / arguments.seeds
-        low, *_, high = sorted(scores)
-        table.row(name, f"{GRID[1] * stride}x{GRID[0] * stride}",
-                  {"median": float(np.median(scores)), "low": low, "high": high, "count": len(scores)}, seconds)
+    finished = arguments.results / "runs" / "linear_probe.jsonl"
+    for name in arguments.tokens:
+        left = [seed for seed in arguments.seeds if [name, seed] not in [line["fit"] for line in lines_of(finished)]]
+        if left:
+            stride, features = extractor(name, arguments.vit)
+            train, val = (load(arguments.data, split, stride, features, arguments.limit) for split in ("train", "val"))
+            for seed in left:
+                line = {"fit": [name, seed], "mIoU": miou(fit(*train, seed), *val), "commit": commit()}
+                finished.parent.mkdir(parents=True, exist_ok=True)
+                with finished.open("a") as file:
+                    file.write(to_json(line) + "\n")
+    report(result, lines_of(finished))
     result.save()
 
 
-def extractors(vit: str) -> list[tuple[str, int, Features]]:
-    """(name, pixels per token, normalised images [B, 3, H, W] -> patch maps [B, D, h, w]) of each kind."""
-    theirs = Dinov2Model.from_pretrained(vit, dtype=torch.float32).eval()
-    found: list[tuple[str, int, Features]] = [(
-        "transformers", 14, lambda x: theirs(x).last_hidden_state[:, 1:].transpose(1, 2).unflatten(2, GRID))]
-    for way in ("image", "weights"):
-        ours = build_backbone(BackboneConfig(source=vit, layers="LAST", patch_resize=way))
-        found.append((f"MaskStream, patch_resize {way}", 16, lambda x, ours=ours: ours(x).patch_maps[0]))
-    return found
+def report(result: Result, finished: list[dict[str, Any]]) -> None:
+    """A row for each kind of tokens, over the seeds that are there."""
+    table = result.table(f"Linear probe on CamVid val, {STEPS} steps of {BATCH}", "tokens from", "input", "val mIoU",
+                         "seeds")
+    for name, stride in TOKENS.items():
+        scores = sorted(line["mIoU"] for line in finished if line["fit"][0] == name)
+        if scores:
+            table.row(name, f"{GRID[1] * stride}x{GRID[0] * stride}", over_seeds(scores), len(scores))
+
+
+def extractor(name: str, vit: str) -> tuple[int, Features]:
+    """(pixels per token, normalised images [B, 3, H, W] -> patch maps [B, D, h, w]) of a kind of tokens."""
+    if name == "transformers":
+        theirs = Dinov2Model.from_pretrained(vit, dtype=torch.float32).eval()
+        return TOKENS[name], lambda x: theirs(x).last_hidden_state[:, 1:].transpose(1, 2).unflatten(2, GRID)
+    ours = build_backbone(BackboneConfig(source=vit, layers="LAST", patch_resize=name.rpartition(" ")[2]))
+    return TOKENS[name], lambda x: ours(x).patch_maps[0]
 
 
 @torch.inference_mode()
