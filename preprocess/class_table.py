@@ -102,6 +102,10 @@ def build_classes(table: ClassTable, path: str, ids_of: dict[str, list[int]]) ->
         raise ConfigError(f"{path}: tolerance is {table.tolerance:g}, legal: 0 or more with labels: rgb, 0 with ids")
     classes = [_class_info(entry, default, f"{path}: class {entry.name!r}")
                for entry, default in zip(table.classes, default_colors(len(table.classes)), strict=True)]
+    names = [info.name for info in classes]
+    repeated = [name for number, name in enumerate(names) if name in names[:number]]
+    if repeated:
+        raise ConfigError(f"{path}: two classes are named {repeated[0]!r}; list all its ids or colours in one class")
     ignored = ignore_value(len(classes))
     mapping: dict[Any, int] = {}
     for number, entry in enumerate([*table.classes, table.ignore]):

@@ -53,6 +53,7 @@ class _Plan:
     dataset: Dataset
     store: BlockStore
     blocks: list[Block]
+    settings: str  # hash of settings, classes and encoders
     fingerprints: dict[str, str]
     set_hash: str
 
@@ -67,6 +68,7 @@ def write_shards(config: PreprocessConfig, dataset: Dataset) -> tuple[Manifest, 
     if (existing := _existing_set(plan)) is not None:
         return existing, False
     with _alone(plan):
+        plan.store.settings(plan.settings, replace=True)
         _write_missing(plan, plan.blocks)
         return _published(plan), True
 
@@ -80,6 +82,7 @@ def write_part(config: PreprocessConfig, dataset: Dataset, part: Part) -> int:
     blocks = plan.blocks[part.number :: part.total]
     if _existing_set(plan) is None:
         with _beside_others(plan):
+            _refuse_other_settings(plan)
             _write_missing(plan, blocks)
     return sum(len(block.pairs) for block in blocks)
 
@@ -93,6 +96,7 @@ def finish(config: PreprocessConfig, dataset: Dataset, parts: int | None) -> tup
     if (existing := _existing_set(plan)) is not None:
         return existing, False
     with _alone(plan):
+        _refuse_other_settings(plan)
         finished = _finished(plan, plan.blocks)
         missing = [number for number, block in enumerate(plan.blocks) if block.name not in finished]
         if missing:
@@ -109,7 +113,7 @@ def _planned(config: PreprocessConfig, dataset: Dataset, version: int = FORMAT_V
     blocks = plan_blocks(config, dataset)
     fingerprint = config_hash(config, dataset, version)
     fingerprints = {block.name: block_fingerprint(fingerprint, block) for block in blocks}
-    return _Plan(config, dataset, BlockStore(config.output, config.staging), blocks, fingerprints,
+    return _Plan(config, dataset, BlockStore(config.output, config.staging), blocks, fingerprint, fingerprints,
                  hash_of([fingerprint, sorted(fingerprints.items())]))
 
 
@@ -119,7 +123,7 @@ def _alone(plan: _Plan) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if plan.store.folder is not None:
             _check_folder(plan)
-            stack.enter_context(only_writer(plan.store.scratch / "lock", plan.store.folder))
+            stack.enter_context(only_writer(plan.store.base / "lock", plan.store.folder))
         stack.enter_context(plan.store.own_scratch())
         plan.store.tidy(plan.blocks)
         yield
@@ -131,14 +135,23 @@ def _beside_others(plan: _Plan) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if plan.store.folder is not None:
             _check_folder(plan)
-            stack.enter_context(among_writers(plan.store.scratch / "lock", lambda: None))
+            stack.enter_context(among_writers(plan.store.base / "lock", lambda: None))
         stack.enter_context(plan.store.own_scratch())
         yield
 
 
+def _refuse_other_settings(plan: _Plan) -> None:
+    """Parts of one set with different settings would overwrite each other's shards."""
+    found = plan.store.settings(plan.settings, replace=False)
+    if found != plan.settings:
+        raise ConfigError(f"{plan.store.storage.root} holds parts made with other settings, classes or encoders (their "
+                          f"hash is {found[:12]}, this command's is {plan.settings[:12]}): use the same for all parts, "
+                          "choose another --output, or make the whole set with one command")
+
+
 def _check_folder(plan: _Plan) -> None:
     """Make the output folder. Raises ConfigError when it holds something else."""
-    folder, scratch = plan.store.folder, plan.store.scratch
+    folder, scratch = plan.store.folder, plan.store.base
     assert folder is not None
     if folder.exists() and not scratch.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty and is not an unfinished shard set; choose another --output")
@@ -276,7 +289,7 @@ def _existing_set(plan: _Plan) -> Manifest | None:
         return None
     manifest, output = load_manifest(storage), storage.root
     if plan.store.folder is not None and (plan.store.folder / PROGRESS).exists():  # killed after publishing
-        with only_writer(plan.store.scratch / "lock", plan.store.folder):
+        with only_writer(plan.store.base / "lock", plan.store.folder):
             plan.store.tidy(plan.blocks)
             plan.store.remove_records()
     if manifest.format_version != FORMAT_VERSION:  # the same command made it, with an older release

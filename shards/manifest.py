@@ -34,6 +34,7 @@ _MIN_SAMPLE_BYTES = 2048  # two tar headers, an image, its masks
 _MAX_MANIFEST_BYTES = 512 << 20  # in version 1, a million shards take half of it
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-]+\.(tar|index|shards|sources)")  # no folders, so nothing outside the root
 _MAX_SHARDS = 1 << 32
+_LONGEST_NAME = 1000  # characters of a class name
 
 # Little-endian record per sample: offset of its tar members, their total length, their CRC-32.
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc32", "<u4")])
@@ -54,6 +55,9 @@ class ClassInfo:
     def __post_init__(self) -> None:
         if not self.name or has_control_characters(self.name):
             raise ValueError(f"class name '{shown(self.name)}', legal: non-empty text without control characters")
+        if len(self.name) > _LONGEST_NAME:
+            raise ValueError(f"class name '{shown(self.name[:40])}…' has {len(self.name)} characters, legal: at most "
+                             f"{_LONGEST_NAME}")
         if not all(type(value) is int and 0 <= value <= 255 for value in self.color):
             raise ValueError(f"colour {self.color}, legal: three integers from 0 to 255")
 

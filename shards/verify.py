@@ -13,6 +13,7 @@ import zlib
 from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -48,17 +49,19 @@ def verify(root: str | Path | Storage, progress: Callable[[str], object] = lambd
     problems = []
     if storage.read(MANIFEST_NAME) != manifest_bytes(manifest):
         problems.append(f"{storage.where(MANIFEST_NAME)} is not in canonical form: it was edited or damaged")
-    listed: set[str] = set()
+    listed: set[str] | None = set()  # None: a table is damaged, so nobody knows what is listed
     for name, split in manifest.splits.items():
         try:
             table = ShardTable.load(storage, name, split)
         except MaskStreamError as error:
             problems.append(str(error))
+            listed = None
             continue
-        listed.update(shard.name for shard in table)
+        if listed is not None:
+            listed.update(shard.name for shard in table)
         problems += _verify_files(storage, split.files)
         problems += _verify_split(_Facts(storage, manifest, name, table, deep), progress, workers)
-    return [*problems, *(_unlisted_files(storage, listed) if not problems or listed else ())]
+    return [*problems, *(_unlisted_files(storage, listed) if listed is not None else ())]
 
 
 class _Facts(NamedTuple):
@@ -133,6 +136,9 @@ def _reports(facts: _Facts, workers: int) -> Iterator[_Report]:
                     return
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in done)
+        except BrokenProcessPool as error:
+            raise StorageError("a process that checked shards died (killed, or out of memory): try again, with fewer "
+                               "--workers if memory ran out") from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from preprocess.blocks import Block
+from shards.errors import StorageError
 from shards.files.atomic import remove_leftovers
 from shards.files.locks import own_folder
 from shards.files.storage import LocalStorage, below, open_storage
@@ -23,7 +24,7 @@ from shards.manifest import INDEX_DTYPE, ShardInfo, hash_of
 from shards.mirror import copy_file
 from shards.shown_text import masked_value
 
-PROGRESS = ".progress"
+PROGRESS, _SETTINGS = ".progress", "settings"
 
 
 class Summary(NamedTuple):
@@ -46,20 +47,40 @@ class BlockStore:
         self.storage = open_storage(output)
         self.records = open_storage(below(output, PROGRESS))
         self.folder = self.storage.folder if isinstance(self.storage, LocalStorage) else None
-        self._staging = Path(staging) / hash_of(masked_value(output))[:16]
-        self.scratch = self.folder / PROGRESS if self.folder is not None else self._staging
+        # Below the set's own progress folder, or in a local one; each run gets a folder of its own there.
+        self.base = (self.folder / PROGRESS if self.folder is not None else
+                     Path(staging) / hash_of(masked_value(output))[:16])
+        self.scratch = self.base
 
     @contextlib.contextmanager
     def own_scratch(self) -> Iterator[None]:
-        """While a run lasts: `scratch` is a folder of its own, removed at the end, as are those of killed runs."""
-        if self.folder is not None:
-            yield
-            return
-        with own_folder(self._staging) as folder:
+        """While a run lasts: `scratch` is a folder of its own, so that runs at the same time never share a file. It is
+        removed at the end, as are those of killed runs."""
+        with own_folder(self.base) as folder:
             self.scratch = folder
             yield
-        with contextlib.suppress(OSError):  # another run's is there
-            self._staging.rmdir()
+        if self.folder is None:
+            with contextlib.suppress(OSError):  # another run's is there
+                self.base.rmdir()
+
+    def settings(self, mine: str, replace: bool) -> str:
+        """The hash of the settings of the blocks here: that of the first run, or with `replace`, mine from now on."""
+        if not replace:
+            with contextlib.suppress(StorageError):  # there is one
+                self.records.write(_SETTINGS, mine.encode(), create=True)
+        elif self._recorded() not in (mine, None):
+            for name in self.records.sizes() or ():  # their shards are about to be overwritten
+                if name.endswith(".json"):
+                    self.records.delete(name)
+        if replace:
+            self.records.write(_SETTINGS, mine.encode())
+        return self._recorded() or mine
+
+    def _recorded(self) -> str | None:
+        try:
+            return self.records.read(_SETTINGS).decode(errors="replace")
+        except FileNotFoundError:
+            return None
 
     @contextlib.contextmanager
     def workspace(self) -> Iterator[Path]:
@@ -111,8 +132,6 @@ class BlockStore:
         """
         if self.folder is not None:
             remove_leftovers(self.folder)
-            for path in self.scratch.glob("*.spans"):
-                path.unlink()
         wanted = {name for block in blocks for name in block.shard_names}
         splits = {block.split for block in blocks}
         for name in self._listed():

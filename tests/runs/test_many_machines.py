@@ -150,16 +150,42 @@ def test_finishing_too_early_names_the_parts_to_run_again(drawn: Path, one_run: 
     early = run(*command(drawn, tmp_path / "set", "--part", "0/5", "--finish"))
     assert early.returncode == 2 and "is not finished: 4 of 12 blocks are missing" in early.stderr
     assert "run these parts again: [2, 4]" in early.stderr and not (tmp_path / "set" / MANIFEST_NAME).exists()
-    other = run(*command(drawn, tmp_path / "set", "--part", "2/5", "crops.jpeg_quality=50"))
-    assert other.returncode == 0
-    mixed = run(*command(drawn, tmp_path / "set", "--part", "0/5", "--finish"))
-    assert mixed.returncode == 2 and "or were made with other settings, sources or encoders" in mixed.stderr
-    assert "run these parts again: [2, 4]" in mixed.stderr
+    for words in (["--part", "2/5"], ["--finish"]):
+        other = run(*command(drawn, tmp_path / "set", *words, "crops.jpeg_quality=50"))
+        assert other.returncode == 2 and "holds parts made with other settings, classes or encoders" in other.stderr
     for part in ("2/5", "4/5"):
         assert run(*command(drawn, tmp_path / "set", "--part", part)).returncode == 0
     done = run(*command(drawn, tmp_path / "set", "--finish"))
     assert done.returncode == 0 and "written" in done.stdout, done.stderr
     assert contents(tmp_path / "set") == one_run
+
+
+@pytest.mark.slow
+def test_blocks_of_other_settings_are_not_taken_for_these(drawn: Path, one_run: dict[str, bytes], tmp_path: Path
+                                                          ) -> None:
+    """A run with other settings overwrites shards of other blocks; their records must not outlive that."""
+    first = config_of(drawn, tmp_path / "set")
+    dataset = open_dataset(first.dataset, "fail")
+    write_part(first, dataset, Part(0, 1))
+    other = config_of(drawn, tmp_path / "set", "crops.per_image=2", "on_error=fail", "dataset.limit=8")
+    plan = pipeline._planned(other, open_dataset(other.dataset, "fail"))
+    with pipeline._alone(plan):  # as if it were killed before it published
+        plan.store.settings(plan.settings, replace=True)
+        pipeline._write_missing(plan, plan.blocks)
+    assert contents(make_shards(tmp_path / "set", drawn, *SETTINGS)) == one_run
+
+
+@pytest.mark.slow
+def test_the_same_part_twice_at_once_in_pieces(drawn: Path, tmp_path: Path) -> None:
+    options = ("images_per_shard=100", "crops.per_image=20", "--workers", "2")
+    expected = contents(make_shards(tmp_path / "one", drawn, *SETTINGS, "images_per_shard=100", "crops.per_image=20"))
+    both = [subprocess.Popen(command(drawn, tmp_path / "set", "--part", "0/1", *options), stdout=subprocess.DEVNULL,
+                             stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for one in both:
+        assert one.wait(120) == 0, one.stderr.read()
+        one.stderr.close()
+    assert run(*command(drawn, tmp_path / "set", "--finish", *options)).returncode == 0
+    assert contents(tmp_path / "set") == expected
 
 
 def test_one_command_completes_what_parts_began(drawn: Path, one_run: dict[str, bytes], tmp_path: Path) -> None:

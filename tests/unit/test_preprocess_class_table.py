@@ -110,6 +110,7 @@ def test_nearest_colour_equals_its_definition(seed: int, tolerance: float) -> No
     ("classes: [{name: a, ids: [1]}, {name: b, ids: [2, 1]}]", "class 'b' lists 1, which already means class 'a'"),
     ("classes: [{name: a, ids: [1]}]\nignore: {ids: [1]}", "ignore lists 1, which already means class 'a'"),
     ("classes: [{name: a, ids: [-1]}]", r"class 'a' has the id -1, legal: 0\.\.65535"),
+    ("classes: [{name: a, ids: [0]}, {name: ' a', ids: [1]}]", "two classes are named 'a'"),
     ("classes: [{name: a, names: [x]}]", "'x', which is known only with a list of names: set `names`"),
     ("classes: [{name: a, colors: ['#000000']}]", "class 'a' has colors, legal with labels: ids"),
     ("labels: rgb\nclasses: [{name: a, ids: [1]}]", "class 'a' has ids or names, legal with labels: rgb: colors"),

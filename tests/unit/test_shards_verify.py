@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import signal
@@ -236,3 +237,27 @@ def test_a_key_in_two_shards_is_named(tmp_path: Path) -> None:
     for workers in (1, 2):
         (problem,) = verify(tmp_path, workers=workers)
         assert problem.endswith("the key '0-1' occurs 2 times")
+
+
+@pytest.mark.parametrize("name", ["train.index", "train.shards"])
+def test_a_damaged_index_or_table_makes_no_shard_a_leftover(scene_shards: Path, tmp_path: Path, name: str) -> None:
+    root = Path(shutil.copytree(scene_shards, tmp_path / "set"))
+    data = bytearray((root / name).read_bytes())
+    data[5] ^= 1
+    (root / name).write_bytes(data)
+    problems = verify(root)
+    assert problems and not any("leftover" in problem for problem in problems)
+
+
+def test_a_killed_process_of_verify_is_one_line(scene_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from concurrent.futures.process import BrokenProcessPool
+
+    module = importlib.import_module("shards.verify")  # `shards.verify` is the function
+
+    class Dying(module.ProcessPoolExecutor):
+        def submit(self, *_: object) -> None:  # type: ignore[override]
+            raise BrokenProcessPool("a child died")
+
+    monkeypatch.setattr(module, "ProcessPoolExecutor", Dying)
+    with pytest.raises(StorageError, match="a process that checked shards died"):
+        verify(scene_shards, workers=2)
