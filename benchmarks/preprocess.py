@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import resource
 import subprocess
 import sys
 import tempfile
@@ -184,9 +183,15 @@ def shard_large(folder: Path) -> None:
                                                       f"crops.per_image={PER_IMAGE}"])
         dataset = open_dataset(config.dataset, "fail")
         maskstream(config, dataset, plan_blocks(config, dataset)[0])
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+        peak = peak_memory() / 1e6
         base = base or peak
         print(f"{name}\t{peak:.0f}\t{peak - base:.0f}")
+
+
+def peak_memory() -> int:
+    """Bytes; unlike `resource.getrusage`, without those of the process that started this one (Linux only)."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
 
 
 if __name__ == "__main__":
