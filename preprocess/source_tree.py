@@ -208,6 +208,9 @@ class ZipTree(_LinkedTree):
     def read(self, path: str) -> bytes:
         member = self._followed(self.inside + path)
         try:
+            size = self._archive.getinfo(member).file_size
+            if size > LARGEST_PICTURE:
+                raise DatasetError(f"{self.name}{path} has {size} bytes unpacked, legal: at most {LARGEST_PICTURE}")
             return self._archive.read(member)
         except _ZIP_ERRORS as error:
             raise DatasetError(f"{self.name}{path} cannot be read: {error}") from error
@@ -246,7 +249,7 @@ class ZipTree(_LinkedTree):
         if not self._folders:
             self._folders = {"": {}}
             for item in self._archive.infolist():
-                self._note(PurePosixPath(item.filename).parts, None if item.is_dir() else item.file_size)
+                self._note(PurePosixPath(item.filename.lstrip("/")).parts, None if item.is_dir() else item.file_size)
         return self._folders
 
     def _note(self, parts: tuple[str, ...], size: int | None) -> None:
