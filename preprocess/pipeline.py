@@ -68,7 +68,7 @@ def write_shards(config: PreprocessConfig, dataset: Dataset) -> tuple[Manifest, 
     if (existing := _existing_set(plan)) is not None:
         return existing, False
     with _alone(plan):
-        plan.store.settings(plan.settings, replace=True)
+        plan.store.replace_settings(plan.settings)
         _write_missing(plan, plan.blocks)
         return _published(plan), True
 
@@ -142,7 +142,7 @@ def _beside_others(plan: _Plan) -> Iterator[None]:
 
 def _refuse_other_settings(plan: _Plan) -> None:
     """Parts of one set with different settings would overwrite each other's shards."""
-    found = plan.store.settings(plan.settings, replace=False)
+    found = plan.store.agree_on_settings(plan.settings)
     if found != plan.settings:
         raise ConfigError(f"{plan.store.storage.root} holds parts made with other settings, classes or encoders (their "
                           f"hash is {found[:12]}, this command's is {plan.settings[:12]}): use the same for all parts, "
@@ -175,6 +175,8 @@ def _write_missing(plan: _Plan, blocks: list[Block]) -> None:
     if not missing:
         return
     images, left = (sum(len(block.pairs) for block in some) for some in (blocks, missing))
+    for block in missing:
+        plan.store.forget(block)
     with tqdm(total=images, initial=images - left, unit="img", disable=None, desc="sharding") as bar, \
             _executor(plan) as executor:
         for block, record in _written(executor, missing, plan.store, bar):

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from shards.audit import audit
 from shards.cli.command_line import run_entry_point
-from shards.commands.arguments import at_least_one
+from shards.commands.arguments import at_least_one, whole_number
 from shards.commands.diff import add_diff
 from shards.commands.export import add_export
 from shards.commands.info import add_info
@@ -43,7 +43,7 @@ def main() -> int:
         command.add_argument("root", help="folder or URL that holds manifest.json")
     mirror.add_argument("destination", help="folder or URL to copy to")
     audited.add_argument("--split", default="train", help="split to simulate (default: train)")
-    audited.add_argument("--seed", type=int, default=0, help="seed of the shuffling (default: 0)")
+    audited.add_argument("--seed", type=whole_number, default=0, help="seed of the shuffling (default: 0)")
     for name, default, meaning in (("ranks", 1, "ranks"), ("workers", 1, "loader processes per rank"),
                                    ("batch", 2, "samples per micro-batch"), ("accumulation", 1, "micro-batches per "
                                    "rank and step"), ("lanes", LANES, "same as data.lanes"),

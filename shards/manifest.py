@@ -30,7 +30,7 @@ FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
 MANIFEST_NAME = "manifest.json"
 _SPLIT_NAME, _SHA256 = re.compile(r"[A-Za-z0-9_-]+"), re.compile(r"[0-9a-f]{64}")
-_MIN_SAMPLE_BYTES = 2048  # two tar headers, an image, its masks
+MIN_SAMPLE_BYTES = 2048  # two tar headers, an image, its masks
 _MAX_MANIFEST_BYTES = 512 << 20  # in version 1, a million shards take half of it
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-]+\.(tar|index|shards|sources)")  # no folders, so nothing outside the root
 _MAX_SHARDS = 1 << 32
@@ -304,17 +304,21 @@ def _check_consistency(manifest: Manifest, name: str) -> None:
 def _check_counts(split: SplitInfo, num_classes: int, where: str) -> None:
     is_empty = split.shards == split.samples == 0
     if not (is_empty or 1 <= split.shards <= min(split.samples, _MAX_SHARDS)) \
-            or split.samples * _MIN_SAMPLE_BYTES > split.bytes:
+            or split.samples * MIN_SAMPLE_BYTES > split.bytes:
         raise CorruptShardError(f"{where}: {split.samples} samples in {split.shards} shards of {split.bytes} bytes, "
-                                f"legal: at least one a shard, of at least {_MIN_SAMPLE_BYTES} bytes each")
+                                f"legal: at least one a shard, of at least {MIN_SAMPLE_BYTES} bytes each")
     if split.listed is not None and sum(shard.samples for shard in split.listed) != split.samples:
         raise CorruptShardError(f"{where}: the shards' sample counts do not add up to {split.samples}")
     for shard in split.listed or ():
-        if shard.samples < 0 or shard.samples * _MIN_SAMPLE_BYTES > shard.bytes:
+        if shard.samples < 0 or shard.samples * MIN_SAMPLE_BYTES > shard.bytes:
             raise CorruptShardError(f"{where}: {shard.name} has {shard.samples} samples in {shard.bytes} bytes, legal: "
-                                    f"at least {_MIN_SAMPLE_BYTES} bytes each")
+                                    f"at least {MIN_SAMPLE_BYTES} bytes each")
     if split.table is not None and split.table.bytes != split.shards * SHARD_DTYPE.itemsize:
         raise CorruptShardError(f"{where}: the table has {split.table.bytes} bytes for {split.shards} shards")
+    if split.sources is not None and split.sources.bytes % SOURCE_BYTES:
+        raise CorruptShardError(f"{where}: the sources have {split.sources.bytes} bytes, legal: {SOURCE_BYTES} a block")
+    if not all(item.keys() == {"image", "reason"} for item in split.skipped_images):
+        raise CorruptShardError(f"{where}: skipped_images, legal: objects with image and reason")
     if split.index.bytes != split.samples * INDEX_DTYPE.itemsize:
         raise CorruptShardError(f"{where}: the index has {split.index.bytes} bytes for {split.samples} samples")
     for counts in (split.class_pixels, split.class_samples):

@@ -25,12 +25,11 @@ from shards.errors import CorruptShardError, ShardError
 from shards.files.anonymous_file import write_anonymous_file
 from shards.files.plain_file import LARGEST_PICTURE
 from shards.files.storage import LARGEST_WHOLE, READS_OF_DAMAGED, Storage, read_checked
-from shards.manifest import INDEX_DTYPE, SHARD_DTYPE, FileInfo, ShardInfo, SplitInfo
+from shards.manifest import INDEX_DTYPE, MIN_SAMPLE_BYTES, SHARD_DTYPE, FileInfo, ShardInfo, SplitInfo
 
 WHOLE_INDEX = 64 << 20  # bytes; a larger index is read in parts
 _PARTS_KEPT = 1024  # per process: parts of the index, of one shard each
 _ALIGNMENT = 64  # bytes between the starts of arrays
-_MIN_SAMPLE_BYTES = 2048  # two tar headers, an image, its masks
 Array = npt.NDArray[Any]
 
 
@@ -198,8 +197,8 @@ def _records(storage: Storage, info: SplitInfo) -> tuple[Array, Array]:
     numbers = records["number"].astype(np.int64)
     if (np.diff(numbers) <= 0).any():
         raise CorruptShardError(f"{_where(storage, info)}: the numbers of shards are not ascending")
-    if (records["samples"].astype(np.int64) * _MIN_SAMPLE_BYTES > records["bytes"]).any():
-        raise CorruptShardError(f"{_where(storage, info)}: a shard has fewer than {_MIN_SAMPLE_BYTES} bytes per sample")
+    if (records["samples"].astype(np.int64) * MIN_SAMPLE_BYTES > records["bytes"]).any():
+        raise CorruptShardError(f"{_where(storage, info)}: a shard has fewer than {MIN_SAMPLE_BYTES} bytes per sample")
     return records, np.empty(0, "S1")
 
 

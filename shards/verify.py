@@ -172,6 +172,8 @@ def _verify_shard(facts: _Facts, number: int) -> _Report:
         content = _Pass(storage, ShardInfo(name=name, bytes=expected, sha256=table.sha256(number), samples=0))
         if facts.deep:
             entries = SampleIndex(storage, table, facts.split.index).entries(number)
+            if facts.split.table is not None and zlib.crc32(entries.tobytes()) != table.index_crc32(number):
+                report.problems.append(f"{path}: its part of the index does not match its CRC-32 in the table")
             parse = partial(parse_span, ignore_index=facts.manifest.ignore_index,
                             most_pixels=facts.manifest.most_pixels(facts.name))
             report.problems += _verify_samples(content, entries, path, parse, report)

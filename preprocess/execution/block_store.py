@@ -63,24 +63,25 @@ class BlockStore:
             with contextlib.suppress(OSError):  # another run's is there
                 self.base.rmdir()
 
-    def settings(self, mine: str, replace: bool) -> str:
-        """The hash of the settings of the blocks here: that of the first run, or with `replace`, mine from now on."""
-        if not replace:
-            with contextlib.suppress(StorageError):  # there is one
-                self.records.write(_SETTINGS, mine.encode(), create=True)
-        elif self._recorded() not in (mine, None):
-            for name in self.records.sizes() or ():  # their shards are about to be overwritten
-                if name.endswith(".json"):
-                    self.records.delete(name)
-        if replace:
-            self.records.write(_SETTINGS, mine.encode())
-        return self._recorded() or mine
+    def replace_settings(self, mine: str) -> None:
+        """From now on, the blocks here are of settings with the hash `mine`. Records of others are removed: under other
+        settings, block numbers mean other shards, which are about to be overwritten."""
+        with contextlib.suppress(FileNotFoundError):
+            if self.records.read(_SETTINGS) != mine.encode():
+                for name in self.records.sizes() or ():
+                    if name.endswith(".json"):
+                        self.records.delete(name)
+        self.records.write(_SETTINGS, mine.encode())
 
-    def _recorded(self) -> str | None:
-        try:
-            return self.records.read(_SETTINGS).decode(errors="replace")
-        except FileNotFoundError:
-            return None
+    def agree_on_settings(self, mine: str) -> str:
+        """The hash of the settings of the blocks here: `mine`, if this run is the first."""
+        with contextlib.suppress(StorageError):  # there is one
+            self.records.write(_SETTINGS, mine.encode(), create=True)
+        return self.records.read(_SETTINGS).decode(errors="replace")
+
+    def forget(self, block: Block) -> None:
+        """Remove the record of a block that is about to be written again: after a kill, it would outlive its shards."""
+        self.records.delete(_name(block))
 
     @contextlib.contextmanager
     def workspace(self) -> Iterator[Path]:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from shards.errors import ShardError
 from shards.files.storage import Storage
 from shards.looking.selection import read_in_order
-from shards.manifest import ClassInfo, Manifest, ShardInfo
+from shards.manifest import INDEX_DTYPE, ClassInfo, Manifest, ShardInfo
 from shards.reader import ShardReader
 from shards.rle import decode_runs
 from shards.sample import CropSample
@@ -185,7 +185,7 @@ class SplitComparison:
         """The whole index of set 0 or 1."""
         (storage, manifest), table = self._sets[which], self._tables[which]
         index = SampleIndex(storage, table, manifest.split(self.split).index)
-        return np.concatenate([index.entries(shard) for shard in range(len(table))])
+        return np.concatenate([np.empty(0, INDEX_DTYPE), *(index.entries(shard) for shard in range(len(table)))])
 
     def _read(self, place: tuple[Storage, Manifest], numbers: Numbers, progress: Callable[[], object]
               ) -> npt.NDArray[np.void]:

@@ -106,6 +106,8 @@ HOSTILE_2: dict[str, Change] = {  # of version 2, beside those above that name n
     "a table whose hash is none": change(*TRAIN, "table", "sha256", to="x" * 64),
     "a number for a table": change(*TRAIN, "table", to=5),
     "sources elsewhere": change(*TRAIN, "sources", "name", to="/etc/passwd.sources"),
+    "sources of half a block": change(*TRAIN, "sources", "bytes", to=48),
+    "skipped images without a name": change(*TRAIN, "skipped_images", to=[{"q": "w"}]),
     "sources of version 1": change("sources", to={"train-000000": "0" * 64}),
 }
 HOSTILE_2 |= {name: change for name, change in HOSTILE.items() if "shard" not in name and name not in (

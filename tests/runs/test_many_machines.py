@@ -170,9 +170,23 @@ def test_blocks_of_other_settings_are_not_taken_for_these(drawn: Path, one_run: 
     other = config_of(drawn, tmp_path / "set", "crops.per_image=2", "on_error=fail", "dataset.limit=8")
     plan = pipeline._planned(other, open_dataset(other.dataset, "fail"))
     with pipeline._alone(plan):  # as if it were killed before it published
-        plan.store.settings(plan.settings, replace=True)
+        plan.store.replace_settings(plan.settings)
         pipeline._write_missing(plan, plan.blocks)
     assert contents(make_shards(tmp_path / "set", drawn, *SETTINGS)) == one_run
+
+
+def test_a_block_that_is_done_again_has_no_record_meanwhile(drawn: Path, tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between its shards, it would otherwise keep a record of shards that are no longer there."""
+    config = config_of(drawn, tmp_path / "set")
+    dataset = open_dataset(config.dataset, "fail")
+    write_part(config, dataset, Part(0, 1))
+    record = tmp_path / "set/.progress/train-000000.json"
+    assert record.exists()
+    monkeypatch.setattr(pipeline, "_changed", lambda plan, blocks, known: blocks[:1])
+    monkeypatch.setattr(pipeline, "_written", lambda *_: iter(()))  # as if it were killed at once
+    write_part(config, dataset, Part(0, 1))
+    assert not record.exists() and (tmp_path / "set/.progress/train-000001.json").exists()
 
 
 @pytest.mark.slow

@@ -136,6 +136,18 @@ def test_a_table_that_contradicts_itself_or_the_manifest(scene_shards: Path, tmp
     assert any(re.search(message, problem) for problem in verify(root))
 
 
+def test_verify_compares_the_index_with_the_table(scene_shards: Path, tmp_path: Path) -> None:
+    """Readers do so only where the index is large."""
+    root = Path(shutil.copytree(scene_shards, tmp_path / "set"))
+
+    def change(records: np.ndarray) -> None:
+        records["index_crc32"][2] ^= 1
+
+    edit_table(root, "train", change)
+    (problem,) = verify(root)
+    assert "train-000002.tar: its part of the index does not match its CRC-32" in problem
+
+
 def test_a_table_of_another_set_is_refused(scene_shards: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(scene_shards, tmp_path / "set"))
 
