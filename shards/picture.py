@@ -19,6 +19,7 @@ Colors = Sequence[tuple[int, int, int]]
 _IGNORED = (0, 0, 0)
 _MARGIN = 6  # pixels between tiles
 _CAPTION = 16  # pixels of height
+_BAND = 256  # rows
 
 
 def default_colors(count: int) -> list[tuple[int, int, int]]:
@@ -39,13 +40,18 @@ def colorize(label_map: npt.NDArray[Any], colors: Colors) -> Pixels:
 
 def overlay(image: Pixels, label_map: npt.NDArray[Any], colors: Colors, alpha: float = 0.5) -> Pixels:
     """Blend class colours into the image; ignored pixels show the image, region borders are white."""
-    mixed = image * (1 - alpha) + colorize(label_map, colors) * alpha
-    mixed = np.where((label_map < len(colors))[..., None], mixed, image)
-    border = np.zeros(label_map.shape, bool)
-    border[:, 1:] |= label_map[:, 1:] != label_map[:, :-1]
-    border[1:] |= label_map[1:] != label_map[:-1]
-    mixed[border] = 255
-    return mixed.astype(np.uint8)
+    mixed = np.empty_like(image)
+    for first in range(0, len(image), _BAND):  # the intermediate results of a whole image may not fit in memory
+        rows = slice(first, first + _BAND)
+        ids = label_map[rows]
+        blended = image[rows] * (1 - alpha) + colorize(ids, colors) * alpha
+        mixed[rows] = np.where((ids < len(colors))[..., None], blended, image[rows])
+        border = np.zeros(ids.shape, bool)
+        border[:, 1:] |= ids[:, 1:] != ids[:, :-1]
+        above = label_map[max(first - 1, 0) : first + len(ids) - 1]
+        border[len(ids) - len(above) :] |= ids[len(ids) - len(above) :] != above
+        mixed[rows][border] = 255
+    return mixed
 
 
 def save_picture(picture: Image.Image, path: Path, **options: Any) -> None:

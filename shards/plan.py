@@ -169,6 +169,9 @@ def accumulation_for(global_batch_size: int, micro_batch_size: int, world_size: 
     return global_batch_size // per_turn
 
 
-def validation_samples(num_samples: int, rank: int, world_size: int) -> range:
-    """The samples `rank` evaluates: each exactly once across all ranks; counts may differ by one."""
-    return range(rank, num_samples, world_size)
+def validation_groups(num_samples: int, size: int) -> list[range]:
+    """All samples, in groups of consecutive ones that are predicted together; rank r of n takes every n-th, from r on.
+
+    Groups do not depend on the number of ranks, as batches of other samples could round a prediction differently.
+    """
+    return [range(first, min(first + size, num_samples)) for first in range(0, num_samples, size)]

@@ -180,6 +180,12 @@ class EvalConfig:
                                     "evenly spread windows, absent classes count as 0 in the mIoU); null: images "
                                     "resized as floats, windows padded to a legal size, float32 scores",
                                     choices=("dinov3", "eomt"))
+    window_batch: int = setting(4, "windows per forward pass, of all views and of as many images at a time as windows",
+                                minimum=1, maximum=1024)
+    memory_gb: float = setting(4.0, "memory for scores, in GB, beside the network's own: they are computed for as many "
+                               "rows of an image at a time as fit", minimum=0.01)
+    half_scores: bool = setting(False, "keep the network's outputs and multiply classes and masks in bfloat16: half "
+                                "the memory; sums over windows stay float32")
     max_images: int | None = setting(None, "number of images to evaluate, from the first on; null: all", minimum=1)
     panels: int = setting(4, "pictures (image, truth, prediction) saved per evaluation", minimum=0)
 

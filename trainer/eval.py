@@ -4,23 +4,32 @@ example: python trainer/eval.py --config runs/ade20k-m2f/config.yaml --checkpoin
 The network is the checkpoint's own; `data`, `eval` and `device` come from the configuration, and so does
 `backbone.source`, as the ViT may have moved since. A file of another program, such as Meta's Mask2Former or linear
 head, contains only weights: then all settings come from the configuration, and the classes from the shard set.
+Killed, it goes on with what is done when the same command is given again, with any number of processes.
 """
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 try:
     from shards.cli.command_line import add_overrides, config_files, config_parser, run_entry_point
     from shards.errors import ConfigError
-    from shards.files.atomic import write_atomically
-    from shards.files.strict_json import to_json
+    from shards.manifest import hash_of
     from trainer.config import RunConfig, load_run_config
     from trainer.stopping import die_with_launcher
 except ImportError as error:
     raise SystemExit(f"error: {error}; is MaskStream installed (pip install -e .), or does another package named "
                      "shards or trainer shadow it?") from None
+
+if TYPE_CHECKING:
+    import torch
+
+    from trainer.data.whole_images import ValidationImages
+    from trainer.distributed import DistContext
+    from trainer.pretrained import Pretrained
 
 DEFAULT_RECIPE = "config-ade20k-m2f-inference"
 
@@ -32,53 +41,94 @@ def main() -> int:
                         "another program's head")
     parser.add_argument("--output", default=None, help="folder for metrics and pictures "
                         "(default: evaluation/ in the folder of the run or export)")
+    parser.add_argument("--images", type=Path, help="evaluate on a folder of images instead of data.root")
+    parser.add_argument("--labels", type=Path, help="folder of their label maps, at the same paths below it: PNGs of "
+                        "class ids, 255 where unlabelled")
+    parser.add_argument("--reduce-zero-label", action="store_true", help="label maps hold ids from 1, and 0 where "
+                        "unlabelled, like ADE20K's")
     add_overrides(parser)
     arguments = parser.parse_intermixed_args()
     config = load_run_config(config_files(arguments), arguments.overrides)
     checkpoint_path = Path(arguments.checkpoint)
     folder = checkpoint_path if checkpoint_path.is_dir() else checkpoint_path.parent.parent
     output = Path(arguments.output) if arguments.output else folder / "evaluation"
-    return _evaluate(config, checkpoint_path, output)
+    if (arguments.images is None) != (arguments.labels is None):
+        raise ConfigError("--images and --labels belong together; give both or neither")
+    if arguments.reduce_zero_label and arguments.images is None:
+        raise ConfigError("--reduce-zero-label is for --images and --labels; in shards the labels are already mapped")
+    if config.data.root is None and arguments.images is None:
+        raise ConfigError("data.root is not set. Try for example: python trainer/eval.py "
+                          f"--checkpoint {checkpoint_path} data.root=<folder of shards>")
+    return _evaluate(config, checkpoint_path, output, arguments)
 
 
-def _evaluate(config: RunConfig, checkpoint_path: Path, output: Path) -> int:
-    from shards.looking.image_scores import IMAGE_SCORES, encode_scores
-    from shards.picture import save_picture
-    from trainer.data.crops import open_reader
+def _evaluate(config: RunConfig, checkpoint_path: Path, output: Path, arguments: argparse.Namespace) -> int:
     from trainer.distributed import distributed
     from trainer.evaluation.evaluation import evaluate, format_metrics
+    from trainer.evaluation.journal import Journal
+    from trainer.evaluation.predictor import Predictor
+    from trainer.evaluation.results import draw_extremes, save_panels, write_results
+
+    with distributed(config.device, config.train.hang_timeout) as context:
+        pretrained, images = _model_and_images(config, checkpoint_path, arguments, context)
+        settings = pretrained.config
+        journal = Journal(output, evaluation_identity(pretrained, images, context.device))
+        result = evaluate(pretrained.model, images, settings, context, config.eval.max_images, journal=journal)
+        scored = result.scores.gather(context, len(images.classes))
+        if context.is_main:
+            record = {**result.metrics, "step": pretrained.step, "checkpoint": str(checkpoint_path)}
+            names = write_results(output, record, scored, images.classes, settings.eval.reference == "eomt")
+            predict = Predictor(pretrained.model, settings, len(images.classes), context.device)
+            panels = draw_extremes(scored, images, predict, config.eval.panels)
+            if panels is not None:
+                save_panels(panels, output)
+                names.append("panels.png")
+            print(format_metrics(result.metrics, images.classes))
+            print(f"{', '.join(names)} written to {output}")
+            journal.remove()
+    return 0
+
+
+def _model_and_images(config: RunConfig, checkpoint_path: Path, arguments: argparse.Namespace,
+                      context: DistContext) -> tuple[Pretrained, ValidationImages]:
+    """The model, with the settings to evaluate it by, and the images, with equal class tables."""
+    from trainer.data.crops import open_reader
+    from trainer.data.whole_images import FolderImages, WholeImages
     from trainer.models.weights import WeightsFile
     from trainer.pretrained import from_external_weights, load_pretrained
     from trainer.run.checkpoint import open_checkpoint
 
-    if config.data.root is None:
-        raise ConfigError("data.root is not set. Try for example: python trainer/eval.py "
-                          f"--checkpoint {checkpoint_path} data.root=<folder of shards>")
     source = open_checkpoint(checkpoint_path)
-    reader = open_reader(config.data, config.data.val_split)
-    manifest = reader.manifest
-    with distributed(config.device, config.train.hang_timeout) as context:
-        if isinstance(source, WeightsFile) and not source.is_self_contained:
-            pretrained, settings = from_external_weights(source, config, manifest.classes, context.device), config
-        else:
-            pretrained = load_pretrained(source, backbone_source=config.backbone.source, device=context.device)
-            settings = replace(pretrained.config, data=config.data, eval=config.eval)
-        if pretrained.classes != list(manifest.classes):
-            raise ConfigError(f"{config.data.root} and {checkpoint_path} have different class tables "
-                              f"({manifest.num_classes} and {len(pretrained.classes)} classes)")
-        model = pretrained.model
-        result = evaluate(model, reader, settings, context, config.eval.max_images)
-        images = result.scores.gather(context)
-        if context.is_main:
-            print(format_metrics(result.metrics, manifest.classes))
-            output.mkdir(parents=True, exist_ok=True)
-            record = {**result.metrics, "step": pretrained.step, "checkpoint": str(checkpoint_path)}
-            write_atomically(output / "metrics.json", to_json(record, indent=1).encode())
-            write_atomically(output / IMAGE_SCORES, encode_scores(images))
-            if result.panels is not None:
-                save_picture(result.panels, output / "panels.png")
-            print(f"metrics.json, {IMAGE_SCORES} and panels.png written to {output}")
-    return 0
+    reader = open_reader(config.data, config.data.val_split) if arguments.images is None else None
+    if isinstance(source, WeightsFile) and not source.is_self_contained:
+        if reader is None:
+            raise ConfigError(f"{checkpoint_path} contains only weights, and a folder of images has no class names; "
+                              "evaluate on shards (data.root), or export it first (trainer/export.py --classes)")
+        pretrained = from_external_weights(source, config, reader.manifest.classes, context.device)
+    else:
+        pretrained = load_pretrained(source, backbone_source=config.backbone.source, device=context.device)
+        pretrained = replace(pretrained, config=replace(pretrained.config, data=config.data, eval=config.eval))
+    if reader is None:
+        return pretrained, FolderImages(arguments.images, arguments.labels, pretrained.classes, config.data,
+                                        arguments.reduce_zero_label)
+    if pretrained.classes != list(reader.manifest.classes):
+        raise ConfigError(f"{config.data.root} and {checkpoint_path} have different class tables "
+                          f"({reader.manifest.num_classes} and {len(pretrained.classes)} classes)")
+    return pretrained, WholeImages(reader, config.data)
+
+
+def evaluation_identity(pretrained: Pretrained, images: ValidationImages, device: torch.device) -> str:
+    """Hex sha256 of what determines the counts of an evaluation: weights, settings, images, device and precision."""
+    import torch
+
+    from trainer.models.backbones.base import state_sha256
+
+    config, model = pretrained.config, pretrained.model
+    facts = {"head": state_sha256(model.head_state_dict()), "backbone": model.backbone.weights_sha256(),
+             "eval": vars(replace(config.eval, panels=0)), "images": images.identity, "split": images.split,
+             "precision": config.train.precision, "device": device.type, "torch": torch.__version__,
+             "mean": list(config.backbone.image_mean), "std": list(config.backbone.image_std)}
+    return hash_of(facts)
 
 
 if __name__ == "__main__":

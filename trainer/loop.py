@@ -17,6 +17,7 @@ from shards.plan import MicroBatchNumbers
 from trainer.config import RunConfig
 from trainer.data.crops import Batch, normalized_images
 from trainer.data.loader import train_loader
+from trainer.data.whole_images import WholeImages
 from trainer.distributed import DistContext
 from trainer.evaluation.evaluation import EvaluationStopped, evaluate
 from trainer.evaluation.predictor import autocast
@@ -164,8 +165,8 @@ def evaluate_run(run: Run, reporter: RunReporter) -> None:
     # Without synchronised batch norm (CPU) each rank has its own running statistics; rank 0's are the ones saved.
     run.context.broadcast(run.model.buffers())
     with reporter.paused():
-        result = evaluate(run.model, run.val_reader, run.config, run.context, run.config.eval.max_images,
-                          should_continue)
+        result = evaluate(run.model, WholeImages(run.val_reader, run.config.data), run.config, run.context,
+                          run.config.eval.max_images, should_continue, panels=run.config.eval.panels)
         run.metrics, run.evaluated = result.metrics, True
         reporter.evaluation_done(result)
 

@@ -57,18 +57,18 @@ def sample_row(sample: CropSample, classes: Sequence[ClassInfo], caption: str, m
     label_map = sample.label_map()
     image, small_map = fitted(sample.image, label_map, tile)
     pictures = [image, overlay(image, small_map, [info.color for info in classes])]
-    return Row(caption=caption, pictures=pictures, legend=legend_of(sample, classes, marked))
+    return Row(caption=caption, pictures=pictures, legend=legend_of(label_map, classes, marked))
 
 
-def legend_of(sample: CropSample, classes: Sequence[ClassInfo], marked: Set[int] = frozenset()) -> list[LegendLine]:
-    """The classes of a sample by descending share, then the ignored pixels, if any."""
-    segments, labels = sample.segment_map, sample.labels.tolist()
-    pixels = np.bincount(segments.reshape(-1), minlength=len(labels))[: len(labels)]
-    largest_first = sorted(zip(pixels.tolist(), labels, strict=True), key=lambda pair: (-pair[0], pair[1]))
+def legend_of(label_map: npt.NDArray[Any], classes: Sequence[ClassInfo], marked: Set[int] = frozenset(),
+              also: Set[int] = frozenset()) -> list[LegendLine]:
+    """The classes of a label map `[H,W]`, and those of `also`, by descending share, then the ignored pixels, if any."""
+    pixels = np.bincount(label_map.reshape(-1), minlength=len(classes))[: len(classes)]
+    listed = sorted((-int(count), label) for label, count in enumerate(pixels.tolist()) if count or label in also)
     lines = [LegendLine(color=classes[label].color, number=str(label), name=shown(classes[label].name),
-                        share=count / segments.size, is_marked=label in marked) for count, label in largest_first]
-    if ignored := segments.size - int(pixels.sum()):
-        lines.append(LegendLine(color=None, number="", name="ignored", share=ignored / segments.size))
+                        share=-count / label_map.size, is_marked=label in marked) for count, label in listed]
+    if ignored := label_map.size - int(pixels.sum()):
+        lines.append(LegendLine(color=None, number="", name="ignored", share=ignored / label_map.size))
     return lines
 
 

@@ -19,6 +19,7 @@ from trainer.loss.matcher import HungarianMatcher, Prediction
 from trainer.loss.packed_targets import pack_targets
 from trainer.loss.pixel_loss import pixel_cross_entropy
 from trainer.models.heads import LinearHead, MaskClassificationHead
+from trainer.models.resizing import Rows, Size
 from trainer.optimizer import one_cycle, one_cycle_beta1
 
 FORWARD = {"rtol": 1e-4, "atol": 1e-5}
@@ -218,15 +219,16 @@ class ToyModel:
         self.crops: list[tuple[int, int]] = []
 
     def __call__(self, crop: Tensor) -> dict[str, Any]:
-        self.crops.append((crop.shape[2], crop.shape[3]))
+        self.crops += [(crop.shape[2], crop.shape[3])] * len(crop)
         if self.kind == "linear":
             return {"logits": self._maps(crop, *(self.weights[name] for name in "Wbrs"))}
         masks = self._maps(crop, *(self.weights[f"{name}m"] for name in "Wbrs"))
-        return {"pred_logits": (self.weights["cls"] * (1 + crop.mean()))[None], "pred_masks": masks}
+        means = crop.mean((1, 2, 3))[:, None, None]
+        return {"pred_logits": self.weights["cls"] * (1 + means), "pred_masks": masks}
 
-    def semantic_logits(self, outputs: dict[str, Any], size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def semantic_logits(self, outputs: dict[str, Any], size: Size, dtype: torch.dtype, rows: Rows) -> Tensor:
         head: Any = LinearHead if self.kind == "linear" else MaskClassificationHead
-        scores: Tensor = head.semantic_logits(self, outputs, size, dtype)
+        scores: Tensor = head.semantic_logits(self, outputs, size, dtype, rows)
         return scores
 
     @staticmethod

@@ -27,8 +27,9 @@ LOADING = """
 import sys
 import torch
 from trainer.config import DataConfig
-from trainer.data.crops import WholeImages, open_reader
+from trainer.data.crops import open_reader
 from trainer.data.loader import validation_loader
+from trainer.data.whole_images import WholeImages
 
 if __name__ == "__main__":
     config = DataConfig(root=sys.argv[1], workers=2)

@@ -30,7 +30,8 @@ from shards.manifest import ClassInfo, load_manifest
 from tests.conftest import REPOSITORY
 from tests.runs.test_end_to_end import run_program
 from trainer.config import RunConfig, load_run_config
-from trainer.data.crops import WholeImages, open_reader
+from trainer.data.crops import open_reader
+from trainer.data.whole_images import WholeImages
 from trainer.distributed import DistContext
 from trainer.evaluation.evaluation import Predictor
 from trainer.loop import train
@@ -223,9 +224,9 @@ def test_the_report_is_there_from_the_first_evaluation_on(scene_shards: Path, tm
 
     seen, real = [], loop.evaluate
 
-    def evaluate(*arguments: Any) -> Any:
+    def evaluate(*arguments: Any, **options: Any) -> Any:
         seen.append((tmp_path / "run" / "report.html").exists())
-        return real(*arguments)
+        return real(*arguments, **options)
 
     monkeypatch.setattr(loop, "evaluate", evaluate)
     train(tiny(scene_shards, tmp_path / "run", "train.total_steps=4", "train.eval_every=2"), ALONE)

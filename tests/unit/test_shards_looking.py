@@ -162,13 +162,13 @@ def test_an_evaluation_of_another_set_is_refused(root: Path, tmp_path: Path, row
 
 def test_a_legend_has_every_class_that_occurs_by_share_and_what_is_ignored(root: Path) -> None:
     sample = ShardReader(root, "val").read(3)  # class 2 but for one ignored row of twelve
-    two, ignored = legend_of(sample, CLASSES, {2})
+    two, ignored = legend_of(sample.label_map(), CLASSES, {2})
     assert (two.color, two.number, two.name, two.is_marked) == (COLORS[2], "2", "traffic light", True)
     assert two.share == pytest.approx(11 / 12) and ignored.share == pytest.approx(1 / 12)
     assert (ignored.color, ignored.name, ignored.is_marked) == (None, "ignored", False)
-    lines = legend_of(ShardReader(root, "val").read(2), CLASSES)
+    lines = legend_of(ShardReader(root, "val").read(2).label_map(), CLASSES)
     assert [line.number for line in lines] == ["0", "1", "2"] and sum(line.share for line in lines) == 1
-    assert [line.number for line in legend_of(ShardReader(root, "train").read(0), CLASSES)] == ["4", "3"]
+    assert [line.number for line in legend_of(ShardReader(root, "train").read(0).label_map(), CLASSES)] == ["4", "3"]
 
 
 def test_a_sheet_shows_image_overlay_and_swatches(root: Path, tmp_path: Path, run: Command) -> None:

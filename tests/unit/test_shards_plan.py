@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.errors import ConfigError
-from shards.plan import MicroBatchNumbers, PlannedSample, TrainPlan, accumulation_for, validation_samples
+from shards.plan import MicroBatchNumbers, PlannedSample, TrainPlan, accumulation_for, validation_groups
 
 
 def draws(plan: TrainPlan, count: int) -> list[PlannedSample]:
@@ -122,10 +122,12 @@ def test_epochs_and_seeds_differ() -> None:
     assert len(orders) == 9
 
 
-@given(st.integers(1, 60), st.integers(1, 9))
-def test_validation_covers_every_sample_once(samples: int, ranks: int) -> None:
-    shares = [list(validation_samples(samples, rank, ranks)) for rank in range(ranks)]
-    assert sorted(number for share in shares for number in share) == list(range(samples))
+@given(st.integers(0, 60), st.integers(1, 9), st.integers(1, 9))
+def test_validation_covers_every_sample_once(samples: int, size: int, ranks: int) -> None:
+    groups = validation_groups(samples, size)
+    assert [number for group in groups for number in group] == list(range(samples))
+    assert all(1 <= len(group) <= size for group in groups) and all(len(group) == size for group in groups[:-1])
+    shares = [groups[rank::ranks] for rank in range(ranks)]
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 

@@ -26,9 +26,10 @@ from torch import Tensor
 from tests.conftest import REPOSITORY
 from trainer.config import DataConfig
 from trainer.data import loader, parcel
-from trainer.data.crops import Batch, LabelledImage, WholeImages, open_reader
+from trainer.data.crops import Batch, open_reader
 from trainer.data.loader import LoaderError, validation_loader
 from trainer.data.parcel import Parcel
+from trainer.data.whole_images import LabelledImage, WholeImages
 
 CPU = torch.device("cpu")
 
@@ -122,6 +123,7 @@ def test_descriptors_are_closed() -> None:
 def limited(root: Path, limit: Callable[[], None] | None, number: int = 40, prefix: Sequence[str] = ()) -> list[str]:
     """Keys of validation images, in order, from loader processes that live under a limit; `prefix`: of the command."""
     script = ("import sys, torch; from trainer.config import DataConfig; from trainer.data.crops import *; "
+              "from trainer.data.whole_images import *; "
               "from trainer.data.loader import validation_loader as load\n"
               "if __name__ == '__main__':\n"
               " reader = open_reader(DataConfig(root=sys.argv[1], workers=2), 'val')\n"

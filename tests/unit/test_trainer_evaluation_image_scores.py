@@ -14,16 +14,16 @@ import torch
 from shards.errors import ConfigError
 from shards.looking.image_scores import ImageScore, encode_scores, read_scores
 from trainer.distributed import DistContext
+from trainer.evaluation.counts import Counts
 from trainer.evaluation.image_scores import ImageScores
-from trainer.evaluation.metrics import ConfusionMatrix
 
 CPU = torch.device("cpu")
 
 
-def counted(pred: list[int], label: list[int]) -> ConfusionMatrix:
-    matrix = ConfusionMatrix(4)
-    matrix.update(torch.tensor(pred), torch.tensor(label))
-    return matrix
+def counted(pred: list[int], label: list[int]) -> Counts:
+    counts = Counts(4, 255)
+    counts.add_image(torch.tensor([label]), torch.tensor([pred]))
+    return counts
 
 
 def test_scores_of_an_image_by_hand() -> None:
@@ -31,7 +31,7 @@ def test_scores_of_an_image_by_hand() -> None:
     # class 0: 2 of 3 found, one false: IoU 2/4; class 1: 1 of 1 found: 1; class 2: never labelled, so not in the mean
     scores.add(0, "a", counted([0, 0, 2, 1, 0, 0], [0, 0, 0, 1, 3, 255]))
     scores.add(1, "ü/b", counted([0, 1], [255, 255]))
-    one, two = scores.gather(DistContext(rank=0, world_size=1, device=CPU))
+    one, two = scores.gather(DistContext(rank=0, world_size=1, device=CPU), 4).scores()
     assert one[:3] == ("val", 0, "a") and one.miou == pytest.approx((2 / 4 + 1 + 0) / 3)  # class 3 was never found
     assert one.accuracy == pytest.approx(3 / 5)
     assert two[:3] == ("val", 1, "ü/b") and math.isnan(two.miou) and math.isnan(two.accuracy)
@@ -63,7 +63,7 @@ def test_all_ranks_get_the_scores_of_all_images_whoever_had_them(images: int) ->
         scores = ImageScores("val")
         for number in range(rank, images, ranks):
             scores.add(number, f"key{'é' * number}", counted([0] * number + [1], [0] * number + [0]))
-        return scores.gather(shared[ranks].context(rank))
+        return scores.gather(shared[ranks].context(rank), 4).scores()
 
     shared = {1: Ranks(1), 3: Ranks(3)}
     alone = scored(0, 1)

@@ -132,24 +132,6 @@ def normalized_images(batch: Batch, mean: Sequence[float], std: Sequence[float])
     return images
 
 
-@dataclass(frozen=True, kw_only=True)
-class LabelledImage:
-    """A whole validation image."""
-
-    number: int  # in its split
-    key: str
-    image: Tensor  # uint8 [3, H, W]
-    label_map: Tensor  # uint8 (uint16 with more than 255 classes) [H, W], class ids and ignore_index
-
-    def pin_memory(self) -> LabelledImage:
-        """Called by the DataLoader's pinning thread."""
-        return self.map_tensors(Tensor.pin_memory)
-
-    def map_tensors(self, change: Callable[[Any], Any]) -> LabelledImage:
-        """A copy with `change` applied to each tensor."""
-        return replace(self, image=change(self.image), label_map=change(self.label_map))
-
-
 def open_reader(config: DataConfig, split: str, manifest: Manifest | None = None) -> ShardReader:
     """Open a split of `data.root` with the configured cache and retry policy.
 
@@ -286,30 +268,6 @@ class _Images:
         else:
             self.pixels[self.count].numpy()[:] = sample.image[window]
         self.count += 1
-
-
-class WholeImages(IterableDataset[LabelledImage]):
-    """Validation images of the given numbers. A corrupt one is always an error: skipping it would bias the metric."""
-
-    def __init__(self, reader: ShardReader, config: DataConfig, numbers: Iterable[int] = ()) -> None:
-        self.reader, self.config, self.numbers = reader, config, numbers
-
-    def __getitem__(self, number: int) -> LabelledImage:
-        return self._image(number, self.reader.read(number))
-
-    def __iter__(self) -> Iterator[LabelledImage]:
-        numbers = list(share_of_worker(self.numbers))
-        samples = read_samples(self.reader, numbers, self.config.read_ahead_mb << 20)
-        yield from map(self._image, numbers, samples)
-
-    def _image(self, number: int, sample: CropSample) -> LabelledImage:
-        check_labels(sample, self.reader.num_classes)
-        return LabelledImage(
-            number=number,
-            key=sample.key,
-            image=torch.from_numpy(sample.image.transpose(2, 0, 1).copy()),
-            label_map=torch.from_numpy(sample.label_map()),
-        )
 
 
 def read_samples(reader: ShardReader, numbers: Iterable[int], budget: int) -> Iterator[CropSample]:

@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from shards.errors import CorruptShardError, MaskStreamError, RunError
 from shards.workers import exit_with_parent, keep_freed_memory, use_own_temporary_folder
-from trainer.data.crops import Batch, LabelledImage, TrainCrops, WholeImages
+from trainer.data.crops import Batch, TrainCrops
 from trainer.data.parcel import Parcel, shared_memory_advice
+from trainer.data.whole_images import LabelledImage, ValidationImages
 
 _log = logging.getLogger(__name__)
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -47,12 +48,13 @@ def train_loader(crops: TrainCrops, micro_batches: Iterable[int], device: torch.
         yield batch
 
 
-def validation_loader(images: WholeImages, numbers: Iterable[int], device: torch.device) -> Iterator[LabelledImage]:
+def validation_loader(images: ValidationImages, numbers: Iterable[int],
+                      device: torch.device) -> Iterator[LabelledImage]:
     """The validation images of the given numbers, in that order; raises like `train_loader`."""
     return _items(images, numbers, device)
 
 
-def _items(dataset: TrainCrops | WholeImages, numbers: Iterable[int], device: torch.device) -> Iterator[Any]:
+def _items(dataset: TrainCrops | ValidationImages, numbers: Iterable[int], device: torch.device) -> Iterator[Any]:
     """Exactly the items of these numbers. Workers' errors are raised without the worker tracebacks that torch adds to
     their text."""
     dataset = copy.copy(dataset)
@@ -134,14 +136,14 @@ def _start_helpers() -> None:
 class _Parcels(IterableDataset[Parcel]):
     """The dataset that loader processes iterate over: items packed into parcels before they are queued."""
 
-    def __init__(self, dataset: TrainCrops | WholeImages) -> None:
+    def __init__(self, dataset: TrainCrops | ValidationImages) -> None:
         self.dataset = dataset
 
     def __iter__(self) -> Iterator[Parcel]:
         return map(Parcel, self.dataset)
 
 
-def _loader(dataset: TrainCrops | WholeImages, device: torch.device) -> DataLoader[Any]:
+def _loader(dataset: TrainCrops | ValidationImages, device: torch.device) -> DataLoader[Any]:
     workers = dataset.config.workers
     pin_memory = device.type == "cuda"
     if not workers:
@@ -150,7 +152,7 @@ def _loader(dataset: TrainCrops | WholeImages, device: torch.device) -> DataLoad
     # Forking a process that has threads (autograd, NCCL, gloo) can deadlock. The fork server is a clean process
     # instead: it imports torch once, and its children start in milliseconds.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trainer.data.crops"])
+    context.set_forkserver_preload(["trainer.data.whole_images"])
     _start_helpers()
     # No timeout: with one, torch no longer checks every five seconds whether its workers are alive.
     return DataLoader(_Parcels(dataset), batch_size=None, num_workers=workers,

@@ -83,10 +83,12 @@ class ConfusionMatrix:
         return Areas(intersect, pred + label - intersect, pred, label)
 
     def summary(self, *, absent_as_zero: bool = False) -> dict[str, Any]:
-        """Metrics as fractions 0 to 1: mIoU, aAcc, mAcc, mDice, mF1, mPrecision, mRecall and the list per_class_iou.
+        """Metrics as fractions 0 to 1: mIoU, fwIoU, aAcc, mAcc, mDice, mF1, mPrecision, mRecall, and the lists
+        per_class_iou, per_class_acc, per_class_precision and per_class_dice.
 
         m... is the mean over the classes for which the ratio is defined: a class that is neither predicted nor labelled
         has IoU NaN and is skipped, one without intersection has no F1. Everything is NaN before the first update.
+        fwIoU weights each class's IoU by its share of the labelled pixels.
         With `absent_as_zero` a class with IoU NaN counts as 0 in the mIoU, as in EoMT's evaluation.
         """
         intersect, union, pred, label = (area.double() for area in self.areas())
@@ -94,14 +96,16 @@ class ConfusionMatrix:
         ratios = {
             "mIoU": iou.nan_to_num(0.0) if absent_as_zero else iou,
             "mAcc": recall,
-            "mDice": 2 * intersect / (pred + label),
+            "mDice": (dice := 2 * intersect / (pred + label)),
             "mF1": 2 * precision * recall / (precision + recall),
             "mPrecision": precision,
             "mRecall": recall,
         }
         summary: dict[str, Any] = {name: float(ratio.nanmean()) for name, ratio in ratios.items()}
         summary["aAcc"] = float(intersect.sum() / label.sum())
-        summary["per_class_iou"] = iou.tolist()
+        summary["fwIoU"] = float((iou * label)[label > 0].sum() / label.sum())
+        for name, values in (("iou", iou), ("acc", recall), ("precision", precision), ("dice", dice)):
+            summary[f"per_class_{name}"] = values.tolist()
         return summary
 
     def confused_pairs(self, limit: int = 30) -> list[ConfusedPair]:

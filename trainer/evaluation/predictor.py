@@ -1,13 +1,22 @@
-"""Predict class ids for one image, with the windows, views and rounding configured in `eval.*`.
+"""Predict class ids for images, with the windows, views and rounding configured in `eval.*`.
 
 By default an image is resized as normalised floats, windows have a size that the network accepts (a small image is
 padded), and scores are float32. `eval.reference` reproduces a published evaluation instead, so that numbers are
 comparable: "dinov3" (github.com/facebookresearch/dinov3, eval/segmentation) resizes uint8 images with Pillow, cuts
 windows inside the image (a square where both sides are below the crop) and computes Mask2Former's scores in bfloat16;
 "eomt" (github.com/tue-mps/eomt) resizes with Pillow until the image just covers one window, and spreads windows evenly.
+
+    images -> views (sizes, mirrored) -> windows -> network, eval.window_batch at a time -> small outputs per window
+           -> for each band of rows: scores of all views, averaged -> class ids of the band
+
+The windows of all views and of all images of a call are batched together; scores at full size exist for one band only.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -18,49 +27,107 @@ from torch import Tensor
 from shards.errors import ConfigError
 from trainer.config import RunConfig
 from trainer.data.transforms import normalize
-from trainer.evaluation.sliding_window import Size, covering_size, slide_inference, view_size
+from trainer.evaluation.score_memory import ScoreMemory
+from trainer.evaluation.sliding_window import covering_size, view_size
+from trainer.evaluation.views import View, ViewRules, Window, WindowQueue
 from trainer.models import Segmenter
+from trainer.models.outputs import Outputs
+from trainer.models.resizing import Rows, Size
 from trainer.out_of_memory import OutOfMemory, allocator_error
+
+Extra = Literal["confidence", "probabilities"]
+
+
+class Segmented(NamedTuple):
+    """What is predicted for an image, on the model's device."""
+
+    label_map: Tensor  # class ids [H, W]; uint8 up to 256 classes, else int32
+    confidence: Tensor | None = None  # float32 [H, W]: probability of the predicted class
+    probabilities: Tensor | None = None  # float16 [C, H, W]
 
 
 class Predictor:
-    """Turns one image into class ids as configured in `eval.*`: sliding window or whole image, one or several views."""
+    """Turns images into class ids as configured in `eval.*`: sliding window or whole image, one or several views."""
 
     def __init__(self, model: Segmenter, config: RunConfig, num_classes: int, device: torch.device) -> None:
         self.model, self.config, self.num_classes, self.device = model, config, num_classes, device
         self.settings, self.size_divisor = config.eval, config.decoder_head.size_divisor
+        self.forward_passes = 0
+        settings = self.settings
+        self.rules = ViewRules(
+            crop_size=None if settings.mode == "whole" else settings.crop_size,
+            stride=None if settings.reference == "eomt" else settings.stride,
+            size_divisor=self.size_divisor if settings.reference is None else None,
+            mean=config.backbone.image_mean, std=config.backbone.image_std)
 
     def __call__(self, image: Tensor) -> Tensor:
-        """uint8 [3, H, W] on any device -> int64 [H, W] class ids on the model's device.
+        """uint8 [3, H, W] on any device -> class ids [H, W] on the model's device. Raises like `segment`."""
+        return next(self.segment([image])).label_map
 
+    def segment(self, images: Sequence[Tensor], extra: Extra | None = None) -> Iterator[Segmented]:
+        """Images uint8 [3, H, W], of any sizes, on any device -> what is predicted for each, in their order.
+
+        `extra` adds what is rarely needed: the confidence, or all probabilities (2 bytes per class and pixel).
         Raises OutOfMemory naming the settings that determine how much memory an image takes.
         """
-        height, width = image.shape[1:]
-        try:
-            return self._predict(image)
-        except (RuntimeError, MemoryError) as error:
-            if (line := allocator_error(error)) is None:
-                raise
-            settings, gigabytes = self.settings, 4 * self.num_classes * height * width / 1e9
-            raise OutOfMemory(
-                f"image of {width}x{height} pixels, {self.num_classes} classes: out of memory ({line}). Its scores "
-                f"take several times {gigabytes:.1f} GB: resize it; lower eval.crop_size (now {settings.crop_size}) "
-                f"or eval.resize_short_side (now {settings.resize_short_side or 'null'}); set eval.mode=slide (now "
-                f"{settings.mode})") from error
+        queue = WindowQueue(self._run, self.settings.window_batch)
+        all_views: list[list[View]] = []
+        for image in images:
+            with self._explaining(image):
+                all_views.append(self.views(image))
+                queue.add(_in_order_of_need(all_views[-1]))
+        for number, image in enumerate(images):
+            with self._explaining(image), torch.inference_mode():
+                result = self._segment(all_views[number], queue, extra)
+            all_views[number] = []
+            self.forward_passes = queue.forward_passes
+            yield result
 
-    @torch.inference_mode()
-    def _predict(self, image: Tensor) -> Tensor:
-        """See `__call__`.
+    def _segment(self, views: list[View], queue: WindowQueue, extra: Extra | None) -> Segmented:
+        (height, width), classes = views[0].full, self.num_classes
+        dtype = torch.uint8 if classes <= 256 else torch.int32
+        label_map = torch.empty(height, width, dtype=dtype, device=self.device)
+        confidence = torch.empty(height, width, device=self.device) if extra == "confidence" else None
+        probabilities = (torch.empty(classes, height, width, dtype=torch.float16, device=self.device)
+                         if extra == "probabilities" else None)
+        first = views[0].windows[0]
+        queue.compute(first)
+        assert first.outputs is not None
+        memory = ScoreMemory(views, classes, first.outputs, self.settings.window_batch, averages=extra is not None)
+        for rows in memory.bands(int(self.settings.memory_gb * 1e9)):
+            for view in views:
+                for window in view.needs(rows):
+                    queue.compute(window)
+            scores, average = self._band(views, rows, wanted=extra is not None)
+            ids = scores.argmax(1)[0]  # [rows, W]
+            label_map[slice(*rows)] = ids
+            if confidence is not None and average is not None:
+                confidence[slice(*rows)] = average[0].gather(0, ids[None])[0]
+            if probabilities is not None and average is not None:
+                probabilities[:, slice(*rows)] = average[0]
+            for view in views:
+                view.close(rows[1])
+        return Segmented(label_map, confidence, probabilities)
 
-        The class probabilities of all views are averaged. They are a softmax over classes even of Mask2Former's scores,
-        as in the DINOv3 reference, whose published numbers with several views depend on it.
+    def _band(self, views: list[View], rows: Rows, wanted: bool) -> tuple[Tensor, Tensor | None]:
+        """Rows of what the class ids are the argmax of, and if `wanted` of the probabilities; [1, C, rows, W] each.
+
+        Several views are averaged after a softmax over classes, even of Mask2Former's scores, as in the DINOv3
+        reference, whose published numbers with several views depend on it. A single view needs none for its argmax, but
+        the reference rounds it, and so decides ties.
         """
-        size = (image.shape[1], image.shape[2])
-        total = torch.zeros(1, self.num_classes, *size, device=self.device)  # [1, C, H, W]
-        for mirrored in (False, True) if self.settings.tta_flip else (False,):
-            for view in (self.view(image, side) for side in self.view_sizes(size)):
-                total += self.view_scores(view.flip(3) if mirrored else view, size, mirrored).softmax(1)
-        return total.argmax(1)[0]
+        total = average = None
+        softmax = len(views) > 1 or self.settings.reference == "dinov3"
+        for view in views:
+            scores = view.scores(rows, self.num_classes, self._score_rows)
+            if wanted:
+                probabilities = self.model.probabilities(scores) / len(views)
+                average = probabilities if average is None else average.add_(probabilities)
+            if softmax:
+                scores = scores.softmax(1)
+            total = scores if total is None else total.add_(scores)
+        assert total is not None
+        return total, average
 
     def view_sizes(self, size: Size) -> list[Size]:
         """The sizes to which an image of this size is resized, one per scale."""
@@ -70,37 +137,78 @@ class Predictor:
         ratios: list[float] | list[None] = settings.tta_ratios or [None]
         return [view_size(size, settings.resize_short_side, ratio) for ratio in ratios]
 
+    def views(self, image: Tensor) -> list[View]:
+        """The views of an image uint8 [3, H, W]: each scale, then each scale mirrored."""
+        full = (image.shape[1], image.shape[2])
+        pixels = [self.view(image, size) for size in self.view_sizes(full)]
+        flips = (False, True) if self.settings.tta_flip else (False,)
+        return [View(view, full, self.rules, mirrored=mirrored) for mirrored in flips for view in pixels]
+
     def view(self, image: Tensor, size: Size) -> Tensor:
-        """uint8 [3, H, W] -> normalised float32 [1, 3, *size] on the model's device."""
-        mean, std = self.config.backbone.image_mean, self.config.backbone.image_std
+        """uint8 [3, H, W] -> [1, 3, *size] on the model's device: uint8, or normalised float32 if resized as floats."""
         if self.settings.reference is not None:
-            return normalize(_resize_by_pillow(image, size)[None].to(self.device, non_blocking=True), mean, std)
-        pixels = normalize(image[None].to(self.device, non_blocking=True), mean, std)
+            return _resize_by_pillow(image, size)[None].to(self.device, non_blocking=True)
+        pixels = image[None].to(self.device, non_blocking=True)
         if size == tuple(image.shape[1:]):
             return pixels
-        return F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)
+        return F.interpolate(normalize(pixels, self.rules.mean, self.rules.std), size, mode="bilinear",
+                             align_corners=False, antialias=True)
 
     @torch.inference_mode()
-    def view_scores(self, view: Tensor, size: Size, mirrored: bool) -> Tensor:
-        """Scores float32 [1, C, *size] of a normalised view [1, 3, h, w]; for a mirrored view, mirrored back."""
-        settings = self.settings
-        scores = slide_inference(
-            self._window_scores, view, self.num_classes, None if settings.mode == "whole" else settings.crop_size,
-            None if settings.reference == "eomt" else settings.stride,
-            size_divisor=self.size_divisor if settings.reference is None else None)
-        resized = F.interpolate(scores, size, mode="bilinear", align_corners=False)
-        return resized.flip(3) if mirrored else resized
+    def view_scores(self, pixels: Tensor, size: Size, mirrored: bool) -> Tensor:
+        """Scores float32 [1, C, *size] of a view [1, 3, h, w]; for one that is mirrored, mirrored back. All rows at
+        once."""
+        view = View(pixels.flip(3) if mirrored else pixels, size, self.rules, mirrored=mirrored)
+        queue = WindowQueue(self._run, self.settings.window_batch)
+        queue.add(view.windows)
+        for window in view.windows:
+            queue.compute(window)
+        return view.scores((0, size[0]), self.num_classes, self._score_rows)
 
-    def _window_scores(self, window: Tensor) -> Tensor:
+    @torch.inference_mode()
+    def _run(self, windows: Tensor) -> Outputs:
+        """The network on normalised windows [B, 3, h, w]."""
         try:
             with autocast(self.config, self.device):
-                outputs = self.model(window)
+                outputs = self.model(windows)
         except ValueError as error:  # only reference windows can have sizes that do not fit
             raise ConfigError(f"eval.reference={self.settings.reference} cuts a window that the network rejects: "
                               f"{error}. Set eval.crop_size and eval.resize_short_side to multiples of "
                               f"{self.size_divisor} as published, or eval.reference=null") from error
-        dtype = torch.bfloat16 if self.settings.reference == "dinov3" else torch.float32
-        return self.model.semantic_logits(outputs, (window.shape[2], window.shape[3]), dtype)
+        if not self.settings.half_scores:
+            return outputs
+        halved = {name: value.bfloat16() if isinstance(value, Tensor) else value
+                  for name, value in cast(dict[str, Any], outputs).items()}
+        return cast(Outputs, halved)
+
+    def _score_rows(self, outputs: Outputs, size: Size, rows: Rows) -> Tensor:
+        half = self.settings.half_scores or self.settings.reference == "dinov3"
+        scores = self.model.semantic_logits(outputs, size, torch.bfloat16 if half else torch.float32, rows)
+        expected = (1, self.num_classes, rows[1] - rows[0], size[1])
+        assert scores.shape == expected, f"scores are {tuple(scores.shape)}, expected {expected}"
+        return scores
+
+    @contextmanager
+    def _explaining(self, image: Tensor) -> Iterator[None]:
+        """Turn an allocator's error into OutOfMemory."""
+        height, width = image.shape[1:]
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, OutOfMemory) or (line := allocator_error(error)) is None:
+                raise
+            settings = self.settings
+            raise OutOfMemory(
+                f"image of {width}x{height} pixels, {self.num_classes} classes: out of memory ({line}). Lower "
+                f"eval.memory_gb (now {settings.memory_gb}), eval.window_batch (now {settings.window_batch}), "
+                f"eval.crop_size (now {settings.crop_size}) or eval.resize_short_side (now "
+                f"{settings.resize_short_side or 'null'}); set eval.mode=slide (now {settings.mode})") from error
+
+
+def _in_order_of_need(views: Sequence[View]) -> list[Window]:
+    return [window for _, _, window in sorted(
+        ((view.due(window), number, window) for view in views for number, window in enumerate(view.windows)),
+        key=lambda entry: entry[:1])]
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:

@@ -1,22 +1,11 @@
-"""Sliding-window inference: window positions, view sizes, and scores averaged over overlapping windows.
-
-The model is a function `predict(crop [1, 3, h, w]) -> scores [1, C, h, w]`, where higher means more likely: logits, or
-Mask2Former's sums of class probability times mask probability (MaskFormer, arXiv:2107.06278, sec. 3.4).
-"""
+"""Where sliding windows lie, and the sizes of the views that they slide over."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from itertools import pairwise
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-Predict = Callable[[Tensor], Tensor]
-Size = tuple[int, int]
-"""Height and width in pixels."""
+from trainer.models.resizing import Size
 
 _VIEW_MULTIPLE = 32  # the reference rounds the short side of views below scale 1 up to a multiple, for any head
 
@@ -75,33 +64,6 @@ def window_size(size: Size, crop: Size | None, size_divisor: int | None) -> Size
     return min(height, crop[0]), min(width, crop[1])
 
 
-@torch.no_grad()
-def slide_inference(predict: Predict, image: Tensor, num_classes: int, crop_size: Size | int | None,
-                    stride: Size | int | None, *, size_divisor: int | None) -> Tensor:
-    """Scores float32 [1, C, H, W] of a normalised image [1, 3, H, W]: the mean over all windows that contain a pixel.
-
-    With `crop_size` None, one window covers the whole image. Where a window is larger than the image (see
-    `window_size`), the image is padded on the right and at the bottom with zeros, the mean colour.
-    Raises ValueError for other image shapes, and for scores whose size differs from their window's.
-    """
-    if image.ndim != 4 or len(image) != 1:
-        raise ValueError(f"image has shape {tuple(image.shape)}, legal: one image, [1, 3, H, W]")
-    size = (image.shape[2], image.shape[3])
-    window = window_size(size, None if crop_size is None else _pair(crop_size), size_divisor)
-    padded_size = (max(size[0], window[0]), max(size[1], window[1]))
-    padded = F.pad(image, (0, padded_size[1] - size[1], 0, padded_size[0] - size[0]))
-    scores = torch.zeros(1, num_classes, *padded_size, device=image.device)  # [1, C, H, W]
-    visits = torch.zeros(1, 1, *padded_size, device=image.device)
-    for top, bottom, left, right in window_grid(padded_size, window, None if stride is None else _pair(stride)):
-        crop_scores = predict(padded[:, :, top:bottom, left:right])
-        expected = (1, num_classes, bottom - top, right - left)
-        if crop_scores.shape != expected:
-            raise ValueError(f"predict returned scores {tuple(crop_scores.shape)}, legal for this window: {expected}")
-        scores[:, :, top:bottom, left:right] += crop_scores
-        visits[:, :, top:bottom, left:right] += 1
-    return scores.div_(visits)[:, :, :size[0], :size[1]]
-
-
 def view_size(size: Size, short_side: int | None, ratio: float | None) -> Size:
     """Size to which an image of `size` is resized for one view; the aspect ratio is kept up to rounding.
 
@@ -121,7 +83,3 @@ def covering_size(size: Size, side: int) -> Size:
     """Size at which an image just covers a square of `side`, rounded half to even, as in EoMT's evaluation."""
     factor = max(side / size[0], side / size[1])
     return round(size[0] * factor), round(size[1] * factor)
-
-
-def _pair(sides: Size | int) -> Size:
-    return (sides, sides) if isinstance(sides, int) else (sides[0], sides[1])

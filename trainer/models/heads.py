@@ -16,6 +16,7 @@ from trainer.models.backbones.base import Backbone
 from trainer.models.mask_decoder import MaskedTransformerDecoder
 from trainer.models.outputs import MaskOutputs, PixelOutputs
 from trainer.models.pixel_decoder import MSDeformAttnPixelDecoder
+from trainer.models.resizing import Rows, Size, resize
 
 OutputsT = TypeVar("OutputsT", MaskOutputs, PixelOutputs)
 
@@ -26,12 +27,16 @@ class SegmentationHead(nn.Module, ABC, Generic[OutputsT]):
     activation: str | None = None  # transformers' name, where it depends on the ViT
 
     @abstractmethod
-    def semantic_logits(self, outputs: OutputsT, size: tuple[int, int],
-                        dtype: torch.dtype = torch.float32) -> Tensor:
-        """Per-class scores [B, C, H, W] at `size`, from the outputs of `forward`.
+    def semantic_logits(self, outputs: OutputsT, size: Size, dtype: torch.dtype = torch.float32,
+                        rows: Rows | None = None) -> Tensor:
+        """Per-class scores [B, C, H, W] at `size`, from the outputs of `forward`; with `rows` only those rows of them.
 
         Mask classification heads multiply classes and masks in `dtype`, which is then also the dtype of the scores.
         """
+
+    @abstractmethod
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """Scores [B, C, ...] as probabilities that sum to 1 over the classes, same shape."""
 
     def set_progress(self, step: float, total_steps: int) -> None:
         """Called before every step with its number, from 0; ignored by most heads."""
@@ -43,18 +48,22 @@ class SegmentationHead(nn.Module, ABC, Generic[OutputsT]):
 class MaskClassificationHead(SegmentationHead[MaskOutputs]):
     """A head whose queries each predict a mask and a class: outputs are pred_logits, pred_masks and aux_outputs."""
 
-    def semantic_logits(self, outputs: MaskOutputs, size: tuple[int, int],
-                        dtype: torch.dtype = torch.float32) -> Tensor:
+    def semantic_logits(self, outputs: MaskOutputs, size: Size, dtype: torch.dtype = torch.float32,
+                        rows: Rows | None = None) -> Tensor:
         """Per-class scores [B, C, H, W] at `size`: masks weighted by their class probabilities, summed.
 
         These are scores, not logits: each is in 0..Q (MaskFormer's semantic inference, arXiv:2107.06278 sec. 3.4). The
         DINOv3 reference rounds both factors, and so the scores, to bfloat16 (`dtype`).
         """
-        pred_logits, pred_masks = outputs["pred_logits"].float(), outputs["pred_masks"].float()
+        pred_masks = outputs["pred_masks"]
         with torch.autocast(pred_masks.device.type, enabled=False):
-            classes = pred_logits.softmax(dim=-1)[..., :-1]  # [B, Q, C], without "no object"
-            masks = F.interpolate(pred_masks, size=size, mode="bilinear", align_corners=False).sigmoid()
+            classes = outputs["pred_logits"].float().softmax(dim=-1)[..., :-1]  # [B, Q, C], without "no object"
+            masks = resize(pred_masks, size, rows).sigmoid()
             return torch.einsum("bqc,bqhw->bchw", classes.to(dtype), masks.to(dtype))
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """The scores divided by their sum: a pixel's class as a mixture of the masks that contain it."""
+        return scores / scores.sum(1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).tiny)
 
 
 class Mask2FormerHead(MaskClassificationHead):
@@ -145,7 +154,11 @@ class LinearHead(SegmentationHead[PixelOutputs]):
         stacked = torch.cat(maps, dim=1).contiguous()  # [B, sum D, h, w]
         return {"logits": self.conv(self.batchnorm_layer(self.dropout(stacked)))}
 
-    def semantic_logits(self, outputs: PixelOutputs, size: tuple[int, int],
-                        dtype: torch.dtype = torch.float32) -> Tensor:
-        """Class logits float32 [B, C, H, W], resized bilinearly to `size`."""
-        return F.interpolate(outputs["logits"].float(), size=size, mode="bilinear", align_corners=False)
+    def semantic_logits(self, outputs: PixelOutputs, size: Size, dtype: torch.dtype = torch.float32,
+                        rows: Rows | None = None) -> Tensor:
+        """Class logits float32 [B, C, H, W], resized bilinearly to `size`; with `rows` only those rows of them."""
+        return resize(outputs["logits"], size, rows)
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """Softmax over the classes."""
+        return scores.softmax(1)

@@ -17,6 +17,7 @@ from trainer.models.fitting import check_fit
 from trainer.models.heads import LinearBackbone, SegmentationHead
 from trainer.models.outputs import Outputs
 from trainer.models.pmt import TappedBackbone
+from trainer.models.resizing import Rows, Size
 from trainer.models.weights import WeightsFile, weights_in
 
 FeatureModel = DINOv3Adapter | LinearBackbone | PartialBackbone | TappedBackbone
@@ -46,10 +47,15 @@ class Segmenter(nn.Module):
         features, head = self.segmentation_model
         return head(features(images))
 
-    def semantic_logits(self, outputs: Outputs, size: tuple[int, int],
-                        dtype: torch.dtype = torch.float32) -> Tensor:
-        """Per-class scores [B, C, H, W] at `size`, from the outputs of `forward`; for `dtype` see the head."""
-        return self.head.semantic_logits(outputs, size, dtype)
+    def semantic_logits(self, outputs: Outputs, size: Size, dtype: torch.dtype = torch.float32,
+                        rows: Rows | None = None) -> Tensor:
+        """Per-class scores [B, C, H, W] at `size`, from the outputs of `forward`; for `dtype` and `rows` see the
+        head."""
+        return self.head.semantic_logits(outputs, size, dtype, rows)
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """Scores [B, C, ...] as probabilities over the classes."""
+        return self.head.probabilities(scores)
 
     def head_state_dict(self) -> dict[str, Tensor]:
         """All parameters and buffers except the ViT's: the layout of Meta's released head, adapter included."""

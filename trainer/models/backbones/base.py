@@ -199,11 +199,7 @@ class Backbone(RecomputingModule, ABC):
 
     def weights_sha256(self) -> str:
         """Hex sha256 that identifies the ViT: of the names, dtypes, shapes and bytes of `identity`."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.identity().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return state_sha256(self.identity())
 
     def load_meta_state_dict(self, state: Mapping[str, Tensor], what: str = "the ViT's weights") -> None:
         """Load a state dict in Meta's layout. Raises ConfigError, before anything changes, when it does not fit."""
@@ -237,3 +233,12 @@ def vit_layers_above(model: nn.Module) -> dict[int, int]:
     """For every ViT parameter in a model, by id: the number of blocks after it (see `Backbone.layers_above`)."""
     return {id(parameter): count for module in model.modules() if isinstance(module, Backbone)
             for parameter, count in module.layers_above()}
+
+
+def state_sha256(state: Mapping[str, Tensor]) -> str:
+    """Hex sha256 of the names, dtypes, shapes and bytes of a state dict, whatever its order and device."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,135 @@
+"""What an evaluation writes for people and programs to look at.
+
+    metrics.json     all metrics, with intervals, confused pairs and the calibration
+    classes.csv      a row per class
+    images.jsonl     a row per image (see `shards.looking.image_scores`); images.csv, images.parquet: with IoU per class
+    panels.png       the images with the lowest mIoU, then those with the highest: image, truth, prediction, classes
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from shards.files.atomic import atomic_path, write_atomically
+from shards.files.strict_json import to_json
+from shards.looking.image_scores import IMAGE_SCORES, ImageScore, encode_scores
+from shards.looking.sheet import TILE, Row, fitted, legend_of, legend_sheet
+from shards.manifest import ClassInfo
+from shards.picture import overlay, save_picture
+from shards.shown_text import shown
+from trainer.data.whole_images import LabelledImage, ValidationImages
+from trainer.evaluation.bootstrap import Intervals, bootstrap
+from trainer.evaluation.image_scores import ScoredImages
+from trainer.evaluation.predictor import Predictor
+
+_POOR = 0.5  # IoU below which a class is marked in the legend
+
+
+def write_results(output: Path, metrics: dict[str, Any], scored: ScoredImages, classes: Sequence[ClassInfo],
+                  absent_as_zero: bool) -> list[str]:
+    """Write everything but the pictures; returns the names of the files. Parquet only where pyarrow is installed."""
+    output.mkdir(parents=True, exist_ok=True)
+    intervals = bootstrap(scored.areas, absent_as_zero=absent_as_zero)
+    record = {**metrics, "mIoU_95": list(intervals.miou)}
+    write_atomically(output / "metrics.json", to_json(record, indent=1).encode())
+    write_atomically(output / "classes.csv", _as_csv(_class_rows(metrics, scored, classes, intervals)))
+    scores = scored.scores()
+    write_atomically(output / IMAGE_SCORES, encode_scores(scores))
+    rows = list(_image_rows(scored, scores, classes))
+    write_atomically(output / "images.csv", _as_csv(rows))
+    names = ["metrics.json", "classes.csv", IMAGE_SCORES, "images.csv"]
+    if _write_parquet(output / "images.parquet", rows):
+        names.append("images.parquet")
+    return names
+
+
+def draw_extremes(scored: ScoredImages, images: ValidationImages, predict: Predictor, count: int) -> Image.Image | None:
+    """The `count` images with the lowest mIoU and the `count` with the highest, predicted again; None without any."""
+    ranked = sorted((score for score in scored.scores() if score.miou == score.miou),
+                    key=lambda score: (score.miou, score.number))
+    worst = ranked[:count]
+    best = ranked[max(len(worst), len(ranked) - count):][::-1]
+    if not worst:
+        return None
+    iou, rows = scored.iou(), []
+    for title, chosen in (("worst", worst), ("best", best)):
+        for place, score in enumerate(chosen):
+            item = images[score.number]
+            label_map = predict(item.image).cpu().numpy()
+            caption = f"{title} {place + 1}: {score.key}, mIoU {score.miou:.3f}: image, truth, prediction"
+            poor = {label for label, value in enumerate(iou[score.number].tolist()) if value < _POOR}
+            rows.append(_row(item, label_map, images.classes, caption, poor))
+    return legend_sheet(rows)
+
+
+def save_panels(sheet: Image.Image, output: Path) -> None:
+    """Write panels.png."""
+    with atomic_path(output / "panels.png") as temporary:
+        save_picture(sheet, temporary)
+
+
+def _row(item: LabelledImage, prediction: Any, classes: Sequence[ClassInfo], caption: str, poor: set[int]) -> Row:
+    pixels, truth = item.image.permute(1, 2, 0).numpy(), item.label_map.numpy()
+    colors = [info.color for info in classes]
+    image, small_truth = fitted(pixels, truth, TILE)
+    _, small_prediction = fitted(pixels, prediction, TILE)
+    predicted = set(np.unique(prediction).tolist())
+    return Row(caption=caption, legend=legend_of(truth, classes, poor, predicted),
+               pictures=[image, overlay(image, small_truth, colors), overlay(image, small_prediction, colors)])
+
+
+def _class_rows(metrics: dict[str, Any], scored: ScoredImages, classes: Sequence[ClassInfo],
+                intervals: Intervals) -> Iterable[dict[str, Any]]:
+    _, pred, label = scored.areas.sum(0)
+    for number, info in enumerate(classes):
+        yield {
+            "id": number, "name": shown(info.name),
+            "IoU": metrics["per_class_iou"][number], "IoU_low": float(intervals.iou[number, 0]),
+            "IoU_high": float(intervals.iou[number, 1]), "Acc": metrics["per_class_acc"][number],
+            "Precision": metrics["per_class_precision"][number], "Dice": metrics["per_class_dice"][number],
+            "BoundaryIoU": metrics["per_class_boundary_iou"][number],
+            "labelled_pixels": int(label[number]), "predicted_pixels": int(pred[number]),
+            "images": int((scored.areas[:, 2, number] > 0).sum()),
+        }  # fmt: skip
+
+
+def _image_rows(scored: ScoredImages, scores: Sequence[ImageScore],
+                classes: Sequence[ClassInfo]) -> Iterable[dict[str, Any]]:
+    names = [f"IoU {number} {shown(info.name)}" for number, info in enumerate(classes)]
+    pixels = scored.areas[:, 2].sum(1).tolist()
+    for score, labelled, iou in zip(scores, pixels, scored.iou().tolist(), strict=True):
+        yield {"split": score.split, "number": score.number, "key": score.key, "labelled_pixels": labelled,
+               "mIoU": score.miou, "aAcc": score.accuracy, **dict(zip(names, iou, strict=True))}
+
+
+def _as_csv(rows: Iterable[dict[str, Any]]) -> bytes:
+    """A table with a header; NaN is an empty cell."""
+    text, writer = io.StringIO(newline=""), None
+    for row in rows:
+        if writer is None:
+            writer = csv.DictWriter(text, list(row), lineterminator="\n")
+            writer.writeheader()
+        writer.writerow({name: "" if value != value else value for name, value in row.items()})
+    return text.getvalue().encode()
+
+
+def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> bool:
+    """Write a table; False without pyarrow. NaN is null."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        return False
+    cleaned = [{name: None if value != value else value for name, value in row.items()} for row in rows]
+    kinds = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64()}
+    schema = pyarrow.schema([(name, kinds[type(value)]) for name, value in rows[0].items()]) if rows else None
+    with atomic_path(path) as temporary:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(cleaned, schema), temporary)
+    return True
