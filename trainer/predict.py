@@ -102,7 +102,7 @@ def _predict_one(pretrained: Pretrained, path: Path, output: Path) -> None:
     from shards.sample import decode_upright
 
     pixels = decode_upright(read_plain(path, LARGEST_PICTURE), str(path))
-    label_map = pretrained.predict(pixels)
+    label_map = pretrained.predict(pixels).label_map
     map_name, overlay_name = output_names(path)
     colors = [info.color for info in pretrained.classes]
     save_picture(Image.fromarray(label_map), output / map_name)

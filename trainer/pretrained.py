@@ -2,13 +2,15 @@
 
     from trainer.pretrained import load_pretrained
     model = load_pretrained("exported")            # a directory from trainer/export.py, or a MaskStream checkpoint
-    label_map = model.predict(image)               # file or uint8 [H, W, 3] -> class ids [H, W]; see model.classes
+    prediction = model.predict("photo.jpg")        # or uint8 [H, W, 3]; a picture in a notebook
+    prediction.label_map, prediction.areas()       # class ids [H, W]; classes with their shares
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ from shards.sample import decode_upright
 from trainer.build import build_model
 from trainer.config import LoadConfig, RunConfig, run_config_from_dict
 from trainer.distributed import pick_device
-from trainer.evaluation.predictor import Predictor
+from trainer.evaluation.prediction import Prediction
+from trainer.evaluation.predictor import Extra, Predictor
 from trainer.model_config import BackboneConfig, RandomBackboneConfig
 from trainer.models import Segmenter
 from trainer.models.integrity import sealed_config
@@ -48,18 +51,36 @@ class Pretrained:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def predict(self, image: NDArray[np.uint8] | str | Path) -> NDArray[np.integer[Any]]:
-        """RGB image uint8 [H, W, 3] -> class ids [H, W] (uint8 up to 256 classes, else uint16), configured by `eval.*`.
+    def predict(self, image: NDArray[np.uint8] | str | Path, extra: Extra | None = None) -> Prediction:
+        """Predict an RGB image uint8 [H, W, 3] or a file, as configured by `eval.*`; `extra` adds the confidence or all
+        probabilities.
 
-        A JPEG or PNG file is first rotated by its EXIF orientation. Raises CorruptShardError when it is unreadable.
+        A file is first rotated by its EXIF orientation. Raises CorruptShardError when it is unreadable, and ValueError
+        for an array of another dtype or shape.
         """
-        if isinstance(image, str | Path):
-            image = decode_upright(read_plain(image, LARGEST_PICTURE), str(image))
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"image is {image.dtype} {image.shape}, legal: uint8 [H, W, 3]")
+        return next(self.predict_all([image], extra))
+
+    def predict_all(self, images: Iterable[NDArray[np.uint8] | str | Path],
+                    extra: Extra | None = None) -> Iterator[Prediction]:
+        """As `predict`, for many images of any sizes, `eval.window_batch` at a time."""
         predict = Predictor(self.model, self.config, len(self.classes), self.device)
         dtype = np.uint8 if len(self.classes) <= 256 else np.uint16
-        return predict(torch.from_numpy(image.transpose(2, 0, 1).copy())).cpu().numpy().astype(dtype)
+        pixels = map(_pixels, images)
+        while some := list(islice(pixels, self.config.eval.window_batch)):
+            tensors = [torch.from_numpy(image.transpose(2, 0, 1).copy()) for image in some]
+            for image, found in zip(some, predict.segment(tensors, extra), strict=True):
+                confidence, probabilities = (None if tensor is None else tensor.cpu().numpy()
+                                             for tensor in (found.confidence, found.probabilities))
+                yield Prediction(image=image, label_map=found.label_map.cpu().numpy().astype(dtype),
+                                 classes=self.classes, confidence=confidence, probabilities=probabilities)
+
+
+def _pixels(image: NDArray[np.uint8] | str | Path) -> NDArray[np.uint8]:
+    if isinstance(image, str | Path):
+        image = decode_upright(read_plain(image, LARGEST_PICTURE), str(image))
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"image is {image.dtype} {image.shape}, legal: uint8 [H, W, 3]")
+    return image
 
 
 def load_pretrained(
