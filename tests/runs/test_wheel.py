@@ -18,7 +18,7 @@ from tests.support.training_run import TINY
 from tests.unit.test_architecture import PACKAGES
 
 BUILT_FROM = ("pyproject.toml", "README.md", "LICENSE", "configs", *PACKAGES)
-COMMANDS = ("make-scenes", "download", "make-shards", "train", "eval", "predict", "export", "status", "shards",
+COMMANDS = ("make-scenes", "download", "make-shards", "train", "eval", "predict", "app", "export", "status", "shards",
             "recipes")
 
 

@@ -19,7 +19,7 @@ from trainer.config import RunConfig, load_run_config
 
 PACKAGES = ("shards", "preprocess", "trainer")
 MAY_IMPORT = {"shards": {"shards"}, "preprocess": {"shards", "preprocess"}, "trainer": {"shards", "trainer"}}
-ENTRY_POINTS = {"trainer.train", "trainer.eval", "trainer.predict", "trainer.export", "trainer.status",
+ENTRY_POINTS = {"trainer.train", "trainer.eval", "trainer.predict", "trainer.export", "trainer.status", "trainer.app",
                 "preprocess.make_shards", "preprocess.download"}
 
 # Modules and packages, lowest layer first. A module imports lower layers, and its own package. A module of a package
@@ -34,8 +34,8 @@ LAYERS: dict[str, tuple[set[str], ...]] = {
         {"build", "mask_classification_loss"},
         {"run"},
         {"loop", "pretrained"},
-        {"model_options", "export_formats"},
-        {"train", "eval", "predict", "export", "status"},
+        {"model_options", "export_formats", "serving"},
+        {"train", "eval", "predict", "export", "status", "app"},
     ),
     "shards": (
         {"shown_text"},

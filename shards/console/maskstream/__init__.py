@@ -22,6 +22,7 @@ COMMANDS = {
     "train": ("trainer.train", "train; with several ranks: torchrun --nproc-per-node N -m trainer.train"),
     "eval": ("trainer.eval", "evaluate a checkpoint: mIoU and per-class IoU"),
     "predict": ("trainer.predict", "segment images: class-id PNGs and overlays"),
+    "app": ("trainer.app", "serve a local page to try a model on images"),
     "export": ("trainer.export", "export a trained model for use elsewhere"),
     "status": ("trainer.status", "show the state of a run"),
     "shards": ("shards.__main__", "look at a shard set, compare, check, copy or export it"),
