@@ -121,14 +121,12 @@ def evaluation_identity(pretrained: Pretrained, images: ValidationImages, device
     """Hex sha256 of what determines the counts of an evaluation: weights, settings, images, device and precision."""
     import torch
 
-    from trainer.models.backbones.base import state_sha256
+    from trainer.pretrained import model_identity
 
-    config, model = pretrained.config, pretrained.model
-    facts = {"head": state_sha256(model.head_state_dict()), "backbone": model.backbone.weights_sha256(),
-             "eval": vars(replace(config.eval, panels=0)), "images": images.identity, "split": images.split,
-             "precision": config.train.precision, "device": device.type, "torch": torch.__version__,
-             "mean": list(config.backbone.image_mean), "std": list(config.backbone.image_std)}
-    return hash_of(facts)
+    settings = pretrained.config.eval
+    return hash_of({**model_identity(pretrained), "window_batch": settings.window_batch, "limit": settings.max_images,
+                    "images": images.identity, "split": images.split, "device": device.type,
+                    "torch": torch.__version__})
 
 
 if __name__ == "__main__":

@@ -25,12 +25,13 @@ from shards.files.plain_file import LARGEST_PICTURE, read_plain
 from shards.manifest import ClassInfo, class_table, classes_from_table
 from shards.sample import decode_upright
 from trainer.build import build_model
-from trainer.config import LoadConfig, RunConfig, run_config_from_dict
+from trainer.config import EvalConfig, LoadConfig, RunConfig, run_config_from_dict
 from trainer.distributed import pick_device
 from trainer.evaluation.prediction import Prediction
 from trainer.evaluation.predictor import Extra, Predictor
 from trainer.model_config import BackboneConfig, RandomBackboneConfig
 from trainer.models import Segmenter
+from trainer.models.backbones.base import state_sha256
 from trainer.models.integrity import sealed_config
 from trainer.models.weights import EXPORT_MODEL_TYPE, WeightsFile
 from trainer.run.checkpoint import Checkpoint, open_checkpoint
@@ -73,6 +74,16 @@ class Pretrained:
                                              for tensor in (found.confidence, found.probabilities))
                 yield Prediction(image=image, label_map=found.label_map.cpu().numpy().astype(dtype),
                                  classes=self.classes, confidence=confidence, probabilities=probabilities)
+
+
+def model_identity(pretrained: Pretrained) -> dict[str, Any]:
+    """What determines a model's predictions, up to rounding: hashes of its weights, and settings."""
+    config, model = pretrained.config, pretrained.model
+    settings = replace(config.eval, **{name: getattr(EvalConfig(), name) for name in ("panels", "max_images",
+                                                                                      "window_batch", "memory_gb")})
+    return {"head": state_sha256(model.head_state_dict()), "backbone": model.backbone.weights_sha256(),
+            "eval": config_to_dict(settings), "precision": config.train.precision,
+            "mean": list(config.backbone.image_mean), "std": list(config.backbone.image_std)}
 
 
 def _pixels(image: NDArray[np.uint8] | str | Path) -> NDArray[np.uint8]:

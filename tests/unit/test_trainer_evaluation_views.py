@@ -48,7 +48,7 @@ def slide(image: Tensor, view_rules: ViewRules, run: Callable[[Tensor], Any] = r
             queue.compute(window)
         bands.append(view.scores(rows, classes, as_they_are))
         view.close(rows[1])
-    assert not view.open and all(window.outputs is None for window in view.windows), "nothing is kept"
+    assert all(window.outputs is None for window in view.windows), "nothing is kept"
     return torch.cat(bands, 2)
 
 

@@ -68,6 +68,12 @@ class Prediction:
         """The image under the class colours, at its own size."""
         return Image.fromarray(overlay(self.image, self.label_map, [info.color for info in self.classes], alpha))
 
+    def overlay_with_legend(self) -> Image.Image:
+        """The overlay at the image's own size, and next to it the predicted classes with their shares."""
+        height, width = self.label_map.shape
+        row = Row(caption="", legend=legend_of(self.label_map, self.classes), pictures=[np.asarray(self.overlay())])
+        return legend_sheet([row], max(height, width))
+
     def picture(self, tile: int = 2 * TILE) -> Image.Image:
         """Image, overlay and legend, each picture at most `tile` pixels wide and high."""
         height, width = self.label_map.shape

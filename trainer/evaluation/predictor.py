@@ -29,7 +29,7 @@ from trainer.config import RunConfig
 from trainer.data.transforms import normalize
 from trainer.evaluation.score_memory import ScoreMemory
 from trainer.evaluation.sliding_window import covering_size, view_size
-from trainer.evaluation.views import View, ViewRules, Window, WindowQueue
+from trainer.evaluation.views import Pixels, View, ViewRules, Window, WindowQueue
 from trainer.models import Segmenter
 from trainer.models.outputs import Outputs
 from trainer.models.resizing import Rows, Size
@@ -83,31 +83,58 @@ class Predictor:
             self.forward_passes = queue.forward_passes
             yield result
 
+    def bands(self, pixels: Pixels) -> Iterator[tuple[Rows, Tensor]]:
+        """Rows and their class ids uint8 or int32 [rows, W] of one image at its own size, from top to bottom.
+
+        `pixels` are uint8, [1, 3, H, W] when sliced; only those of a window at a time are. Raises ConfigError for
+        settings that resize the image, and like `segment`.
+        """
+        size = (pixels.shape[2], pixels.shape[3])
+        if self.view_sizes(size) != [size] or self.settings.mode == "whole":
+            raise ConfigError("an image that is read in parts is predicted at its own size, window by window: set "
+                              "eval.mode=slide, eval.resize_short_side=null, eval.tta_ratios=[] and no "
+                              "eval.reference=eomt")
+        flips = (False, True) if self.settings.tta_flip else (False,)
+        views = [View(pixels, size, self.rules, mirrored=mirrored) for mirrored in flips]
+        queue = WindowQueue(self._run, self.settings.window_batch)
+        queue.add(_in_order_of_need(views))
+        with self._explaining(pixels), torch.inference_mode():
+            for rows, ids, _ in self._ids_of_bands(views, queue, wanted=False):
+                yield rows, ids.to(self._id_dtype)
+
+    @property
+    def _id_dtype(self) -> torch.dtype:
+        return torch.uint8 if self.num_classes <= 256 else torch.int32
+
     def _segment(self, views: list[View], queue: WindowQueue, extra: Extra | None) -> Segmented:
         (height, width), classes = views[0].full, self.num_classes
-        dtype = torch.uint8 if classes <= 256 else torch.int32
-        label_map = torch.empty(height, width, dtype=dtype, device=self.device)
+        label_map = torch.empty(height, width, dtype=self._id_dtype, device=self.device)
         confidence = torch.empty(height, width, device=self.device) if extra == "confidence" else None
         probabilities = (torch.empty(classes, height, width, dtype=torch.float16, device=self.device)
                          if extra == "probabilities" else None)
-        first = views[0].windows[0]
-        queue.compute(first)
-        assert first.outputs is not None
-        memory = ScoreMemory(views, classes, first.outputs, self.settings.window_batch, averages=extra is not None)
-        for rows in memory.bands(int(self.settings.memory_gb * 1e9)):
-            for view in views:
-                for window in view.needs(rows):
-                    queue.compute(window)
-            scores, average = self._band(views, rows, wanted=extra is not None)
-            ids = _class_ids(scores)[0]  # [rows, W]
+        for rows, ids, average in self._ids_of_bands(views, queue, wanted=extra is not None):
             label_map[slice(*rows)] = ids
             if confidence is not None and average is not None:
                 confidence[slice(*rows)] = average[0].gather(0, ids[None])[0]
             if probabilities is not None and average is not None:
                 probabilities[:, slice(*rows)] = average[0]
+        return Segmented(label_map, confidence, probabilities)
+
+    def _ids_of_bands(self, views: list[View], queue: WindowQueue,
+                      wanted: bool) -> Iterator[tuple[Rows, Tensor, Tensor | None]]:
+        """Bands of rows, as large as the memory allows: ids int64 [rows, W], and if `wanted` the probabilities."""
+        first = views[0].windows[0]
+        queue.compute(first)
+        assert first.outputs is not None
+        memory = ScoreMemory(views, self.num_classes, first.outputs, self.settings.window_batch, averages=wanted)
+        for rows in memory.bands(int(self.settings.memory_gb * 1e9)):
+            for view in views:
+                for window in view.needs(rows):
+                    queue.compute(window)
+            scores, average = self._band(views, rows, wanted)
+            yield rows, _class_ids(scores)[0], average
             for view in views:
                 view.close(rows[1])
-        return Segmented(label_map, confidence, probabilities)
 
     def _band(self, views: list[View], rows: Rows, wanted: bool) -> tuple[Tensor, Tensor | None]:
         """Rows of what the class ids are the argmax of, and if `wanted` of the probabilities; [1, C, rows, W] each.
@@ -189,9 +216,9 @@ class Predictor:
         return scores
 
     @contextmanager
-    def _explaining(self, image: Tensor) -> Iterator[None]:
+    def _explaining(self, image: Pixels) -> Iterator[None]:
         """Turn an allocator's error into OutOfMemory."""
-        height, width = image.shape[1:]
+        height, width = image.shape[-2:]
         try:
             yield
         except (RuntimeError, MemoryError) as error:

@@ -6,10 +6,11 @@ the size of the image are not, so they are computed from the outputs for a band 
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,25 @@ from trainer.models.resizing import Rows, Size, resize_rows, source_rows
 
 ScoreRows = Callable[[Outputs, Size, Rows], Tensor]
 """(outputs of one window, its size, rows of it) -> scores [1, C, rows, w]."""
+
+
+class Pixels(Protocol):
+    """What a view needs of its pixels; tensors have it."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """(1, 3, h, w)"""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network runs."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that they take."""
+
+    def __getitem__(self, place: Any, /) -> Tensor:
+        """Part of them: [1, 3, h', w']."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +85,12 @@ class Window:
 class View:
     """An image at one size, its windows, and scores per class computed from their outputs.
 
-    pixels    uint8, or normalised float32, [1, 3, h, w], never mirrored: views of one size share them
+    pixels    uint8, or normalised float32, [1, 3, h, w], never mirrored: views of one size share them. Anything that
+              can be sliced like a tensor will do, such as an image that is read from disk window by window
     full      the size of the image, to which scores are resized
     """
 
-    def __init__(self, pixels: Tensor, full: Size, rules: ViewRules, *, mirrored: bool = False) -> None:
+    def __init__(self, pixels: Pixels, full: Size, rules: ViewRules, *, mirrored: bool = False) -> None:
         self.pixels, self.full, self.rules, self.mirrored = pixels, full, rules, mirrored
         self.size: Size = (pixels.shape[2], pixels.shape[3])
         crop = None if rules.crop_size is None else (rules.crop_size, rules.crop_size)
@@ -80,12 +101,14 @@ class View:
         self.windows = [Window(view=self, size=window, place=place) for place in grid]
         self.visits = [_visits(length, {place[axis : axis + 2] for place in grid}, pixels.device)
                        for length, axis in zip(self.size, (0, 2), strict=True)]  # windows form a grid
-        self.open = list(self.windows)
+        self._closed = 0  # how many of the windows, which go row by row, are no longer needed
 
     def needs(self, rows: Rows) -> list[Window]:
         """The windows from which these rows of the full-size scores are computed."""
         first, end = source_rows(self.size[0], self.full[0], rows)
-        return [window for window in self.open if window.place[0] < end and window.place[1] > first]
+        begin = bisect_right(self.windows, first, lo=self._closed, key=lambda window: window.place[1])
+        stop = bisect_left(self.windows, end, lo=begin, key=lambda window: window.place[0])
+        return self.windows[begin:stop]
 
     def due(self, window: Window) -> int:
         """The first full-size row for which a window is needed, or one shortly before it."""
@@ -110,12 +133,13 @@ class View:
 
     def close(self, row: int) -> None:
         """Forget the outputs of windows that no full-size row from `row` on needs."""
-        first = source_rows(self.size[0], self.full[0], (row, row + 1))[0] if row < self.full[0] else self.size[0]
-        kept = [window for window in self.open if window.place[1] > first and row < self.full[0]]
-        for window in self.open:
-            if window not in kept:
-                window.outputs = None
-        self.open = kept
+        begin = len(self.windows)
+        if row < self.full[0]:
+            first, _ = source_rows(self.size[0], self.full[0], (row, row + 1))
+            begin = bisect_right(self.windows, first, lo=self._closed, key=lambda window: window.place[1])
+        for window in self.windows[self._closed : begin]:
+            window.outputs = None
+        self._closed = begin
 
 
 class WindowQueue:

@@ -1,0 +1,145 @@
+"""The files that `trainer/predict.py` writes for an image, and which of them exist already.
+
+    <name>.png                  ids: class ids in the image's size, shown in the class colours
+    <name>-overlay.png          overlay: the image under the class colours, with a legend
+    <name>-confidence.png       confidence: probability of the predicted class, 0 to 255 for 0 to 1
+    <name>-probabilities.npz    probabilities: float16 [C, H, W] under "probabilities"
+    <name>-rle.json             rle: COCO's run lengths of each predicted class
+    predicted-with.json         the model, its settings and classes, for the whole folder
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from shards.errors import ConfigError
+from shards.files.atomic import write_atomically
+from shards.files.outside_json import parse_json
+from shards.files.strict_json import to_json
+from shards.manifest import ClassInfo
+from trainer.evaluation.prediction import Prediction
+from trainer.evaluation.predictor import Extra
+from trainer.predicting.inputs import Source
+
+SUFFIXES = {"ids": ".png", "overlay": "-overlay.png", "confidence": "-confidence.png",
+            "probabilities": "-probabilities.npz", "rle": "-rle.json"}
+RECORD = "predicted-with.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """Where predictions go.
+
+    kinds         of `SUFFIXES`
+    label_offset  added to the ids in the PNGs; 1 is what ADE20K's test server takes
+    """
+
+    folder: Path
+    kinds: Collection[str]
+    label_offset: int = 0
+
+    @property
+    def extra(self) -> Extra | None:
+        """What the predictor has to add for these kinds."""
+        if "probabilities" in self.kinds:
+            return "probabilities"
+        return "confidence" if "confidence" in self.kinds else None
+
+    def paths(self, source: Source) -> dict[str, Path]:
+        """Kind -> file; for a video only the overlay, a video too."""
+        base = self.folder / source.name.parent / source.name.stem
+        if source.is_video:
+            return {"overlay": Path(f"{base}-overlay.mp4")}
+        return {kind: Path(f"{base}{SUFFIXES[kind]}") for kind in self.kinds}
+
+    def is_done(self, source: Source) -> bool:
+        """Whether all files of a source exist; each is written atomically. The ids of a raster are a TIFF."""
+        paths = self.paths(source)
+        if "ids" in paths and paths["ids"].with_suffix(".tif").exists():
+            paths = {kind: path.with_suffix(".tif") if kind == "ids" else path for kind, path in paths.items()
+                     if kind in ("ids", "overlay")}
+        return all(path.exists() for path in paths.values())
+
+    def check(self, sources: Sequence[Source]) -> None:
+        """Raise ConfigError when a prediction would overwrite an image or another prediction."""
+        written: dict[Path, Source] = {}
+        for source in sources:
+            for path in self.paths(source).values():
+                other = written.setdefault(path, source)
+                if other is not source:
+                    raise ConfigError(f"predictions of {other.shown} and {source.shown} would both be written to "
+                                      f"{path}; use a different --output for each")
+        inputs = {source.path.resolve() for source in sources if source.path is not None}
+        for path, source in written.items():
+            if path.resolve() in inputs:
+                raise ConfigError(f"the prediction of {source.shown} would overwrite the image {path}; choose another "
+                                  "--output")
+
+    def write(self, source: Source, prediction: Prediction) -> None:
+        """Write the files of an image."""
+        contents = {"ids": self._ids, "overlay": _overlay, "confidence": _confidence, "probabilities": _probabilities,
+                    "rle": _rle}
+        for kind, path in self.paths(source).items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, contents[kind](prediction))
+
+    def _ids(self, prediction: Prediction) -> bytes:
+        if not self.label_offset:
+            return prediction.png()
+        wide = len(prediction.classes) + self.label_offset > 256
+        ids = prediction.label_map.astype(np.uint16 if wide else np.uint8) + self.label_offset
+        return _png(Image.fromarray(ids.astype(np.uint16 if wide else np.uint8)))
+
+
+def claim_folder(folder: Path, identity: dict[str, Any], classes: Sequence[ClassInfo], overwrite: bool) -> None:
+    """Write the folder's record. Raises ConfigError if it holds another model's predictions, unless they are to be
+    overwritten: some would be skipped as done, and a folder of two models' predictions is no one's result."""
+    path = folder / RECORD
+    if path.exists() and not overwrite:
+        found = parse_json(path.read_bytes(), str(path)).get("identity")
+        kept = found if isinstance(found, dict) else {}
+        different = sorted(name for name in identity if kept.get(name) != identity[name])
+        if different:
+            raise ConfigError(f"{folder} holds predictions of another model or other settings ({', '.join(different)} "
+                              "differ); choose another --output, or add --overwrite")
+    folder.mkdir(parents=True, exist_ok=True)
+    legend = {str(number): info.name for number, info in enumerate(classes)}
+    record = {"identity": identity, "classes": legend}
+    write_atomically(path, to_json(record, indent=1).encode())
+
+
+def _overlay(prediction: Prediction) -> bytes:
+    return _png(prediction.overlay_with_legend())
+
+
+def _confidence(prediction: Prediction) -> bytes:
+    confidence = prediction.confidence
+    if confidence is None:
+        assert prediction.probabilities is not None
+        chosen = prediction.label_map[None].astype(np.int64)
+        confidence = np.take_along_axis(prediction.probabilities, chosen, 0)[0].astype(np.float32)
+    return _png(Image.fromarray((np.clip(confidence, 0, 1) * 255).round().astype(np.uint8)))
+
+
+def _probabilities(prediction: Prediction) -> bytes:
+    buffer = io.BytesIO()
+    assert prediction.probabilities is not None
+    np.savez_compressed(buffer, probabilities=prediction.probabilities)
+    return buffer.getvalue()
+
+
+def _rle(prediction: Prediction) -> bytes:
+    return to_json(prediction.rle()).encode()
+
+
+def _png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()

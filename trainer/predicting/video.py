@@ -1,0 +1,75 @@
+"""Predict a video file frame by frame: an overlay video of the same size and frame rate. Needs PyAV (extra `video`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shards.errors import ConfigError, CorruptShardError
+from shards.files.atomic import atomic_path
+from trainer.pretrained import Pretrained
+
+_CODECS = ("libx264", "h264", "mpeg4")  # the first that PyAV was built with
+
+
+def predict_video(pretrained: Pretrained, path: Path, output: Path) -> int:
+    """Write the overlay video, without sound; returns the number of frames. Raises ConfigError without PyAV, and
+    CorruptShardError for a file that is not a readable video."""
+    try:
+        import av
+    except ImportError as error:
+        raise ConfigError(f"{path}: {error}; videos need: pip install 'maskstream[video]'") from error
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with av.open(str(path)) as source, atomic_path(output) as temporary:
+            if not source.streams.video:
+                raise CorruptShardError(f"{path} has no video stream")
+            with av.open(str(temporary), "w", format="mp4") as target:
+                count = _copy(pretrained, source, target)
+            if not count:
+                raise CorruptShardError(f"{path} has no frame that can be decoded")
+            return count
+    except av.error.FFmpegError as error:
+        raise CorruptShardError(f"{path} is not a readable video: {error}") from error
+
+
+def _copy(pretrained: Pretrained, source: Any, target: Any) -> int:
+    """Predict and encode all frames; returns their number."""
+    import av
+
+    stream, count = None, 0
+    for prediction in pretrained.predict_all(_frames(source)):
+        pixels = _even(np.asarray(prediction.overlay()))
+        if stream is None:
+            stream = target.add_stream(_codec(), rate=source.streams.video[0].average_rate or 25)
+            stream.width, stream.height, stream.pix_fmt = pixels.shape[1], pixels.shape[0], "yuv420p"
+        for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
+            target.mux(packet)
+        count += 1
+    if stream is not None:
+        for packet in stream.encode(None):
+            target.mux(packet)
+    return count
+
+
+def _frames(source: Any) -> Iterator[npt.NDArray[np.uint8]]:
+    """RGB frames, turned as a player turns them."""
+    for frame in source.decode(source.streams.video[0]):
+        pixels = frame.to_ndarray(format="rgb24")
+        yield np.ascontiguousarray(np.rot90(pixels, round(getattr(frame, "rotation", 0) / 90)))
+
+
+def _even(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Without the last row or column where there is an odd number of them, which the pixel format does not allow."""
+    height, width = pixels.shape[:2]
+    return np.ascontiguousarray(pixels[: height - height % 2, : width - width % 2])
+
+
+def _codec() -> str:
+    import av
+
+    return next(name for name in _CODECS if name in av.codecs_available)
