@@ -1,7 +1,7 @@
 """Fetch a published file: resumed where it broke off, published under its name only when its checksum is right.
 
     DIR/NAME.0123abcd.part   what has arrived; the 8 digits stand for the file's version on the server (size and ETag)
-    DIR/.NAME.lock           held while writing; removed when the file is complete
+    DIR/.NAME.lock           held while writing, and removed at the end, also of a failed download
     DIR/NAME                 the complete file: synced, compared with the published size and checksum, then renamed
 
 Bytes of two versions never meet: a file that was replaced on the server has another part, and the old one is removed.
@@ -46,12 +46,10 @@ def fetch(file: PublishedFile, folder: Path, url: str | None = None, policy: Ret
     if _is_there(path, file):
         return False
     folder.mkdir(parents=True, exist_ok=True)
-    lock = folder / f".{file.name}.lock"
-    with only_writer(lock, folder):
+    with only_writer(folder / f".{file.name}.lock", folder):
         is_new = not _is_there(path, file)  # another process may have completed it just now
         if is_new:
             _download(file, path, server, name)
-        lock.unlink(missing_ok=True)  # who has opened it already finds the complete file
     return is_new
 
 

@@ -20,9 +20,10 @@ from preprocess.config import PreprocessConfig
 from preprocess.execution.block_store import BlockStore
 from preprocess.execution.tasks import Job, WriteBlock
 from preprocess.pairs import open_dataset
-from preprocess.pipeline import Part, finish, write_part
+from preprocess.pipeline import Part, finish, write_part, write_shards
 from shards.cli.config_file import load_config
-from shards.errors import ShardError
+from shards.errors import ConfigError, ShardError
+from shards.files import locks
 from shards.files.storage import open_storage
 from shards.manifest import MANIFEST_NAME, load_manifest
 from shards.mirror import files_of
@@ -269,6 +270,47 @@ def test_parts_meet_in_object_storage(s3: FaultyProxy, s3_root: str, drawn: Path
     assert contents(s3_root) == one_run
     assert not any(open_storage(f"{s3_root}/.progress").sizes() or ()), "records stay behind"
     assert not list(tmp_path.glob("staging/*/*")), "a killed run's staging folder stays behind"
+
+
+@pytest.mark.parametrize("late", ["a part", "a part of other settings", "one command", "finish"])
+def test_a_run_that_starts_while_another_finishes_touches_nothing(drawn: Path, one_run: dict[str, bytes],
+                                                                  tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                  late: str) -> None:
+    """It has seen that there is no set, and has opened the lock; then the other one publishes and removes the lock."""
+    config = config_of(drawn, tmp_path / "set")
+    dataset = open_dataset(config.dataset, "fail")
+    write_part(config, dataset, Part(0, 1))
+    real, finished = locks.open_lock, list[bool]()
+
+    def open_lock(path: Path) -> Any:
+        file = real(path)
+        if not finished:
+            finished.append(True)
+            finish(config, dataset, 1)
+        return file
+
+    monkeypatch.setattr(locks, "open_lock", open_lock)
+    other = config_of(drawn, tmp_path / "set", "crops.jpeg_quality=50")
+    if late == "a part of other settings":
+        with pytest.raises(ConfigError, match="already holds a complete shard set made with other settings"):
+            write_part(other, open_dataset(other.dataset, "fail"), Part(0, 1))
+    elif late == "a part":
+        assert write_part(config, dataset, Part(0, 1)) == 43
+    else:
+        assert (write_shards(config, dataset) if late == "one command" else finish(config, dataset, 1))[1] is False
+    assert finished and contents(tmp_path / "set") == one_run
+
+
+def test_what_a_killed_run_left_is_removed_only_by_one_of_the_same_settings(drawn: Path, one_run: dict[str, bytes],
+                                                                            tmp_path: Path) -> None:
+    """To another, most shards of the set would look like leftovers."""
+    output = make_shards(tmp_path / "set", drawn, *SETTINGS)
+    (output / ".progress").mkdir()  # as if killed after publishing
+    with pytest.raises(ConfigError, match="already holds a complete shard set made with other settings"):
+        make_shards(output, drawn, *SETTINGS, "crops.per_image=1", "images_per_shard=40")
+    assert verify(output) == []
+    make_shards(output, drawn, *SETTINGS)
+    assert contents(output) == one_run
 
 
 # -- Ray ----------------------------------------------------------------------------------------------------

@@ -10,13 +10,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
 from shards.cli.command_line import run_entry_point
 from shards.errors import ConfigError
+from shards.files import locks
 from shards.files.atomic import copy_atomically, naming, write_atomically
 from shards.files.cache import DiskCache
 from shards.files.locks import among_writers, only_writer
@@ -76,6 +78,59 @@ def test_only_the_first_of_several_writers_tidies_up(tmp_path: Path) -> None:
     assert calls == ["first"] and not (tmp_path / "lock").exists()
     with among_writers(tmp_path / "lock", lambda: calls.append("third")):
         assert calls == ["first", "third"]
+
+
+@pytest.fixture
+def removed_when_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first process to open a lock file finds that its last holder removes it before it can be locked."""
+    real, opened = locks.open_lock, list[Path]()
+
+    def open_lock(path: Path) -> IO[str]:
+        file = real(path)
+        if not opened:
+            opened.append(path)
+            path.unlink()
+            path.parent.rmdir()
+        return file
+
+    monkeypatch.setattr(locks, "open_lock", open_lock)
+
+
+@pytest.mark.usefixtures("removed_when_opened")
+@pytest.mark.parametrize("first", ["alone", "among others"])
+@pytest.mark.parametrize("second", ["alone", "among others"])
+def test_a_lock_file_that_was_removed_before_it_was_locked_protects_nobody(tmp_path: Path, first: str, second: str
+                                                                           ) -> None:
+    """Otherwise both would write: the first holds a file without a name, the second locks a new one."""
+    lock, calls = tmp_path / "folder/lock", list[str]()
+    lock.parent.mkdir()
+    ways: dict[str, Callable[[], AbstractContextManager[None]]] = {
+        "alone": lambda: only_writer(lock, tmp_path), "among others": lambda: among_writers(lock, lambda: None)}
+    with ways[first]():
+        assert lock.exists()
+        if second == "alone":
+            with pytest.raises(ConfigError, match="another run is writing"), ways[second]():
+                calls.append("both write")
+        else:  # would wait; so look whether it could be locked
+            with lock.open("r+") as file, pytest.raises(BlockingIOError):
+                locks.try_lock(file)
+        assert not calls and lock.exists()
+    assert not lock.exists()
+
+
+def test_a_lock_file_of_another_process_is_not_removed(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    for way in (only_writer(lock, tmp_path), among_writers(lock, lambda: None)):
+        with way:
+            lock.rename(tmp_path / "old")  # as if removed; a new file would get the same number
+            lock.touch()
+        assert lock.exists()
+
+
+def test_numbers_of_files_that_never_last_are_no_endless_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "_has_name", lambda *_: False)
+    with only_writer(tmp_path / "lock", tmp_path):
+        pass
 
 
 # -- what killed processes left -----------------------------------------------------------------------------
