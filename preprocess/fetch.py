@@ -41,7 +41,7 @@ def fetch(file: PublishedFile, folder: Path, url: str | None = None, policy: Ret
     Raises ConfigError for a URL that cannot be one, or while another process fetches the same file; StorageError when
     the file cannot be had, is not the published one, or there is too little space; OSError when it cannot be written.
     """
-    server, name = _server(url or file.url, policy)
+    server, name = _server(file.url if url is None else url, policy)
     path = folder / file.name
     if _is_there(path, file):
         return False
@@ -59,7 +59,7 @@ def _server(url: str, policy: RetryPolicy | None) -> tuple[ObjectStorage, str]:
     root, _, name = location.rpartition("/")
     storage = open_storage(f"{root}{mark}{query}", policy) if name and not re.search(r"\s", url) else None
     if not isinstance(storage, ObjectStorage):
-        raise ConfigError(f"--url {masked_value(url)} does not name a file on a server, legal: a URL such as "
+        raise ConfigError(f"--url {masked_value(url)!r} does not name a file on a server, legal: a URL such as "
                           "https://host/folder/file.zip (likewise s3://, gs:// and az://), with %20 for a space")
     return storage, unquote(name)
 

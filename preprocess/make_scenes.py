@@ -17,6 +17,7 @@ try:
     from shards.cli.command_line import run_entry_point
     from shards.errors import ConfigError
     from shards.files.atomic import write_atomically
+    from shards.files.storage import local_path
     from shards.picture import save_picture
 except ImportError as error:
     raise SystemExit(f"error: {error}; is MaskStream installed (pip install -e .), or does another package named "
@@ -145,7 +146,8 @@ def main() -> int:
     if arguments.train < 1 or arguments.val < 1 or arguments.seed < 0:
         raise ConfigError(f"--train {arguments.train} --val {arguments.val} --seed {arguments.seed}, legal: --train "
                           "and --val at least 1, --seed at least 0")
-    write_scenes(Path(arguments.output), {"train": arguments.train, "val": arguments.val}, arguments.seed)
+    output = local_path(arguments.output, "--output")
+    write_scenes(output, {"train": arguments.train, "val": arguments.val}, arguments.seed)
     print(f"wrote {arguments.train} + {arguments.val} scenes to {arguments.output}")
     return 0
 

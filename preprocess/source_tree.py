@@ -22,6 +22,7 @@ from typing import NamedTuple, Protocol
 
 from shards.errors import DatasetError, StorageError
 from shards.files.plain_file import LARGEST_PICTURE, read_plain
+from shards.files.storage import local_path
 
 _OF_THE_SYSTEM = {".DS_Store", "__MACOSX", "Thumbs.db", "desktop.ini", ".ipynb_checkpoints"}
 _MAX_LINKS = 40  # links followed to resolve one path, as in Linux
@@ -266,9 +267,9 @@ class ZipTree(_LinkedTree):
 def open_tree(root: str | Path, markers: Sequence[str]) -> SourceTree:
     """The tree that has one of the folders `markers` at `root`, or one level below it; earlier markers come first.
 
-    Raises DatasetError when `root` does not exist or has no such folder.
+    Raises DatasetError when `root` does not exist or has no such folder, ConfigError for a URL.
     """
-    path = Path(root)
+    path = local_path(str(root), "dataset.root", "folder or zip archive")
     if not path.exists():
         raise DatasetError(f"{path} does not exist; dataset.root must be the dataset folder or zip archive")
     trees: list[SourceTree]

@@ -18,7 +18,7 @@ from preprocess.blocks import Block
 from shards.errors import StorageError
 from shards.files.atomic import remove_leftovers
 from shards.files.locks import own_folder
-from shards.files.storage import LocalStorage, below, open_storage
+from shards.files.storage import LocalStorage, below, local_path, open_storage
 from shards.files.strict_json import to_json
 from shards.manifest import INDEX_DTYPE, ShardInfo, hash_of
 from shards.mirror import copy_file
@@ -49,7 +49,7 @@ class BlockStore:
         self.folder = self.storage.folder if isinstance(self.storage, LocalStorage) else None
         # Below the set's own progress folder, or in a local one; each run gets a folder of its own there.
         self.base = (self.folder / PROGRESS if self.folder is not None else
-                     Path(staging) / hash_of(masked_value(output))[:16])
+                     local_path(staging, "staging") / hash_of(masked_value(output))[:16])
         self.scratch = self.base
 
     @contextlib.contextmanager

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from shards.errors import ConfigError
+from shards.files.storage import local_path
 
 _MOST_DIGITS = 18
 
@@ -26,6 +27,6 @@ def picture_file(option: str, text: str) -> Path:
     """A file that `save_picture` can write, in an existing folder or a new one."""
     if not text.lower().endswith((".png", ".jpg", ".jpeg")):
         raise ConfigError(f"{option} is {text}, legal: a .png or .jpg file")
-    path = Path(text)
+    path = local_path(text, option, "file")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path

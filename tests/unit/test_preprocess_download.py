@@ -443,12 +443,29 @@ def test_a_second_process_is_refused(server: FileServer, tmp_path: Path) -> None
     assert server.paths == []
 
 
-@pytest.mark.parametrize("url", ["tiny.zip", "/data/tiny.zip", "https://host/folder/", "https://tiny.zip", "https://",
+@pytest.mark.parametrize("output", ["s3://bucket/sets", "https://me:secret@host/x", "ftp://host/x", ""])
+def test_an_output_that_is_no_local_folder(output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                           capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, published(), "--output", output) == 2
+    said = error_of(capsys)
+    assert said == f"error: --output is {output.replace('me:secret', '***')!r}, legal: a local folder"
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("url", ["", "tiny.zip", "/data/tiny.zip", "https://host/folder/", "https://tiny.zip", "https://",
                                  "ftp://host/tiny.zip", "https://host/tiny.zip?***", "https://host/a tiny.zip"])
 def test_a_url_that_names_no_file_on_a_server(url: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"legal|pass the full URL"):
         fetch.fetch(published(), tmp_path, url)
     assert names(tmp_path) == []
+
+
+def test_an_empty_url_is_not_taken_for_none(server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                            capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, published(server), "--output", str(tmp_path), "--url", "") == 2
+    assert "--url '' does not name a file on a server, legal: a URL such as" in error_of(capsys)
+    assert server.paths == [] and names(tmp_path) == []
 
 
 # Mirrors
@@ -491,7 +508,7 @@ def test_a_secret_with_a_space_is_masked_to_its_end(
         assert run(monkeypatch, published(server), "--output", str(tmp_path), "--url", url) == 2
         captured = capsys.readouterr()
         assert "tiny.zip?***\n" in captured.out and "cdef" not in captured.out
-        assert "tiny.zip?*** does not name a file" in captured.err and "cdef" not in captured.err
+        assert "tiny.zip?***' does not name a file" in captured.err and "cdef" not in captured.err
 
 
 # To shards

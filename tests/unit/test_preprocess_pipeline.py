@@ -287,6 +287,8 @@ def test_unusable_files_are_named_or_recorded(scenes: Path, tmp_path: Path, how:
         (["crops.min_scale=3"], "at most crops.max_scale"),
         (["dataset.splits={{../evil: train}}"], "has a split named '../evil'"),
         (["output="], "output is not set"),
+        (["dataset.root=s3://bucket/x"], r"dataset\.root is 's3://bucket/x', legal: a local folder or zip archive"),
+        (["output=s3://bucket/x", "staging=s3://bucket/y"], "staging is 's3://bucket/y', legal: a local folder"),
     ],
 )
 def test_bad_settings_say_what_is_legal(scenes: Path, tmp_path: Path, overrides: list[str], message: str) -> None:
@@ -539,6 +541,17 @@ def test_configuration_round_trips_through_yaml(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(config_to_yaml(config))
     assert load_config(PreprocessConfig, tmp_path / "c.yaml") == config
     assert config.dataset.root == "a,b {c}"
+
+
+@pytest.mark.parametrize("output", ["s3://bucket/x", ""])
+def test_scenes_are_drawn_into_local_folders_only(output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from preprocess import make_scenes
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["make_scenes.py", "--output", output, "--train", "1", "--val", "1"])
+    with pytest.raises(ConfigError, match=rf"--output is '{output}', legal: a local folder"):
+        make_scenes.main()
+    assert not any(tmp_path.iterdir())
 
 
 def test_scenes_are_never_mixed_with_other_files(tmp_path: Path) -> None:

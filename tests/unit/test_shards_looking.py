@@ -250,7 +250,8 @@ def test_finding_nothing_says_where_to_look(root: Path, tmp_path: Path, run: Com
 # -- info --------------------------------------------------------------------------------------------------------------
 
 
-def test_the_histogram_draws_every_class_in_its_colour(root: Path, tmp_path: Path, run: Command) -> None:
+def test_the_histogram_draws_every_class_in_its_colour(root: Path, tmp_path: Path, run: Command,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     done = run("info", root, "--histogram", tmp_path / "h.png")
     assert done.code == 0 and f"wrote {tmp_path / 'h.png'}" in done.out
     picture = np.asarray(Image.open(tmp_path / "h.png").convert("RGB"))
@@ -261,6 +262,12 @@ def test_the_histogram_draws_every_class_in_its_colour(root: Path, tmp_path: Pat
     widths = {number: (picture == color).all(2).sum() for number, color in enumerate(COLORS)}
     assert widths[0] > widths[2] > widths[5]  # which has no pixel, so a swatch and no bar
     assert run("info", root, "--histogram", "h.svg").code == 2
+    monkeypatch.chdir(tmp_path)  # where no folder called s3: may appear
+    before = sorted(tmp_path.iterdir())
+    for words in (("info", root, "--histogram"), ("show", root, "--output")):
+        done = run(*words, "s3://bucket/h.png")
+        assert done.code == 2 and f"{words[-1]} is 's3://bucket/h.png', legal: a local file" in done.err
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_info_lists_all_classes_on_request(root: Path, run: Command) -> None:
