@@ -22,7 +22,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from preprocess.label_mapping import Color, LabelMapping, hex_color
 from shards.cli.config_file import read_yaml
 from shards.cli.settings import shown_value
-from shards.errors import ConfigError
+from shards.errors import ConfigError, StorageError
+from shards.files.plain_file import read_plain_text
 from shards.manifest import ClassInfo
 from shards.picture import default_colors
 from shards.rle import MAX_CLASSES, ignore_value
@@ -73,6 +74,22 @@ def is_class_table(path: str) -> bool:
     return path.lower().endswith((".yaml", ".yml"))
 
 
+def read_class_file(path: Path) -> str:
+    """The content of `dataset.class_file`, a list of names. Raises ConfigError naming it."""
+    return _read_text(path, "dataset.class_file")
+
+
+def _read_text(path: Path, setting: str) -> str:
+    try:
+        return read_plain_text(path)
+    except StorageError as error:
+        raise ConfigError(f"{setting} {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{setting} {path} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{setting} {path} is not a text file: {error}") from error
+
+
 def read_class_table(path: str, own_names: dict[str, list[int]] | None = None) -> tuple[list[ClassInfo], LabelMapping]:
     """The classes and the mapping of the table `path`. Raises ConfigError naming file, entry, value and what is legal.
 
@@ -87,7 +104,7 @@ def names_in_table(path: Path, first: int) -> dict[str, list[int]]:
     """Name -> the stored ids that have it, as a layout's own table knows them: from its list of names, or else its
     classes. `first` is the id of the first line of a plain list."""
     if not is_class_table(str(path)):
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = _read_text(path, "class list").splitlines()
         return {line.partition("\t")[0].strip(): [number] for number, line in enumerate(lines, first)}
     table = _parsed(str(path))
     known = _ids_by_name(str(path), table.names) if table.names is not None else {}
@@ -139,10 +156,7 @@ def _class_info(entry: TableClass, default: Color, where: str) -> ClassInfo:
 def _ids_by_name(path: str, names: str) -> dict[str, list[int]]:
     """Name -> the ids that have it, from the file `names`, relative to the table."""
     file = Path(path).parent / names
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: names is {names}, which cannot be read: {error}") from error
+    lines = _read_text(file, f"{path}: names is {names}, but").splitlines()
     found: dict[str, list[int]] = {}
     for number, line in enumerate(lines):
         found.setdefault(line.strip(), []).append(number)

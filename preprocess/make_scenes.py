@@ -17,6 +17,7 @@ try:
     from shards.cli.command_line import run_entry_point
     from shards.errors import ConfigError
     from shards.files.atomic import write_atomically
+    from shards.files.plain_file import LARGEST_TEXT, read_plain
     from shards.files.storage import local_path
     from shards.picture import save_picture
 except ImportError as error:
@@ -76,7 +77,7 @@ def write_scenes(output: Path, counts: dict[str, int], seed: int) -> None:
 def _refuse_other_files(output: Path, table: str) -> None:
     """Raise ConfigError when the folder holds files of somebody's own dataset, with which scenes would be mixed."""
     for path in sorted(output.rglob("*")) if output.is_dir() else ():
-        is_table = path == output / "classes.txt" and path.read_bytes() == table.encode()
+        is_table = path == output / "classes.txt" and read_plain(path, LARGEST_TEXT) == table.encode()
         if path.is_file() and not is_table and not path.name.startswith("scene_"):
             raise ConfigError(f"--output {output} holds files other than drawn scenes, such as {path}; legal: a new "
                               "or empty folder, or one of drawn scenes")

@@ -21,6 +21,7 @@ from shards.errors import CorruptShardError, DatasetError
 from shards.files.storage import Storage
 from shards.manifest import INDEX_DTYPE, SHARD_DTYPE, SOURCE_BYTES, FileInfo, Manifest, SplitInfo, manifest_bytes
 from shards.mirror import publish_manifest
+from shards.shard_table import read_records
 
 _MAX_NAMED = 20  # classes named in one warning
 _log = logging.getLogger(__name__)
@@ -53,13 +54,12 @@ def source_hashes(storage: Storage, manifest: Manifest, blocks: list[Block]) -> 
     for split, info in manifest.splits.items():
         if info.sources is None:
             return None
-        data = storage.read(info.sources.name)
         mine = [block.name for block in blocks if block.split == split]
-        if len(data) != SOURCE_BYTES * len(mine) or hashlib.sha256(data).hexdigest() != info.sources.sha256:
-            raise CorruptShardError(f"{storage.where(info.sources.name)} does not match its size or sha256 in the "
-                                    "manifest")
-        found |= {name: data[SOURCE_BYTES * number : SOURCE_BYTES * (number + 1)].hex()
-                  for number, name in enumerate(mine)}
+        hashes = read_records(storage, info.sources, np.dtype(f"V{SOURCE_BYTES}"), "list of sources")
+        if len(hashes) != len(mine):
+            raise CorruptShardError(f"{storage.where(info.sources.name)} is of {len(hashes)} blocks, legal: the "
+                                    f"{len(mine)} of split {split!r}")
+        found |= {name: item.tobytes().hex() for name, item in zip(mine, hashes, strict=True)}
     return found
 
 

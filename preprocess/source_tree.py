@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple, Protocol
 
 from shards.errors import DatasetError, StorageError
-from shards.files.plain_file import LARGEST_PICTURE, read_plain
+from shards.files.plain_file import LARGEST_PICTURE, LARGEST_TEXT, plain_size, read_plain
 from shards.files.storage import local_path
 
 _OF_THE_SYSTEM = {".DS_Store", "__MACOSX", "Thumbs.db", "desktop.ini", ".ipynb_checkpoints"}
@@ -50,8 +50,12 @@ class SourceTree(Protocol):
     def has_files(self, folder: str) -> bool:
         """Whether `files` would find any; stops at the first one."""
 
-    def read(self, path: str) -> bytes:
-        """Content of a file. Raises DatasetError naming it."""
+    def read(self, path: str, most: int = LARGEST_PICTURE) -> bytes:
+        """Content of a file of at most `most` bytes. Raises NoSuchFile, or DatasetError naming it."""
+
+
+class NoSuchFile(DatasetError):
+    """A tree does not have a file; one that cannot be read is another error."""
 
 
 class HashedTree:
@@ -67,8 +71,8 @@ class HashedTree:
     def has_files(self, folder: str) -> bool:
         return self.tree.has_files(folder)
 
-    def read(self, path: str) -> bytes:
-        data = self.tree.read(path)
+    def read(self, path: str, most: int = LARGEST_PICTURE) -> bytes:
+        data = self.tree.read(path, most)
         self.sha256[path] = hashlib.sha256(data).hexdigest()
         return data
 
@@ -147,11 +151,15 @@ class FolderTree(_LinkedTree):
         super().__init__()
         self.root, self.name = root, str(root)
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str, most: int = LARGEST_PICTURE) -> bytes:
         try:
-            return read_plain(self.root / path, LARGEST_PICTURE)
-        except (OSError, StorageError) as error:
-            raise DatasetError(f"{self.root / path} cannot be read: {error}") from error
+            return read_plain(self.root / path, most)
+        except StorageError as error:
+            raise DatasetError(str(error)) from error
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise NoSuchFile(f"{self.root / path} cannot be read: {error.strerror}") from error
+        except OSError as error:
+            raise DatasetError(f"{self.root / path} cannot be read: {error.strerror or error}") from error
 
     def _real(self, path: str) -> str | None:
         place = self.root / path
@@ -206,12 +214,15 @@ class ZipTree(_LinkedTree):
             raise DatasetError(f"{path} is not a readable zip archive: {error}") from error
         self._folders: dict[str, dict[str, int | None]] = {}  # built by the first listing; workers never list
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str, most: int = LARGEST_PICTURE) -> bytes:
         member = self._followed(self.inside + path)
+        if member not in self._archive.NameToInfo:
+            raise NoSuchFile(f"{self.name}{path} cannot be read: there is no such file in the archive")
         try:
             size = self._archive.getinfo(member).file_size
-            if size > LARGEST_PICTURE:
-                raise DatasetError(f"{self.name}{path} has {size} bytes unpacked, legal: at most {LARGEST_PICTURE}")
+            if size > most:
+                raise DatasetError(f"{self.name}{path} has {size} bytes unpacked, legal: at most {most} for a file "
+                                   "read into memory")
             return self._archive.read(member)
         except _ZIP_ERRORS as error:
             raise DatasetError(f"{self.name}{path} cannot be read: {error}") from error
@@ -273,7 +284,8 @@ def open_tree(root: str | Path, markers: Sequence[str]) -> SourceTree:
     if not path.exists():
         raise DatasetError(f"{path} does not exist; dataset.root must be the dataset folder or zip archive")
     trees: list[SourceTree]
-    if path.is_file():
+    if not path.is_dir():
+        _check_archive(path)
         archive = ZipTree(path)
         names = sorted({PurePosixPath(name).parts[0] for name in archive.files("")})
         trees = [archive, *(ZipTree(path, f"{name}/") for name in names)]
@@ -288,13 +300,24 @@ def open_tree(root: str | Path, markers: Sequence[str]) -> SourceTree:
     raise DatasetError(f"{path} has no folder {folders} with files in it; check dataset.root and dataset.kind")
 
 
-def read_first(tree: SourceTree, paths: Sequence[str]) -> tuple[str, bytes]:
-    """(path, content) of the first of `paths` that can be read. Raises DatasetError naming the first one."""
-    problem: DatasetError | None = None
+def _check_archive(path: Path) -> None:
+    """Opening a named pipe would hang."""
+    try:
+        plain_size(path)
+    except StorageError as error:
+        raise DatasetError(f"dataset.root: {error}, which is a zip archive, or a folder") from error
+
+
+def read_first(tree: SourceTree, paths: Sequence[str], most: int = LARGEST_TEXT) -> tuple[str, bytes]:
+    """(path, content) of the first of `paths` that exists, of at most `most` bytes.
+
+    Raises NoSuchFile naming the first one when there is none, DatasetError when it cannot be read.
+    """
+    problem: NoSuchFile | None = None
     for path in paths:
         try:
-            return path, tree.read(path)
-        except DatasetError as error:
+            return path, tree.read(path, most)
+        except NoSuchFile as error:
             problem = problem or error
     assert problem is not None
     raise problem

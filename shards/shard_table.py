@@ -55,7 +55,7 @@ class ShardTable:
                                     f"manifest says {info.samples}; or their bytes do not add up to {info.bytes}")
         index = np.empty(0, INDEX_DTYPE)
         if info.table is None or info.index.bytes <= WHOLE_INDEX:
-            index = _whole(storage, info.index, INDEX_DTYPE, "index")
+            index = read_records(storage, info.index, INDEX_DTYPE, "index")
             check_entries(index, np.repeat(records["bytes"], records["samples"]), storage.where(info.index.name))
         return cls(split, records, first_sample, names, index)
 
@@ -193,7 +193,7 @@ def _records(storage: Storage, info: SplitInfo) -> tuple[Array, Array]:
             records[name] = [getattr(shard, name) for shard in listed]
         records["sha256"] = np.array([bytes.fromhex(shard.sha256) for shard in listed], "V32")
         return records, np.array([shard.name.encode() for shard in listed] or [b""])
-    records = _whole(storage, info.table, SHARD_DTYPE, "table of shards")
+    records = read_records(storage, info.table, SHARD_DTYPE, "table of shards")
     numbers = records["number"].astype(np.int64)
     if (np.diff(numbers) <= 0).any():
         raise CorruptShardError(f"{_where(storage, info)}: the numbers of shards are not ascending")
@@ -206,8 +206,9 @@ def _where(storage: Storage, info: SplitInfo) -> str:
     return storage.where(info.table.name if info.table is not None else "manifest.json")
 
 
-def _whole(storage: Storage, info: FileInfo, dtype: np.dtype[Any], what: str) -> Array:
-    """The records of a whole file, compared with its size and hash in the manifest."""
+def read_records(storage: Storage, info: FileInfo, dtype: np.dtype[Any], what: str) -> Array:
+    """The records of a whole file. Raises CorruptShardError when its size or hash is not the manifest's, ShardError
+    when it cannot be read."""
     path = storage.where(info.name)
 
     def check(data: bytes) -> Array:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy.typing as npt
 
-from preprocess.class_table import is_class_table, names_in_table, read_class_table
+from preprocess.class_table import is_class_table, names_in_table, read_class_file, read_class_table
 from preprocess.config import DatasetConfig
 from preprocess.label_mapping import LabelMapping, plain_mapping
 from preprocess.layouts.pairing import IMAGE_SUFFIXES, LABEL_SUFFIXES, Found, Pair, Template, find_pairs, listed_keys
@@ -94,7 +94,7 @@ class Layout:
         if is_class_table(str(path)):
             refuse_ignore_settings(config, str(path))
             return read_class_table(str(path), self.own_names(config, tree))
-        return self._plain(config, parse_classes(read_text(path), str(path)))
+        return self._plain(config, parse_classes(read_class_file(path), str(path)))
 
     def _plain(self, config: DatasetConfig, classes: list[ClassInfo]) -> Classes:
         """Of a list of names."""
@@ -124,11 +124,3 @@ def _present(tree: SourceTree, templates: str | tuple[str, ...], suffixes: tuple
     """The first template with files in its folder, or else the first one."""
     parsed = [Template(text, suffixes, "the layout's template") for text in texts(templates)]
     return next((template for template in parsed if tree.has_files(template.folder(split))), parsed[0])
-
-
-def read_text(path: Path) -> str:
-    """The content of a class file. Raises ConfigError naming it."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"dataset.class_file {path} cannot be read: {error}") from error

@@ -26,6 +26,7 @@ from shards.errors import ConfigError, DatasetError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")
+_LARGEST_LIST = 256 << 20  # bytes of a list of the images of a split: millions of them
 _FIELD = {"stem": ".+"}
 _OTHER_FIELD = "[^/]+"
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -139,7 +140,7 @@ def listed_keys(tree: SourceTree, paths: list[str]) -> list[str]:
 
     Raises DatasetError naming the file.
     """
-    path, data = read_first(tree, paths)
+    path, data = read_first(tree, paths, _LARGEST_LIST)
     try:
         lines = data.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:

@@ -24,8 +24,10 @@ from preprocess.layouts.pairing import IMAGE_SUFFIXES, LABEL_SUFFIXES, Template,
 from preprocess.layouts.registry import LAYOUTS
 from preprocess.matlab_file import read_matrix
 from preprocess.pairs import open_dataset, read_pair
+from preprocess.source_tree import NoSuchFile
 from shards.cli.config_file import load_config
 from shards.errors import ConfigError, DatasetError
+from shards.files.plain_file import LARGEST_PICTURE
 from shards.manifest import load_manifest
 from shards.reader import iter_samples
 from shards.verify import verify
@@ -259,9 +261,10 @@ class Names:
     def has_files(self, folder: str) -> bool:
         return folder.strip("/") in self.by_folder
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str, most: int = LARGEST_PICTURE) -> bytes:
         if path not in self.content:
-            raise DatasetError(f"{path} cannot be read")
+            raise NoSuchFile(f"{path} cannot be read")
+        assert len(self.content[path]) <= most
         return self.content[path]
 
 

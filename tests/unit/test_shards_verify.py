@@ -11,13 +11,17 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from preprocess.config import DatasetConfig, PreprocessConfig
+from preprocess.make_scenes import write_scenes
 from preprocess.pairs import open_dataset
-from shards.errors import CorruptShardError, DatasetError, ShardError, StorageError
-from shards.files.plain_file import read_plain
+from shards.cli.config_file import load_config
+from shards.errors import ConfigError, CorruptShardError, DatasetError, ShardError, StorageError
+from shards.files.plain_file import LARGEST_TEXT, LARGEST_YAML, read_plain, read_plain_text
 from shards.files.storage import LocalStorage
 from shards.manifest import INDEX_DTYPE, MANIFEST_NAME, load_manifest
 from shards.mirror import copy_set
@@ -84,7 +88,6 @@ def test_no_reader_opens_what_is_no_file_of_its_size(damaged: Path, tmp_path: Pa
 
 
 def test_a_pipe_among_source_images_is_named(scenes: Path, tmp_path: Path) -> None:
-    from preprocess.config import DatasetConfig
     from preprocess.pairs import read_pair
 
     root = Path(shutil.copytree(scenes, tmp_path / "scenes"))
@@ -96,6 +99,106 @@ def test_a_pipe_among_source_images_is_named(scenes: Path, tmp_path: Path) -> No
         read_pair(dataset, dataset.splits["train"][0])
     with pytest.raises(DatasetError, match="is a named pipe"):
         make_shards(tmp_path / "set", root)
+
+
+def a_dataset(root: Path, kind: str) -> dict[str, Any]:
+    """An image and what the layout needs beside it, but for one file; returns the settings."""
+    for name in ("images/train/a.png", "annotations/train/a.png", "JPEGImages/a.jpg", "SegmentationClass/a.png",
+                 "training/images/a.jpg", "training/v2.0/labels/a.png", "train/a.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    (root / "train/a.json").write_text('{"shapes": []}')
+    (root / "labels/train").mkdir(parents=True)
+    (root / "labels/train/a.txt").touch()
+    return {"kind": kind, "root": str(root), "splits": {"train": "training" if kind.startswith("map") else "train"}}
+
+
+# What reads a file that somebody wrote: layout, settings, the file, and how the error begins.
+SIDE_FILES: dict[str, tuple[str, dict[str, str], str, str]] = {
+    "list of classes": ("folder", {"class_file": "odd.txt"}, "odd.txt", r"dataset\.class_file .*odd\.txt"),
+    "list of classes, ADE20K": ("ade20k", {"class_file": "odd.txt"}, "odd.txt", r"dataset\.class_file .*odd\.txt"),
+    "list of classes, LabelMe": ("labelme", {"class_file": "odd.txt"}, "odd.txt", r"dataset\.class_file .*odd\.txt"),
+    "list of classes, YOLO": ("yolo", {"class_file": "odd.txt"}, "odd.txt", r"dataset\.class_file .*odd\.txt"),
+    "class table": ("folder", {"class_file": "odd.yaml"}, "odd.yaml", r"configuration file .*odd\.yaml"),
+    "names of a table": ("folder", {"class_file": "table.yaml"}, "odd.txt", r"table\.yaml: names is .*odd"),
+    "classes.txt": ("folder", {}, "classes.txt", r"no class table: .*classes\.txt"),
+    "classes.txt, LabelMe": ("labelme", {}, "classes.txt", r".*classes\.txt"),
+    "data.yaml, YOLO": ("yolo", {}, "data.yaml", r"no class table: .*data\.yaml"),
+    "list of images": ("voc", {}, "ImageSets/Segmentation/train.txt", r".*Segmentation/train\.txt"),
+    "config": ("mapillary-v2.0", {}, "config_v2.0.json", r".*config_v2\.0\.json"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("name", SIDE_FILES)
+def test_no_file_beside_a_dataset_hangs_or_fills_the_memory(tmp_path: Path, name: str, kind: str) -> None:
+    layout, settings, file, message = SIDE_FILES[name]
+    config = DatasetConfig(**a_dataset(tmp_path, layout), **{key: str(tmp_path / value)  # type: ignore[arg-type]
+                                                             for key, value in settings.items()})
+    (tmp_path / "table.yaml").write_text("names: odd.txt\nclasses: [{name: a, names: [a]}]")
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    make, what = ODD[kind]
+    make(tmp_path / file)
+    tracemalloc.start()
+    try:
+        with pytest.raises((ConfigError, DatasetError), match=f"{message}.* ?{what}"):
+            open_dataset(config, "fail")
+        assert tracemalloc.get_traced_memory()[1] < 40 * MEGABYTE
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_largest_text_is_read_and_one_byte_more_is_not(tmp_path: Path) -> None:
+    config = DatasetConfig(**a_dataset(tmp_path, "folder"))
+    (tmp_path / "classes.txt").write_text("a\nb" + " " * (LARGEST_TEXT - 3))
+    assert [item.name for item in open_dataset(config, "fail").classes] == ["a", "b"]
+    with (tmp_path / "classes.txt").open("a") as file:
+        file.write(" ")
+    with pytest.raises(ConfigError, match=rf"txt has {LARGEST_TEXT + 1} bytes, legal: at most {LARGEST_TEXT} for a "):
+        open_dataset(config, "fail")
+    (tmp_path / "data.yaml").write_text("names: [a]\n" + " " * LARGEST_YAML)
+    with pytest.raises(ConfigError, match=rf"yaml has {LARGEST_YAML + 11} characters, legal: at most {LARGEST_YAML}"):
+        open_dataset(replace(config, kind="yolo"), "fail")
+    path = tmp_path / "windows.txt"
+    path.write_bytes(b"\xef\xbb\xbfa\r\nb\rc\n")
+    assert read_plain_text(path) == "a\nb\nc\n"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_root_that_is_neither_folder_nor_file_is_named(tmp_path: Path, kind: str) -> None:
+    make, what = ODD[kind]
+    make(tmp_path / "root")
+    with pytest.raises(DatasetError, match=f"dataset.root: .*root {what}, which is a zip archive, or a folder"):
+        open_dataset(DatasetConfig(kind="folder", root=str(tmp_path / "root")), "fail")
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_a_configuration_of_another_kind_is_named(tmp_path: Path, kind: str) -> None:
+    make, what = ODD[kind]
+    make(tmp_path / "c.yaml")
+    with pytest.raises(ConfigError, match=rf"configuration file .*c\.yaml {what}"):
+        load_config(PreprocessConfig, tmp_path / "c.yaml")
+    with pytest.raises(ConfigError, match=r"configuration file .*none\.yaml does not exist"):
+        load_config(PreprocessConfig, tmp_path / "none.yaml")
+
+
+def test_many_keys_are_compared_in_linear_time(tmp_path: Path) -> None:
+    """As a list, 30,000 keys took a minute."""
+    lines = [f"k{number}: 1\n" for number in range(30_000)]
+    (tmp_path / "c.yaml").write_text("".join(lines))
+    with pytest.raises(ConfigError, match="unknown key 'k0'"):
+        load_config(PreprocessConfig, tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text("".join([*lines, lines[7]]))
+    with pytest.raises(ConfigError, match="found duplicate key k7"):
+        load_config(PreprocessConfig, tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "sparse"])
+def test_drawing_scenes_reads_no_odd_class_list(tmp_path: Path, kind: str) -> None:
+    make, what = ODD[kind]
+    make(tmp_path / "classes.txt")
+    with pytest.raises(StorageError, match=rf"classes\.txt {what}"):
+        write_scenes(tmp_path, {"train": 1}, seed=0)
 
 
 def test_a_whole_file_has_a_limit(tmp_path: Path) -> None:
