@@ -117,7 +117,7 @@ def build_classes(table: ClassTable, path: str, ids_of: dict[str, list[int]]) ->
         raise ConfigError(f"{path} lists {len(table.classes)} classes, legal: 1..{MAX_CLASSES}")
     if table.tolerance < 0 or (table.tolerance and table.labels == "ids"):
         raise ConfigError(f"{path}: tolerance is {table.tolerance:g}, legal: 0 or more with labels: rgb, 0 with ids")
-    classes = [_class_info(entry, default, f"{path}: class {entry.name!r}")
+    classes = [_class_info(entry, default, f"{path}: class {shown_value(entry.name)}")
                for entry, default in zip(table.classes, default_colors(len(table.classes)), strict=True)]
     names = [info.name for info in classes]
     repeated = [name for number, name in enumerate(names) if name in names[:number]]
@@ -126,7 +126,7 @@ def build_classes(table: ClassTable, path: str, ids_of: dict[str, list[int]]) ->
     ignored = ignore_value(len(classes))
     mapping: dict[Any, int] = {}
     for number, entry in enumerate([*table.classes, table.ignore]):
-        where = f"{path}: class {entry.name!r}" if isinstance(entry, TableClass) else f"{path}: ignore"
+        where = f"{path}: class {shown_value(entry.name)}" if isinstance(entry, TableClass) else f"{path}: ignore"
         meaning = number if isinstance(entry, TableClass) else ignored
         for stored in _stored(entry, table.labels, ids_of, where):
             if stored in mapping:
@@ -147,8 +147,9 @@ def _parsed(path: str) -> ClassTable:
 
 
 def _class_info(entry: TableClass, default: Color, where: str) -> ClassInfo:
+    color = default if entry.color is None else _color(entry.color, where)
     try:
-        return ClassInfo(name=entry.name.strip(), color=default if entry.color is None else _color(entry.color, where))
+        return ClassInfo(name=entry.name.strip(), color=color)
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from None
 

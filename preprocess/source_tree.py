@@ -170,7 +170,7 @@ class FolderTree(_LinkedTree):
             with os.scandir(real) as items:
                 found = list(items)
         except OSError as error:
-            raise DatasetError(f"folder {real} cannot be read: {error}") from error
+            raise DatasetError(f"folder {real} cannot be read: {error.strerror or error}") from error
         for item in found:
             _check_name(item)
             is_link = item.is_symlink()

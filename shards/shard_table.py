@@ -219,7 +219,7 @@ def read_records(storage: Storage, info: FileInfo, dtype: np.dtype[Any], what: s
     try:
         return read_checked(storage, info.name, check, min(info.bytes, LARGEST_WHOLE))
     except OSError as error:
-        raise ShardError(f"{path}: the {what} cannot be read: {error}") from error
+        raise ShardError(f"{path}: the {what} cannot be read: {error.strerror or error}") from error
 
 
 def _from_file(split: str, places: Sequence[tuple[np.dtype[Any], int]], descriptor: Any) -> ShardTable:
