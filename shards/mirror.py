@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from shards.errors import ConfigError, CorruptShardError, ShardError, StorageError
-from shards.files.atomic import naming, remove_leftovers
+from shards.files.atomic import remove_leftovers, temporary_file
 from shards.files.locks import among_writers
 from shards.files.storage import LocalStorage, Storage, open_storage
 from shards.manifest import MANIFEST_NAME, FileInfo, Manifest, ShardInfo, load_manifest, manifest_bytes
@@ -112,11 +112,7 @@ def copy_file(source: Storage, destination: Storage, file: File) -> None:
     if isinstance(source, LocalStorage):
         destination.upload(file.name, source.folder / file.name)
     else:
-        with tempfile.TemporaryFile() as temporary:  # unnamed, so that a killed copy leaves nothing
-            with naming(tempfile.gettempdir()):
-                for piece in _pieces(source, file):
-                    temporary.write(piece)
-                temporary.flush()
+        with temporary_file(Path(tempfile.gettempdir()) / file.name, _pieces(source, file)) as temporary:
             destination.upload(file.name, temporary)
     if not _is_intact(destination, file):
         destination.delete(file.name)

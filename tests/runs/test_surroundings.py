@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,11 +19,14 @@ import pytest
 
 from shards.cli.command_line import run_entry_point
 from shards.errors import ConfigError
+from shards.exports.coco_files import export_coco
+from shards.exports.staging import staged_folder
 from shards.files import locks
 from shards.files.atomic import copy_atomically, naming, write_atomically
 from shards.files.cache import DiskCache
 from shards.files.locks import among_writers, only_writer
 from shards.files.storage import LocalStorage
+from shards.manifest import MANIFEST_NAME, load_manifest
 from shards.mirror import copy_set
 from shards.picture import save_picture
 from shards.verify import verify
@@ -217,6 +221,55 @@ def test_errors_of_writing_name_the_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left") as caught:
         picture(tmp_path / "it.png")
     assert caught.value.filename == str(tmp_path / "it.png")
+
+
+@pytest.fixture
+def full_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shards.files.atomic.tempfile.TemporaryFile", lambda dir: open("/dev/full", "w+b"))  # noqa: SIM115
+
+
+@pytest.mark.usefixtures("full_temporary_files")
+def test_publishing_on_a_full_disk_names_file_and_folder(scenes: Path, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left") as caught:
+        make_shards(tmp_path / "set", scenes)
+    place = Path(caught.value.filename)
+    assert place.name == "train.index" and place.parent.parent == tmp_path / "set/.progress"
+    assert not (tmp_path / "set" / MANIFEST_NAME).exists()
+
+
+class Remote:
+    """A folder that is not known to be one."""
+
+    def __init__(self, folder: Path) -> None:
+        self._storage = LocalStorage(folder)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
+
+
+@pytest.mark.usefixtures("full_temporary_files")
+def test_copying_through_a_full_folder_of_temporary_files_names_file_and_folder(scene_shards: Path, tmp_path: Path
+                                                                                ) -> None:
+    with pytest.raises(OSError, match="No space left") as caught:
+        copy_set(Remote(scene_shards), tmp_path / "copy")  # type: ignore[arg-type]
+    assert caught.value.filename == f"{tempfile.gettempdir()}/train.shards"
+
+
+def test_an_export_to_a_full_disk_names_file_and_folder(scene_shards: Path, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the images of COCO files, which are collected in a file beside."""
+    asked: list[Any] = []
+
+    def full_file(*_: object, dir: Path, encoding: str) -> IO[str]:
+        asked.append(dir)
+        return open("/dev/full", "w+", encoding=encoding)
+
+    monkeypatch.setattr("shards.exports.coco_files.tempfile.TemporaryFile", full_file)
+    with pytest.raises(OSError, match="No space left") as caught, staged_folder(tmp_path / "out") as folder:
+        asked.append(folder)
+        export_coco(LocalStorage(scene_shards), load_manifest(scene_shards), ["val"], folder, lambda: None)
+    assert asked[0] == asked[1] and caught.value.filename == f"{asked[0]}/annotations/val.json"
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_error_without_a_number_gets_a_name_that_survives_another_process(tmp_path: Path) -> None:
