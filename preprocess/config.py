@@ -19,18 +19,19 @@ class DatasetConfig:
 
     kind: str = setting("ade20k", "dataset layout (see docs/your-data.md)", choices=KINDS)
     root: str | None = setting(None, "dataset folder, or a .zip of it, read without unpacking; for huggingface "
-                                "also the id of a dataset on the hub")
+                                "also the id of a dataset on the hub", may_be_empty=False)
     splits: dict[str, str] = setting({}, "split name -> source folder, e.g. {train: training}; empty: the layout's "
                                      "default splits")
     images: str | None = setting(None, "for kind=folder, labelme or yolo: file-name template of the images below root, "
                                  "such as leftImg8bit/{split}/{stem}_leftImg8bit.png; for huggingface: name of the "
-                                 "column of images; null: the layout's, such as images/{split}/{stem}")
+                                 "column of images; null: the layout's, such as images/{split}/{stem}",
+                                 may_be_empty=False)
     labels: str | None = setting(None, "template of the label files, with the same fields as images, or "
-                                 "column of label images; null: the layout's")
+                                 "column of label images; null: the layout's", may_be_empty=False)
     class_file: str | None = setting(None, "text file with one class per line in id order, optionally followed by a "
                                      "tab and #rrggbb; or a YAML class table, which also says which stored ids, names "
                                      "or colours mean each class; null: the layout's own classes (for kind=folder, "
-                                     "<root>/classes.txt)")
+                                     "<root>/classes.txt)", may_be_empty=False)
     reduce_zero_label: bool | None = setting(None, "treat stored label 0 as ignored and label k as class k-1; null: "
                                              "the layout's default (true for ade20k and loveda, else false)")
     ignore_labels: list[int] = setting([], "stored label values to ignore; empty: the layout's default (11 for camvid, "
@@ -48,6 +49,9 @@ class DatasetConfig:
     limit: int | None = setting(None, "use only the first N pairs of each split; null: all", minimum=1)
 
     def __post_init__(self) -> None:
+        for name in ("images", "labels"):
+            if getattr(self, name) == "":
+                raise ConfigError(f"dataset.{name} is empty, legal: a template, or null for the layout's")
         if (self.images is None) != (self.labels is None) or (
                 self.images is not None and self.kind not in WITH_TEMPLATES):
             raise ConfigError(f"dataset.images is {self.images!r}, dataset.labels {self.labels!r} and dataset.kind "
@@ -107,7 +111,7 @@ class PreprocessConfig:
     executor: str = setting("local", "who runs the workers: local, processes of this machine; ray, a Ray cluster (the "
                             "extra 'ray')", choices=("local", "ray"))
     ray_address: str | None = setting(None, "for executor=ray: address of the cluster, such as auto or "
-                                      "ray://host:10001; null: start one on this machine")
+                                      "ray://host:10001; null: start one on this machine", may_be_empty=False)
     warn_ignored: float = setting(0.5, "warn when more than this fraction of a split's pixels is ignored (crop padding "
                                   "counts)", minimum=0, maximum=1)
     on_error: str = setting("fail", "on an unusable source image: fail, or skip it and record it in the manifest",

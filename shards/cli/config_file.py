@@ -250,7 +250,7 @@ def _read_override(schema: Any, override: str) -> dict[str, Any]:
         raise ConfigError(f"override {shown_value(override)} is not of the form key=value (for example seed=1)")
     path = name.split(".")
     if _is_text(schema, path):
-        return _nested(path, None if text in ("", "null") else text)
+        return _nested(path, None if text == "null" or (not text and _may_be_empty(schema, path)) else text)
     try:
         return _nested(path, _parse(text))
     except ValueError as error:
@@ -269,6 +269,15 @@ def _is_text(schema: Any, path: Sequence[str]) -> bool:
             return False
     members = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     return str in members
+
+
+def _may_be_empty(schema: Any, path: Sequence[str]) -> bool:
+    """Whether an empty text unsets the setting at the path; for others `check_settings` refuses it."""
+    *sections, name = path
+    for section in sections:
+        schema = _field_types(schema).get(section) if dataclasses.is_dataclass(schema) else None
+    fields = dataclasses.fields(schema) if dataclasses.is_dataclass(schema) else ()
+    return all(field.metadata.get("may_be_empty", True) for field in fields if field.name == name)
 
 
 def _parse(text: str) -> Any:
