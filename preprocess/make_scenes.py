@@ -17,6 +17,7 @@ try:
     from shards.cli.command_line import run_entry_point
     from shards.errors import ConfigError
     from shards.files.atomic import write_atomically
+    from shards.files.outside_json import LARGEST_INTEGER
     from shards.files.plain_file import LARGEST_TEXT, read_plain
     from shards.files.storage import local_path
     from shards.picture import save_picture
@@ -35,6 +36,7 @@ CLASSES = (
     ("tree", (45, 95, 45), "#00e5ff"),
     ("car", (40, 70, 190), "#ffffff"),
 )
+_MOST_SCENES = 1_000_000  # of a split: 12 GB
 SKY, HILL, GRASS, ROAD, HOUSE, ROOF, TREE, CAR = range(len(CLASSES))
 
 
@@ -144,9 +146,9 @@ def main() -> int:
     parser.add_argument("--val", type=int, default=24, help="number of validation scenes (default: 24)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     arguments = parser.parse_args()
-    if arguments.train < 1 or arguments.val < 1 or arguments.seed < 0:
-        raise ConfigError(f"--train {arguments.train} --val {arguments.val} --seed {arguments.seed}, legal: --train "
-                          "and --val at least 1, --seed at least 0")
+    for name, least, most in (("train", 1, _MOST_SCENES), ("val", 1, _MOST_SCENES), ("seed", 0, LARGEST_INTEGER)):
+        if not least <= (given := getattr(arguments, name)) <= most:
+            raise ConfigError(f"--{name} is {given}, legal: from {least} to {most}")
     output = local_path(arguments.output, "--output")
     write_scenes(output, {"train": arguments.train, "val": arguments.val}, arguments.seed)
     print(f"wrote {arguments.train} + {arguments.val} scenes to {arguments.output}")

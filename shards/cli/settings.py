@@ -75,10 +75,12 @@ def check_settings(config: Any, prefix: str = "") -> None:
                 low, high = (-LARGEST_INTEGER if low is None else low), (LARGEST_INTEGER if high is None else high)
             in_range = (low is None or number >= low) and (high is None or number <= high)
             if not in_range or not math.isfinite(number):
-                raise ConfigError(f"{name} is {shown_value(value)}, legal: {_range_text(low, high)}")
+                raise ConfigError(f"{name} is {shown_value(value)}, legal: {_range_text(low, high, number)}")
 
 
-def _range_text(low: float | None, high: float | None) -> str:
+def _range_text(low: float | None, high: float | None, number: float) -> str:
+    if isinstance(number, int) and abs(number) > LARGEST_INTEGER:  # the limit that goes without saying elsewhere
+        return f"from {low} to {high}"
     if low in (None, -LARGEST_INTEGER):
         return "a finite number" if high in (None, LARGEST_INTEGER) else f"at most {high}"
     return f"at least {low}" if high in (None, LARGEST_INTEGER) else f"from {low} to {high}"

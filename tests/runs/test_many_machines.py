@@ -219,7 +219,7 @@ def test_finishing_nothing_says_so(drawn: Path, tmp_path: Path) -> None:
         finish(config, open_dataset(config.dataset, "fail"), None)
 
 
-@pytest.mark.parametrize("part", ["3", "3/3", "-1/3", "a/b", "1/0", "1/3/5"])
+@pytest.mark.parametrize("part", ["3", "3/3", "-1/3", "a/b", "1/0", "1/3/5", "²/3", f"1/{'9' * 5000}"])
 def test_a_part_that_cannot_be_is_refused(drawn: Path, tmp_path: Path, part: str) -> None:
     done = run(*command(drawn, tmp_path / "set", f"--part={part}"))
     assert done.returncode == 2 and "legal: I/N with I from 0 to N-1" in done.stderr and not any(tmp_path.iterdir())

@@ -460,6 +460,27 @@ def test_audit_counts_every_sample_once(scene_shards: Path, s3_shards: str) -> N
         assert "12 spans of consecutive samples, 0 of them read by more than one worker" in done.stdout
 
 
+@pytest.mark.parametrize(("options", "line"), [
+    (("--ranks", "1000000"), "24 samples, 1000000 ranks x 1 workers, 1 micro-batches of 2 per rank"),
+    (("--ranks", "7", "--workers", "1000000", "--batch", "1000000"), "7 ranks x 1000000 workers, 1 micro-batches"),
+    (("--ranks", "2", "--accumulation", "500000", "--batch", "1"), "2 ranks x 1 workers, 500000 micro-batches of 1")])
+def test_an_audit_of_far_too_many_ranks_takes_seconds(scene_shards: Path, options: tuple[str, ...], line: str) -> None:
+    done = python("-m", "shards", "audit", str(scene_shards), *options)  # within two minutes; it would take hours
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert line in done.stdout and "each of 24 samples seen once" in done.stdout
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (("audit", "--ranks", "1000001"), "--ranks 1000001 x --accumulation 1 are 1000001 micro-batches per step, legal"),
+    (("audit", "--ranks", "10000", "--accumulation", "101"), "are 1010000 micro-batches per step, legal: at most"),
+    (("audit", "--batch", "9" * 5000), "legal: a whole number from 1 to 1000000000000000000"),
+    (("verify", "--workers", "4097"), "argument --workers: '4097', legal: a whole number from 1 to 4096"),
+    (("verify", "--workers", "0"), "argument --workers: '0', legal: a whole number from 1 to 4096")])
+def test_numbers_too_large_for_a_command_are_named(scene_shards: Path, words: tuple[str, ...], message: str) -> None:
+    done = python("-m", "shards", words[0], str(scene_shards), *words[1:])
+    assert done.returncode == 2 and message in " ".join(done.stderr.split())
+
+
 def test_local_reads_stay_in_the_folder(scene_shards: Path) -> None:
     storage = open_storage(scene_shards)
     assert isinstance(storage, LocalStorage)

@@ -233,7 +233,7 @@ def test_a_label_that_is_no_class_is_one_error(root: Path) -> None:
     (("--first", 6, "--split", "val"), "--first is 6, legal: 0 to 5 in split 'val'"),
     (("--count", 101), "--count is 101, legal: 1 to 100"),
     (("--split", "test"), "no split 'test', it has: train, val"),
-    (("--number", 0), "'0', legal: a whole number of at least 1"), (("--first", -1), "at least 0"),
+    (("--number", 0), "'0', legal: a whole number from 1 to"), (("--first", -1), "from 0 to"),
 ])
 def test_bad_arguments_are_one_error(root: Path, words: tuple[object, ...], expected: str, run: Command) -> None:
     done = run("show", root, *words)
