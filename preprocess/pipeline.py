@@ -152,6 +152,7 @@ def _beside_others(plan: _Plan) -> Iterator[Manifest | None]:
 def _locked(plan: _Plan, lock: Callable[[Path, Path], AbstractContextManager[None]]) -> Iterator[None]:
     """With the output folder made and locked; there is nothing to lock in object storage."""
     if plan.store.folder is None:
+        _check_prefix(plan)
         yield
         return
     _check_folder(plan)
@@ -180,6 +181,14 @@ def _check_folder(plan: _Plan) -> None:
     if folder.exists() and not is_set and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty and is not an unfinished shard set; choose another --output")
     scratch.mkdir(parents=True, exist_ok=True)
+
+
+def _check_prefix(plan: _Plan) -> None:
+    """Raise as `_check_folder`: shards of others would be overwritten, and some taken for leftovers and removed."""
+    there = plan.store.listed()
+    if there and MANIFEST_NAME not in there and not plan.store.has_settings():
+        raise ConfigError(f"{plan.store.storage.root} is not empty and is not an unfinished shard set, it has "
+                          f"{there[0]!r}; choose another --output")
 
 
 def _published(plan: _Plan) -> Manifest:

@@ -73,6 +73,14 @@ class BlockStore:
                         self.records.delete(name)
         self.records.write(_SETTINGS, mine.encode())
 
+    def has_settings(self) -> bool:
+        """Whether a run has written a block here, as its settings come first."""
+        try:
+            self.records.size(_SETTINGS)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
     def agree_on_settings(self, mine: str) -> str:
         """The hash of the settings of the blocks here: `mine`, if this run is the first."""
         with contextlib.suppress(StorageError):  # there is one
@@ -135,7 +143,7 @@ class BlockStore:
             remove_leftovers(self.folder)
         wanted = {name for block in blocks for name in block.shard_names}
         splits = {block.split for block in blocks}
-        for name in self._listed():
+        for name in self.listed():
             if name.endswith(".tar") and name[:-11] in splits and name[-10:-4].isdigit() and name not in wanted:
                 self.storage.delete(name)
 
@@ -147,7 +155,8 @@ class BlockStore:
         for name in self.records.sizes() or ():
             self.records.delete(name)
 
-    def _listed(self) -> list[str]:
+    def listed(self) -> list[str]:
+        """The names of the files beside the records."""
         try:
             return sorted(self.storage.sizes() or ())
         except FileNotFoundError:

@@ -52,8 +52,13 @@ def temporary_name(path: Path) -> Path:
 def remove_leftovers(folder: Path) -> None:
     """Remove temporary files of killed processes; no other process may be writing to the folder."""
     for path in folder.glob(".*.tmp"):
-        if _TEMPORARY.fullmatch(path.name):
+        if is_leftover(path.name):
             path.unlink(missing_ok=True)
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file has a name that `temporary_name` makes."""
+    return _TEMPORARY.fullmatch(name) is not None
 
 
 @contextlib.contextmanager
