@@ -17,15 +17,17 @@ import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from preprocess.zip_names import names_in
 from shards.errors import DatasetError, StorageError
 from shards.files.plain_file import LARGEST_PICTURE, LARGEST_TEXT, plain_size, read_plain
 from shards.files.storage import local_path
 
 _OF_THE_SYSTEM = {".DS_Store", "__MACOSX", "Thumbs.db", "desktop.ini", ".ipynb_checkpoints"}
 _MAX_LINKS = 40  # links followed to resolve one path, as in Linux
+_LONGEST_LINK = 4096  # bytes of the path that a link holds, as in Linux
 _log = logging.getLogger(__name__)
 # What zipfile raises on damaged, encrypted or unusual archives; all have a useful message.
 _ZIP_ERRORS = (OSError, KeyError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
@@ -208,24 +210,32 @@ class ZipTree(_LinkedTree):
         self.path, self.inside, self.name = path, inside, f"{path}:{inside}"
         try:
             self._archive = zipfile.ZipFile(path)
-            self._links = {item.filename: self._archive.read(item).decode() for item in self._archive.infolist()
-                           if stat.S_ISLNK(item.external_attr >> 16)}
+            self._names = names_in(self._archive)
+            self._links = {member: self._content(item, _LONGEST_LINK).decode()
+                           for member, item in self._names.files.items() if stat.S_ISLNK(item.external_attr >> 16)}
         except _ZIP_ERRORS as error:
             raise DatasetError(f"{path} is not a readable zip archive: {error}") from error
         self._folders: dict[str, dict[str, int | None]] = {}  # built by the first listing; workers never list
 
     def read(self, path: str, most: int = LARGEST_PICTURE) -> bytes:
         member = self._followed(self.inside + path)
-        if member not in self._archive.NameToInfo:
+        if member not in self._names.files:
             raise NoSuchFile(f"{self.name}{path} cannot be read: there is no such file in the archive")
         try:
-            size = self._archive.getinfo(member).file_size
-            if size > most:
-                raise DatasetError(f"{self.name}{path} has {size} bytes unpacked, legal: at most {most} for a file "
-                                   "read into memory")
-            return self._archive.read(member)
+            return self._content(self._names.files[member], most)
         except _ZIP_ERRORS as error:
             raise DatasetError(f"{self.name}{path} cannot be read: {error}") from error
+
+    def _content(self, item: zipfile.ZipInfo, most: int) -> bytes:
+        """The content of an entry; more than it is said to have is never unpacked."""
+        if item.file_size > most:
+            raise DatasetError(f"{self.path}:{item.filename} has {item.file_size} bytes unpacked, legal: at most "
+                               f"{most}")
+        with self._archive.open(item) as file:
+            data = file.read(item.file_size)
+        if len(data) != item.file_size:
+            raise EOFError(f"it ends after {len(data)} of {item.file_size} bytes")
+        return data
 
     def _followed(self, member: str) -> str:
         """The member a path leads to, with all links resolved; a name that does not exist if a link is dangling."""
@@ -254,22 +264,17 @@ class ZipTree(_LinkedTree):
             yield _Entry(name, f"/{place}", size, is_link)
 
     def _size_of(self, member: str) -> int:
-        return self._archive.NameToInfo[member].file_size if member in self._archive.NameToInfo else 0
+        return self._names.files[member].file_size if member in self._names.files else 0
 
     def _listed(self) -> dict[str, dict[str, int | None]]:
         """Folder -> name -> size of a file, or None for a folder; the archive's root is ""."""
         if not self._folders:
-            self._folders = {"": {}}
-            for item in self._archive.infolist():
-                self._note(PurePosixPath(item.filename.lstrip("/")).parts, None if item.is_dir() else item.file_size)
+            self._folders = {folder: {} for folder in self._names.folders}
+            sizes = {path: item.file_size for path, item in self._names.files.items()}
+            for path, size in (dict.fromkeys(self._names.folders - {""}) | sizes).items():
+                folder, _, name = path.rpartition("/")
+                self._folders[folder][name] = size
         return self._folders
-
-    def _note(self, parts: tuple[str, ...], size: int | None) -> None:
-        for depth, name in enumerate(parts, 1):
-            folder, is_last = "/".join(parts[: depth - 1]), depth == len(parts)
-            self._folders[folder][name] = size if is_last else None
-            if not is_last or size is None:
-                self._folders.setdefault("/".join(parts[:depth]), {})
 
     def __reduce__(self) -> tuple[type[ZipTree], tuple[Path, str]]:
         return ZipTree, (self.path, self.inside)  # workers open the archive themselves
@@ -283,19 +288,19 @@ def open_tree(root: str | Path, markers: Sequence[str]) -> SourceTree:
     path = local_path(str(root), "dataset.root", "folder or zip archive")
     if not path.exists():
         raise DatasetError(f"{path} does not exist; dataset.root must be the dataset folder or zip archive")
-    trees: list[SourceTree]
-    if not path.is_dir():
-        _check_archive(path)
-        archive = ZipTree(path)
-        names = sorted({PurePosixPath(name).parts[0] for name in archive.files("")})
-        trees = [archive, *(ZipTree(path, f"{name}/") for name in names)]
-    else:
+    if path.is_dir():
         below = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
         trees = [FolderTree(path), *map(FolderTree, below)]
-    for marker in markers:
-        for tree in trees:
-            if tree.has_files(marker):
-                return tree
+        found = next((tree for marker in markers for tree in trees if tree.has_files(marker)), None)
+        if found is not None:
+            return found
+    else:
+        _check_archive(path)
+        archive = ZipTree(path)
+        insides = ["", *sorted({f"{name.partition('/')[0]}/" for name in archive.files("") if "/" in name})]
+        inside = next((inside for marker in markers for inside in insides if archive.has_files(inside + marker)), None)
+        if inside is not None:
+            return ZipTree(path, inside) if inside else archive
     folders = " or ".join(map(repr, dict.fromkeys(markers)))
     raise DatasetError(f"{path} has no folder {folders} with files in it; check dataset.root and dataset.kind")
 
