@@ -85,6 +85,13 @@ class ShardTable:
             return bytes(names[shard]).decode()
         return f"{self.split}-{self._arrays[0]['number'][shard]:06d}.tar"
 
+    def number(self, shard: int) -> int:
+        """The number in a shard's name."""
+        if len(self._arrays[2]):
+            digits = self.name(shard).removesuffix(".tar").rpartition("-")[2]
+            return int(digits) if digits.isdecimal() else shard
+        return int(self._arrays[0]["number"][shard])
+
     def sha256(self, shard: int) -> str:
         """Hash of a shard."""
         return str(self._arrays[0]["sha256"][shard].tobytes().hex())
