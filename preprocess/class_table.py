@@ -22,7 +22,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from preprocess.label_mapping import Color, LabelMapping, hex_color
 from shards.cli.config_file import read_yaml
 from shards.cli.settings import shown_value
-from shards.errors import ConfigError
+from shards.errors import ConfigError, StorageError
+from shards.files.plain_file import read_plain_text
 from shards.manifest import ClassInfo
 from shards.picture import default_colors
 from shards.rle import MAX_CLASSES, ignore_value
@@ -73,6 +74,22 @@ def is_class_table(path: str) -> bool:
     return path.lower().endswith((".yaml", ".yml"))
 
 
+def read_class_file(path: Path) -> str:
+    """The content of `dataset.class_file`, a list of names. Raises ConfigError naming it."""
+    return _read_text(path, "dataset.class_file")
+
+
+def _read_text(path: Path, setting: str) -> str:
+    try:
+        return read_plain_text(path)
+    except StorageError as error:
+        raise ConfigError(f"{setting} {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{setting} {path} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{setting} {path} is not a text file: {error}") from error
+
+
 def read_class_table(path: str, own_names: dict[str, list[int]] | None = None) -> tuple[list[ClassInfo], LabelMapping]:
     """The classes and the mapping of the table `path`. Raises ConfigError naming file, entry, value and what is legal.
 
@@ -87,7 +104,7 @@ def names_in_table(path: Path, first: int) -> dict[str, list[int]]:
     """Name -> the stored ids that have it, as a layout's own table knows them: from its list of names, or else its
     classes. `first` is the id of the first line of a plain list."""
     if not is_class_table(str(path)):
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = _read_text(path, "class list").splitlines()
         return {line.partition("\t")[0].strip(): [number] for number, line in enumerate(lines, first)}
     table = _parsed(str(path))
     known = _ids_by_name(str(path), table.names) if table.names is not None else {}
@@ -100,7 +117,7 @@ def build_classes(table: ClassTable, path: str, ids_of: dict[str, list[int]]) ->
         raise ConfigError(f"{path} lists {len(table.classes)} classes, legal: 1..{MAX_CLASSES}")
     if table.tolerance < 0 or (table.tolerance and table.labels == "ids"):
         raise ConfigError(f"{path}: tolerance is {table.tolerance:g}, legal: 0 or more with labels: rgb, 0 with ids")
-    classes = [_class_info(entry, default, f"{path}: class {entry.name!r}")
+    classes = [_class_info(entry, default, f"{path}: class {shown_value(entry.name)}")
                for entry, default in zip(table.classes, default_colors(len(table.classes)), strict=True)]
     names = [info.name for info in classes]
     repeated = [name for number, name in enumerate(names) if name in names[:number]]
@@ -109,7 +126,7 @@ def build_classes(table: ClassTable, path: str, ids_of: dict[str, list[int]]) ->
     ignored = ignore_value(len(classes))
     mapping: dict[Any, int] = {}
     for number, entry in enumerate([*table.classes, table.ignore]):
-        where = f"{path}: class {entry.name!r}" if isinstance(entry, TableClass) else f"{path}: ignore"
+        where = f"{path}: class {shown_value(entry.name)}" if isinstance(entry, TableClass) else f"{path}: ignore"
         meaning = number if isinstance(entry, TableClass) else ignored
         for stored in _stored(entry, table.labels, ids_of, where):
             if stored in mapping:
@@ -130,8 +147,9 @@ def _parsed(path: str) -> ClassTable:
 
 
 def _class_info(entry: TableClass, default: Color, where: str) -> ClassInfo:
+    color = default if entry.color is None else _color(entry.color, where)
     try:
-        return ClassInfo(name=entry.name.strip(), color=default if entry.color is None else _color(entry.color, where))
+        return ClassInfo(name=entry.name.strip(), color=color)
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from None
 
@@ -139,10 +157,7 @@ def _class_info(entry: TableClass, default: Color, where: str) -> ClassInfo:
 def _ids_by_name(path: str, names: str) -> dict[str, list[int]]:
     """Name -> the ids that have it, from the file `names`, relative to the table."""
     file = Path(path).parent / names
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: names is {names}, which cannot be read: {error}") from error
+    lines = _read_text(file, f"{path}: names is {names}, but").splitlines()
     found: dict[str, list[int]] = {}
     for number, line in enumerate(lines):
         found.setdefault(line.strip(), []).append(number)

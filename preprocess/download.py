@@ -16,6 +16,7 @@ try:
     from preprocess.fetch import fetch
     from preprocess.published import PUBLISHED, PublishedFile, published_file
     from shards.cli.command_line import run_entry_point
+    from shards.files.storage import local_path
     from shards.shown_text import masked_value, shown
 except ImportError as error:
     raise SystemExit(f"error: {error}; is MaskStream installed (pip install -e .), or does another package named "
@@ -25,8 +26,8 @@ except ImportError as error:
 def main() -> int:
     arguments = _parse()
     file = published_file(arguments.dataset)
-    folder = Path(arguments.output)
-    print(_notice(file, folder, arguments.url or file.url), flush=True)
+    folder = local_path(arguments.output, "--output")
+    print(_notice(file, folder, file.url if arguments.url is None else arguments.url), flush=True)
     is_new = fetch(file, folder, arguments.url)
     path = folder / file.name
     print(shown(f"{path}: {'downloaded' if is_new else 'already there'}; size and {file.checksum.partition(':')[0]} "

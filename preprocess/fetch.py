@@ -1,7 +1,7 @@
 """Fetch a published file: resumed where it broke off, published under its name only when its checksum is right.
 
     DIR/NAME.0123abcd.part   what has arrived; the 8 digits stand for the file's version on the server (size and ETag)
-    DIR/.NAME.lock           held while writing; removed when the file is complete
+    DIR/.NAME.lock           held while writing, and removed at the end, also of a failed download
     DIR/NAME                 the complete file: synced, compared with the published size and checksum, then renamed
 
 Bytes of two versions never meet: a file that was replaced on the server has another part, and the old one is removed.
@@ -41,17 +41,15 @@ def fetch(file: PublishedFile, folder: Path, url: str | None = None, policy: Ret
     Raises ConfigError for a URL that cannot be one, or while another process fetches the same file; StorageError when
     the file cannot be had, is not the published one, or there is too little space; OSError when it cannot be written.
     """
-    server, name = _server(url or file.url, policy)
+    server, name = _server(file.url if url is None else url, policy)
     path = folder / file.name
     if _is_there(path, file):
         return False
     folder.mkdir(parents=True, exist_ok=True)
-    lock = folder / f".{file.name}.lock"
-    with only_writer(lock, folder):
+    with only_writer(folder / f".{file.name}.lock", folder):
         is_new = not _is_there(path, file)  # another process may have completed it just now
         if is_new:
             _download(file, path, server, name)
-        lock.unlink(missing_ok=True)  # who has opened it already finds the complete file
     return is_new
 
 
@@ -61,7 +59,7 @@ def _server(url: str, policy: RetryPolicy | None) -> tuple[ObjectStorage, str]:
     root, _, name = location.rpartition("/")
     storage = open_storage(f"{root}{mark}{query}", policy) if name and not re.search(r"\s", url) else None
     if not isinstance(storage, ObjectStorage):
-        raise ConfigError(f"--url {masked_value(url)} does not name a file on a server, legal: a URL such as "
+        raise ConfigError(f"--url {masked_value(url)!r} does not name a file on a server, legal: a URL such as "
                           "https://host/folder/file.zip (likewise s3://, gs:// and az://), with %20 for a space")
     return storage, unquote(name)
 

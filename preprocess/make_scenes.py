@@ -17,6 +17,9 @@ try:
     from shards.cli.command_line import run_entry_point
     from shards.errors import ConfigError
     from shards.files.atomic import write_atomically
+    from shards.files.outside_json import LARGEST_INTEGER
+    from shards.files.plain_file import LARGEST_TEXT, read_plain
+    from shards.files.storage import local_path
     from shards.picture import save_picture
 except ImportError as error:
     raise SystemExit(f"error: {error}; is MaskStream installed (pip install -e .), or does another package named "
@@ -33,6 +36,7 @@ CLASSES = (
     ("tree", (45, 95, 45), "#00e5ff"),
     ("car", (40, 70, 190), "#ffffff"),
 )
+_MOST_SCENES = 1_000_000  # of a split: 12 GB
 SKY, HILL, GRASS, ROAD, HOUSE, ROOF, TREE, CAR = range(len(CLASSES))
 
 
@@ -75,7 +79,7 @@ def write_scenes(output: Path, counts: dict[str, int], seed: int) -> None:
 def _refuse_other_files(output: Path, table: str) -> None:
     """Raise ConfigError when the folder holds files of somebody's own dataset, with which scenes would be mixed."""
     for path in sorted(output.rglob("*")) if output.is_dir() else ():
-        is_table = path == output / "classes.txt" and path.read_bytes() == table.encode()
+        is_table = path == output / "classes.txt" and read_plain(path, LARGEST_TEXT) == table.encode()
         if path.is_file() and not is_table and not path.name.startswith("scene_"):
             raise ConfigError(f"--output {output} holds files other than drawn scenes, such as {path}; legal: a new "
                               "or empty folder, or one of drawn scenes")
@@ -142,10 +146,11 @@ def main() -> int:
     parser.add_argument("--val", type=int, default=24, help="number of validation scenes (default: 24)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     arguments = parser.parse_args()
-    if arguments.train < 1 or arguments.val < 1 or arguments.seed < 0:
-        raise ConfigError(f"--train {arguments.train} --val {arguments.val} --seed {arguments.seed}, legal: --train "
-                          "and --val at least 1, --seed at least 0")
-    write_scenes(Path(arguments.output), {"train": arguments.train, "val": arguments.val}, arguments.seed)
+    for name, least, most in (("train", 1, _MOST_SCENES), ("val", 1, _MOST_SCENES), ("seed", 0, LARGEST_INTEGER)):
+        if not least <= (given := getattr(arguments, name)) <= most:
+            raise ConfigError(f"--{name} is {given}, legal: from {least} to {most}")
+    output = local_path(arguments.output, "--output")
+    write_scenes(output, {"train": arguments.train, "val": arguments.val}, arguments.seed)
     print(f"wrote {arguments.train} + {arguments.val} scenes to {arguments.output}")
     return 0
 

@@ -24,6 +24,7 @@ except ImportError as error:
                      "shards or preprocess shadow it?") from None
 
 DEFAULT_RECIPE = "ade20k-shards"
+_LONGEST_PART = 40  # characters of I/N
 
 
 def main() -> int:
@@ -69,8 +70,9 @@ def _parse() -> tuple[PreprocessConfig, Namespace]:
 
 def _part(text: str) -> Part:
     number, slash, count = text.partition("/")
-    if not (slash and number.isdigit() and count.isdigit() and int(number) < int(count)):
-        raise ArgumentTypeError(f"{text!r}, legal: I/N with I from 0 to N-1, such as 0/16")
+    is_short = len(text) <= _LONGEST_PART
+    if not (slash and is_short and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise ArgumentTypeError(f"{text[:_LONGEST_PART]!r}, legal: I/N with I from 0 to N-1, such as 0/16")
     return Part(int(number), int(count))
 
 

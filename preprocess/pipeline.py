@@ -12,9 +12,11 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -67,7 +69,9 @@ def write_shards(config: PreprocessConfig, dataset: Dataset) -> tuple[Manifest, 
     plan = _planned(config, dataset)
     if (existing := _existing_set(plan)) is not None:
         return existing, False
-    with _alone(plan):
+    with _alone(plan) as existing:
+        if existing is not None:
+            return existing, False
         plan.store.replace_settings(plan.settings)
         _write_missing(plan, plan.blocks)
         return _published(plan), True
@@ -81,9 +85,10 @@ def write_part(config: PreprocessConfig, dataset: Dataset, part: Part) -> int:
     plan = _planned(config, dataset)
     blocks = plan.blocks[part.number :: part.total]
     if _existing_set(plan) is None:
-        with _beside_others(plan):
-            _refuse_other_settings(plan)
-            _write_missing(plan, blocks)
+        with _beside_others(plan) as existing:
+            if existing is None:
+                _refuse_other_settings(plan)
+                _write_missing(plan, blocks)
     return sum(len(block.pairs) for block in blocks)
 
 
@@ -95,7 +100,9 @@ def finish(config: PreprocessConfig, dataset: Dataset, parts: int | None) -> tup
     plan = _planned(config, dataset)
     if (existing := _existing_set(plan)) is not None:
         return existing, False
-    with _alone(plan):
+    with _alone(plan) as existing:
+        if existing is not None:
+            return existing, False
         _refuse_other_settings(plan)
         finished = _finished(plan, plan.blocks)
         missing = [number for number, block in enumerate(plan.blocks) if block.name not in finished]
@@ -118,26 +125,43 @@ def _planned(config: PreprocessConfig, dataset: Dataset, version: int = FORMAT_V
 
 
 @contextlib.contextmanager
-def _alone(plan: _Plan) -> Iterator[None]:
-    """While nobody else writes to the set. A folder is locked; in object storage, the manifest is never overwritten."""
-    with contextlib.ExitStack() as stack:
-        if plan.store.folder is not None:
-            _check_folder(plan)
-            stack.enter_context(only_writer(plan.store.base / "lock", plan.store.folder))
-        stack.enter_context(plan.store.own_scratch())
-        plan.store.tidy(plan.blocks)
-        yield
+def _alone(plan: _Plan) -> Iterator[Manifest | None]:
+    """While nobody else writes to the set; yields the manifest if another run has completed the set in the meantime.
+
+    A folder is locked; in object storage, the manifest is never overwritten.
+    """
+    with _locked(plan, only_writer), contextlib.ExitStack() as stack:
+        existing = _complete_set(plan)
+        if existing is None:
+            stack.enter_context(plan.store.own_scratch())
+            plan.store.tidy(plan.blocks)
+        yield existing
 
 
 @contextlib.contextmanager
-def _beside_others(plan: _Plan) -> Iterator[None]:
-    """While other parts may be written."""
-    with contextlib.ExitStack() as stack:
-        if plan.store.folder is not None:
-            _check_folder(plan)
-            stack.enter_context(among_writers(plan.store.base / "lock", lambda: None))
-        stack.enter_context(plan.store.own_scratch())
+def _beside_others(plan: _Plan) -> Iterator[Manifest | None]:
+    """While other parts may be written; yields as `_alone`."""
+    with _locked(plan, lambda path, _: among_writers(path, lambda: None)), contextlib.ExitStack() as stack:
+        existing = _complete_set(plan)
+        if existing is None:
+            stack.enter_context(plan.store.own_scratch())
+        yield existing
+
+
+@contextlib.contextmanager
+def _locked(plan: _Plan, lock: Callable[[Path, Path], AbstractContextManager[None]]) -> Iterator[None]:
+    """With the output folder made and locked; there is nothing to lock in object storage."""
+    if plan.store.folder is None:
+        _check_prefix(plan)
         yield
+        return
+    _check_folder(plan)
+    try:
+        with lock(plan.store.base / "lock", plan.store.folder):
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # it has records, or another run is there
+            plan.store.base.rmdir()
 
 
 def _refuse_other_settings(plan: _Plan) -> None:
@@ -150,12 +174,21 @@ def _refuse_other_settings(plan: _Plan) -> None:
 
 
 def _check_folder(plan: _Plan) -> None:
-    """Make the output folder. Raises ConfigError when it holds something else."""
+    """Make the output folder. Raises ConfigError when it holds something else than an unfinished or a complete set."""
     folder, scratch = plan.store.folder, plan.store.base
     assert folder is not None
-    if folder.exists() and not scratch.exists() and any(folder.iterdir()):
+    is_set = scratch.exists() or (folder / MANIFEST_NAME).exists()
+    if folder.exists() and not is_set and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty and is not an unfinished shard set; choose another --output")
     scratch.mkdir(parents=True, exist_ok=True)
+
+
+def _check_prefix(plan: _Plan) -> None:
+    """Raise as `_check_folder`: shards of others would be overwritten, and some taken for leftovers and removed."""
+    there = plan.store.listed()
+    if there and MANIFEST_NAME not in there and not plan.store.has_settings():
+        raise ConfigError(f"{plan.store.storage.root} is not empty and is not an unfinished shard set, it has "
+                          f"{there[0]!r}; choose another --output")
 
 
 def _published(plan: _Plan) -> Manifest:
@@ -280,6 +313,16 @@ def _changed(plan: _Plan, blocks: list[Block], known: dict[str, str]) -> list[Bl
 
 
 def _existing_set(plan: _Plan) -> Manifest | None:
+    """As `_complete_set`; if a run was killed after publishing it, what that run left is removed."""
+    manifest = _complete_set(plan)
+    if manifest is not None and plan.store.folder is not None and (plan.store.folder / PROGRESS).exists():
+        with only_writer(plan.store.base / "lock", plan.store.folder):
+            plan.store.tidy(plan.blocks)
+            plan.store.remove_records()
+    return manifest
+
+
+def _complete_set(plan: _Plan) -> Manifest | None:
     """The manifest of a complete set that this command would produce; None if there is no complete set.
 
     Raises ConfigError when the set is another one, or its sources have been edited since.
@@ -290,10 +333,6 @@ def _existing_set(plan: _Plan) -> Manifest | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     manifest, output = load_manifest(storage), storage.root
-    if plan.store.folder is not None and (plan.store.folder / PROGRESS).exists():  # killed after publishing
-        with only_writer(plan.store.base / "lock", plan.store.folder):
-            plan.store.tidy(plan.blocks)
-            plan.store.remove_records()
     if manifest.format_version != FORMAT_VERSION:  # the same command made it, with an older release
         plan = _planned(plan.config, plan.dataset, manifest.format_version)
     if manifest.config_hash != plan.set_hash:

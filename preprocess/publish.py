@@ -7,6 +7,7 @@ import logging
 import tempfile
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,11 @@ from preprocess.execution.block_store import BlockStore
 from preprocess.pairs import Dataset
 from shards.cli.config_file import config_to_dict
 from shards.errors import CorruptShardError, DatasetError
+from shards.files.atomic import temporary_file
 from shards.files.storage import Storage
 from shards.manifest import INDEX_DTYPE, SHARD_DTYPE, SOURCE_BYTES, FileInfo, Manifest, SplitInfo, manifest_bytes
 from shards.mirror import publish_manifest
+from shards.shard_table import read_records
 
 _MAX_NAMED = 20  # classes named in one warning
 _log = logging.getLogger(__name__)
@@ -53,13 +56,12 @@ def source_hashes(storage: Storage, manifest: Manifest, blocks: list[Block]) -> 
     for split, info in manifest.splits.items():
         if info.sources is None:
             return None
-        data = storage.read(info.sources.name)
         mine = [block.name for block in blocks if block.split == split]
-        if len(data) != SOURCE_BYTES * len(mine) or hashlib.sha256(data).hexdigest() != info.sources.sha256:
-            raise CorruptShardError(f"{storage.where(info.sources.name)} does not match its size or sha256 in the "
-                                    "manifest")
-        found |= {name: data[SOURCE_BYTES * number : SOURCE_BYTES * (number + 1)].hex()
-                  for number, name in enumerate(mine)}
+        hashes = read_records(storage, info.sources, np.dtype(f"V{SOURCE_BYTES}"), "list of sources")
+        if len(hashes) != len(mine):
+            raise CorruptShardError(f"{storage.where(info.sources.name)} is of {len(hashes)} blocks, legal: the "
+                                    f"{len(mine)} of split {split!r}")
+        found |= {name: item.tobytes().hex() for name, item in zip(mine, hashes, strict=True)}
     return found
 
 
@@ -95,27 +97,18 @@ def _portable(settings: dict[str, Any]) -> dict[str, Any]:
 def _publish_split(store: BlockStore, split: str, blocks: list[Block], unpaired: list[tuple[str, str]],
                    is_crops: bool) -> SplitInfo:
     """Write a split's table, index and sources. The index is collected in a file, as it may be large."""
-    stats: dict[str, Any] = {}
-    rows: list[tuple[int, int, int, int, bytes]] = []
-    sources, index_hash, index_bytes = [], hashlib.sha256(), 0
-    with tempfile.TemporaryFile(dir=store.scratch if store.scratch.is_dir() else None) as index:
-        for block in blocks:
-            record = store.read_record(block)
-            entries = record.pop("index")
-            index_hash.update(entries)
-            index_bytes += index.write(entries)
-            rows += _rows(record.pop("shards"), entries)
-            sources.append(record.pop("sources"))
-            stats = merged([stats, {name: record[name] for name in STATISTICS}])
-        if not rows:
+    found, name = _Collected(), f"{split}.index"
+    folder = store.scratch if store.scratch.is_dir() else Path(tempfile.gettempdir())
+    with temporary_file(folder / name, found.indexes(store, blocks)) as index:
+        stats = found.statistics
+        if not found.rows:
             raise DatasetError(f"split {split!r} has no usable sample: every image or crop was skipped")
         if not any(stats["class_pixels"]):
             raise DatasetError(f"split {split!r} has no labelled pixel: its label maps hold only ignored values. "
                                "Check dataset.ignore_labels, dataset.reduce_zero_label and the class table")
-        index.flush()
-        store.storage.upload(f"{split}.index", index)
+        store.storage.upload(name, index)
     _report_mapped(split, stats["mapped"])
-    table = np.array(rows, SHARD_DTYPE)
+    table = np.array(found.rows, SHARD_DTYPE)
     return SplitInfo(
         kind="crops" if is_crops else "images",
         images=stats["images"],
@@ -123,14 +116,36 @@ def _publish_split(store: BlockStore, split: str, blocks: list[Block], unpaired:
         shards=len(table),
         bytes=int(table["bytes"].sum(dtype=np.uint64)),
         table=_written(store.storage, f"{split}.shards", table.tobytes()),
-        index=FileInfo(name=f"{split}.index", bytes=index_bytes, sha256=index_hash.hexdigest()),
-        sources=_written(store.storage, f"{split}.sources", bytes.fromhex("".join(sources))),
+        index=FileInfo(name=name, bytes=found.index_bytes, sha256=found.index_hash.hexdigest()),
+        sources=_written(store.storage, f"{split}.sources", bytes.fromhex("".join(found.sources))),
         class_pixels=stats["class_pixels"],
         class_samples=stats["class_samples"],
         ignored_pixels=stats["ignored_pixels"],
         skipped_crops=dict(sorted(stats["skipped_crops"].items())),
         skipped_images=[{"image": image, "reason": reason} for image, reason in [*unpaired, *stats["skipped_images"]]],
     )
+
+
+class _Collected:
+    """What the records of a split's blocks say together."""
+
+    def __init__(self) -> None:
+        self.statistics: dict[str, Any] = {}
+        self.rows: list[tuple[int, int, int, int, bytes]] = []
+        self.sources: list[str] = []
+        self.index_hash, self.index_bytes = hashlib.sha256(), 0
+
+    def indexes(self, store: BlockStore, blocks: list[Block]) -> Iterator[bytes]:
+        """The index of each block, as its record is read and added up."""
+        for block in blocks:
+            record = store.read_record(block)
+            entries = record.pop("index")
+            self.index_hash.update(entries)
+            self.index_bytes += len(entries)
+            self.rows += _rows(record.pop("shards"), entries)
+            self.sources.append(record.pop("sources"))
+            self.statistics = merged([self.statistics, {name: record[name] for name in STATISTICS}])
+            yield entries
 
 
 def _rows(shards: list[dict[str, Any]], index: bytes) -> Iterator[tuple[int, int, int, int, bytes]]:

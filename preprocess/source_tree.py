@@ -17,14 +17,17 @@ import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from preprocess.zip_names import names_in
 from shards.errors import DatasetError, StorageError
-from shards.files.plain_file import LARGEST_PICTURE, read_plain
+from shards.files.plain_file import LARGEST_PICTURE, LARGEST_TEXT, plain_size, read_plain
+from shards.files.storage import local_path
 
 _OF_THE_SYSTEM = {".DS_Store", "__MACOSX", "Thumbs.db", "desktop.ini", ".ipynb_checkpoints"}
 _MAX_LINKS = 40  # links followed to resolve one path, as in Linux
+_LONGEST_LINK = 4096  # bytes of the path that a link holds, as in Linux
 _log = logging.getLogger(__name__)
 # What zipfile raises on damaged, encrypted or unusual archives; all have a useful message.
 _ZIP_ERRORS = (OSError, KeyError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
@@ -49,8 +52,12 @@ class SourceTree(Protocol):
     def has_files(self, folder: str) -> bool:
         """Whether `files` would find any; stops at the first one."""
 
-    def read(self, path: str) -> bytes:
-        """Content of a file. Raises DatasetError naming it."""
+    def read(self, path: str, most: int = LARGEST_PICTURE) -> bytes:
+        """Content of a file of at most `most` bytes. Raises NoSuchFile, or DatasetError naming it."""
+
+
+class NoSuchFile(DatasetError):
+    """A tree does not have a file; one that cannot be read is another error."""
 
 
 class HashedTree:
@@ -66,8 +73,8 @@ class HashedTree:
     def has_files(self, folder: str) -> bool:
         return self.tree.has_files(folder)
 
-    def read(self, path: str) -> bytes:
-        data = self.tree.read(path)
+    def read(self, path: str, most: int = LARGEST_PICTURE) -> bytes:
+        data = self.tree.read(path, most)
         self.sha256[path] = hashlib.sha256(data).hexdigest()
         return data
 
@@ -146,11 +153,15 @@ class FolderTree(_LinkedTree):
         super().__init__()
         self.root, self.name = root, str(root)
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str, most: int = LARGEST_PICTURE) -> bytes:
         try:
-            return read_plain(self.root / path, LARGEST_PICTURE)
-        except (OSError, StorageError) as error:
-            raise DatasetError(f"{self.root / path} cannot be read: {error}") from error
+            return read_plain(self.root / path, most)
+        except StorageError as error:
+            raise DatasetError(str(error)) from error
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise NoSuchFile(f"{self.root / path} cannot be read: {error.strerror}") from error
+        except OSError as error:
+            raise DatasetError(f"{self.root / path} cannot be read: {error.strerror or error}") from error
 
     def _real(self, path: str) -> str | None:
         place = self.root / path
@@ -161,7 +172,7 @@ class FolderTree(_LinkedTree):
             with os.scandir(real) as items:
                 found = list(items)
         except OSError as error:
-            raise DatasetError(f"folder {real} cannot be read: {error}") from error
+            raise DatasetError(f"folder {real} cannot be read: {error.strerror or error}") from error
         for item in found:
             _check_name(item)
             is_link = item.is_symlink()
@@ -199,21 +210,32 @@ class ZipTree(_LinkedTree):
         self.path, self.inside, self.name = path, inside, f"{path}:{inside}"
         try:
             self._archive = zipfile.ZipFile(path)
-            self._links = {item.filename: self._archive.read(item).decode() for item in self._archive.infolist()
-                           if stat.S_ISLNK(item.external_attr >> 16)}
+            self._names = names_in(self._archive)
+            self._links = {member: self._content(item, _LONGEST_LINK).decode()
+                           for member, item in self._names.files.items() if stat.S_ISLNK(item.external_attr >> 16)}
         except _ZIP_ERRORS as error:
             raise DatasetError(f"{path} is not a readable zip archive: {error}") from error
         self._folders: dict[str, dict[str, int | None]] = {}  # built by the first listing; workers never list
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str, most: int = LARGEST_PICTURE) -> bytes:
         member = self._followed(self.inside + path)
+        if member not in self._names.files:
+            raise NoSuchFile(f"{self.name}{path} cannot be read: there is no such file in the archive")
         try:
-            size = self._archive.getinfo(member).file_size
-            if size > LARGEST_PICTURE:
-                raise DatasetError(f"{self.name}{path} has {size} bytes unpacked, legal: at most {LARGEST_PICTURE}")
-            return self._archive.read(member)
+            return self._content(self._names.files[member], most)
         except _ZIP_ERRORS as error:
             raise DatasetError(f"{self.name}{path} cannot be read: {error}") from error
+
+    def _content(self, item: zipfile.ZipInfo, most: int) -> bytes:
+        """The content of an entry; more than it is said to have is never unpacked."""
+        if item.file_size > most:
+            raise DatasetError(f"{self.path}:{item.filename} has {item.file_size} bytes unpacked, legal: at most "
+                               f"{most}")
+        with self._archive.open(item) as file:
+            data = file.read(item.file_size)
+        if len(data) != item.file_size:
+            raise EOFError(f"it ends after {len(data)} of {item.file_size} bytes")
+        return data
 
     def _followed(self, member: str) -> str:
         """The member a path leads to, with all links resolved; a name that does not exist if a link is dangling."""
@@ -242,22 +264,17 @@ class ZipTree(_LinkedTree):
             yield _Entry(name, f"/{place}", size, is_link)
 
     def _size_of(self, member: str) -> int:
-        return self._archive.NameToInfo[member].file_size if member in self._archive.NameToInfo else 0
+        return self._names.files[member].file_size if member in self._names.files else 0
 
     def _listed(self) -> dict[str, dict[str, int | None]]:
         """Folder -> name -> size of a file, or None for a folder; the archive's root is ""."""
         if not self._folders:
-            self._folders = {"": {}}
-            for item in self._archive.infolist():
-                self._note(PurePosixPath(item.filename.lstrip("/")).parts, None if item.is_dir() else item.file_size)
+            self._folders = {folder: {} for folder in self._names.folders}
+            sizes = {path: item.file_size for path, item in self._names.files.items()}
+            for path, size in (dict.fromkeys(self._names.folders - {""}) | sizes).items():
+                folder, _, name = path.rpartition("/")
+                self._folders[folder][name] = size
         return self._folders
-
-    def _note(self, parts: tuple[str, ...], size: int | None) -> None:
-        for depth, name in enumerate(parts, 1):
-            folder, is_last = "/".join(parts[: depth - 1]), depth == len(parts)
-            self._folders[folder][name] = size if is_last else None
-            if not is_last or size is None:
-                self._folders.setdefault("/".join(parts[:depth]), {})
 
     def __reduce__(self) -> tuple[type[ZipTree], tuple[Path, str]]:
         return ZipTree, (self.path, self.inside)  # workers open the archive themselves
@@ -266,34 +283,46 @@ class ZipTree(_LinkedTree):
 def open_tree(root: str | Path, markers: Sequence[str]) -> SourceTree:
     """The tree that has one of the folders `markers` at `root`, or one level below it; earlier markers come first.
 
-    Raises DatasetError when `root` does not exist or has no such folder.
+    Raises DatasetError when `root` does not exist or has no such folder, ConfigError for a URL.
     """
-    path = Path(root)
+    path = local_path(str(root), "dataset.root", "folder or zip archive")
     if not path.exists():
         raise DatasetError(f"{path} does not exist; dataset.root must be the dataset folder or zip archive")
-    trees: list[SourceTree]
-    if path.is_file():
-        archive = ZipTree(path)
-        names = sorted({PurePosixPath(name).parts[0] for name in archive.files("")})
-        trees = [archive, *(ZipTree(path, f"{name}/") for name in names)]
-    else:
+    if path.is_dir():
         below = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
         trees = [FolderTree(path), *map(FolderTree, below)]
-    for marker in markers:
-        for tree in trees:
-            if tree.has_files(marker):
-                return tree
+        found = next((tree for marker in markers for tree in trees if tree.has_files(marker)), None)
+        if found is not None:
+            return found
+    else:
+        _check_archive(path)
+        archive = ZipTree(path)
+        insides = ["", *sorted({f"{name.partition('/')[0]}/" for name in archive.files("") if "/" in name})]
+        inside = next((inside for marker in markers for inside in insides if archive.has_files(inside + marker)), None)
+        if inside is not None:
+            return ZipTree(path, inside) if inside else archive
     folders = " or ".join(map(repr, dict.fromkeys(markers)))
     raise DatasetError(f"{path} has no folder {folders} with files in it; check dataset.root and dataset.kind")
 
 
-def read_first(tree: SourceTree, paths: Sequence[str]) -> tuple[str, bytes]:
-    """(path, content) of the first of `paths` that can be read. Raises DatasetError naming the first one."""
-    problem: DatasetError | None = None
+def _check_archive(path: Path) -> None:
+    """Opening a named pipe would hang."""
+    try:
+        plain_size(path)
+    except StorageError as error:
+        raise DatasetError(f"dataset.root: {error}, which is a zip archive, or a folder") from error
+
+
+def read_first(tree: SourceTree, paths: Sequence[str], most: int = LARGEST_TEXT) -> tuple[str, bytes]:
+    """(path, content) of the first of `paths` that exists, of at most `most` bytes.
+
+    Raises NoSuchFile naming the first one when there is none, DatasetError when it cannot be read.
+    """
+    problem: NoSuchFile | None = None
     for path in paths:
         try:
-            return path, tree.read(path)
-        except DatasetError as error:
+            return path, tree.read(path, most)
+        except NoSuchFile as error:
             problem = problem or error
     assert problem is not None
     raise problem

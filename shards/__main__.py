@@ -12,12 +12,12 @@ from tqdm import tqdm
 
 from shards.audit import audit
 from shards.cli.command_line import run_entry_point
-from shards.commands.arguments import at_least_one, whole_number
+from shards.commands.arguments import at_least_one, number_of_workers, whole_number
 from shards.commands.diff import add_diff
 from shards.commands.export import add_export
 from shards.commands.info import add_info
 from shards.commands.show import add_show
-from shards.errors import MaskStreamError
+from shards.errors import ConfigError, MaskStreamError
 from shards.manifest import load_manifest
 from shards.mirror import bytes_of, copy_set
 from shards.plan import LANES, SPAN_SAMPLES, TrainPlan
@@ -25,6 +25,8 @@ from shards.reader import ShardReader
 from shards.shown_text import shown
 from shards.verify import verify
 from shards.workers import default_workers
+
+_MOST_AT_ONCE = 1_000_000  # micro-batches per step in an audit, which looks at each: seconds
 
 
 def main() -> int:
@@ -51,7 +53,7 @@ def main() -> int:
         audited.add_argument(f"--{name}", type=at_least_one, default=default, help=f"{meaning} (default: {default})")
     check.add_argument("--deep", action="store_true", help="also decode every sample; this is the default")
     check.add_argument("--hashes", action="store_true", help="compare hashes only, without decoding samples")
-    check.add_argument("--workers", type=at_least_one, default=default_workers(),
+    check.add_argument("--workers", type=number_of_workers, default=default_workers(),
                        help="processes (default: one per CPU)")
     arguments = parser.parse_args()
     if arguments.command == "verify":
@@ -77,6 +79,9 @@ def _verify(root: str, deep: bool, workers: int) -> int:
 
 
 def _audit(arguments: argparse.Namespace) -> int:
+    if (at_once := arguments.ranks * arguments.accumulation) > _MOST_AT_ONCE:
+        raise ConfigError(f"--ranks {arguments.ranks} x --accumulation {arguments.accumulation} are {at_once} "
+                          f"micro-batches per step, legal: at most {_MOST_AT_ONCE}")
     reader = ShardReader(arguments.root, arguments.split)
     plan = TrainPlan(reader.table.samples, arguments.batch, arguments.seed,
                      arguments.lanes, arguments.span_samples)
@@ -95,7 +100,7 @@ def _audit(arguments: argparse.Namespace) -> int:
     repeated = sum(count > 1 for count in found.seen.values())
     same_key = sum(count > 1 for count in found.keys.values())
     print(f"problem: {missing} samples never seen, {repeated} seen more than once, {same_key} keys seen more than "
-          f"once, micro-batches per rank {found.micro_batches}")
+          f"once, micro-batches per rank {sorted(set(found.micro_batches))}")
     return 1
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 
 from shards.plan import MicroBatchNumbers, Span, TrainPlan
 from shards.reader import ShardReader
@@ -32,7 +31,10 @@ class Audit:
 
 def audit(reader: ShardReader, plan: TrainPlan, ranks: int, workers: int, accumulation: int,
           progress: Callable[[CropSample], object] = lambda sample: None) -> Audit:
-    """Read and verify every sample of the first epoch as `workers` per rank would. Raises as `ShardReader.read`."""
+    """Read and verify every sample of the first epoch as `workers` per rank would, which take turns.
+
+    The time grows with the number of samples, and with ranks x accumulation. Raises as `ShardReader.read`.
+    """
     per_step = plan.micro_batch_size * ranks * accumulation
     steps = -(-plan.num_samples // per_step)
     seen: Counter[int] = Counter()
@@ -42,16 +44,17 @@ def audit(reader: ShardReader, plan: TrainPlan, ranks: int, workers: int, accumu
     for rank in range(ranks):
         numbers = MicroBatchNumbers(first_step=0, last_step=steps, rank=rank, world_size=ranks,
                                     accumulation=accumulation)
-        micro_batches.append(sum(1 for _ in numbers))
-        for worker in range(workers):
-            for number in islice(numbers, worker, None, workers):
-                for position in plan.positions(number):
-                    draw = plan.sample_at(position)
-                    if draw.epoch == 0:
-                        sample = reader.read(draw.sample)
-                        seen[draw.sample] += 1
-                        keys[sample.key] += 1
-                        owners.setdefault(plan.span(position), set()).add((rank, worker))
-                        progress(sample)
+        micro_batches.append(0)
+        for turn, number in enumerate(numbers):
+            micro_batches[rank] += 1
+            for position in plan.positions(number):
+                if position >= plan.num_samples:  # of later epochs
+                    break
+                draw = plan.sample_at(position)
+                sample = reader.read(draw.sample)
+                seen[draw.sample] += 1
+                keys[sample.key] += 1
+                owners.setdefault(plan.span(position), set()).add((rank, turn % workers))
+                progress(sample)
     return Audit(samples=len(reader), seen=seen, keys=keys, micro_batches=micro_batches, spans=len(owners),
                  shared_spans=sum(len(who) > 1 for who in owners.values()))

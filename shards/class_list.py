@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from shards.cli.settings import shown_value
 from shards.errors import ConfigError
 from shards.manifest import ClassInfo
 from shards.picture import default_colors
@@ -33,7 +34,7 @@ def _parse_class(line: str, default: tuple[int, int, int], where: str) -> ClassI
         if code.strip():
             red, green, blue = bytes.fromhex(code.strip().removeprefix("#"))
     except ValueError:
-        raise ConfigError(f"{where}: colour {code.strip()!r}, legal: #rrggbb") from None
+        raise ConfigError(f"{where}: colour {shown_value(code.strip())}, legal: #rrggbb") from None
     try:
         return ClassInfo(name=name.strip(), color=(red, green, blue))
     except ValueError as error:

@@ -233,7 +233,7 @@ def load_manifest(root: str | Path | Storage) -> Manifest:
             "Rerun the same preprocess/make_shards.py command to complete it."
         ) from None
     except OSError as error:
-        raise ShardError(f"{path} cannot be read: {error}") from error
+        raise ShardError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def parse_manifest(data: bytes, name: str) -> Manifest:

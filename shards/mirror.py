@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from shards.errors import ConfigError, CorruptShardError, ShardError, StorageError
-from shards.files.atomic import naming, remove_leftovers
+from shards.files.atomic import is_leftover, remove_leftovers, temporary_file
 from shards.files.locks import among_writers
 from shards.files.storage import LocalStorage, Storage, open_storage
 from shards.manifest import MANIFEST_NAME, FileInfo, Manifest, ShardInfo, load_manifest, manifest_bytes
 from shards.shard_table import ShardTable
 
-_PIECE = 8 << 20
+_PIECE, _LOCK = 8 << 20, ".copying"
 
 File = ShardInfo | FileInfo
 
@@ -26,7 +26,7 @@ def copy_set(source: str | Path | Storage, destination: str | Path | Storage,
 
     Each file is read back and verified by its sha256; the manifest is written last and never overwritten, so readers
     see a complete set or none. Intact files left by an earlier run are kept. Raises ConfigError when the destination
-    holds another set, CorruptShardError when a file arrives changed.
+    holds another set, or anything else but an earlier copy of this one; CorruptShardError when a file arrives changed.
     """
     source, destination = open_storage(source), open_storage(destination)
     if _is_same_place(source, destination):
@@ -35,8 +35,10 @@ def copy_set(source: str | Path | Storage, destination: str | Path | Storage,
     content = manifest_bytes(manifest)
     existing = _existing_manifest(destination)
     if existing is not None and existing != content:
-        raise ConfigError(f"{destination.root} holds another complete shard set; choose another destination, or "
-                          "remove that set first")
+        raise ConfigError(f"{destination.where(MANIFEST_NAME)} is another one, so {destination.root} holds another "
+                          "complete shard set; choose another destination, or remove that set first")
+    if existing is None:
+        _refuse_other_files(source, destination, manifest)
     with _without_leftovers(destination):
         return _copy_missing(source, destination, manifest, progress, content if existing is None else None)
 
@@ -51,8 +53,44 @@ def _without_leftovers(destination: Storage) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # a complete copy may be read-only; if not complete, writing will fail
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(among_writers(folder / ".copying", lambda: remove_leftovers(folder)))
+            stack.enter_context(among_writers(folder / _LOCK, lambda: remove_leftovers(folder)))
         yield
+
+
+def _refuse_other_files(source: Storage, destination: Storage, manifest: Manifest) -> None:
+    """Raise ConfigError when a destination without a manifest holds anything but an earlier copy of this set.
+
+    Other files must not be mixed with the set, nor those of the same names be overwritten. A split's first file is
+    written before its other ones and has their hashes, so it shows whose they are.
+    """
+    there = _names(destination)
+    if not there:
+        return
+    others = set(there)
+    for name, split in manifest.splits.items():
+        first = split.files[0]
+        found = [file.name for file in (*split.files, *ShardTable.load(source, name, split)) if file.name in there]
+        if found and not (first.name in there and destination.size(first.name) == first.bytes
+                          and _is_intact(destination, first)):
+            raise ConfigError(f"{destination.where(found[0])} is of another set than {source.root}, or damaged, as "
+                              f"{first.name} there is not {source.where(first.name)}; choose another destination, or "
+                              "remove what is there")
+        others.difference_update(found)
+    if others:
+        raise ConfigError(f"{destination.root} holds {min(others)!r}, which is not of this set; legal: a new or an "
+                          "empty folder, or one with an earlier copy of this set")
+
+
+def _names(storage: Storage) -> set[str]:
+    """What a place holds, but for the lock and temporary files of copies; nothing if it does not exist."""
+    try:
+        if isinstance(storage, LocalStorage):  # folders, too
+            return {path.name for path in storage.folder.iterdir() if path.name != _LOCK and not is_leftover(path.name)}
+        return set(storage.sizes() or ())
+    except FileNotFoundError:
+        return set()
+    except NotADirectoryError:
+        raise ConfigError(f"{storage.root} is a file, legal: a folder to copy to") from None
 
 
 def _copy_missing(source: Storage, destination: Storage, manifest: Manifest, progress: Callable[[File], object],
@@ -112,11 +150,7 @@ def copy_file(source: Storage, destination: Storage, file: File) -> None:
     if isinstance(source, LocalStorage):
         destination.upload(file.name, source.folder / file.name)
     else:
-        with tempfile.TemporaryFile() as temporary:  # unnamed, so that a killed copy leaves nothing
-            with naming(tempfile.gettempdir()):
-                for piece in _pieces(source, file):
-                    temporary.write(piece)
-                temporary.flush()
+        with temporary_file(Path(tempfile.gettempdir()) / file.name, _pieces(source, file)) as temporary:
             destination.upload(file.name, temporary)
     if not _is_intact(destination, file):
         destination.delete(file.name)

@@ -55,7 +55,7 @@ class ShardTable:
                                     f"manifest says {info.samples}; or their bytes do not add up to {info.bytes}")
         index = np.empty(0, INDEX_DTYPE)
         if info.table is None or info.index.bytes <= WHOLE_INDEX:
-            index = _whole(storage, info.index, INDEX_DTYPE, "index")
+            index = read_records(storage, info.index, INDEX_DTYPE, "index")
             check_entries(index, np.repeat(records["bytes"], records["samples"]), storage.where(info.index.name))
         return cls(split, records, first_sample, names, index)
 
@@ -84,6 +84,13 @@ class ShardTable:
         if len(names):
             return bytes(names[shard]).decode()
         return f"{self.split}-{self._arrays[0]['number'][shard]:06d}.tar"
+
+    def number(self, shard: int) -> int:
+        """The number in a shard's name."""
+        if len(self._arrays[2]):
+            digits = self.name(shard).removesuffix(".tar").rpartition("-")[2]
+            return int(digits) if digits.isdecimal() else shard
+        return int(self._arrays[0]["number"][shard])
 
     def sha256(self, shard: int) -> str:
         """Hash of a shard."""
@@ -193,7 +200,7 @@ def _records(storage: Storage, info: SplitInfo) -> tuple[Array, Array]:
             records[name] = [getattr(shard, name) for shard in listed]
         records["sha256"] = np.array([bytes.fromhex(shard.sha256) for shard in listed], "V32")
         return records, np.array([shard.name.encode() for shard in listed] or [b""])
-    records = _whole(storage, info.table, SHARD_DTYPE, "table of shards")
+    records = read_records(storage, info.table, SHARD_DTYPE, "table of shards")
     numbers = records["number"].astype(np.int64)
     if (np.diff(numbers) <= 0).any():
         raise CorruptShardError(f"{_where(storage, info)}: the numbers of shards are not ascending")
@@ -206,8 +213,9 @@ def _where(storage: Storage, info: SplitInfo) -> str:
     return storage.where(info.table.name if info.table is not None else "manifest.json")
 
 
-def _whole(storage: Storage, info: FileInfo, dtype: np.dtype[Any], what: str) -> Array:
-    """The records of a whole file, compared with its size and hash in the manifest."""
+def read_records(storage: Storage, info: FileInfo, dtype: np.dtype[Any], what: str) -> Array:
+    """The records of a whole file. Raises CorruptShardError when its size or hash is not the manifest's, ShardError
+    when it cannot be read."""
     path = storage.where(info.name)
 
     def check(data: bytes) -> Array:
@@ -218,7 +226,7 @@ def _whole(storage: Storage, info: FileInfo, dtype: np.dtype[Any], what: str) ->
     try:
         return read_checked(storage, info.name, check, min(info.bytes, LARGEST_WHOLE))
     except OSError as error:
-        raise ShardError(f"{path}: the {what} cannot be read: {error}") from error
+        raise ShardError(f"{path}: the {what} cannot be read: {error.strerror or error}") from error
 
 
 def _from_file(split: str, places: Sequence[tuple[np.dtype[Any], int]], descriptor: Any) -> ShardTable:

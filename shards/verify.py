@@ -1,7 +1,10 @@
 """Verify a shard set: every byte against its hash, every sample by decoding it, all counts by recounting.
 
+`shards.recount` says what can be recounted, and what only the dataset could show.
+
 Shards are checked one by one, in several processes; memory is bounded by one piece and the largest sample in each, and
-8 bytes per sample for finding keys that occur twice. A shard whose size differs from the manifest's is not read at all.
+16 bytes per sample: for finding keys that occur twice, and for counting the images of crops. A shard whose size differs
+from the manifest's is not read at all.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from shards.errors import MaskStreamError, StorageError
 from shards.files.storage import Storage, open_storage
 from shards.manifest import MANIFEST_NAME, FileInfo, Manifest, ShardInfo, SplitInfo, load_manifest, manifest_bytes
 from shards.reader import parse_span
+from shards.recount import Expected, Recount, inconsistencies
 from shards.sample import CropSample
 from shards.shard_table import SampleIndex, ShardTable
 from shards.workers import exit_with_parent, use_own_temporary_folder
@@ -49,6 +53,8 @@ def verify(root: str | Path | Storage, progress: Callable[[str], object] = lambd
     problems = []
     if storage.read(MANIFEST_NAME) != manifest_bytes(manifest):
         problems.append(f"{storage.where(MANIFEST_NAME)} is not in canonical form: it was edited or damaged")
+    if manifest.config.get("crops", manifest.crops) != manifest.crops:
+        problems.append(f"{storage.where(MANIFEST_NAME)}: crops differs from config.crops")
     listed: set[str] | None = set()  # None: a table is damaged, so nobody knows what is listed
     for name, split in manifest.splits.items():
         try:
@@ -77,45 +83,36 @@ class _Facts(NamedTuple):
     def split(self) -> SplitInfo:
         return self.manifest.splits[self.name]
 
+    @property
+    def expected(self) -> Expected:
+        return Expected.of(self.manifest, self.name)
+
 
 @dataclass
 class _Report:
     """What was found in a shard: problems, and counts of its samples."""
 
     shard: int
-    pixels: np.ndarray
-    samples: np.ndarray
-    ignored: int = 0
-    keys: array[int] = field(default_factory=lambda: array("Q"))  # a hash of each
+    counts: Recount
     problems: list[str] = field(default_factory=list)
-
-    def add(self, sample: CropSample) -> None:
-        """Count a sample. Raises ValueError for a label that is no class; decoding errors as `CropSample`."""
-        self.keys.append(int.from_bytes(hashlib.blake2b(sample.key.encode(), digest_size=8).digest(), "little"))
-        labels, segment_map = sample.labels, sample.segment_map
-        if labels.size and labels.max() >= self.pixels.size:
-            raise ValueError(f"label {labels.max()}, legal: 0..{self.pixels.size - 1}")
-        area = np.bincount(segment_map.reshape(-1), minlength=labels.size)[: labels.size]
-        self.pixels[labels] += area
-        self.samples[labels] += 1
-        self.ignored += segment_map.size - int(area.sum())
+    contradiction: str | None = None  # of the first sample that is not what the manifest says, though it is intact
 
 
 def _verify_split(facts: _Facts, progress: Callable[[str], object], workers: int) -> Iterator[str]:
-    whole, sound = _Report(0, *_zeros(facts)), True
+    where = f"{facts.storage.where(MANIFEST_NAME)}, split {facts.name!r}"
+    yield from inconsistencies(facts.manifest, facts.name, facts.table, where)
+    whole, sound = Recount.start(facts.expected), True
     order: list[tuple[int, int]] = []  # (shard, samples) in the order of `whole.keys`
     for report in _reports(facts, workers):
         yield from report.problems
+        if report.contradiction is not None:
+            yield report.contradiction
         sound = sound and not report.problems
-        whole.pixels += report.pixels
-        whole.samples += report.samples
-        whole.ignored += report.ignored
-        whole.keys.extend(report.keys)
-        order.append((report.shard, len(report.keys)))
+        whole.merge(report.counts)
+        order.append((report.shard, len(report.counts.keys)))
         progress(facts.table.name(report.shard))
     if sound and facts.deep:
-        where = f"{facts.storage.where(MANIFEST_NAME)}, split {facts.name!r}"
-        yield from _compare(whole, facts.split, where)
+        yield from whole.differences(facts.split, where)
         yield from _repeated(facts, whole.keys, order, where)
 
 
@@ -156,12 +153,8 @@ def _verify_numbered(shard: int) -> _Report:
     return _verify_shard(_facts, shard)
 
 
-def _zeros(facts: _Facts) -> tuple[np.ndarray, np.ndarray]:
-    return np.zeros(facts.manifest.num_classes, np.int64), np.zeros(facts.manifest.num_classes, np.int64)
-
-
 def _verify_shard(facts: _Facts, number: int) -> _Report:
-    storage, table, report = facts.storage, facts.table, _Report(number, *_zeros(facts))
+    storage, table, report = facts.storage, facts.table, _Report(number, Recount.start(facts.expected))
     name = table.name(number)
     path = storage.where(name)
     try:
@@ -176,7 +169,7 @@ def _verify_shard(facts: _Facts, number: int) -> _Report:
                 report.problems.append(f"{path}: its part of the index does not match its CRC-32 in the table")
             parse = partial(parse_span, ignore_index=facts.manifest.ignore_index,
                             most_pixels=facts.manifest.most_pixels(facts.name))
-            report.problems += _verify_samples(content, entries, path, parse, report)
+            report.problems += _verify_samples(content, entries, path, parse, report, facts)
         if content.sha256() != table.sha256(number):
             report.problems.append(f"{path} does not match its sha256 in the manifest")
     except (OSError, MaskStreamError) as error:
@@ -185,7 +178,8 @@ def _verify_shard(facts: _Facts, number: int) -> _Report:
 
 
 def _verify_samples(content: _Pass, entries: np.ndarray, path: str, parse: Callable[[bytes, str], CropSample],
-                    report: _Report) -> Iterator[str]:
+                    report: _Report, facts: _Facts) -> Iterator[str]:
+    expected, shard = facts.expected, facts.table.number(report.shard)
     for number, (offset, length, crc32) in enumerate(entries.tolist()):
         where = f"{path}, sample {number} (offset {offset})"
         if offset != content.position:
@@ -199,8 +193,10 @@ def _verify_samples(content: _Pass, entries: np.ndarray, path: str, parse: Calla
             continue
         try:
             sample = parse(span, where)
-            report.add(sample)
+            report.counts.add(sample, expected)
             assert sample.image.shape[:2] == sample.segment_map.shape
+            if report.contradiction is None and (found := expected.contradiction(sample, shard)):
+                report.contradiction = f"{where}: {found}"
         except (MaskStreamError, ValueError) as error:
             yield f"{where}: {error}"
     if content.left != len(_END_OF_ARCHIVE) or content.take(content.left) != _END_OF_ARCHIVE:
@@ -267,14 +263,6 @@ def _unlisted_files(storage: Storage, listed: set[str]) -> list[str]:
         for name in sorted(storage.sizes() or ())
         if name.endswith((".tar", ".tmp")) and name not in listed
     ]
-
-
-def _compare(found: _Report, split: SplitInfo, where: str) -> Iterator[str]:
-    """Recounted statistics with the manifest's."""
-    if found.pixels.tolist() != split.class_pixels or found.samples.tolist() != split.class_samples:
-        yield f"{where}: class counts differ from the samples"
-    if found.ignored != split.ignored_pixels:
-        yield f"{where}: ignored_pixels is {split.ignored_pixels}, the samples have {found.ignored}"
 
 
 def _repeated(facts: _Facts, keys: array[int], order: list[tuple[int, int]], where: str) -> Iterator[str]:

@@ -18,7 +18,7 @@ from preprocess.blocks import Block
 from shards.errors import StorageError
 from shards.files.atomic import remove_leftovers
 from shards.files.locks import own_folder
-from shards.files.storage import LocalStorage, below, open_storage
+from shards.files.storage import LocalStorage, below, local_path, open_storage
 from shards.files.strict_json import to_json
 from shards.manifest import INDEX_DTYPE, ShardInfo, hash_of
 from shards.mirror import copy_file
@@ -49,7 +49,7 @@ class BlockStore:
         self.folder = self.storage.folder if isinstance(self.storage, LocalStorage) else None
         # Below the set's own progress folder, or in a local one; each run gets a folder of its own there.
         self.base = (self.folder / PROGRESS if self.folder is not None else
-                     Path(staging) / hash_of(masked_value(output))[:16])
+                     local_path(staging, "staging") / hash_of(masked_value(output))[:16])
         self.scratch = self.base
 
     @contextlib.contextmanager
@@ -72,6 +72,14 @@ class BlockStore:
                     if name.endswith(".json"):
                         self.records.delete(name)
         self.records.write(_SETTINGS, mine.encode())
+
+    def has_settings(self) -> bool:
+        """Whether a run has written a block here, as its settings come first."""
+        try:
+            self.records.size(_SETTINGS)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
     def agree_on_settings(self, mine: str) -> str:
         """The hash of the settings of the blocks here: `mine`, if this run is the first."""
@@ -135,7 +143,7 @@ class BlockStore:
             remove_leftovers(self.folder)
         wanted = {name for block in blocks for name in block.shard_names}
         splits = {block.split for block in blocks}
-        for name in self._listed():
+        for name in self.listed():
             if name.endswith(".tar") and name[:-11] in splits and name[-10:-4].isdigit() and name not in wanted:
                 self.storage.delete(name)
 
@@ -147,7 +155,8 @@ class BlockStore:
         for name in self.records.sizes() or ():
             self.records.delete(name)
 
-    def _listed(self) -> list[str]:
+    def listed(self) -> list[str]:
+        """The names of the files beside the records."""
         try:
             return sorted(self.storage.sizes() or ())
         except FileNotFoundError:

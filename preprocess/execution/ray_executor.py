@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from preprocess.execution.local_executor import Counts
+from preprocess.execution.ray_address import check_ray_address
 from preprocess.execution.tasks import Job, Task
 from shards.errors import ConfigError, DatasetError, MaskStreamError
 
@@ -25,6 +26,7 @@ class RayExecutor:
         self._ray = _imported()
         self._joins = not self._ray.is_initialized()
         if self._joins:
+            check_ray_address(address)
             try:
                 self._ray.init(address=address, num_cpus=None if address else workers or None, log_to_driver=False,
                                include_dashboard=False, configure_logging=False)

@@ -16,9 +16,16 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from preprocess.class_table import ClassTable, TableClass, build_classes, is_class_table, read_class_table
+from preprocess.class_table import (
+    ClassTable,
+    TableClass,
+    build_classes,
+    is_class_table,
+    read_class_file,
+    read_class_table,
+)
 from preprocess.config import DatasetConfig
-from preprocess.layouts.layout import Classes, Layout, read_text, refuse_ignore_settings
+from preprocess.layouts.layout import Classes, Layout, refuse_ignore_settings
 from preprocess.source_tree import SourceTree
 from shards.class_list import parse_classes
 from shards.errors import DatasetError
@@ -49,7 +56,7 @@ class Drawn(Layout):
         refuse_ignore_settings(config, str(path))
         if is_class_table(str(path)):
             return self._finished(read_class_table(str(path), names), names)
-        listed = [item.name for item in parse_classes(read_text(path), str(path))]
+        listed = [item.name for item in parse_classes(read_class_file(path), str(path))]
         return self._finished(self._named(listed, names, str(path)), names)
 
     def _named(self, wanted: Sequence[str], names: Mapping[str, list[int]], source: str) -> Classes:

@@ -67,7 +67,7 @@ class Folder(TwoTrees):
 
     def markers(self, config: DatasetConfig) -> list[str]:
         if config.images is not None:
-            return [top_folder(config.images, config.splits or self.splits)]
+            return [top_folder(Template(config.images, IMAGE_SUFFIXES, "dataset.images"), config.splits or self.splits)]
         return super().markers(config)
 
     def own_classes(self, config: DatasetConfig, tree: SourceTree) -> Classes:
@@ -92,11 +92,10 @@ class Folder(TwoTrees):
         assert config.images is not None and config.labels is not None
         images = Template(config.images, IMAGE_SUFFIXES, "dataset.images")
         labels = Template(config.labels, self.label_suffixes, "dataset.labels")
-        has_splits = "{split}" in config.images
-        if has_splits != ("{split}" in config.labels) or (config.splits and not has_splits):
+        if images.has_split != labels.has_split or (config.splits and not images.has_split):
             raise ConfigError(f"dataset.images is {config.images!r} and dataset.labels {config.labels!r}, legal: "
                               "{split} in both, or in neither and without dataset.splits")
-        for split, folder in ((config.splits or self.splits) if has_splits else {"train": ""}).items():
+        for split, folder in ((config.splits or self.splits) if images.has_split else {"train": ""}).items():
             yield split, find_pairs(tree, images, labels, folder)
 
 

@@ -52,8 +52,9 @@ class HubTree:
         stored = compute.struct_field(self.splits[split].data.column(column).combine_chunks(), "bytes")
         return [size or 0 for size in compute.binary_length(stored).to_pylist()]
 
-    def read(self, path: str) -> bytes:
-        """Content of a row's file. Raises DatasetError naming it."""
+    def read(self, path: str, most: int = LARGEST_PICTURE) -> bytes:
+        """Content of a row's file, of at most `most` bytes if the row only holds its path. Raises DatasetError naming
+        it."""
         split, row, column = path.split("/", 2)
         cell = self.splits[split][int(row)][column]
         if isinstance(cell, dict) and isinstance(cell.get("bytes"), bytes):
@@ -63,7 +64,7 @@ class HubTree:
         if place is None or not place.resolve().is_relative_to(root):
             raise DatasetError(f"{self.name}/{path} holds no file, and no path below {root}")
         try:
-            return read_plain(place, LARGEST_PICTURE)
+            return read_plain(place, most)
         except (OSError, StorageError) as error:
             raise DatasetError(f"{self.name}/{path}: {place} cannot be read: {error}") from error
 

@@ -14,14 +14,14 @@ from typing import Any, ClassVar
 
 import numpy.typing as npt
 
-from preprocess.class_table import is_class_table
+from preprocess.class_table import is_class_table, read_class_file
 from preprocess.config import DatasetConfig
 from preprocess.label_mapping import LabelMapping
 from preprocess.layouts.drawn import NOTHING, Canvas, Drawn, checked_points, short, with_nothing
 from preprocess.layouts.folder import USUAL_NAMES, Folder
-from preprocess.layouts.layout import Classes, read_text, refuse_ignore_settings
+from preprocess.layouts.layout import Classes, refuse_ignore_settings
 from preprocess.layouts.pairing import Pair
-from preprocess.source_tree import SourceTree, read_first
+from preprocess.source_tree import NoSuchFile, SourceTree, read_first
 from shards.class_list import parse_classes
 from shards.errors import ConfigError, DatasetError
 from shards.files.outside_json import parse_json
@@ -74,11 +74,11 @@ class LabelMe(Drawn, Folder):
     def _listed(self, config: DatasetConfig, tree: SourceTree) -> tuple[str, list[str]] | None:
         """(file, names) of `dataset.class_file` if it is a list, or of the list in the root; None without one."""
         if config.class_file is not None and not is_class_table(config.class_file):
-            text, source = read_text(Path(config.class_file)), config.class_file
+            text, source = read_class_file(Path(config.class_file)), config.class_file
         else:
             try:
                 read_first(tree, self.class_lists)
-            except DatasetError:
+            except NoSuchFile:
                 return None
             text, source = self.list_of_names(tree)
         return source, [item.name for item in parse_classes(text, source)]

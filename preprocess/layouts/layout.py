@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy.typing as npt
 
-from preprocess.class_table import is_class_table, names_in_table, read_class_table
+from preprocess.class_table import is_class_table, names_in_table, read_class_file, read_class_table
 from preprocess.config import DatasetConfig
 from preprocess.label_mapping import LabelMapping, plain_mapping
 from preprocess.layouts.pairing import IMAGE_SUFFIXES, LABEL_SUFFIXES, Found, Pair, Template, find_pairs, listed_keys
@@ -54,7 +54,8 @@ class Layout:
 
     def markers(self, config: DatasetConfig) -> list[str]:
         """Folders of which the dataset's root must have one."""
-        return [top_folder(text, config.splits or self.splits) for text in texts(self.images)]
+        return [top_folder(template, config.splits or self.splits)
+                for template in _parsed(self.images, IMAGE_SUFFIXES)]
 
     def classes(self, config: DatasetConfig, tree: SourceTree) -> Classes:
         """The classes, and what stored labels mean.
@@ -94,7 +95,7 @@ class Layout:
         if is_class_table(str(path)):
             refuse_ignore_settings(config, str(path))
             return read_class_table(str(path), self.own_names(config, tree))
-        return self._plain(config, parse_classes(read_text(path), str(path)))
+        return self._plain(config, parse_classes(read_class_file(path), str(path)))
 
     def _plain(self, config: DatasetConfig, classes: list[ClassInfo]) -> Classes:
         """Of a list of names."""
@@ -115,20 +116,16 @@ def texts(templates: str | tuple[str, ...]) -> tuple[str, ...]:
     return (templates,) if isinstance(templates, str) else templates
 
 
-def top_folder(template: str, splits: Mapping[str, str]) -> str:
-    """The first folder of a template, for the first split; "" if it begins with another field."""
-    return template.replace("{split}", next(iter(splits.values()))).partition("{")[0].partition("/")[0]
+def top_folder(template: Template, splits: Mapping[str, str]) -> str:
+    """The first folder of a template, for the first split; "" if its name holds another field."""
+    return template.folder(next(iter(splits.values()))).partition("/")[0]
+
+
+def _parsed(templates: str | tuple[str, ...], suffixes: tuple[str, ...]) -> list[Template]:
+    return [Template(text, suffixes, "the layout's template") for text in texts(templates)]
 
 
 def _present(tree: SourceTree, templates: str | tuple[str, ...], suffixes: tuple[str, ...], split: str) -> Template:
     """The first template with files in its folder, or else the first one."""
-    parsed = [Template(text, suffixes, "the layout's template") for text in texts(templates)]
+    parsed = _parsed(templates, suffixes)
     return next((template for template in parsed if tree.has_files(template.folder(split))), parsed[0])
-
-
-def read_text(path: Path) -> str:
-    """The content of a class file. Raises ConfigError naming it."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"dataset.class_file {path} cannot be read: {error}") from error

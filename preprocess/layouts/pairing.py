@@ -26,6 +26,7 @@ from shards.errors import ConfigError, DatasetError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")
+_LARGEST_LIST = 256 << 20  # bytes of a list of the images of a split: millions of them
 _FIELD = {"stem": ".+"}
 _OTHER_FIELD = "[^/]+"
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -75,7 +76,11 @@ class Template:
             parts = list(string.Formatter().parse(text))
         except ValueError as error:
             raise ConfigError(f"{setting} is {text!r}: {error}") from None
+        if "".join(_written(literal, name) for literal, name, _, _ in parts) != text:
+            raise ConfigError(f"{setting} is {text!r}, legal: fields without a format or a conversion, like {{stem}}, "
+                              "not {stem:>5} or {stem!r}")
         self.text, self.suffixes = text, suffixes
+        self.has_split = "split" in [name for _, name, _, _ in parts]
         self.fields = [name for _, name, _, _ in parts if name not in (None, "split")]
         if not all(name and name.isidentifier() for name in self.fields) or len(set(self.fields)) < len(self.fields):
             raise ConfigError(f"{setting} is {text!r}, legal: fields like {{stem}}, each once, beside {{split}}")
@@ -85,7 +90,13 @@ class Template:
 
     def folder(self, split: str) -> str:
         """The folder above the first wildcard: all files that match are below it."""
-        fixed = self.text.replace("{split}", split).partition("{")[0]
+        fixed = ""
+        for literal, name, _, _ in string.Formatter().parse(self.text):
+            fixed += literal
+            if name == "split":
+                fixed += split
+            elif name is not None:
+                break
         return fixed.rpartition("/")[0]
 
     def pattern(self, split: str) -> re.Pattern[str]:
@@ -98,6 +109,11 @@ class Template:
             elif name is not None:
                 parts.append(f"(?P<{name}>{_FIELD.get(name, _OTHER_FIELD)})")
         return re.compile("".join(parts), re.DOTALL)
+
+
+def _written(literal: str, field: str | None) -> str:
+    """How a template has a text and the plain field after it."""
+    return literal.replace("{", "{{").replace("}", "}}") + ("" if field is None else f"{{{field}}}")
 
 
 def find_pairs(tree: SourceTree, images: Template, labels: Template, split: str, label_split: str | None = None,
@@ -139,7 +155,7 @@ def listed_keys(tree: SourceTree, paths: list[str]) -> list[str]:
 
     Raises DatasetError naming the file.
     """
-    path, data = read_first(tree, paths)
+    path, data = read_first(tree, paths, _LARGEST_LIST)
     try:
         lines = data.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:

@@ -14,16 +14,16 @@ from typing import Any, ClassVar
 import numpy.typing as npt
 import yaml
 
-from preprocess.class_table import is_class_table
+from preprocess.class_table import is_class_table, read_class_file
 from preprocess.config import DatasetConfig
 from preprocess.label_mapping import LabelMapping
 from preprocess.layouts.drawn import NOTHING, Canvas, Drawn, checked_points, short, with_nothing
 from preprocess.layouts.folder import Folder
-from preprocess.layouts.layout import read_text
 from preprocess.layouts.pairing import Pair
-from preprocess.source_tree import SourceTree, read_first
+from preprocess.source_tree import NoSuchFile, SourceTree, read_first
 from shards.class_list import parse_classes
 from shards.errors import ConfigError, DatasetError
+from shards.files.plain_file import LARGEST_YAML
 
 _NUMBERS_OF_A_BOX = 5
 
@@ -40,7 +40,7 @@ class YOLO(Drawn, Folder):
     def categories(self, config: DatasetConfig, tree: SourceTree) -> tuple[str, dict[str, list[int]]]:
         """Class k is line k of a list, or number k of `names` in data.yaml."""
         if config.class_file is not None and not is_class_table(config.class_file):
-            text, source = read_text(Path(config.class_file)), config.class_file
+            text, source = read_class_file(Path(config.class_file)), config.class_file
         else:
             text, source = self.list_of_names(tree)
         if source.endswith(".yaml"):
@@ -50,7 +50,7 @@ class YOLO(Drawn, Folder):
     def own_names(self, config: DatasetConfig, tree: SourceTree) -> dict[str, list[int]]:
         try:
             read_first(tree, self.class_lists)
-        except DatasetError:
+        except NoSuchFile:
             if is_class_table(config.class_file or ""):
                 return with_nothing({})  # a table may do without names
         return super().own_names(config, tree)
@@ -92,6 +92,8 @@ def _object(line: str, where: str) -> tuple[int, list[float]]:
 
 def _names_in(text: str, source: str) -> dict[str, list[int]]:
     """`names` of a data.yaml, a list or a mapping from numbers."""
+    if len(text) > LARGEST_YAML:
+        raise ConfigError(f"{source} has {len(text)} characters, legal: at most {LARGEST_YAML}")
     try:
         content = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:

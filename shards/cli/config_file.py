@@ -19,7 +19,8 @@ from typing import Any
 import yaml
 
 from shards.cli.settings import ConfigT, check_settings, listing, shown_value
-from shards.errors import ConfigError
+from shards.errors import ConfigError, StorageError
+from shards.files.plain_file import LARGEST_YAML, read_plain_text
 from shards.shown_text import masked_value
 
 _COMMAND_LINE = "command line"  # the source named in errors about typed settings
@@ -37,10 +38,11 @@ class _TextLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         """As SafeLoader, but duplicate keys are an error (SafeLoader silently keeps the last)."""
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for name in names:
-            if names.count(name) > 1:
+        names = set[str]()
+        for name in (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if name in names:
                 raise yaml.constructor.ConstructorError(None, None, f"found duplicate key {name}", node.start_mark)
+            names.add(name)
         return super().construct_mapping(node, deep)
 
 
@@ -226,14 +228,16 @@ def _nested(path: Sequence[str], value: Any) -> dict[str, Any]:
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The content of a YAML file, plain values as text. Raises ConfigError when it is not a mapping."""
-    if not Path(path).is_file():
-        raise ConfigError(f"configuration file {path} does not exist")
     try:
-        loaded = _parse(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+        loaded = _parse(read_plain_text(path, LARGEST_YAML))
+    except FileNotFoundError:
+        raise ConfigError(f"configuration file {path} does not exist") from None
+    except ValueError as error:
         raise ConfigError(f"configuration file {path} is not valid YAML: {error}") from error
+    except StorageError as error:
+        raise ConfigError(f"configuration file {error}") from error
     except OSError as error:
-        raise ConfigError(f"configuration file {path} cannot be read: {error}") from error
+        raise ConfigError(f"configuration file {path} cannot be read: {error.strerror or error}") from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"configuration file {path} must hold key: value pairs at its top level")
     return loaded
@@ -246,7 +250,7 @@ def _read_override(schema: Any, override: str) -> dict[str, Any]:
         raise ConfigError(f"override {shown_value(override)} is not of the form key=value (for example seed=1)")
     path = name.split(".")
     if _is_text(schema, path):
-        return _nested(path, None if text in ("", "null") else text)
+        return _nested(path, None if text == "null" or (not text and _may_be_empty(schema, path)) else text)
     try:
         return _nested(path, _parse(text))
     except ValueError as error:
@@ -265,6 +269,15 @@ def _is_text(schema: Any, path: Sequence[str]) -> bool:
             return False
     members = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     return str in members
+
+
+def _may_be_empty(schema: Any, path: Sequence[str]) -> bool:
+    """Whether an empty text unsets the setting at the path; for others `check_settings` refuses it."""
+    *sections, name = path
+    for section in sections:
+        schema = _field_types(schema).get(section) if dataclasses.is_dataclass(schema) else None
+    fields = dataclasses.fields(schema) if dataclasses.is_dataclass(schema) else ()
+    return all(field.metadata.get("may_be_empty", True) for field in fields if field.name == name)
 
 
 def _parse(text: str) -> Any:

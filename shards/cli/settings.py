@@ -19,14 +19,15 @@ _MAX_SHOWN = 80  # characters of a wrong value quoted in an error
 
 
 def setting(default: Any, help: str, *, choices: Sequence[str] = (), minimum: float | None = None,
-            maximum: float | None = None, only_for: Sequence[str] = ()) -> Any:
+            maximum: float | None = None, only_for: Sequence[str] = (), may_be_empty: bool = True) -> Any:
     """A documented field: `help` gives meaning and unit; `check_settings` enforces `choices` and the range.
 
-    `only_for`: values of the section's `type` that use this setting; with any other type it may not be set. Lists,
-    dicts and dataclass types become a `default_factory`, as dataclasses require.
+    `only_for`: values of the section's `type` that use this setting; with any other type it may not be set. Unless it
+    `may_be_empty`, an empty text is an error, rather than the same as null. Lists, dicts and dataclass types become a
+    `default_factory`, as dataclasses require.
     """
     metadata = {"help": help, "choices": tuple(choices), "minimum": minimum, "maximum": maximum,
-                "only_for": tuple(only_for)}
+                "only_for": tuple(only_for), "may_be_empty": may_be_empty}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     if dataclasses.is_dataclass(default) and isinstance(default, type):
@@ -64,6 +65,8 @@ def check_settings(config: Any, prefix: str = "") -> None:
             near = difflib.get_close_matches(str(value), choices, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"{name} is {shown_value(value)}, legal: {', '.join(choices)}{hint}")
+        if value == "" and not field.metadata.get("may_be_empty", True):
+            raise ConfigError(f"{name} is empty, legal: text{', or null' if field.default is None else ''}")
         low, high = field.metadata.get("minimum"), field.metadata.get("maximum")
         for number in value if isinstance(value, list | tuple) else [value]:
             if isinstance(number, bool) or not isinstance(number, int | float):
@@ -72,10 +75,12 @@ def check_settings(config: Any, prefix: str = "") -> None:
                 low, high = (-LARGEST_INTEGER if low is None else low), (LARGEST_INTEGER if high is None else high)
             in_range = (low is None or number >= low) and (high is None or number <= high)
             if not in_range or not math.isfinite(number):
-                raise ConfigError(f"{name} is {shown_value(value)}, legal: {_range_text(low, high)}")
+                raise ConfigError(f"{name} is {shown_value(value)}, legal: {_range_text(low, high, number)}")
 
 
-def _range_text(low: float | None, high: float | None) -> str:
+def _range_text(low: float | None, high: float | None, number: float) -> str:
+    if isinstance(number, int) and abs(number) > LARGEST_INTEGER:  # the limit that goes without saying elsewhere
+        return f"from {low} to {high}"
     if low in (None, -LARGEST_INTEGER):
         return "a finite number" if high in (None, LARGEST_INTEGER) else f"at most {high}"
     return f"at least {low}" if high in (None, LARGEST_INTEGER) else f"from {low} to {high}"

@@ -9,13 +9,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from shards.errors import ConfigError
 from shards.exports.coco_files import export_coco
 from shards.exports.export import Progress
 from shards.exports.folder_of_pngs import export_pngs
 from shards.exports.parquet import export_parquet, needs_pyarrow, split_names
 from shards.exports.staging import staged_folder
-from shards.files.storage import Storage, is_remote, open_storage
+from shards.files.storage import Storage, local_path, open_storage
 from shards.manifest import Manifest, load_manifest
 
 Exporter = Callable[[Storage, Manifest, list[str], Path, Progress], None]
@@ -55,9 +54,7 @@ def add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Export the splits."""
-    if is_remote(arguments.output):
-        raise ConfigError(f"--output is {arguments.output}, legal: a local folder")
-    storage, output = open_storage(arguments.root), Path(arguments.output)
+    output, storage = local_path(arguments.output, "--output"), open_storage(arguments.root)
     manifest = load_manifest(storage)
     splits = list(dict.fromkeys(arguments.splits)) or list(manifest.splits)
     total = sum(manifest.split(split).samples for split in splits)

@@ -38,7 +38,7 @@ def export_coco(storage: Storage, manifest: Manifest, splits: list[str], folder:
         path = folder / "annotations" / f"{split}.json"
         # Annotations go to the file and images to a second one, which is appended: nothing piles up in memory.
         with (naming(path), path.open("x", encoding="utf-8") as out,
-              tempfile.TemporaryFile("w+", encoding="utf-8") as images):
+              tempfile.TemporaryFile("w+", encoding="utf-8", dir=folder) as images):
             out.write(f'{{"info": {to_json(_info(manifest, split))},\n"licenses": [],\n"categories": [\n')
             out.write(",\n".join(to_json({"id": number, "name": info.name, "supercategory": "", "isthing": 0,
                                           "color": list(info.color)}) for number, info in enumerate(manifest.classes)))

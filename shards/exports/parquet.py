@@ -101,7 +101,9 @@ class _SplitFiles:
         if self._writer is None:
             path = self.folder / f"{self.split}-{len(self._done):05d}.tmp"
             self._done.append(path)
-            self._writer = self._parquet.ParquetWriter(path, self._schema, compression="none", write_page_index=True)
+            with naming(path):
+                self._writer = self._parquet.ParquetWriter(path, self._schema, compression="none",
+                                                           write_page_index=True)
         with naming(self._done[-1]):
             self._writer.write_table(self._arrow.Table.from_pylist(self._rows, self._schema))
         self._file_bytes += self._row_bytes
@@ -111,7 +113,8 @@ class _SplitFiles:
 
     def _end_file(self) -> None:
         if self._writer is not None:
-            self._writer.close()
+            with naming(self._done[-1]):
+                self._writer.close()
         self._writer, self._file_bytes = None, 0
 
 

@@ -7,7 +7,8 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -51,8 +52,13 @@ def temporary_name(path: Path) -> Path:
 def remove_leftovers(folder: Path) -> None:
     """Remove temporary files of killed processes; no other process may be writing to the folder."""
     for path in folder.glob(".*.tmp"):
-        if _TEMPORARY.fullmatch(path.name):
+        if is_leftover(path.name):
             path.unlink(missing_ok=True)
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file has a name that `temporary_name` makes."""
+    return _TEMPORARY.fullmatch(name) is not None
 
 
 @contextlib.contextmanager
@@ -67,6 +73,26 @@ def naming(path: str | Path) -> Iterator[None]:
             raise OSError(errno.EIO, str(error), str(path)) from error
         error.filename = str(path)
         raise
+
+
+@contextlib.contextmanager
+def temporary_file(place: Path, pieces: Iterable[bytes]) -> Iterator[BinaryIO]:
+    """A file holding `pieces`, in the folder of `place` but without a name: it is gone when this process is.
+
+    Errors of writing it name `place`.
+    """
+    with naming(place):
+        file = tempfile.TemporaryFile(dir=place.parent)  # noqa: SIM115 - closed below
+    try:
+        for piece in pieces:
+            with naming(place):
+                file.write(piece)
+        with naming(place):
+            file.flush()
+        yield file
+    finally:
+        with contextlib.suppress(OSError):  # closing tries once more to write what could not be written
+            file.close()
 
 
 def _publish(path: Path, fill: Callable[[BinaryIO], object], create: bool = False) -> None:

@@ -17,6 +17,7 @@ from typing import IO, Any
 from shards.errors import ConfigError
 
 _OWN, _LOCK = "run-", "lock"
+_TRIES = 100  # of locking a file that has its name; more only where file systems give no lasting inode numbers
 
 
 def open_lock(path: str | Path, folder: int | None = None) -> IO[str]:
@@ -57,15 +58,22 @@ def warn_unlocked(folder: Path, reason: OSError, advice: str = "make sure that n
 
 @contextlib.contextmanager
 def only_writer(path: Path, folder: Path) -> Iterator[None]:
-    """Hold the lock file `path` while writing into `folder`. Raises ConfigError when another process holds it."""
-    with open_lock(path) as file:
+    """Hold the lock file `path` while writing into `folder`; it is removed at the end. Raises ConfigError when another
+    process holds it."""
+
+    def take(file: IO[str]) -> None:
         try:
             reason = try_lock(file)
         except BlockingIOError:
             raise ConfigError(f"another run is writing to {folder}; wait for it, or choose another --output") from None
         if reason is not None:
             warn_unlocked(folder, reason)
-        yield
+
+    with _locked(path, take) as file:
+        try:
+            yield
+        finally:
+            _remove(file, path)
 
 
 @contextlib.contextmanager
@@ -74,20 +82,62 @@ def among_writers(path: Path, tidy: Callable[[], None]) -> Iterator[None]:
 
     A process that finds no other one calls `tidy` first, so that it never removes files that another is writing.
     """
-    with open_lock(path) as file:
+
+    def take(file: IO[str]) -> None:
         with contextlib.suppress(BlockingIOError):
             reason = try_lock(file)
             if reason is not None:
                 warn_unlocked(path.parent, reason)
-            tidy()
+            if _has_name(file, path):
+                tidy()
         with contextlib.suppress(OSError):  # waits while another process tidies; without locks, we have warned already
             fcntl.flock(file, fcntl.LOCK_SH)
+
+    with _locked(path, take) as file:
         try:
             yield
         finally:
             with contextlib.suppress(BlockingIOError):
                 try_lock(file)
-                path.unlink(missing_ok=True)
+                _remove(file, path)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, take: Callable[[IO[str]], None]) -> Iterator[IO[str]]:
+    """Open the lock file `path` and `take` its lock; again if the file no longer has that name once it is locked.
+
+    Its last holder may have removed it since we opened it. A lock on it would then mean nothing, as the next process
+    locks a new file.
+    """
+    for left in reversed(range(_TRIES)):
+        with _opened(path) as file:
+            take(file)
+            if _has_name(file, path) or not left:
+                yield file
+                return
+
+
+def _opened(path: Path) -> IO[str]:
+    try:
+        return open_lock(path)
+    except FileNotFoundError:  # the folder may have been removed together with the lock file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open_lock(path)
+
+
+def _has_name(file: IO[str], path: Path) -> bool:
+    """Whether an open file is the one that `path` names now."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat(follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
+def _remove(file: IO[str], path: Path) -> None:
+    """Remove a lock file that we hold, but not another one that has its name by now."""
+    with contextlib.suppress(OSError):
+        if _has_name(file, path):
+            path.unlink()
 
 
 @contextlib.contextmanager

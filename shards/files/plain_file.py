@@ -12,6 +12,8 @@ from shards.errors import StorageError
 from shards.files.atomic import naming
 
 LARGEST_PICTURE = 1 << 30  # bytes of an encoded image, or of a sample that holds one
+LARGEST_TEXT = 16 << 20  # bytes of a list of names, which people write
+LARGEST_YAML = 4 << 20  # bytes of a configuration or a class table; parsing takes ten seconds or more for each million
 _MAX_READ = 0x7FFFF000  # bytes that Linux reads in one call
 _OPEN_FILES = 256  # more than data.lanes, each of which reads one shard
 _KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"),
@@ -39,6 +41,14 @@ def read_plain(path: str | Path, most: int) -> bytes:
         size = os.fstat(file.fileno()).st_size
         check_size(str(path), size, most)
         return file.read(size)
+
+
+def read_plain_text(path: str | Path, most: int = LARGEST_TEXT) -> str:
+    """Read a regular UTF-8 file of at most `most` bytes; lines end in \\n, and a byte order mark is left out.
+
+    Raises as `read_plain`, and UnicodeDecodeError.
+    """
+    return read_plain(path, most).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def plain_size(path: str | Path) -> int:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from typing import BinaryIO, Protocol, TypeVar
 from shards.errors import ConfigError, CorruptShardError, StorageError
 from shards.files.atomic import copy_atomically, write_atomically
 from shards.files.plain_file import OpenFiles, check_size, plain_size, read_plain
-from shards.shown_text import MASK, is_masked, masked
+from shards.shown_text import MASK, is_masked, masked, masked_value
 
 REMOTE_SCHEMES = ("s3", "gs", "az", "https", "http")
 READS_OF_DAMAGED = 4
@@ -119,6 +120,17 @@ def read_checked(storage: Storage, name: str, check: Callable[[bytes], _Value], 
 def is_remote(root: str | Path) -> bool:
     """True for a URL of object storage. Raises ConfigError as `open_storage`."""
     return not isinstance(open_storage(root), LocalStorage)
+
+
+def local_path(text: str, option: str, kind: str = "folder") -> Path:
+    """The path given by `option`, of what must be local: as a path, a URL would mean a folder called `s3:`.
+
+    Raises ConfigError for any URL, and for the empty text, which would mean the current folder.
+    """
+    with contextlib.suppress(ConfigError):  # another scheme
+        if text and not is_remote(text):
+            return Path(text)
+    raise ConfigError(f"{option} is {masked_value(text)!r}, legal: a local {kind}")
 
 
 class LocalStorage:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import random
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +20,14 @@ import pytest
 
 from preprocess import pipeline
 from preprocess.config import PreprocessConfig
+from preprocess.execution import ray_address
 from preprocess.execution.block_store import BlockStore
 from preprocess.execution.tasks import Job, WriteBlock
 from preprocess.pairs import open_dataset
-from preprocess.pipeline import Part, finish, write_part
+from preprocess.pipeline import Part, finish, write_part, write_shards
 from shards.cli.config_file import load_config
-from shards.errors import ShardError
+from shards.errors import ConfigError, ShardError
+from shards.files import locks
 from shards.files.storage import open_storage
 from shards.manifest import MANIFEST_NAME, load_manifest
 from shards.mirror import files_of
@@ -214,7 +219,7 @@ def test_finishing_nothing_says_so(drawn: Path, tmp_path: Path) -> None:
         finish(config, open_dataset(config.dataset, "fail"), None)
 
 
-@pytest.mark.parametrize("part", ["3", "3/3", "-1/3", "a/b", "1/0", "1/3/5"])
+@pytest.mark.parametrize("part", ["3", "3/3", "-1/3", "a/b", "1/0", "1/3/5", "²/3", f"1/{'9' * 5000}"])
 def test_a_part_that_cannot_be_is_refused(drawn: Path, tmp_path: Path, part: str) -> None:
     done = run(*command(drawn, tmp_path / "set", f"--part={part}"))
     assert done.returncode == 2 and "legal: I/N with I from 0 to N-1" in done.stderr and not any(tmp_path.iterdir())
@@ -269,6 +274,47 @@ def test_parts_meet_in_object_storage(s3: FaultyProxy, s3_root: str, drawn: Path
     assert contents(s3_root) == one_run
     assert not any(open_storage(f"{s3_root}/.progress").sizes() or ()), "records stay behind"
     assert not list(tmp_path.glob("staging/*/*")), "a killed run's staging folder stays behind"
+
+
+@pytest.mark.parametrize("late", ["a part", "a part of other settings", "one command", "finish"])
+def test_a_run_that_starts_while_another_finishes_touches_nothing(drawn: Path, one_run: dict[str, bytes],
+                                                                  tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                  late: str) -> None:
+    """It has seen that there is no set, and has opened the lock; then the other one publishes and removes the lock."""
+    config = config_of(drawn, tmp_path / "set")
+    dataset = open_dataset(config.dataset, "fail")
+    write_part(config, dataset, Part(0, 1))
+    real, finished = locks.open_lock, list[bool]()
+
+    def open_lock(path: Path) -> Any:
+        file = real(path)
+        if not finished:
+            finished.append(True)
+            finish(config, dataset, 1)
+        return file
+
+    monkeypatch.setattr(locks, "open_lock", open_lock)
+    other = config_of(drawn, tmp_path / "set", "crops.jpeg_quality=50")
+    if late == "a part of other settings":
+        with pytest.raises(ConfigError, match="already holds a complete shard set made with other settings"):
+            write_part(other, open_dataset(other.dataset, "fail"), Part(0, 1))
+    elif late == "a part":
+        assert write_part(config, dataset, Part(0, 1)) == 43
+    else:
+        assert (write_shards(config, dataset) if late == "one command" else finish(config, dataset, 1))[1] is False
+    assert finished and contents(tmp_path / "set") == one_run
+
+
+def test_what_a_killed_run_left_is_removed_only_by_one_of_the_same_settings(drawn: Path, one_run: dict[str, bytes],
+                                                                            tmp_path: Path) -> None:
+    """To another, most shards of the set would look like leftovers."""
+    output = make_shards(tmp_path / "set", drawn, *SETTINGS)
+    (output / ".progress").mkdir()  # as if killed after publishing
+    with pytest.raises(ConfigError, match="already holds a complete shard set made with other settings"):
+        make_shards(output, drawn, *SETTINGS, "crops.per_image=1", "images_per_shard=40")
+    assert verify(output) == []
+    make_shards(output, drawn, *SETTINGS)
+    assert contents(output) == one_run
 
 
 # -- Ray ----------------------------------------------------------------------------------------------------
@@ -346,6 +392,78 @@ def test_a_task_hands_back_no_shard(drawn: Path, tmp_path: Path) -> None:
     shards = sum((tmp_path / shard["name"]).stat().st_size for shard in record["shards"])
     assert len(pickle.dumps(record)) < shards / 20
     assert len(record["index"]) == 16 * sum(shard["samples"] for shard in record["shards"])
+
+
+@contextlib.contextmanager
+def answering(answer: bytes | None) -> Iterator[int]:
+    """The port of a server that answers anybody so; None: not at all."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        open_connections = []
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    open_connections.append(connection)
+                    if answer is not None:
+                        connection.recv(100)
+                        connection.sendall(answer)
+                        connection.close()
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield int(server.getsockname()[1])
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join(10)
+        for connection in open_connections:
+            connection.close()
+
+
+DEAD = [("refused", "nobody answers at .* port {port} .*refused"), (b"", "at .* port {port} is no Ray cluster"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "at .* port {port} is no Ray cluster"),
+        (None, "nobody answers at .* port {port} .*timed out")]
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+@pytest.mark.parametrize(("answer", "message"), DEAD, ids=["refused", "closed", "web server", "silent"])
+def test_a_ray_address_where_no_cluster_is_is_one_quick_error(drawn: Path, tmp_path: Path, scheme: str, answer: Any,
+                                                              message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray itself goes on trying for minutes."""
+    pytest.importorskip("ray", reason="the extra 'ray' is not installed")
+    monkeypatch.setattr(ray_address, "_SECONDS", 1.0)
+    monkeypatch.setattr("ray._private.services.resolve_ip_for_localhost", lambda host: host)  # else another interface
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # a cluster of another test
+    with answering(None if answer == "refused" else answer) as port:
+        if answer == "refused":
+            with socket.create_server(("127.0.0.1", 0)) as closed:
+                port = int(closed.getsockname()[1])
+        start = time.monotonic()
+        address = f"{scheme}127.0.0.1:{port}"
+        with pytest.raises(ConfigError, match=f"ray_address is '{address}': .*{message.format(port=port)}.*; legal: "):
+            make_shards(tmp_path / "set", drawn, *SETTINGS, "executor=ray", f"ray_address={address}")
+        assert time.monotonic() - start < 30
+    assert list((tmp_path / "set").glob("*.tar")) == []
+
+
+@pytest.mark.parametrize(("address", "message"), [
+    ("auto", "Could not find any running Ray instance"), ("nonsense", "Invalid address format"),
+    ("127.0.0.1:99999", "Port out of range"), ("ray://", "no host"), ("s3://bucket", "another kind of URL")])
+def test_what_is_no_ray_address_is_named(address: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray", reason="the extra 'ray' is not installed")
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", lambda: set())
+    monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda _: None)
+    with pytest.raises(ConfigError, match=f"ray_address is '{address}': .*{message}.* legal: auto, HOST:PORT or ray://"):
+        ray_address.check_ray_address(address)
+    ray_address.check_ray_address(None)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    if address != "auto":
+        with pytest.raises(ConfigError, match=f"ray_address is None and RAY_ADDRESS is '{address}'.*{message}"):
+            ray_address.check_ray_address(None)
+
+
+@pytest.mark.slow
+def test_a_running_cluster_answers_at_its_address(cluster: Any) -> None:
+    ray_address.check_ray_address(cluster.get_runtime_context().gcs_address)
 
 
 def test_without_ray_the_extra_is_named(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

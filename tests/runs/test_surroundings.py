@@ -9,18 +9,24 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
 from shards.cli.command_line import run_entry_point
 from shards.errors import ConfigError
+from shards.exports.coco_files import export_coco
+from shards.exports.staging import staged_folder
+from shards.files import locks
 from shards.files.atomic import copy_atomically, naming, write_atomically
 from shards.files.cache import DiskCache
 from shards.files.locks import among_writers, only_writer
 from shards.files.storage import LocalStorage
+from shards.manifest import MANIFEST_NAME, load_manifest
 from shards.mirror import copy_set
 from shards.picture import save_picture
 from shards.verify import verify
@@ -76,6 +82,59 @@ def test_only_the_first_of_several_writers_tidies_up(tmp_path: Path) -> None:
     assert calls == ["first"] and not (tmp_path / "lock").exists()
     with among_writers(tmp_path / "lock", lambda: calls.append("third")):
         assert calls == ["first", "third"]
+
+
+@pytest.fixture
+def removed_when_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first process to open a lock file finds that its last holder removes it before it can be locked."""
+    real, opened = locks.open_lock, list[Path]()
+
+    def open_lock(path: Path) -> IO[str]:
+        file = real(path)
+        if not opened:
+            opened.append(path)
+            path.unlink()
+            path.parent.rmdir()
+        return file
+
+    monkeypatch.setattr(locks, "open_lock", open_lock)
+
+
+@pytest.mark.usefixtures("removed_when_opened")
+@pytest.mark.parametrize("first", ["alone", "among others"])
+@pytest.mark.parametrize("second", ["alone", "among others"])
+def test_a_lock_file_that_was_removed_before_it_was_locked_protects_nobody(tmp_path: Path, first: str, second: str
+                                                                           ) -> None:
+    """Otherwise both would write: the first holds a file without a name, the second locks a new one."""
+    lock, calls = tmp_path / "folder/lock", list[str]()
+    lock.parent.mkdir()
+    ways: dict[str, Callable[[], AbstractContextManager[None]]] = {
+        "alone": lambda: only_writer(lock, tmp_path), "among others": lambda: among_writers(lock, lambda: None)}
+    with ways[first]():
+        assert lock.exists()
+        if second == "alone":
+            with pytest.raises(ConfigError, match="another run is writing"), ways[second]():
+                calls.append("both write")
+        else:  # would wait; so look whether it could be locked
+            with lock.open("r+") as file, pytest.raises(BlockingIOError):
+                locks.try_lock(file)
+        assert not calls and lock.exists()
+    assert not lock.exists()
+
+
+def test_a_lock_file_of_another_process_is_not_removed(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    for way in (only_writer(lock, tmp_path), among_writers(lock, lambda: None)):
+        with way:
+            lock.rename(tmp_path / "old")  # as if removed; a new file would get the same number
+            lock.touch()
+        assert lock.exists()
+
+
+def test_numbers_of_files_that_never_last_are_no_endless_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "_has_name", lambda *_: False)
+    with only_writer(tmp_path / "lock", tmp_path):
+        pass
 
 
 # -- what killed processes left -----------------------------------------------------------------------------
@@ -162,6 +221,55 @@ def test_errors_of_writing_name_the_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left") as caught:
         picture(tmp_path / "it.png")
     assert caught.value.filename == str(tmp_path / "it.png")
+
+
+@pytest.fixture
+def full_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shards.files.atomic.tempfile.TemporaryFile", lambda dir: open("/dev/full", "w+b"))  # noqa: SIM115
+
+
+@pytest.mark.usefixtures("full_temporary_files")
+def test_publishing_on_a_full_disk_names_file_and_folder(scenes: Path, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left") as caught:
+        make_shards(tmp_path / "set", scenes)
+    place = Path(caught.value.filename)
+    assert place.name == "train.index" and place.parent.parent == tmp_path / "set/.progress"
+    assert not (tmp_path / "set" / MANIFEST_NAME).exists()
+
+
+class Remote:
+    """A folder that is not known to be one."""
+
+    def __init__(self, folder: Path) -> None:
+        self._storage = LocalStorage(folder)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
+
+
+@pytest.mark.usefixtures("full_temporary_files")
+def test_copying_through_a_full_folder_of_temporary_files_names_file_and_folder(scene_shards: Path, tmp_path: Path
+                                                                                ) -> None:
+    with pytest.raises(OSError, match="No space left") as caught:
+        copy_set(Remote(scene_shards), tmp_path / "copy")  # type: ignore[arg-type]
+    assert caught.value.filename == f"{tempfile.gettempdir()}/train.shards"
+
+
+def test_an_export_to_a_full_disk_names_file_and_folder(scene_shards: Path, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the images of COCO files, which are collected in a file beside."""
+    asked: list[Any] = []
+
+    def full_file(*_: object, dir: Path, encoding: str) -> IO[str]:
+        asked.append(dir)
+        return open("/dev/full", "w+", encoding=encoding)
+
+    monkeypatch.setattr("shards.exports.coco_files.tempfile.TemporaryFile", full_file)
+    with pytest.raises(OSError, match="No space left") as caught, staged_folder(tmp_path / "out") as folder:
+        asked.append(folder)
+        export_coco(LocalStorage(scene_shards), load_manifest(scene_shards), ["val"], folder, lambda: None)
+    assert asked[0] == asked[1] and caught.value.filename == f"{asked[0]}/annotations/val.json"
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_error_without_a_number_gets_a_name_that_survives_another_process(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ LAYERS: dict[str, tuple[set[str], ...]] = {
         {"picture_file", "coco", "picture", "cli"},
         {"sample", "manifest"},
         {"shard_table", "writer"},
-        {"reader", "mirror", "class_list"},
+        {"reader", "mirror", "class_list", "recount"},
         {"read_ahead", "audit", "verify", "looking"},
         {"exports"},
         {"__init__"},

@@ -16,6 +16,7 @@ from preprocess.config import DatasetConfig
 from preprocess.dry_run import print_mapping
 from preprocess.label_mapping import LabelMapping, plain_mapping
 from preprocess.pairs import open_dataset, read_pair
+from shards.class_list import parse_classes
 from shards.errors import ConfigError, DatasetError
 
 IDS = """
@@ -117,11 +118,25 @@ def test_nearest_colour_equals_its_definition(seed: int, tolerance: float) -> No
     ("labels: rgb\nclasses: [{name: a, colors: [red]}]", "class 'a': colour 'red', legal: #rrggbb"),
     ("labels: hsv\nclasses: [{name: a, ids: [1]}]", "labels is 'hsv': input should be 'ids' or 'rgb'"),
     ("tolerance: 3\nclasses: [{name: a, ids: [1]}]", "tolerance is 3, legal: 0 or more with labels: rgb, 0 with ids"),
-    ("names: nowhere.txt\nclasses: [{name: a, ids: [1]}]", "names is nowhere.txt, which cannot be read"),
+    ("names: nowhere.txt\nclasses: [{name: a, ids: [1]}]", r"names is nowhere\.txt, but .*nowhere\.txt cannot be read"),
 ])
 def test_mistakes_in_a_table_are_named(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         table(tmp_path, text)
+
+
+@pytest.mark.parametrize("labels", ["ids", "rgb"])
+@pytest.mark.parametrize("color", ["red", "#80408", "#80408040", "x" * 9999])
+def test_a_bad_colour_is_named_once_and_shortly(tmp_path: Path, labels: str, color: str) -> None:
+    stored = "ids: [1], " if labels == "ids" else ""
+    with pytest.raises(ConfigError) as found:
+        table(tmp_path, f"labels: {labels}\nclasses: [{{name: {'a' * 999}, {stored}color: '{color}'}}]")
+    said = str(found.value)
+    assert said.count("classes.yaml") == 1 and "legal: #rrggbb" in said and len(said) < 500
+    assert color[:40] in said
+    with pytest.raises(ConfigError) as found:
+        parse_classes(f"a\nb\t{color}", "classes.txt")
+    assert str(found.value).startswith("classes.txt, line 2: colour '") and len(str(found.value)) < 200
 
 
 # -- in a dataset ------------------------------------------------------------------------------------------------------

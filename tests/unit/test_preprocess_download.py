@@ -67,7 +67,7 @@ def broken_off(server: FileServer, folder: Path) -> Path:
         fetch.fetch(published(server), folder, policy=HASTY)
     server.faults, server.asked = [], []
     (part,) = parts(folder)
-    assert part.read_bytes() == DATA[: 2 * PIECE]
+    assert part.read_bytes() == DATA[: 2 * PIECE] and names(folder) == [part.name]
     return part
 
 
@@ -282,7 +282,7 @@ def test_a_flipped_bit_is_found_and_not_resumed(server: FileServer, tmp_path: Pa
     server.faults = ["", "flip"]
     with pytest.raises(StorageError, match=r"arrived different from the published file: its sha256 is .*was removed"):
         fetch.fetch(published(server), tmp_path)
-    assert names(tmp_path) == [".tiny.zip.lock"]
+    assert names(tmp_path) == []
     server.asked = []
     assert fetch.fetch(published(server), tmp_path) is True
     assert server.asked[0][0] == 0 and names(tmp_path) == ["tiny.zip"]
@@ -361,6 +361,7 @@ def test_the_licence_is_said_even_if_the_download_fails(
     assert run(monkeypatch, published(server), "--output", str(tmp_path)) == 2
     captured = capsys.readouterr()
     assert "licence   free to use" in captured.out and "downloaded" not in captured.out
+    assert names(tmp_path) == []
 
 
 def test_404(server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -442,12 +443,29 @@ def test_a_second_process_is_refused(server: FileServer, tmp_path: Path) -> None
     assert server.paths == []
 
 
-@pytest.mark.parametrize("url", ["tiny.zip", "/data/tiny.zip", "https://host/folder/", "https://tiny.zip", "https://",
+@pytest.mark.parametrize("output", ["s3://bucket/sets", "https://me:secret@host/x", "ftp://host/x", ""])
+def test_an_output_that_is_no_local_folder(output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                           capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, published(), "--output", output) == 2
+    said = error_of(capsys)
+    assert said == f"error: --output is {output.replace('me:secret', '***')!r}, legal: a local folder"
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("url", ["", "tiny.zip", "/data/tiny.zip", "https://host/folder/", "https://tiny.zip", "https://",
                                  "ftp://host/tiny.zip", "https://host/tiny.zip?***", "https://host/a tiny.zip"])
 def test_a_url_that_names_no_file_on_a_server(url: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"legal|pass the full URL"):
         fetch.fetch(published(), tmp_path, url)
     assert names(tmp_path) == []
+
+
+def test_an_empty_url_is_not_taken_for_none(server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                            capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, published(server), "--output", str(tmp_path), "--url", "") == 2
+    assert "--url '' does not name a file on a server, legal: a URL such as" in error_of(capsys)
+    assert server.paths == [] and names(tmp_path) == []
 
 
 # Mirrors
@@ -490,7 +508,7 @@ def test_a_secret_with_a_space_is_masked_to_its_end(
         assert run(monkeypatch, published(server), "--output", str(tmp_path), "--url", url) == 2
         captured = capsys.readouterr()
         assert "tiny.zip?***\n" in captured.out and "cdef" not in captured.out
-        assert "tiny.zip?*** does not name a file" in captured.err and "cdef" not in captured.err
+        assert "tiny.zip?***' does not name a file" in captured.err and "cdef" not in captured.err
 
 
 # To shards

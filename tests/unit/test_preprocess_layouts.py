@@ -24,8 +24,10 @@ from preprocess.layouts.pairing import IMAGE_SUFFIXES, LABEL_SUFFIXES, Template,
 from preprocess.layouts.registry import LAYOUTS
 from preprocess.matlab_file import read_matrix
 from preprocess.pairs import open_dataset, read_pair
+from preprocess.source_tree import NoSuchFile
 from shards.cli.config_file import load_config
 from shards.errors import ConfigError, DatasetError
+from shards.files.plain_file import LARGEST_PICTURE
 from shards.manifest import load_manifest
 from shards.reader import iter_samples
 from shards.verify import verify
@@ -259,9 +261,10 @@ class Names:
     def has_files(self, folder: str) -> bool:
         return folder.strip("/") in self.by_folder
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str, most: int = LARGEST_PICTURE) -> bytes:
         if path not in self.content:
-            raise DatasetError(f"{path} cannot be read")
+            raise NoSuchFile(f"{path} cannot be read")
+        assert len(self.content[path]) <= most
         return self.content[path]
 
 
@@ -556,11 +559,40 @@ def test_lists_select_among_images_and_labels_in_one_folder() -> None:
     ("x/{split}/{stem}/{area}", "y/{split}/{stem}", "have different fields: "),
     ("x/{split}/{stem}{stem}", "y/{split}/{stem}", "legal: fields like {stem}, each once".replace("{", r"\{")),
     ("x/{split}/{}", "y/{split}/{stem}", "legal: fields like"), ("x/{split}/{stem", "y/{split}/{stem}", "expected '}'"),
-    ("x/{split}/{a.b}", "y/{split}/{stem}", "legal: fields like")])
+    ("x/{split}/{a.b}", "y/{split}/{stem}", "legal: fields like"),
+    ("x/{split}/{stem!r}", "y/{split}/{stem}", r"dataset\.images is 'x/\{split\}/\{stem!r\}', legal: fields without"),
+    ("x/{split}/{stem}", "y/{split}/{stem:>5}", r"dataset\.labels is 'y/\{split\}/\{stem:>5\}', legal: fields without"),
+    ("x/{split:}/{stem}", "y/{split:}/{stem}", "legal: fields without"),
+    ("x/{split!s}/{stem}", "y/{split}/{stem}", "legal: fields without"),
+    ("x/{split}/{stem:{split}}", "y/{split}/{stem}", "legal: fields without"),
+    ("x/{{split}}/{stem}", "y/{split}/{stem}", r"\{split\} in both, or in neither")])
 def test_mistakes_in_templates_are_named(images: str, labels: str, message: str, tmp_path: Path) -> None:
     touch(tmp_path, "x/train/a.jpg", "y/train/a.png")
     with pytest.raises(ConfigError, match=message):
         templated(tmp_path, images, labels, splits={"train": "train"})
+
+
+def test_braces_may_be_part_of_a_name(tmp_path: Path) -> None:
+    touch(tmp_path, "x{1}/train/a.jpg", "y/train/a.png")
+    for images in ("x{{1}}/{split}/{stem}", "x{{{area}}}/{split}/{stem}"):
+        labels = "y/{split}/{stem}" if "area" not in images else "y{area}/{split}/{stem}"
+        touch(tmp_path, "y1/train/a.png")
+        dataset = templated(tmp_path, images, labels, splits={"train": "train"})
+        assert [pair.image_path for pair in dataset.splits["train"]] == ["x{1}/train/a.jpg"]
+
+
+@pytest.mark.parametrize("name", ["dataset.images", "dataset.labels", "dataset.class_file", "dataset.root",
+                                  "ray_address"])
+def test_an_empty_text_is_not_taken_for_null(name: str, tmp_path: Path) -> None:
+    """As in dataset.images=$TEMPLATE without a TEMPLATE."""
+    section, _, last = name.rpartition(".")
+    (tmp_path / "c.yaml").write_text(f"{section}:\n  {last}: ''\n" if section else f"{last}: ''\n")
+    for given in (lambda: load_config(PreprocessConfig, None, [f"{name}="]),
+                  lambda: load_config(PreprocessConfig, None, [], {name: ""}),
+                  lambda: load_config(PreprocessConfig, tmp_path / "c.yaml")):
+        with pytest.raises(ConfigError, match=rf"{name} is empty, legal: .*, or null"):
+            given()
+    assert load_config(PreprocessConfig, None, [f"{name}=null"]) == PreprocessConfig()
 
 
 def test_templates_come_in_twos_and_for_layouts_without_official_folders() -> None:

@@ -287,6 +287,18 @@ def test_unusable_files_are_named_or_recorded(scenes: Path, tmp_path: Path, how:
         (["crops.min_scale=3"], "at most crops.max_scale"),
         (["dataset.splits={{../evil: train}}"], "has a split named '../evil'"),
         (["output="], "output is not set"),
+        (["crops.tries=1001"], r"crops\.tries is 1001, legal: from 1 to 1000"),
+        ([f"crops.tries={10**30}"], rf"crops\.tries is {10**30}, legal: from 1 to 1000"),
+        (["images_per_shard=1000001"], "images_per_shard is 1000001, legal: from 1 to 1000000"),
+        (["images_per_shard=0"], "images_per_shard is 0, legal: from 1 to 1000000"),
+        (["workers=4097"], "workers is 4097, legal: from 0 to 4096"),
+        ([f"dataset.limit={2**62 + 1}"], rf"dataset\.limit is {2**62 + 1}, legal: from 1 to {2**62}"),
+        (["dataset.limit=0"], r"dataset\.limit is 0, legal: at least 1"),
+        (["dataset.ignore_labels=[255, 65536]"], r"ignore_labels is \[255, 65536\], legal: from 0 to 65535"),
+        (["dataset.ignore_labels=[-1]"], r"ignore_labels is \[-1\], legal: from 0 to 65535"),
+        (["dataset.image_bands=[1, 2, 99999]"], r"image_bands is \[1, 2, 99999\], legal: from 1 to 65535"),
+        (["dataset.root=s3://bucket/x"], r"dataset\.root is 's3://bucket/x', legal: a local folder or zip archive"),
+        (["output=s3://bucket/x", "staging=s3://bucket/y"], "staging is 's3://bucket/y', legal: a local folder"),
     ],
 )
 def test_bad_settings_say_what_is_legal(scenes: Path, tmp_path: Path, overrides: list[str], message: str) -> None:
@@ -539,6 +551,31 @@ def test_configuration_round_trips_through_yaml(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(config_to_yaml(config))
     assert load_config(PreprocessConfig, tmp_path / "c.yaml") == config
     assert config.dataset.root == "a,b {c}"
+
+
+@pytest.mark.parametrize("output", ["s3://bucket/x", ""])
+def test_scenes_are_drawn_into_local_folders_only(output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from preprocess import make_scenes
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["make_scenes.py", "--output", output, "--train", "1", "--val", "1"])
+    with pytest.raises(ConfigError, match=rf"--output is '{output}', legal: a local folder"):
+        make_scenes.main()
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("option", "value", "legal"), [
+    ("--train", 0, "from 1 to 1000000"), ("--train", 10**12, "from 1 to 1000000"),
+    ("--val", 10**12, "from 1 to 1000000"),
+    ("--seed", -1, f"from 0 to {2**62}"), ("--seed", 2**63, f"from 0 to {2**62}")])
+def test_numbers_of_scenes_have_limits(option: str, value: int, legal: str, tmp_path: Path,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    from preprocess import make_scenes
+
+    monkeypatch.setattr(sys, "argv", ["make_scenes.py", "--output", str(tmp_path / "x"), option, str(value)])
+    with pytest.raises(ConfigError, match=f"{option} is {value}, legal: {legal}"):
+        make_scenes.main()
+    assert not any(tmp_path.iterdir())
 
 
 def test_scenes_are_never_mixed_with_other_files(tmp_path: Path) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import io
 import json
 import logging
 import os
+import stat
 import struct
 import subprocess
 import sys
 import unicodedata
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -23,7 +26,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from preprocess.config import DatasetConfig, PreprocessConfig
 from preprocess.pairs import SourcePair, open_dataset, read_pair
 from preprocess.pipeline import _planned
-from preprocess.source_tree import FolderTree, SourceTree, ZipTree
+from preprocess.source_tree import FolderTree, NoSuchFile, SourceTree, ZipTree, open_tree
 from shards.cli.config_file import load_config
 from shards.errors import ConfigError, DatasetError
 from shards.manifest import canonical_json, hash_of, load_manifest, manifest_bytes
@@ -509,10 +512,94 @@ def test_a_zip_with_an_entry_for_its_root_is_listed(tmp_path: Path) -> None:
     assert ZipTree(tmp_path / "z.zip").files("") == {"images/a.jpg": 1}
 
 
-def test_a_member_that_unpacks_to_more_than_any_picture_is_not_read(tmp_path: Path,
-                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+def packed(path: Path, *names: str, system: int = 3) -> Path:
+    """A zip whose entries have these names, as they are; each holds its number."""
+    with zipfile.ZipFile(path, "w") as archive, warnings.catch_warnings(action="ignore"):  # of names that occur twice
+        for number, name in enumerate(names):
+            item = zipfile.ZipInfo(name)
+            item.create_system = system
+            archive.writestr(item, "" if name.endswith("/") else str(number))
+    return path
+
+
+@pytest.mark.parametrize("name", ["images/a.jpg", "images//a.jpg", "./images/a.jpg", "images/./a.jpg", "/images/a.jpg",
+                                  "//images///a.jpg", "images\\a.jpg", ".\\images/a.jpg"])
+def test_a_name_in_a_zip_may_be_written_in_many_ways(tmp_path: Path, name: str) -> None:
+    tree = ZipTree(packed(tmp_path / "z.zip", name, system=0))
+    assert tree.files("") == tree.files("images") == {"images/a.jpg": 1} and tree.read("images/a.jpg") == b"0"
+    assert copy.copy(tree).read("images/a.jpg") == b"0"  # by what pickle uses too
+    with pytest.raises(NoSuchFile, match=r"images/b\.jpg cannot be read: there is no such file"):
+        tree.read("images/b.jpg")
+
+
+def test_a_backslash_from_elsewhere_than_windows_is_part_of_a_name(tmp_path: Path) -> None:
+    tree = ZipTree(packed(tmp_path / "z.zip", "images\\a.jpg", "images/a.jpg"))
+    assert tree.files("") == {"images/a.jpg": 1, "images\\a.jpg": 1} and tree.read("images\\a.jpg") == b"0"
+
+
+@pytest.mark.parametrize(("names", "message"), [
+    (["images/../a.jpg"], r"the entry 'images/\.\./a\.jpg' has a part '\.\.', legal: paths below the archive's root"),
+    (["../a.jpg"], r"the entry '\.\./a\.jpg' has a part"), (["/.."], r"the entry '/\.\.' has a part"),
+    (["images/../"], r"the entry 'images/\.\./' has a part"), (["a\\..\\..\\b.jpg"], r"b\.jpg' has a part '\.\.'"),
+    (["images/a.jpg", "images/a.jpg"], r"the entry 'images/a\.jpg' names 'images/a\.jpg' twice, legal: once; pack the"),
+    (["images/a.jpg", "/images//a.jpg"], r"'/images//a\.jpg' names 'images/a\.jpg', as 'images/a\.jpg' does, legal: "),
+    (["a", "a/b.jpg"], "the entry 'a' is a file, but other entries are below 'a/'"),
+    (["a/b.jpg", "./a"], r"the entry '\./a' is a file, but other entries are below 'a/'"),
+    (["a", "a/"], "the entry 'a' is a file, but other entries are below 'a/'"),
+    (["."], r"the entry '\.' is a file without a name")])
+def test_an_entry_without_a_place_in_its_zip_is_named(tmp_path: Path, names: list[str], message: str) -> None:
+    path = packed(tmp_path / "z.zip", "images/fine.jpg", *names, system=0)
+    with pytest.raises(DatasetError, match=rf"z\.zip: .*{message}"):
+        ZipTree(path)
+    with pytest.raises(DatasetError, match=rf"z\.zip: .*{message}"):
+        open_dataset(DatasetConfig(kind="folder", root=str(path)), "fail")
+
+
+def test_folders_may_occur_twice_in_a_zip_and_need_no_files(tmp_path: Path) -> None:
+    tree = ZipTree(packed(tmp_path / "z.zip", "./", "images/", "images//", "empty/", "images/x/", "images/a.jpg"))
+    assert tree.files("") == {"images/a.jpg": 1} and not tree.has_files("empty") and not tree.has_files("images/x")
+
+
+def test_the_target_of_a_link_in_a_zip_has_a_limit(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "z.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        link = zipfile.ZipInfo("images/link")
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        link.compress_type = zipfile.ZIP_DEFLATED
+        archive.writestr(link, "x" * 5000)
+    with pytest.raises(DatasetError, match=r"z\.zip:images/link has 5000 bytes unpacked, legal: at most 4096"):
+        ZipTree(tmp_path / "z.zip")
+
+
+@pytest.mark.parametrize("said", [10, 1 << 20])
+def test_an_entry_that_unpacks_to_another_size_than_it_says_is_named(tmp_path: Path, said: int) -> None:
+    path = tmp_path / "z.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("images/a.jpg", bytes(5000))
+    data = bytearray(path.read_bytes())
+    place = data.index(b"PK\1\2") + 24  # the size in the central directory
+    data[place : place + 4] = struct.pack("<I", said)
+    path.write_bytes(data)
+    with pytest.raises(DatasetError, match=r"images/a\.jpg cannot be read: "):
+        ZipTree(path).read("images/a.jpg")
+
+
+def test_a_zip_of_many_files_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was opened again for each name at its top, as the dataset might be in a folder there."""
+    path = packed(tmp_path / "z.zip", *(f"{number}.txt" for number in range(300)), "data/images/a.jpg", "other/b")
+    opened: list[object] = []
+    real = zipfile.ZipFile
+
+    def zip_file(*arguments: object) -> zipfile.ZipFile:
+        opened.append(arguments)
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("preprocess.source_tree.zipfile.ZipFile", zip_file)
+    assert open_tree(path, ["images"]).files("images") == {"images/a.jpg": 3}
+    assert len(opened) == 2
+
+
+def test_a_member_that_unpacks_to_more_than_is_legal_is_not_read(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "z.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("images/a.jpg", bytes(5000))
-    monkeypatch.setattr("preprocess.source_tree.LARGEST_PICTURE", 4999)
     with pytest.raises(DatasetError, match=r"images/a\.jpg has 5000 bytes unpacked, legal: at most 4999"):
-        ZipTree(tmp_path / "z.zip").read("images/a.jpg")
+        ZipTree(tmp_path / "z.zip").read("images/a.jpg", 4999)

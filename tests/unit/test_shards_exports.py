@@ -367,7 +367,8 @@ def test_a_killed_export_is_not_there_and_the_next_one_removes_its_rest(tmp_path
 @pytest.mark.parametrize(("words", "expected"), [
     (("--format", "png"), "--output"), (("--output", "x"), "--format"),
     (("--format", "voc", "--output", "x"), "invalid choice: 'voc'"),
-    (("--format", "png", "--output", "s3://bucket/x"), "legal: a local folder"),
+    (("--format", "png", "--output", "s3://bucket/x"), "--output is 's3://bucket/x', legal: a local folder"),
+    (("--format", "png", "--output", ""), "--output is '', legal: a local folder"),
     (("--format", "png", "--output", "x", "--split", "test"), "no split 'test', it has: train, val")])
 def test_bad_arguments_are_errors(scene_shards: Path, words: tuple[str, ...], expected: str, tmp_path: Path,
                                   monkeypatch: pytest.MonkeyPatch, run: Command) -> None:

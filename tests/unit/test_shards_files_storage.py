@@ -20,12 +20,12 @@ import pytest
 from shards.errors import ConfigError, CorruptShardError, FormatVersionError, ShardError, StorageError
 from shards.files.cache import DiskCache
 from shards.files.object_storage import ObjectStorage
-from shards.files.storage import LocalStorage, RetryPolicy, is_remote, open_storage
+from shards.files.storage import LocalStorage, RetryPolicy, Storage, is_remote, open_storage
 from shards.manifest import MANIFEST_NAME, load_manifest, manifest_bytes
 from shards.mirror import copy_set, files_of
 from shards.reader import ShardReader, iter_samples
 from shards.verify import verify
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, make_shards
 from tests.support.object_storage import (
     Fault,
     FaultyProxy,
@@ -369,6 +369,88 @@ def test_a_mirror_copies_what_is_missing_or_wrong_and_refuses_another_set(
         copy_set(scene_shards, s3_root)
 
 
+def tars(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"precious")
+
+
+@pytest.fixture(params=["folder", "object storage"])
+def foreign(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    """A place for files of others."""
+    if request.param == "folder":
+        return open_storage(tmp_path / "foreign")
+    return open_storage(request.getfixturevalue("s3_root"))
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("notes.txt", "holds 'notes.txt', which is not of this set"),
+    ("train-000007.tar", "holds 'train-000007.tar', which is not of this set"),  # of a larger set
+    ("train-000000.tar", "train-000000.tar is of another set than .*, or damaged, as train.shards there is not"),
+    ("train.shards", "train.shards is of another set"), ("val.index", "val.index is of another set"),
+    ("manifest.json", "manifest.json is another one, so .* holds another complete shard set")])
+def test_a_set_is_not_copied_among_files_of_others(foreign: Storage, scene_shards: Path, name: str, message: str
+                                                   ) -> None:
+    foreign.write(name, b"precious")
+    with pytest.raises(ConfigError, match=message):
+        copy_set(scene_shards, foreign)
+    assert foreign.sizes() == {name: 8} and foreign.read(name) == b"precious"
+
+
+def test_a_copy_of_another_set_is_not_overwritten(foreign: Storage, scene_shards: Path, scenes: Path, tmp_path: Path
+                                                  ) -> None:
+    """Files of both have the same names; where splits are equal, these are left as they are, too."""
+    other = make_shards(tmp_path / "other", scenes, "seed=1")  # the same validation images
+    copy_set(other, foreign)
+    foreign.delete(MANIFEST_NAME)
+    before = foreign.sizes()
+    with pytest.raises(ConfigError, match=r"train\.shards is of another set than"):
+        copy_set(scene_shards, foreign)
+    assert foreign.sizes() == before
+    for file in files_of(LocalStorage(other), load_manifest(other)):
+        if file.name.startswith("train"):
+            foreign.delete(file.name)
+    assert copy_set(scene_shards, foreign) == 7  # only the validation images were there, and they are the same
+    assert verify(foreign) == []
+
+
+def test_an_interrupted_copy_goes_on_wherever_it_stopped(foreign: Storage, scene_shards: Path) -> None:
+    class Stopped(Exception):
+        pass
+
+    files = list(files_of(LocalStorage(scene_shards), load_manifest(scene_shards)))
+    for last in files[1:]:
+
+        def stop(file: object, last: object = last) -> None:
+            if file == last:
+                raise Stopped
+
+        with pytest.raises(Stopped):
+            copy_set(scene_shards, foreign, progress=stop)
+    assert copy_set(scene_shards, foreign) == 0 and verify(foreign) == []
+
+
+def test_a_folder_of_folders_or_a_file_is_no_destination(scene_shards: Path, tmp_path: Path) -> None:
+    tars(tmp_path, "sets/one/train-000000.tar", "file")
+    with pytest.raises(ConfigError, match="holds 'one', which is not of this set; legal: a new or an empty folder"):
+        copy_set(scene_shards, tmp_path / "sets")
+    with pytest.raises(ConfigError, match="file is a file, legal: a folder"):
+        copy_set(scene_shards, tmp_path / "file")
+    assert [path.name for path in (tmp_path / "sets").iterdir()] == ["one"]
+
+
+def test_shards_are_not_made_among_others_in_object_storage(s3_root: str, scenes: Path, tmp_path: Path) -> None:
+    """train-000000.tar would be overwritten, and train-000123.tar removed as a leftover."""
+    storage = open_storage(s3_root)
+    for name in ("train-000000.tar", "train-000123.tar"):
+        storage.write(name, b"precious")
+    for settings in ("seed=0", "seed=1"):
+        with pytest.raises(ConfigError, match="is not empty and is not an unfinished shard set, it has 'train-000000"):
+            make_shards(s3_root, scenes, settings, f"staging={tmp_path}")  # type: ignore[arg-type]
+    assert storage.sizes() == {"train-000000.tar": 8, "train-000123.tar": 8}
+    assert storage.read("train-000000.tar") == b"precious" and not any(tmp_path.iterdir())
+
+
 def test_a_killed_upload_is_never_taken_for_a_set_and_goes_on(
     s3: FaultyProxy, s3_root: str, scene_shards: Path
 ) -> None:
@@ -436,14 +518,16 @@ def test_preprocessing_publishes_to_object_storage(
     assert not list((tmp_path / "staging").iterdir()), "nothing stays behind"
     again = python(*command)
     assert "already complete, nothing to do" in again.stdout
-    storage = open_storage(s3_root)  # as if killed before the manifest
-    storage.delete(MANIFEST_NAME)
+    open_storage(s3_root).delete(MANIFEST_NAME)
     with pytest.raises(ShardError, match="was not finished"):
         load_manifest(s3_root)
+    refused = python(*command)  # shards without a record of who made them
+    assert refused.returncode == 2 and "is not empty and is not an unfinished shard set, it has 't" in refused.stderr
+    command = [f"{word}-too" if word == s3_root else word for word in command]
     part = python(*command, "--part", "0/3")  # of three blocks
     assert part.returncode == 0, part.stderr
     s3.writes.clear()
-    assert python(*command).returncode == 0 and verify(s3_root) == []
+    assert python(*command).returncode == 0 and verify(f"{s3_root}-too") == []
     written = {path.partition("?")[0].rpartition("/")[2] for path in s3.writes}
     assert "train-000002.tar" in written and not written & {"train-000000.tar", "train-000001.tar"}
     other = python(*command, "crops.per_image=3")
@@ -458,6 +542,27 @@ def test_audit_counts_every_sample_once(scene_shards: Path, s3_shards: str) -> N
         assert "each of 24 samples seen once" in done.stdout
         assert "3 ranks x 2 workers, 8 micro-batches of 1 per rank" in done.stdout
         assert "12 spans of consecutive samples, 0 of them read by more than one worker" in done.stdout
+
+
+@pytest.mark.parametrize(("options", "line"), [
+    (("--ranks", "1000000"), "24 samples, 1000000 ranks x 1 workers, 1 micro-batches of 2 per rank"),
+    (("--ranks", "7", "--workers", "1000000", "--batch", "1000000"), "7 ranks x 1000000 workers, 1 micro-batches"),
+    (("--ranks", "2", "--accumulation", "500000", "--batch", "1"), "2 ranks x 1 workers, 500000 micro-batches of 1")])
+def test_an_audit_of_far_too_many_ranks_takes_seconds(scene_shards: Path, options: tuple[str, ...], line: str) -> None:
+    done = python("-m", "shards", "audit", str(scene_shards), *options)  # within two minutes; it would take hours
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert line in done.stdout and "each of 24 samples seen once" in done.stdout
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (("audit", "--ranks", "1000001"), "--ranks 1000001 x --accumulation 1 are 1000001 micro-batches per step, legal"),
+    (("audit", "--ranks", "10000", "--accumulation", "101"), "are 1010000 micro-batches per step, legal: at most"),
+    (("audit", "--batch", "9" * 5000), "legal: a whole number from 1 to 1000000000000000000"),
+    (("verify", "--workers", "4097"), "argument --workers: '4097', legal: a whole number from 1 to 4096"),
+    (("verify", "--workers", "0"), "argument --workers: '0', legal: a whole number from 1 to 4096")])
+def test_numbers_too_large_for_a_command_are_named(scene_shards: Path, words: tuple[str, ...], message: str) -> None:
+    done = python("-m", "shards", words[0], str(scene_shards), *words[1:])
+    assert done.returncode == 2 and message in " ".join(done.stderr.split())
 
 
 def test_local_reads_stay_in_the_folder(scene_shards: Path) -> None:

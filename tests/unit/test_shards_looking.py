@@ -233,7 +233,7 @@ def test_a_label_that_is_no_class_is_one_error(root: Path) -> None:
     (("--first", 6, "--split", "val"), "--first is 6, legal: 0 to 5 in split 'val'"),
     (("--count", 101), "--count is 101, legal: 1 to 100"),
     (("--split", "test"), "no split 'test', it has: train, val"),
-    (("--number", 0), "'0', legal: a whole number of at least 1"), (("--first", -1), "at least 0"),
+    (("--number", 0), "'0', legal: a whole number from 1 to"), (("--first", -1), "from 0 to"),
 ])
 def test_bad_arguments_are_one_error(root: Path, words: tuple[object, ...], expected: str, run: Command) -> None:
     done = run("show", root, *words)
@@ -250,7 +250,8 @@ def test_finding_nothing_says_where_to_look(root: Path, tmp_path: Path, run: Com
 # -- info --------------------------------------------------------------------------------------------------------------
 
 
-def test_the_histogram_draws_every_class_in_its_colour(root: Path, tmp_path: Path, run: Command) -> None:
+def test_the_histogram_draws_every_class_in_its_colour(root: Path, tmp_path: Path, run: Command,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     done = run("info", root, "--histogram", tmp_path / "h.png")
     assert done.code == 0 and f"wrote {tmp_path / 'h.png'}" in done.out
     picture = np.asarray(Image.open(tmp_path / "h.png").convert("RGB"))
@@ -261,6 +262,12 @@ def test_the_histogram_draws_every_class_in_its_colour(root: Path, tmp_path: Pat
     widths = {number: (picture == color).all(2).sum() for number, color in enumerate(COLORS)}
     assert widths[0] > widths[2] > widths[5]  # which has no pixel, so a swatch and no bar
     assert run("info", root, "--histogram", "h.svg").code == 2
+    monkeypatch.chdir(tmp_path)  # where no folder called s3: may appear
+    before = sorted(tmp_path.iterdir())
+    for words in (("info", root, "--histogram"), ("show", root, "--output")):
+        done = run(*words, "s3://bucket/h.png")
+        assert done.code == 2 and f"{words[-1]} is 's3://bucket/h.png', legal: a local file" in done.err
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_info_lists_all_classes_on_request(root: Path, run: Command) -> None:
