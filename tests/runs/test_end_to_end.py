@@ -396,29 +396,29 @@ def test_evaluate_and_predict_from_the_command_line(scenes: Path, finished: Path
 
 
 def test_predictions_never_overwrite_images_or_each_other(tmp_path: Path) -> None:
-    from trainer.predict import check_outputs
+    from trainer.predicting.inputs import sources_of
+    from trainer.predicting.outputs import Outputs
 
     for name in ("a.png", "a.jpg", "a-overlay.jpg", "b.jpg"):
         (tmp_path / name).touch()
-    images = {name: tmp_path / name for name in ("a.png", "a.jpg", "a-overlay.jpg", "b.jpg")}
-    check_outputs([images["a.jpg"], images["b.jpg"]], tmp_path / "out")
+
+    def check(output: Path, *names: str) -> None:
+        outputs = Outputs(folder=output, kinds=("ids", "overlay"))
+        outputs.check(sources_of([str(tmp_path / name) for name in names]))
+
+    check(tmp_path / "out", "a.jpg", "b.jpg", "a.jpg")
     with pytest.raises(ConfigError, match=r"both be written to .*a\.png"):
-        check_outputs([images["a.jpg"], images["a.png"]], tmp_path / "out")
+        check(tmp_path / "out", "a.jpg", "a.png")
     with pytest.raises(ConfigError, match=r"both be written to .*a-overlay\.png"):
-        check_outputs([images["a.jpg"], images["a-overlay.jpg"]], tmp_path / "out")
+        check(tmp_path / "out", "a.jpg", "a-overlay.jpg")
     with pytest.raises(ConfigError, match=r"would overwrite the image .*a\.png"):
-        check_outputs([images["a.png"]], tmp_path)
+        check(tmp_path, "a.png")
 
 
-def test_images_of_which_none_is_a_file_are_refused_at_once(tmp_path: Path) -> None:
-    from trainer.predict import usable_images
-
-    (tmp_path / "a.jpg").touch()
-    for image, message in ((tmp_path, "is a folder"), (tmp_path / "b.jpg", r"b\.jpg does not exist"),
-                           (Path("eval.mode=whole"), "to change a setting, use --set eval.mode=whole")):
-        with pytest.raises(ConfigError, match=message):
-            usable_images([image, tmp_path / "c.jpg"])
-        assert len(usable_images([image, tmp_path / "a.jpg"])) == 2
+def test_a_setting_among_the_images_is_refused(finished: Path, tmp_path: Path) -> None:
+    result = run_program("trainer/predict.py", "--checkpoint", finished / "checkpoints/best.pt", "--output",
+                         tmp_path / "out", "eval.mode=whole")
+    assert result.returncode == 2 and "to change a setting, use --set eval.mode=whole" in result.stderr
 
 
 def test_prediction_goes_on_after_an_image_that_cannot_be_used(finished: Path, scenes: Path, tmp_path: Path) -> None:
@@ -430,7 +430,7 @@ def test_prediction_goes_on_after_an_image_that_cannot_be_used(finished: Path, s
     assert re.search(r"error: \S*bad\.jpg", result.stderr) and re.search(r"error: \S*missing\.jpg", result.stderr)
     assert "2 of 4 images could not be predicted" in result.stderr and "2 predictions written to" in result.stdout
     assert all((tmp_path / "out" / f"{path.stem}.png").exists() for path in good)
-    assert json.loads((tmp_path / "out/classes.json").read_text())["0"]
+    assert json.loads((tmp_path / "out/predicted-with.json").read_text())["classes"]["0"]
 
 
 def test_an_image_beyond_memory_is_one_line_with_settings(finished: Path, tmp_path: Path) -> None:
