@@ -178,8 +178,8 @@ class Predictor:
         pixels = image[None].to(self.device, non_blocking=True)
         if size == tuple(image.shape[1:]):
             return pixels
-        return F.interpolate(normalize(pixels, self.rules.mean, self.rules.std), size, mode="bilinear",
-                             align_corners=False, antialias=True)
+        resized = F.interpolate(pixels.float(), size, mode="bilinear", align_corners=False, antialias=True)
+        return normalize(resized, self.rules.mean, self.rules.std)  # of fewer pixels, if the image is huge
 
     @torch.inference_mode()
     def view_scores(self, pixels: Tensor, size: Size, mirrored: bool) -> Tensor:
