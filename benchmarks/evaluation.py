@@ -164,7 +164,8 @@ def measure_memory(result: Result) -> None:
 def child(head: str, settings: list[str]) -> None:
     """Print the peak of memory, in GB, and the seconds."""
     small = [f"decoder_head.{each}" for each in SMALL_HEAD] if head == "m2f" else []
-    config = configured(head, None, *small, *(f"eval.{each}" for each in settings), sizes=TINY_SIZES)
+    config = configured(head, None, *small, f"eval.stride={CROP}", *(f"eval.{each}" for each in settings),
+                        sizes=TINY_SIZES)
     predict = Predictor(build_model(config, CLASSES).eval(), config, CLASSES, CPU)
     predict(pictures(1, 1024, 1024)[0])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
