@@ -40,7 +40,9 @@ def main() -> int:
 def _export(arguments: argparse.Namespace, output: Path) -> int:
     from tqdm import tqdm
 
-    from trainer.export_formats import write_directory, write_meta_files, write_program
+    from trainer.exporting.directory import write_directory
+    from trainer.exporting.meta import write_meta_files
+    from trainer.exporting.program import write_program
 
     writers = {"directory": write_directory, "meta": write_meta_files, "program": write_program}
     arguments.overrides = ["device=cpu", *arguments.overrides]
