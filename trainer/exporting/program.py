@@ -50,8 +50,12 @@ class InferenceGraph(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """RGB uint8 [B, 3, H, W] -> scores per class float32 [B, C, H, W]; argmax over C gives class ids."""
-        outputs = self.model(normalize(images, self.mean, self.std))
+        outputs = self.model(self.normalized(images))
         return self.model.semantic_logits(outputs, (images.shape[2], images.shape[3]))
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] -> what the network takes, float32 [B, 3, H, W]."""
+        return normalize(images, self.mean, self.std)
 
 
 def inference_program(pretrained: Pretrained) -> ExportedProgram:
