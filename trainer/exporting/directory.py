@@ -14,9 +14,13 @@ from trainer.models.integrity import safetensors_metadata, seal_safetensors
 from trainer.pretrained import Pretrained, export_config
 
 
-def write_directory(pretrained: Pretrained, folder: Path) -> list[Path]:
-    """model.safetensors (the whole model, keys as in Meta's layout), then config.json."""
-    state = plain(pretrained.model.meta_state_dict())
+def write_directory(pretrained: Pretrained, folder: Path, *, backbone_source: str | None = None) -> list[Path]:
+    """model.safetensors (the whole model, keys as in Meta's layout), then config.json.
+
+    With `backbone_source`, a hub id, the ViT is named instead of contained.
+    """
+    model = pretrained.model
+    state = plain(model.meta_state_dict() if backbone_source is None else model.head_state_dict())
 
     def write(path: Path) -> None:
         save_file(state, path, safetensors_metadata(metadata.version("maskstream")))
@@ -24,5 +28,5 @@ def write_directory(pretrained: Pretrained, folder: Path) -> list[Path]:
 
     weights = written(folder / "model.safetensors", write)
     config = folder / "config.json"
-    write_atomically(config, to_json(export_config(pretrained), indent=1).encode())
+    write_atomically(config, to_json(export_config(pretrained, backbone_source), indent=1).encode())
     return [weights, config]
