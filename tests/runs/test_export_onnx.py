@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import re
 import subprocess
@@ -197,6 +198,22 @@ def test_a_wrong_graph_is_not_written(linear: Pretrained, tmp_path: Path, monkey
     monkeypatch.setattr(onnx_model, "_UNWANTED", {"Conv", "Loop"})
     with pytest.raises(ExportError, match="holds the operators Conv, legal: those of the standard domain except Conv"):
         write_onnx(linear, tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("wrong", "is_written"), [(2, True), (3, False)])
+def test_rounding_may_decide_a_mask_in_one_image_but_not_in_all(
+    wrong: int, is_written: bool, linear: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first `wrong` comparisons fail, of three images."""
+    forward, calls = AnySizeGraph.forward, itertools.count()
+    monkeypatch.setattr(AnySizeGraph, "forward",
+                        lambda graph, images: forward(graph, images) + (next(calls) < wrong))
+    if is_written:
+        assert write_onnx(linear, tmp_path / "out") == [tmp_path / "out/model.onnx"]
+    else:
+        with pytest.raises(ExportError, match="differ from the model's"):
+            write_onnx(linear, tmp_path / "out")
 
 
 def test_without_the_extra_the_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
