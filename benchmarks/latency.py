@@ -1,7 +1,7 @@
 """How long does a trained model take for an image, by head, image size and format, on the CPU?
 
-From uint8 pixels to scores of 150 classes at the size of the image, in one forward pass, with a random ViT-S and heads of
-the recipes' sizes. Latency is for one image, throughput for a batch. eager is PyTorch as it is; compiled is
+From uint8 pixels to scores of 150 classes at the size of the image, in one forward pass, with a random ViT-S and heads
+of the recipes' sizes. Latency is for one image, throughput for a batch. eager is PyTorch as it is; compiled is
 `torch.compile` of the whole graph for one shape; program is the file of `torch.export`, and ONNX is `model.onnx` in
 onnxruntime. Repetitions of all formats are interleaved in one process; ratios are medians over repetitions.
 It is an error if the scores of a format differ from eager's by more than a thousandth of the largest.
@@ -32,8 +32,8 @@ from trainer.exporting.onnx_model import write_onnx
 from trainer.exporting.program import InferenceGraph, inference_program
 from trainer.pretrained import Pretrained
 
-WIDTHS = {"m2f": ("hidden_dim=256", "nheads=8", "enc_ffn=1024", "dec_ffn=1024"), "linear": (), "eomt": ("num_blocks=3",),
-          "pmt": ()}
+WIDTHS = {"m2f": ("hidden_dim=256", "nheads=8", "enc_ffn=1024", "dec_ffn=1024"), "linear": (),
+          "eomt": ("num_blocks=3",), "pmt": ()}
 Run = Callable[[Tensor], Tensor]
 
 
@@ -93,8 +93,8 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes a minute each")
     arguments = parser.parse_args()
     result = Result("latency", arguments.results)
-    table = result.table(f"From pixels to scores of {CLASSES} classes; speeds relative to eager", "head", "side", "format",
-                         "latency, ms", "speed", f"images/s, batch of {arguments.batch}", "speed")
+    table = result.table(f"From pixels to scores of {CLASSES} classes; speeds relative to eager", "head", "side",
+                         "format", "latency, ms", "speed", f"images/s, batch of {arguments.batch}", "speed")
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         for head in arguments.heads:
             pretrained = model_of(head)

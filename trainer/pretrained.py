@@ -32,6 +32,7 @@ from trainer.evaluation.predictor import Extra, Predictor
 from trainer.model_config import BackboneConfig, RandomBackboneConfig
 from trainer.models import Segmenter
 from trainer.models.backbones.base import state_sha256
+from trainer.models.declared import declared_backbone
 from trainer.models.integrity import sealed_config
 from trainer.models.weights import EXPORT_MODEL_TYPE, WeightsFile
 from trainer.run.checkpoint import Checkpoint, open_checkpoint
@@ -157,11 +158,16 @@ def model_from_weights(weights: WeightsFile, config: RunConfig, num_classes: int
     return model.eval().to(device)
 
 
-def export_config(pretrained: Pretrained) -> dict[str, Any]:
-    """The content of an export's config.json, without any path of this machine."""
+def export_config(pretrained: Pretrained, backbone_source: str | None = None) -> dict[str, Any]:
+    """The content of an export's config.json, without any path of this machine.
+
+    `backbone_source`: hub id of the ViT, for an export that does not contain it.
+    """
     config = replace(pretrained.config, load=LoadConfig(), device="auto")  # load.ignore goes with load.weights
     config = without_places(replace(config, backbone=replace(config.backbone, random=RandomBackboneConfig())))
+    named = {"source": backbone_source, "sha256": pretrained.model.backbone.weights_sha256()}
     return sealed_config({
+        **({} if backbone_source is None else {"backbone": named}),
         "model_type": EXPORT_MODEL_TYPE, "format": EXPORT_FORMAT,
         "layer_norm_eps": pretrained.model.backbone.layer_norm_eps,
         "num_attention_heads": pretrained.model.backbone.num_heads,
@@ -171,7 +177,8 @@ def export_config(pretrained: Pretrained) -> dict[str, Any]:
 
 
 def _exported_settings(weights: WeightsFile) -> tuple[RunConfig, list[ClassInfo]]:
-    """Inverse of `export_config`, with the ViT from the same directory. Raises ConfigError for malformed content."""
+    """Inverse of `export_config`, with the ViT from the same directory, or the one that it names. Raises ConfigError
+    for malformed content."""
     content = weights.config
     if content.get("format") != EXPORT_FORMAT:
         raise ConfigError(f"{weights.path}/config.json: format is {content.get('format')!r}, legal: {EXPORT_FORMAT}; "
@@ -183,5 +190,6 @@ def _exported_settings(weights: WeightsFile) -> tuple[RunConfig, list[ClassInfo]
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{weights.path}/config.json is incomplete: {error!r}") from error
-    backbone = BackboneConfig(**{**vars(settings.backbone), "source": str(weights.path)})
+    source, _ = declared_backbone(content, weights.path / "config.json") or (str(weights.path), None)
+    backbone = BackboneConfig(**{**vars(settings.backbone), "source": source})
     return replace(settings, backbone=backbone), classes

@@ -22,7 +22,7 @@ from tests.conftest import REPOSITORY
 from tests.runs.test_end_to_end import ALONE, EOMT, PMT, run_program, tiny
 from trainer.build import build_model
 from trainer.config import RunConfig, load_run_config
-from trainer.export_formats import InferenceGraph
+from trainer.exporting.program import InferenceGraph
 from trainer.loop import train
 from trainer.models.weights import read_weights
 from trainer.pretrained import Pretrained, export_config, load_pretrained

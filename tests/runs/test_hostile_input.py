@@ -27,7 +27,7 @@ from tests.support.training_run import TINY
 from tests.unit.test_trainer_run_checkpoint import state
 from trainer.build import build_model
 from trainer.config import RunConfig, load_run_config
-from trainer.export_formats import write_directory
+from trainer.exporting.directory import write_directory
 from trainer.models.backbones.dinov3_keys import VitArchitecture, architecture_of
 from trainer.models.backbones.sources import load_vit
 from trainer.models.hub import directory_config

@@ -18,7 +18,8 @@ from tests.runs.test_end_to_end import run_program
 from tests.unit.test_trainer_run_checkpoint import state, written
 from trainer.build import build_model
 from trainer.config import load_run_config
-from trainer.export_formats import write_directory, write_meta_files
+from trainer.exporting.directory import write_directory
+from trainer.exporting.meta import write_meta_files
 from trainer.models.integrity import check_file
 from trainer.models.weights import read_weights
 from trainer.pretrained import Pretrained, load_pretrained

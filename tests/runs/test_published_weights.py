@@ -17,7 +17,7 @@ from tests.unit.test_trainer_models_backbones_dinov2 import classes, vit
 from tests.unit.test_trainer_models_pmt import published as pmt_file
 from trainer.build import build_model
 from trainer.config import load_run_config
-from trainer.export_formats import write_meta_files
+from trainer.exporting.meta import write_meta_files
 from trainer.loop import train
 from trainer.pretrained import Pretrained, load_pretrained
 

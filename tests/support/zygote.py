@@ -107,11 +107,13 @@ def _serve() -> None:
     from matplotlib.backends import backend_agg
     from torch.utils import tensorboard
 
-    import trainer.export_formats
+    import trainer.exporting.directory
+    import trainer.exporting.meta
+    import trainer.exporting.program
     import trainer.loop
     import trainer.pretrained
 
-    assert all((matplotlib.figure, pydantic, pytest, backend_agg, tensorboard, trainer.export_formats))
+    assert all((matplotlib.figure, pydantic, pytest, backend_agg, tensorboard, trainer.exporting.program))
 
     for line in sys.stdin:
         request = json.loads(line)

@@ -34,7 +34,7 @@ LAYERS: dict[str, tuple[set[str], ...]] = {
         {"build", "mask_classification_loss"},
         {"run"},
         {"loop", "pretrained"},
-        {"model_options", "export_formats", "serving", "predicting"},
+        {"model_options", "exporting", "serving", "predicting"},
         {"train", "eval", "predict", "export", "status", "app"},
     ),
     "shards": (

@@ -37,8 +37,8 @@ from tests.support.object_storage import FaultyProxy
 from tests.support.zygote import run_forked
 from trainer.config import load_run_config
 
-PAGES = ("your-data", "training", "evaluation", "weights", "streaming", "resilience", "contributing", "format",
-         "benchmarks", "index")
+PAGES = ("your-data", "training", "evaluation", "weights", "export", "streaming", "resilience", "contributing",
+         "format", "benchmarks", "index")
 FILES = [*(REPOSITORY / "docs" / f"{name}.md" for name in PAGES),
          *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))]
 MARK = re.compile(r"<!-- (not run(?: here)?|run with|dry run|overrides of|checked by)(?:: (.+))? -->")

@@ -19,7 +19,8 @@ from shards.manifest import ClassInfo
 from tests.unit.test_trainer_models import all_predictions_loss
 from trainer.build import build_model
 from trainer.config import load_run_config
-from trainer.export_formats import inference_program, write_directory
+from trainer.exporting.directory import write_directory
+from trainer.exporting.program import inference_program
 from trainer.model_config import BackboneConfig
 from trainer.models.backbones.base import vit_layers_above
 from trainer.models.backbones.dinov2 import interpolated, resampling

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from shards.cli.settings import shown_value
 from shards.errors import ConfigError
+from trainer.models.hub import is_hub_id
 
 # What converting malformed weights can raise: missing keys, wrong numbers of axes, sizes that do not divide.
 MALFORMED = (LookupError, ArithmeticError, ValueError, TypeError, RuntimeError, AttributeError)
@@ -38,6 +40,20 @@ def declared_heads(config: Mapping[str, Any], path: Path, *, divisor: int = 1) -
                           f"is a multiple of {divisor} x num_attention_heads" if divisor > 1 else
                           f"{path}: num_attention_heads is {heads}, legal: a divisor of hidden_size ({width})")
     return heads
+
+
+def declared_backbone(config: Mapping[str, Any], path: Path) -> tuple[str, str] | None:
+    """Hub id and sha256 of the ViT that an export names instead of containing it; None if it names none. Raises
+    ConfigError: a file from elsewhere must not choose among this machine's files."""
+    if "backbone" not in config:
+        return None
+    value = config["backbone"]
+    source, sha256 = (value.get(key) if isinstance(value, dict) else None for key in ("source", "sha256"))
+    if not (isinstance(source, str) and is_hub_id(source)
+            and isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)):
+        raise ConfigError(f"{path}: backbone is {shown_value(value)}, legal: an object with source, a hub id, and "
+                          "sha256, 64 hexadecimal digits")
+    return source, sha256
 
 
 def check_declared(config: Mapping[str, Any], actual: Mapping[str, Any], path: Path) -> None:

@@ -6,7 +6,8 @@ The adapter uses it with one level, the pixel decoder with three.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -51,12 +52,66 @@ def deformable_sampling(
     return total.view(batch, heads * width, queries).transpose(1, 2)
 
 
+def gathered_sampling(
+    value: Tensor, spatial_shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
+) -> Tensor:
+    """`deformable_sampling`, up to float rounding, without `grid_sample`: TensorRT compiles that wrongly here.
+
+    The four pixels around each position are gathered from all tokens of the batch at once; those outside of the map are
+    replaced by ones inside and weigh nothing. Needs memory for all samples; only for graphs of other runtimes.
+    """
+    batch, tokens_per_image, heads, width = value.shape
+    starts = [0]
+    for rows, columns in spatial_shapes:
+        starts.append(starts[-1] + rows * columns)
+    table = [side for (rows, columns), start in zip(spatial_shapes, starts, strict=False)
+             for side in (columns, rows, start)]
+    geometry = torch.stack([torch.full((), number, dtype=torch.int64, device=value.device) for number in table])
+    geometry = geometry.view(-1, 1, 3)  # [levels, 1, (columns, rows, first token)]
+    sizes, row_length, start = geometry[..., :2].to(locations.dtype), geometry[..., 0], geometry[..., 2]
+    first_tokens = torch.arange(batch, device=value.device).view(-1, 1, 1, 1, 1) * tokens_per_image + start
+    head = torch.arange(heads, device=value.device).view(-1, 1, 1)
+
+    positions = locations * sizes - 0.5  # in pixels from the centre of the first one
+    low = positions.floor()
+    neighbours = []  # (x, y) of the pixel before and after, and its share in the sample: [B, Lq, heads, levels, P] each
+    for pixel in (low, low + 1):
+        share = torch.where((pixel >= 0) & (pixel < sizes), 1 - (positions - pixel).abs(), 0)
+        inside = torch.minimum(pixel.clamp(min=0), sizes - 1).to(torch.int64)
+        neighbours.append((*inside.unbind(-1), *share.unbind(-1)))
+    tokens = value.reshape(-1, width)  # [B * sum HW * heads, d]
+    total: Tensor | float = 0.0
+    for _, y, _, y_share in neighbours:
+        row, row_weight = first_tokens + y * row_length, weights * y_share
+        for x, _, x_share, _ in neighbours:
+            index = (row + x) * heads + head
+            samples = tokens.index_select(0, index.flatten()).view(*index.shape, width)
+            total = total + samples * (row_weight * x_share).unsqueeze(-1)  # [B, Lq, heads, levels, P, d]
+    assert isinstance(total, Tensor)
+    return total.sum(dim=(3, 4)).flatten(2)
+
+
+@contextmanager
+def sampling_by_gathers(model: nn.Module) -> Iterator[None]:
+    """Inside, all deformable attention of a model uses `gathered_sampling`."""
+    layers = [module for module in model.modules() if isinstance(module, MSDeformAttn)]
+    for layer in layers:
+        layer.by_gathers = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.by_gathers = False
+
+
 class MSDeformAttn(nn.Module):
     """Every query samples `n_points` learned positions per head and level around its reference point.
 
     d_model   width of queries, value tokens and output
     ratio     width of the projected values, as a fraction of d_model; must be divisible by n_heads
     """
+
+    by_gathers = False  # see `sampling_by_gathers`
 
     def __init__(self, d_model: int, n_levels: int, n_heads: int, n_points: int, ratio: float) -> None:
         super().__init__()
@@ -110,4 +165,5 @@ class MSDeformAttn(nn.Module):
             # Filled on the device: torch.tensor([...], device=...) would copy from the host and synchronise.
             sizes = torch.stack([offsets.new_full((), side) for h, w in spatial_shapes for side in (w, h)])
             locations = reference_points.float()[:, :, None, :, None] + offsets / sizes.view(levels, 1, 2)
-            return self.output_proj(deformable_sampling(value, spatial_shapes, locations, weights))
+            sample = gathered_sampling if self.by_gathers else deformable_sampling
+            return self.output_proj(sample(value, spatial_shapes, locations, weights))

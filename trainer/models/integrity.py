@@ -30,7 +30,8 @@ _SEAL_BYTES = len(_BEGIN) + _DIGITS + len(_END)
 _UNSEALED = "0" * _DIGITS
 _CHUNK_BYTES = 4 << 20
 _MAX_HEADER = 100 << 20  # bytes; the limit of the safetensors library
-_CONFIG_KEYS = {"model_type", "format", "layer_norm_eps", "num_attention_heads", "classes", "settings", "sha256"}
+_CONFIG_KEYS = {"model_type", "format", "layer_norm_eps", "num_attention_heads", "classes", "settings", "backbone",
+                "sha256"}
 _HASH = re.compile(rb"\b[0-9a-fA-F]{64}\b")
 
 

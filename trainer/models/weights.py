@@ -11,7 +11,8 @@
 Each can be a torch or a safetensors file. Directories, or their hub ids, with config.json and safetensors:
 
     eomt_dinov3, eomt         EoMT as published for transformers (`trainer.models.eomt_keys`)
-    maskstream                written by `trainer/export.py`: the whole model, settings and classes
+    maskstream                written by `trainer/export.py`: the whole model (or all but a ViT that it names),
+                              settings and classes
 
 A Hugging Face directory of a ViT contains no head; `trainer.models.backbones.sources` reads it.
 """
@@ -30,7 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from shards.errors import ConfigError
-from trainer.models.declared import declared_count, declared_epsilon
+from trainer.models.declared import declared_backbone, declared_count, declared_epsilon
 from trainer.models.eomt_keys import EOMT_CONFIGS, complete_eomt_config, split_eomt
 from trainer.models.fitting import listed
 from trainer.models.hub import directory_config, directory_tensors, is_hub_id, model_directory, single_file
@@ -58,7 +59,7 @@ class WeightsFile:
     path: Path
     vit: dict[str, Tensor] = field(default_factory=dict)
     model: dict[str, Tensor] = field(default_factory=dict)
-    backbone_sha256: str | None = None  # in our own checkpoints: the ViT that the head was trained on
+    backbone_sha256: str | None = None  # in our own files without it: the ViT that the head was trained on
     vit_form: Literal["complete", "partial", "differences"] = "complete"
     layer_norm_eps: float | None = None  # of the ViT; None: that of its family
     num_heads: int | None = None  # of the ViT; None: as its layout says, or as usual in its family
@@ -102,8 +103,9 @@ def _read_directory(folder: Path, *, mmap: bool) -> WeightsFile:
         heads = None  # in exports of older versions
         if "num_attention_heads" in config:
             heads = declared_count(config, "num_attention_heads", path, most=512)
+        _, sha256 = declared_backbone(config, path) or (None, None)
         return replace(weights_in(state, folder), layer_norm_eps=declared_epsilon(config, path), num_heads=heads,
-                       config=config)
+                       backbone_sha256=sha256, config=config)
     complete = complete_eomt_config(config, folder / "config.json")
     vit, head = split_eomt(state, complete, folder)
     return WeightsFile(path=folder, vit=vit, model=head, layer_norm_eps=complete["layer_norm_eps"],

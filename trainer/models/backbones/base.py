@@ -81,6 +81,9 @@ class Backbone(RecomputingModule, ABC):
     compared in the layout of Meta's files.
     """
 
+    family: str  # as its authors call it
+    license: str  # of the published weights
+    is_gated: bool  # whether these are given only to who accepts the licence
     embed_dim: int
     num_heads: int
     num_prefix_tokens: int  # class token and registers

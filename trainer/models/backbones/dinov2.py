@@ -40,6 +40,7 @@ class Dinov2Backbone(Backbone):
 
     vit: Dinov2
     to_stride: Tensor
+    family, is_gated, license = "DINOv2", False, "Apache-2.0"
     usual_epsilon = LAYER_NORM_EPS
 
     def __init__(self, vit: Dinov2, layers: Sequence[int], *, patch_resize: str = "weights", trainable: bool = False,

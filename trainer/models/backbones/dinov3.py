@@ -29,6 +29,8 @@ class DINOv3Backbone(Backbone):
     """DINOv3: patches of 16 pixels, positions as a rotary code."""
 
     vit: DINOv3ViTModel
+    family, is_gated = "DINOv3", True
+    license = "DINOv3 License (https://ai.meta.com/resources/models-and-libraries/dinov3-license/)"
     usual_epsilon = LAYER_NORM_EPS
 
     def __init__(

@@ -1,0 +1,188 @@
+"""The model card, README.md of an upload: what a reader of the hub's page needs to use and judge the model.
+
+Everything in it comes from the run: settings and classes from the checkpoint, numbers of images from the shard set if
+it is in a folder, metrics from the run's evaluation/metrics.json if they are of these weights. The licence is the
+user's to choose.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from shards.errors import ConfigError, ShardError
+from shards.files.outside_json import parse_json
+from shards.manifest import ClassInfo, load_manifest
+from shards.shown_text import shown
+from trainer.config import EvalConfig
+from trainer.pretrained import Pretrained
+
+CARD_NAME = "README.md"
+LICENSES = "https://huggingface.co/docs/hub/repositories-licenses"
+_METRICS = {"mIoU": "mean_iou", "aAcc": "accuracy", "mAcc": "mean_accuracy"}  # ours -> the hub's types
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """What a card says besides the model's own settings."""
+
+    repo_id: str
+    formats: Sequence[str]
+    contains_backbone: bool
+    dataset: str | None = None  # name of the training data
+    dataset_id: str | None = None  # on the hub
+    images: Mapping[str, int] = field(default_factory=dict)  # of each split, if known
+    metrics: Mapping[str, float] = field(default_factory=dict)  # mIoU, aAcc, mAcc, if known
+    license: str | None = None
+    backbone_id: str | None = None  # hub id, if known
+
+
+def model_card(pretrained: Pretrained, facts: CardFacts) -> str:
+    """The card's text: YAML for the hub's search and tables, then Markdown."""
+    card = ModelCard(f"---\n{_card_data(pretrained, facts).to_yaml()}\n---\n\n" + "\n".join(_body(pretrained, facts)))
+    return str(card)
+
+
+def found_data(pretrained: Pretrained) -> tuple[str | None, dict[str, int]]:
+    """Name of the shard set that the run was trained on, and images per split; what is unknown is left out."""
+    root = pretrained.config.data.root
+    if root is None:
+        return None, {}
+    name = re.split(r"[?#]", root)[0].rstrip("/").rpartition("/")[2] or None  # of a URL, no credentials
+    if not Path(root).is_dir():
+        return name, {}
+    try:
+        manifest = load_manifest(root)
+    except ShardError:
+        return name, {}
+    if list(manifest.classes) != pretrained.classes:  # another set is there now
+        return name, {}
+    images = {split: info.images for split, info in manifest.splits.items()}
+    return name if manifest.dataset == "folder" else manifest.dataset, images
+
+
+def found_metrics(checkpoint: Path, step: int | None) -> dict[str, float]:
+    """mIoU, aAcc and mAcc that trainer/eval.py wrote by default for these weights; empty if there are none."""
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent.parent
+    path = folder / "evaluation" / "metrics.json"
+    try:
+        record = parse_json(path.read_bytes(), str(path))
+    except (OSError, ConfigError):
+        return {}
+    evaluated = Path(str(record.get("checkpoint"))).name
+    if record.get("step") != step or (step is None and evaluated != checkpoint.name):
+        return {}
+    return {name: float(record[name]) for name in _METRICS
+            if type(record.get(name)) in (int, float) and math.isfinite(record[name])}
+
+
+def _card_data(pretrained: Pretrained, facts: CardFacts) -> ModelCardData:
+    results = [EvalResult(task_type="image-segmentation", dataset_type=facts.dataset_id or "unknown",
+                          dataset_name=shown(facts.dataset or "validation data"),
+                          dataset_split=pretrained.config.data.val_split,
+                          metric_type=_METRICS[name], metric_name=name, metric_value=round(value, 4))
+               for name, value in facts.metrics.items()]
+    return ModelCardData(
+        license=facts.license,
+        library_name="maskstream",
+        pipeline_tag="image-segmentation",
+        tags=["semantic-segmentation", pretrained.config.decoder_head.type, pretrained.model.backbone.family.lower()],
+        datasets=[facts.dataset_id] if facts.dataset_id else None,
+        metrics=["mean_iou"] if facts.metrics else None,
+        base_model=facts.backbone_id,
+        model_name=facts.repo_id.rpartition("/")[2] if results else None,
+        eval_results=results or None,
+    )
+
+
+def _body(pretrained: Pretrained, facts: CardFacts) -> Iterator[str]:
+    config, classes = pretrained.config, pretrained.classes
+    yield f"# {facts.repo_id.rpartition('/')[2]}\n"
+    yield (f"Semantic segmentation into {len(classes)} classes: a head of type `{config.decoder_head.type}` on a "
+           f"{pretrained.model.backbone.family} ViT, trained with MaskStream {metadata.version('maskstream')}.\n")
+    yield "## Use\n"
+    yield "```python\nfrom trainer.pretrained import load_pretrained  # of MaskStream"
+    yield f'model = load_pretrained("{facts.repo_id}")'
+    yield 'prediction = model.predict("photo.jpg")  # .label_map: class ids [H, W]; .areas(): the classes found\n```\n'
+    if "onnx" in facts.formats:
+        yield "`model.onnx` runs in onnxruntime, without torch; its metadata say what it takes and returns.\n"
+    yield f"## Classes\n\n<details><summary>{len(classes)} classes</summary>\n"
+    yield "\n".join(f"{number}. {_plain(info)}" for number, info in enumerate(classes)) + "\n\n</details>\n"
+    yield "## Training\n\n| | |\n|---|---|"
+    yield from (f"| {name} | {value} |" for name, value in _recipe(pretrained, facts).items())
+    yield "\n`config.json` holds all settings.\n"
+    yield "## Evaluation\n"
+    if facts.metrics:
+        yield f"Split `{config.data.val_split}`, {_protocol(config.eval)}.\n\n| metric | value |\n|---|---|"
+        yield from (f"| {name} | {value:.4f} |" for name, value in facts.metrics.items())
+    else:
+        yield "There was no evaluation by `trainer/eval.py` of these weights when this card was written."
+    yield "\n## Licence\n"
+    yield from _licence(pretrained, facts)
+
+
+def _recipe(pretrained: Pretrained, facts: CardFacts) -> dict[str, str]:
+    config, backbone = pretrained.config, pretrained.model.backbone
+    known = ", ".join(f"{count} images in {split}" for split, count in facts.images.items())
+    steps = f"{config.train.total_steps}" if pretrained.step is None else (
+        f"{pretrained.step} of {config.train.total_steps}")
+    head = config.decoder_head
+    return {
+        "data": f"{_escaped(facts.dataset or 'unknown')}, {len(pretrained.classes)} classes" + (
+            f", {known}" if known else ""),
+        "head": f"{head.type}" + ("" if head.type == "linear" else f", {head.num_queries} queries"),
+        "ViT": f"{backbone.family}, width {backbone.embed_dim}, {backbone.depth} blocks, "
+               f"{'trained' if config.backbone.trainable else 'frozen'}" + (
+                   f", [{facts.backbone_id}](https://huggingface.co/{facts.backbone_id})" if facts.backbone_id else ""),
+        "parameters": f"{sum(parameter.numel() for parameter in pretrained.model.parameters()) / 1e6:.1f} million",
+        "steps": steps,
+        "images per step": f"{config.train.global_batch_size}",
+        "crops": "as stored" if config.data.crop_size is None else f"{config.data.crop_size} pixels",
+        "learning rate": f"{config.optimizer.lr:g}, {config.optimizer.schedule}, {config.optimizer.warmup_steps} steps "
+                         "of warm-up",
+        "weight decay": f"{config.optimizer.weight_decay:g}",
+        "seed": f"{config.seed}",
+    }
+
+
+def _protocol(settings: EvalConfig) -> str:
+    windows = "whole images" if settings.mode == "whole" else (
+        f"windows of {settings.crop_size} pixels, {settings.stride} apart")
+    views = ", flipped as well" if settings.tta_flip else ""
+    scales = f", scales {', '.join(map(str, settings.tta_ratios))}" if settings.tta_ratios else ""
+    rules = f", by the rules of {settings.reference}" if settings.reference else ""
+    some = f", the first {settings.max_images} images" if settings.max_images else ""
+    return windows + views + scales + rules + some
+
+
+def _licence(pretrained: Pretrained, facts: CardFacts) -> Iterator[str]:
+    backbone, config = pretrained.model.backbone, pretrained.config.backbone
+    if facts.license is None:
+        yield f"**Not chosen yet.** Set `license:` at the top of this file to one of [these]({LICENSES}).\n"
+    else:
+        yield f"`{facts.license}`, chosen by who published this model.\n"
+    if config.random.hidden_size is not None:
+        yield "The ViT's weights are random, not published ones.\n"
+    elif facts.contains_backbone:
+        yield (f"This repository contains weights of {backbone.family}, to which their own licence applies: "
+               f"{backbone.license}. Whoever passes them on, changed or not, has to follow it"
+               + (", and to enclose a copy.\n" if backbone.is_gated else ".\n"))
+    else:
+        yield (f"The ViT is not in this repository. Loading the model gets it from {facts.backbone_id}, where its "
+               f"licence has to be accepted first: {backbone.license}.\n")
+    yield "The training data has a licence of its own, which is not known here."
+
+
+def _plain(info: ClassInfo) -> str:
+    return _escaped(info.name)
+
+
+def _escaped(text: str) -> str:
+    """Text without meaning in Markdown or HTML, on one line."""
+    return re.sub(r"([\\`*_{}\[\]<>|#&!])", r"\\\1", shown(text))
