@@ -234,8 +234,8 @@ def test_gated_weights_are_named_and_come_from_where_they_were_published(
     assert not [key for key in load_file(tmp_path / "out/model.safetensors") if "feature_model" in key]
     expected = load_pretrained(dinov3_run).predict(picture()).label_map
     assert np.array_equal(load_pretrained("tester/seg").predict(picture()).label_map, expected)
-    assert np.array_equal(load_pretrained(tmp_path / "out", overrides=[f"backbone.source={vit}"]).predict(picture()).label_map,
-                          expected), "a copy of the ViT does too"
+    local = load_pretrained(tmp_path / "out", overrides=[f"backbone.source={vit}"])
+    assert np.array_equal(local.predict(picture()).label_map, expected), "a copy of the ViT does too"
     card = ModelCard((tmp_path / "out/README.md").read_text())
     assert card.data.base_model == VIT and "The ViT is not in this repository." in card.text
 
