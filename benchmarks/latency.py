@@ -90,17 +90,15 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=int, default=[256, 512], help="image sides (default: 256 512)")
     parser.add_argument("--batch", type=int, default=4, help="images per batch for throughput (default: 4)")
     parser.add_argument("--repetitions", type=int, default=5, help="interleaved repetitions (default: 5)")
-    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes a minute each")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
     arguments = parser.parse_args()
     result = Result("latency", arguments.results)
     table = result.table(f"From pixels to scores of {CLASSES} classes; speeds relative to eager", "head", "side",
                          "format", "latency, ms", "speed", f"images/s, batch of {arguments.batch}", "speed")
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         for head in arguments.heads:
-            pretrained = model_of(head)
+            runs = formats_of(model_of(head), Path(folder, head), not arguments.no_compile)
             for size in arguments.sizes:
-                torch.compiler.reset()
-                runs = formats_of(pretrained, Path(folder, f"{head}-{size}"), not arguments.no_compile)
                 measure(table, head, size, runs, arguments.batch, arguments.repetitions)
     result.note(f"{torch.get_num_threads()} threads.")
     result.save()
