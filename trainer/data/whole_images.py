@@ -25,7 +25,7 @@ from shards.sample import CropSample, decode_upright
 from trainer.config import DataConfig
 from trainer.data.crops import check_labels, read_samples, share_of_worker
 
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 _LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")
 
 
