@@ -38,8 +38,8 @@ class Prediction:
     image          uint8 [H, W, 3], upright
     label_map      class ids [H, W], uint8 up to 256 classes, else uint16
     classes        names and colours; an id is a position in the list
-    confidence     float32 [H, W], probability of the predicted class, if it was asked for
-    probabilities  float16 [C, H, W], likewise
+    confidence     float32 [H, W], probability of the predicted class, if it or all were asked for
+    probabilities  float16 [C, H, W], if they were asked for
     """
 
     image: npt.NDArray[np.uint8] = field(repr=False)
