@@ -14,6 +14,7 @@ import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -55,12 +56,6 @@ class Raster(ABC):
         left, right, _ = columns.indices(self.shape[3])
         pixels = torch.from_numpy(np.ascontiguousarray(self.read((first, last), (left, right))))
         return pixels[None].to(self.device, non_blocking=True)
-
-    @property
-    def is_large(self) -> bool:
-        """Whether it cannot be decoded as a whole."""
-        height, width = self.shape[2:]
-        return height * width > MAX_PIXELS or max(height, width) > MAX_SIDE
 
     @abstractmethod
     def read(self, rows: tuple[int, int], columns: tuple[int, int]) -> npt.NDArray[np.uint8]:
@@ -142,14 +137,15 @@ class MappedRaster(Raster):
 
     def __init__(self, tifffile: Any, path: Path, name: str, device: torch.device) -> None:
         self._tifffile = tifffile
-        page = _first_page(tifffile, path, name)
-        plain = (page.axes == "YX" and page.photometric.name == "MINISBLACK") or (
-            page.axes == "YXS" and page.photometric.name == "RGB")
-        if not plain or page.dtype != np.uint8 or not page.is_memmappable:
+        with _first_page(tifffile, path, name) as page:
+            is_plain = page.dtype == np.uint8 and page.is_memmappable and (page.axes, page.photometric.name) in (
+                ("YX", "MINISBLACK"), ("YXS", "RGB"))
+            size = (page.imagelength, page.imagewidth)
+        if not is_plain:
             raise CorruptShardError(f"{name} cannot be read in parts by tifffile, only uncompressed grey and RGB of 8 "
                                     "bits in one piece can; install rasterio: pip install 'maskstream[geo]'")
-        super().__init__((page.shape[0], page.shape[1]), device)
-        self._pixels = tifffile.memmap(path, page=0, mode="r").reshape(*page.shape[:2], -1)
+        super().__init__(size, device)
+        self._pixels = tifffile.memmap(path, page=0, mode="r").reshape(*size, -1)
 
     def read(self, rows: tuple[int, int], columns: tuple[int, int]) -> npt.NDArray[np.uint8]:
         return self._rgb(self._pixels[slice(*rows), slice(*columns)]).transpose(2, 0, 1)
@@ -192,24 +188,31 @@ def open_raster(path: Path, name: str, device: torch.device) -> Raster | None:
         if raster.has_place:
             return raster
     elif tifffile is not None:
-        page = _first_page(tifffile, path, name)
-        if page.imagewidth * page.imagelength <= MAX_PIXELS and max(page.imagewidth, page.imagelength) <= MAX_SIDE:
-            return None
+        with _first_page(tifffile, path, name) as page:
+            if not _is_large(page.imagelength, page.imagewidth):
+                return None
         raster = MappedRaster(tifffile, path, name, device)
     elif plain_size(path) > LARGEST_PICTURE:
         raise ConfigError(f"{name} is too large to be read as a whole; to read it in parts: pip install "
                           "'maskstream[geo]'")
     else:
         return None
-    if not raster.is_large:
+    if not _is_large(*raster.shape[2:]):
         raster.close()
         return None
-    orientation = None if tifffile is None else _first_page(tifffile, path, name).tags.get("Orientation")
-    if orientation is not None and orientation.value != UPRIGHT:
-        raster.close()
-        raise CorruptShardError(f"{name} is to be turned (orientation {orientation.value}), which is not possible for "
-                                "what is read in parts; turn its pixels first")
+    if tifffile is not None:
+        with _first_page(tifffile, path, name) as page:
+            orientation = page.tags.get("Orientation")
+        if orientation is not None and orientation.value != UPRIGHT:
+            raster.close()
+            raise CorruptShardError(f"{name} is to be turned (orientation {orientation.value}), which is not possible "
+                                    "for what is read in parts; turn its pixels first")
     return raster
+
+
+def _is_large(height: int, width: int) -> bool:
+    """Whether an image cannot be decoded as a whole."""
+    return height * width > MAX_PIXELS or max(height, width) > MAX_SIDE
 
 
 def _library(name: str) -> Any:
@@ -219,12 +222,15 @@ def _library(name: str) -> Any:
         return None
 
 
-def _first_page(tifffile: Any, path: Path, name: str) -> Any:
+@contextmanager
+def _first_page(tifffile: Any, path: Path, name: str) -> Iterator[Any]:
     try:
-        with tifffile.TiffFile(path) as file:
-            return file.pages[0]
+        file = tifffile.TiffFile(path)
+        page = file.pages[0]
     except (tifffile.TiffFileError, IndexError, ValueError) as error:
         raise CorruptShardError(f"{name} is not a readable TIFF: {error}") from error
+    with file:
+        yield page
 
 
 def predict_raster(pretrained: Pretrained, raster: Raster, name: str, paths: Mapping[str, Path],
