@@ -2,11 +2,12 @@
 Images are rotated as their EXIF orientation says before prediction, so results match what an image viewer shows.
 
 example: python trainer/predict.py --checkpoint runs/ade20k-m2f/checkpoints/best.pt --output out photo.jpg more-photos/
-IMAGE is a file, a folder (with its sub-folders), a quoted glob ("scans/**/*.png"), a video, or a URL of an image or a
-folder (s3://, gs://, az://, https://). Sub-folders are kept, and what is done already is skipped. GeoTIFFs, and TIFFs
-too large for memory, are read in parts, and give a TIFF of class ids. --checkpoint also takes a directory written by
-trainer/export.py. A file of another program (Meta's Mask2Former or linear head, EoMT from Hugging Face) contains only
-weights: add --config and --classes.
+IMAGE is a file, a folder (with its sub-folders), a quoted glob ("scans/**/*.png"), a video, or a URL of an image
+(s3://, gs://, az://, https://) or folder (not https://). Sub-folders are kept, and what is done already is skipped.
+GeoTIFFs, and TIFFs too large for memory, are read in parts, and give a TIFF of class ids. Scores take at most
+eval.memory_gb (default: 4): --set eval.memory_gb=1. --checkpoint also takes a directory written by trainer/export.py. A
+file of another program (Meta's Mask2Former or linear head, EoMT from Hugging Face) contains only weights: add --config
+and --classes.
 """
 
 from __future__ import annotations
@@ -44,14 +45,18 @@ def main() -> int:
                         "<name>-overlay.png and what else --save says")
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image, folder, glob, video or URL")
     parser.add_argument("--list", action="append", default=[], type=Path, metavar="FILE", dest="lists",
-                        help="text file with one of these per line (repeatable)")
+                        help="text file with an IMAGE per line (repeatable)")
     parser.add_argument("--save", nargs="+", choices=KINDS, default=["ids", "overlay"], metavar="KIND",
-                        help=f"what to write: {', '.join(KINDS)} (default: ids overlay)")
+                        help=f"what to write, one or more of: {', '.join(KINDS)} (default: ids overlay); give images "
+                        "before this option")
     parser.add_argument("--label-offset", type=int, choices=(0, 1), default=0, help="added to the ids in the PNGs; 1 "
                         "gives the files that ADE20K's test server takes (default: 0)")
-    parser.add_argument("--overwrite", action="store_true", help="predict again what is done already")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="as --set device=...")
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), help="as --set train.precision=...")
+    parser.add_argument("--overwrite", action="store_true", help="predict again what is done already, and replace "
+                        "files that are there")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to predict; auto: on a GPU if there is "
+                        "one (default: as in training)")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), help="of the network's numbers; auto: bf16 "
+                        "on GPUs that have it (default: as in training)")
     arguments = parser.parse_intermixed_args()
     for name, value in (("device", arguments.device), ("train.precision", arguments.precision)):
         if value is not None:
@@ -84,8 +89,8 @@ def _predict(arguments: argparse.Namespace) -> int:
                 raise error
             failed += 1
             reason = (isinstance(error, OSError) and error.strerror) or str(error)
-            line = reason if source.shown in reason else f"{source.shown}: {reason}"
-            tqdm.write(f"error: {shown(' '.join(line.split()))}", file=sys.stderr)
+            line, name = shown(" ".join(reason.split())), shown(source.shown)
+            tqdm.write(f"error: {line if name in line else f'{name}: {line}'}", file=sys.stderr)
     skipped = f", {len(sources) - len(waiting)} were there already" if len(waiting) < len(sources) else ""
     print(f"{len(waiting) - failed} predictions written to {arguments.output}{skipped}")
     if failed:

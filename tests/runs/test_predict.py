@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,15 @@ from unittest.mock import patch
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from PIL import Image
 from pycocotools import mask as coco
 
 from shards.errors import ConfigError, CorruptShardError, RunError
+from shards.files.storage import open_storage
 from tests.conftest import REPOSITORY
-from tests.support.object_storage import FaultyProxy
-from tests.support.zygote import run_forked
+from tests.support.file_server import file_server
+from tests.support.zygote import Forked, run_forked
 from trainer.config import load_run_config
 from trainer.distributed import DistContext
 from trainer.loop import train
@@ -38,11 +42,9 @@ Predict = Callable[..., int]
 
 @pytest.fixture(scope="module")
 def checkpoint(scene_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import torch
-
     run = tmp_path_factory.mktemp("runs") / "finished"
-    overrides = [f"data.root={scene_shards}", f"output_dir={run}", "decoder_head.type=linear", "train.total_steps=40",
-                 "train.checkpoint_every=40", "optimizer.lr=1e-2"]
+    overrides = [f"data.root={scene_shards}", f"output_dir={run}", "decoder_head.type=linear", "train.total_steps=20",
+                 "train.checkpoint_every=20", "optimizer.lr=1e-2"]
     train(load_run_config(TINY, overrides), DistContext(rank=0, world_size=1, device=torch.device("cpu")))
     return run / "checkpoints/best.pt"
 
@@ -68,7 +70,8 @@ def predict(checkpoint: Path, tmp_path: Path) -> Predict:
 def pictures(scenes: Path) -> list[Pixels]:
     """Photographs-to-be of different sizes, with several classes."""
     images = [np.asarray(Image.open(path)) for path in sorted((scenes / "images/val").iterdir())]
-    return [images[0], images[1][:90, :150], np.ascontiguousarray(images[2][::2, ::2][:64, :64]), np.tile(images[3], (2, 2, 1))[:200, :333]]
+    small = np.ascontiguousarray(images[2][::2, ::2][:64, :64])
+    return [images[0], images[1][:90, :150], small, np.tile(images[3], (2, 3, 1))[:200, :333]]
 
 
 def save(path: Path, pixels: Pixels, **options: Any) -> Path:
@@ -119,7 +122,7 @@ def test_a_glob_and_a_list_and_twice_the_same(predict: Predict, pictures: list[P
                                               capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a/x.png", "b/x.png", "b/y.png", "b/c/z.jpg"):
         save(tmp_path / "in" / name, pictures[2])
-    assert predict("in/*/x.png", output=Path("globbed")) if monkeypatch.chdir(tmp_path) else True
+    monkeypatch.chdir(tmp_path)
     assert predict(tmp_path / "in/**/[xz].*", output=tmp_path / "one") == 0
     assert names_in(tmp_path / "one") == of("a/x", "b/x", "b/c/z")
     (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfin/b/y.png\r\n\r\nin/b/c\r\n")
@@ -164,8 +167,6 @@ def test_predictions_in_a_sub_folder_are_not_predicted_again(predict: Predict, p
 
 def test_object_storage_folder_object_and_raster(predict: Predict, model: Pretrained, pictures: list[Pixels],
                                                  s3_root: str, tmp_path: Path) -> None:
-    from shards.files.storage import open_storage
-
     storage = open_storage(s3_root)
     for name, number in (("a.png", 0), ("deep/er/b.png", 1), ("deep/.c.png", 2)):
         storage.write(name, save(tmp_path / "file.png", pictures[number]).read_bytes())
@@ -179,9 +180,7 @@ def test_object_storage_folder_object_and_raster(predict: Predict, model: Pretra
 
 
 def test_a_web_address_with_a_query_and_escapes(tmp_path: Path, pictures: list[Pixels], predict: Predict) -> None:
-    from tests.support.file_server import file_server
-
-    with file_server(save(tmp_path / "a.png", pictures[2]).read_bytes()) as server, pytest.warns(UserWarning):
+    with file_server(save(tmp_path / "a.png", pictures[2]).read_bytes()) as server:
         assert predict(f"{server.address}/dir/my%20photo.png?signature=secret") == 0
         assert any(path.startswith("/dir/my%20photo.png?signature=secret") for path in server.paths)
     assert names_in(tmp_path / "out") == of("my photo")
@@ -246,6 +245,7 @@ def test_a_batch_of_mixed_sizes_equals_each_alone(overrides: list[str], predict:
         assert np.abs(ours - theirs).max() <= 1
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of pycocotools
 def test_every_kind_holds_the_prediction(predict: Predict, model: Pretrained, pictures: list[Pixels],
                                          tmp_path: Path) -> None:
     pixels = pictures[3]
@@ -260,7 +260,7 @@ def test_every_kind_holds_the_prediction(predict: Predict, model: Pretrained, pi
     assert palette[: len(model.classes)].tolist() == [list(info.color) for info in model.classes]
     with Image.open(tmp_path / "out/a-overlay.png") as overlay:
         shown = np.asarray(overlay)
-        assert overlay.width > 333
+        assert 333 < overlay.width < 2 * 333 + 100
     flat = np.asarray(expected.overlay())
     assert any(np.array_equal(shown[top : top + 200, left : left + 333], flat)
                for top in range(40) for left in range(40)), "the overlay is not in the sheet at its own size"
@@ -357,7 +357,7 @@ def test_files_that_are_no_predictions_are_not_overwritten(predict: Predict, pic
     assert names_in(tmp_path) == {"a.jpg", "a.png"}
 
 
-def source(path: Path, name: str = "") -> Source:
+def source(path: Path) -> Source:
     (found,) = sources_of([str(path)], [], Path("out"))
     return found
 
@@ -399,7 +399,7 @@ def test_bad_images_among_good_ones(checkpoint: Path, pictures: list[Pixels], tm
     lines = result.stderr.splitlines()
     assert result.returncode == 1 and len(lines) == 6, result.stderr
     for line, name in zip(lines, ("b.png", "d\\x1b[31m.jpg", "e.tif", "f.mp4", "missing.jpg"), strict=False):
-        assert line.startswith("error: ") and line.count(name) == 1, result.stderr
+        assert line.startswith("error: ") and line.count(f"/{name}") == 1, result.stderr
     assert "5 of 7 images could not be predicted" in lines[-1] and "2 predictions written" in result.stdout
     assert names_in(tmp_path / "out") == of("a", "c")
     single = run_forked(REPOSITORY / "trainer/predict.py", "--checkpoint", checkpoint, "--output", tmp_path / "out",
@@ -412,10 +412,10 @@ def test_the_image_that_does_not_fit_is_the_one_that_fails(predict: Predict, pic
     """In a group of four, of which one needs more memory than there is."""
     for number in range(3):
         save(tmp_path / "in" / f"{number}.png", pictures[2])
-    save(tmp_path / "in/big.png", np.zeros((400, 3000, 3), np.uint8))
+    save(tmp_path / "in/big.png", np.zeros((1200, 3000, 3), np.uint8))
     with pytest.raises(RunError, match="1 of 4 images"):
-        predict(tmp_path / "in", "--set", "eval.memory_gb=0.006", "--set", "eval.window_batch=4")
-    assert re.search(r"error: \S*big\.png: image of 3000x400 pixels", capsys.readouterr().err)
+        predict(tmp_path / "in", "--set", "eval.memory_gb=0.01", "--set", "eval.window_batch=4")
+    assert re.search(r"error: \S*big\.png: image of 3000x1200 pixels", capsys.readouterr().err)
     assert names_in(tmp_path / "out") == of("0", "1", "2")
 
 
@@ -501,10 +501,10 @@ def test_a_geotiff_gives_only_ids_and_overlay(predict: Predict, pictures: list[P
         predict(path, "--save", "ids", "rle")
     assert predict(path, "--save", "overlay") == 0
     assert names_in(tmp_path / "out") == {RECORD, "a-overlay.png"}
-    with pytest.raises(ConfigError, match=r"set eval\.mode=slide"):
-        predict(path, "--set", "eval.mode=whole", "--overwrite")
     with pytest.raises(CorruptShardError, match="bands of uint16"):
         predict(geotiff(tmp_path / "wide.tif", pictures[2].astype(np.uint16)))
+    with pytest.raises(ConfigError, match=r"set eval\.mode=slide"):
+        predict(path, "--set", "eval.mode=whole", "--overwrite")
 
 
 def without(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
@@ -540,7 +540,7 @@ def test_a_tiff_with_a_long_side_is_read_in_parts(predict: Predict, model: Pretr
     assert predict(tmp_path / "a.tif") == 0
     assert ids_in(tmp_path / "out/a.tif").shape == strip.shape[:2]
     with Image.open(tmp_path / "out/a-overlay.png") as overlay:
-        assert max(overlay.size) < 2500
+        assert 2048 < max(overlay.size) < 2500
 
 
 @pytest.mark.parametrize("layout", ["planar", "compressed", "inverted", "wide", "turned"])
@@ -583,12 +583,12 @@ def test_a_large_tiff_without_the_extra_names_it(predict: Predict, pictures: lis
 
 def test_a_raster_needs_no_memory_for_its_pixels_or_scores(predict: Predict, pictures: list[Pixels],
                                                            tmp_path: Path) -> None:
-    """6 megapixels are 18 MB, and their scores 192 MB; the budget is 12 MB."""
-    big = np.tile(pictures[2], (32, 47, 1))
-    budget = ("--set", "eval.memory_gb=0.012", "--set", "eval.window_batch=2")
+    """3.7 megapixels are 11 MB, and their scores 118 MB; the budget is 10 MB."""
+    big = np.tile(pictures[2], (30, 30, 1))
+    budget = ("--set", "eval.memory_gb=0.01", "--set", "eval.window_batch=2")
     assert predict(geotiff(tmp_path / "a.tif", big), *budget) == 0
     assert ids_in(tmp_path / "out/a.tif").shape == big.shape[:2]
-    with pytest.raises(RunError, match="memory_gb is 0.012"):  # all pixels at once do not fit
+    with pytest.raises(RunError, match=r"memory_gb is 0\.01"):  # all pixels at once do not fit
         predict(save(tmp_path / "b.png", big), *budget)
 
 
@@ -648,8 +648,9 @@ def test_a_video_becomes_an_overlay_video(size: tuple[int, int], rotation: int, 
     for ours, pixels in zip(found, turned, strict=True):
         assert ours.shape == pixels.shape
         expected = np.asarray(model.predict(pixels).overlay())
-        assert np.abs(ours.astype(int) - expected).mean() < 12  # the codec
-        assert np.abs(ours.astype(int) - pixels).mean() > 20  # it is no copy of the frame
+        distance = np.abs(ours.astype(int) - expected).mean()
+        assert distance < 12  # the codec
+        assert distance < min(np.abs(ours.astype(int) - other).mean() for other in (pixels, expected[::-1, ::-1])) / 2
     assert predict(tmp_path / "in") == 0
 
 
@@ -691,11 +692,6 @@ def test_a_video_without_the_extra_names_it(predict: Predict, pictures: list[Pix
 @pytest.mark.parametrize("kind", ["images", "raster", "video"])
 def test_a_killed_run_leaves_no_partial_file(kind: str, checkpoint: Path, pictures: list[Pixels],
                                              tmp_path: Path) -> None:
-    import os
-    import time
-
-    from tests.support.zygote import Forked
-
     if kind == "images":
         for number in range(60):
             save(tmp_path / "in" / f"{number:02d}.png", pictures[3])

@@ -70,9 +70,8 @@ class Prediction:
 
     def overlay_with_legend(self) -> Image.Image:
         """The overlay at the image's own size, and next to it the predicted classes with their shares."""
-        height, width = self.label_map.shape
         row = Row(caption="", legend=legend_of(self.label_map, self.classes), pictures=[np.asarray(self.overlay())])
-        return legend_sheet([row], max(height, width))
+        return legend_sheet([row], self.label_map.shape[1])
 
     def picture(self, tile: int = 2 * TILE) -> Image.Image:
         """Image, overlay and legend, each picture at most `tile` pixels wide and high."""
