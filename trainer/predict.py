@@ -53,8 +53,8 @@ def main() -> int:
                         "gives the files that ADE20K's test server takes (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="predict again what is done already, and replace "
                         "files that are there")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to predict; auto: on a GPU if there is "
-                        "one (default: as in training)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to predict; auto: on a GPU, if there "
+                        "is one (default: as in training)")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), help="of the network's numbers; auto: bf16 "
                         "on GPUs that have it (default: as in training)")
     arguments = parser.parse_intermixed_args()
