@@ -122,7 +122,7 @@ class Generated:
             return len(self.part) * self.count
         return len({MANIFEST_NAME: self.manifest, "train.shards": self.table}.get(name, self.shard))
 
-    def sizes(self) -> dict[str, int] | None:
+    def sizes(self, *, deep: bool = False) -> dict[str, int] | None:
         return None
 
     def where(self, name: str) -> str:

@@ -88,14 +88,15 @@ class ObjectStorage:
 
         return self._with_retries(name, 0, head)
 
-    def sizes(self) -> dict[str, int] | None:
+    def sizes(self, *, deep: bool = False) -> dict[str, int] | None:
         if self._is_web:
             return None
         found: dict[str, int] = {}
 
         def listed() -> None:
             for batch in obstore.list(self._client()):
-                found.update({item["path"]: item["size"] for item in batch if "/" not in item["path"]})
+                found.update({item["path"]: item["size"] for item in batch
+                              if deep or "/" not in item["path"]})
 
         self._with_retries("", 0, listed)
         return found

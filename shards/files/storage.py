@@ -55,8 +55,8 @@ class Storage(Protocol):
     def size(self, name: str) -> int:
         """Size of a blob in bytes. Raises FileNotFoundError, and StorageError when it is not a file."""
 
-    def sizes(self) -> dict[str, int] | None:
-        """Size of each blob in bytes; None if the storage cannot list them."""
+    def sizes(self, *, deep: bool = False) -> dict[str, int] | None:
+        """Size of each blob in bytes, with `deep` also of those in sub-folders; None if the storage cannot list."""
 
     def write(self, name: str, data: bytes, *, create: bool = False) -> None:
         """Write a blob atomically. With `create`, raises StorageError when it already exists."""
@@ -148,8 +148,9 @@ class LocalStorage:
     def size(self, name: str) -> int:
         return plain_size(self.folder / name)
 
-    def sizes(self) -> dict[str, int]:
-        return {path.name: path.stat().st_size for path in self.folder.iterdir() if path.is_file()}
+    def sizes(self, *, deep: bool = False) -> dict[str, int]:
+        return {path.relative_to(self.folder).as_posix(): path.stat().st_size
+                for path in self.folder.glob("**/*" if deep else "*") if path.is_file()}
 
     def write(self, name: str, data: bytes, *, create: bool = False) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

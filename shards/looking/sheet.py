@@ -83,10 +83,10 @@ def fitted(image: Pixels, label_map: npt.NDArray[Any], tile: int) -> tuple[Pixel
 
 
 def legend_sheet(rows: Sequence[Row], tile: int = TILE) -> Image.Image:
-    """The rows below one another; the sheet is as wide as its widest row."""
+    """The rows below one another; the sheet is as wide as its widest row, and leaves room for captions."""
     text, bold = font(TEXT), font(CAPTION_TEXT)
     plans = [_Plan(row, tile, text) for row in rows]
-    width = max([plan.width for plan in plans] + [2 * tile])
+    width = max([plan.width for plan in plans] + [2 * TILE for row in rows if row.caption])
     sheet = Image.new("RGB", (width, sum(plan.height for plan in plans) + MARGIN), "white")
     draw, top = ImageDraw.Draw(sheet), MARGIN
     for plan in plans:

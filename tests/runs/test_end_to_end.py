@@ -395,44 +395,6 @@ def test_evaluate_and_predict_from_the_command_line(scenes: Path, finished: Path
         assert (tmp_path / "out" / f"{image.stem}-overlay.png").exists()
 
 
-def test_predictions_never_overwrite_images_or_each_other(tmp_path: Path) -> None:
-    from trainer.predicting.inputs import sources_of
-    from trainer.predicting.outputs import Outputs
-
-    for name in ("a.png", "a.jpg", "a-overlay.jpg", "b.jpg"):
-        (tmp_path / name).touch()
-
-    def check(output: Path, *names: str) -> None:
-        outputs = Outputs(folder=output, kinds=("ids", "overlay"))
-        outputs.check(sources_of([str(tmp_path / name) for name in names]))
-
-    check(tmp_path / "out", "a.jpg", "b.jpg", "a.jpg")
-    with pytest.raises(ConfigError, match=r"both be written to .*a\.png"):
-        check(tmp_path / "out", "a.jpg", "a.png")
-    with pytest.raises(ConfigError, match=r"both be written to .*a-overlay\.png"):
-        check(tmp_path / "out", "a.jpg", "a-overlay.jpg")
-    with pytest.raises(ConfigError, match=r"would overwrite the image .*a\.png"):
-        check(tmp_path, "a.png")
-
-
-def test_a_setting_among_the_images_is_refused(finished: Path, tmp_path: Path) -> None:
-    result = run_program("trainer/predict.py", "--checkpoint", finished / "checkpoints/best.pt", "--output",
-                         tmp_path / "out", "eval.mode=whole")
-    assert result.returncode == 2 and "to change a setting, use --set eval.mode=whole" in result.stderr
-
-
-def test_prediction_goes_on_after_an_image_that_cannot_be_used(finished: Path, scenes: Path, tmp_path: Path) -> None:
-    good = sorted((scenes / "images/val").iterdir())[:2]
-    (tmp_path / "bad.jpg").write_bytes(b"\xff\xd8\xff no picture")
-    result = run_program("trainer/predict.py", "--checkpoint", finished / "checkpoints/best.pt", "--output",
-                         tmp_path / "out", good[0], tmp_path / "bad.jpg", tmp_path / "missing.jpg", good[1])
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert re.search(r"error: \S*bad\.jpg", result.stderr) and re.search(r"error: \S*missing\.jpg", result.stderr)
-    assert "2 of 4 images could not be predicted" in result.stderr and "2 predictions written to" in result.stdout
-    assert all((tmp_path / "out" / f"{path.stem}.png").exists() for path in good)
-    assert json.loads((tmp_path / "out/predicted-with.json").read_text())["classes"]["0"]
-
-
 def test_an_image_beyond_memory_is_one_line_with_settings(finished: Path, tmp_path: Path) -> None:
     Image.fromarray(np.zeros((9000, 9000, 3), np.uint8)).save(tmp_path / "huge.png")
     result = run_program("trainer/predict.py", "--checkpoint", finished / "checkpoints/best.pt", "--output",

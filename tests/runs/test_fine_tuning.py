@@ -113,9 +113,8 @@ def test_evaluate_and_predict_with_a_head_of_another_program(
     for name in (f"{image.stem}.png", f"{image.stem}-overlay.png"):
         with Image.open(tmp_path / "ours" / name) as ours, Image.open(tmp_path / "theirs" / name) as theirs:
             assert np.array_equal(np.asarray(ours), np.asarray(theirs))
-    classes = [json.loads((tmp_path / name / "predicted-with.json").read_text())["classes"]
-               for name in ("ours", "theirs")]
-    assert classes[0] == classes[1]
+    ours, theirs = (json.loads((tmp_path / name / "predicted-with.json").read_text()) for name in ("ours", "theirs"))
+    assert ours["classes"] == theirs["classes"]
     assert "contains only weights; also give --config" in one_line_error(run_program("trainer/predict.py", *foreign))
 
 

@@ -23,8 +23,8 @@ _FROM_UNIT = 255.999 / 255.0  # torchvision's adjust_hue scales 0..1 by 255.999 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(images / 255 - mean) / std, float32 [B, 3, H, W] from uint8 [B, 3, H, W]; mean and std on a 0..1 scale."""
-    planes = images.to(torch.float32, memory_format=torch.contiguous_format)  # batches arrive channels-last
-    return (planes / 255.0 - _channel_map(mean, images.device)) / _channel_map(std, images.device)
+    planes = images.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # batches arrive channels-last
+    return planes.div_(255.0).sub_(_channel_map(mean, images.device)).div_(_channel_map(std, images.device))
 
 
 def _channel_map(values: Sequence[float], device: torch.device) -> Tensor:

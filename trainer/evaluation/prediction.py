@@ -38,8 +38,8 @@ class Prediction:
     image          uint8 [H, W, 3], upright
     label_map      class ids [H, W], uint8 up to 256 classes, else uint16
     classes        names and colours; an id is a position in the list
-    confidence     float32 [H, W], probability of the predicted class, if it was asked for
-    probabilities  float16 [C, H, W], likewise
+    confidence     float32 [H, W], probability of the predicted class, if it or all were asked for
+    probabilities  float16 [C, H, W], if they were asked for
     """
 
     image: npt.NDArray[np.uint8] = field(repr=False)
@@ -70,9 +70,8 @@ class Prediction:
 
     def overlay_with_legend(self) -> Image.Image:
         """The overlay at the image's own size, and next to it the predicted classes with their shares."""
-        height, width = self.label_map.shape
         row = Row(caption="", legend=legend_of(self.label_map, self.classes), pictures=[np.asarray(self.overlay())])
-        return legend_sheet([row], max(height, width))
+        return legend_sheet([row], self.label_map.shape[1])
 
     def picture(self, tile: int = 2 * TILE) -> Image.Image:
         """Image, overlay and legend, each picture at most `tile` pixels wide and high."""

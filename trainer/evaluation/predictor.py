@@ -67,7 +67,7 @@ class Predictor:
     def segment(self, images: Sequence[Tensor], extra: Extra | None = None) -> Iterator[Segmented]:
         """Images uint8 [3, H, W], of any sizes, on any device -> what is predicted for each, in their order.
 
-        `extra` adds what is rarely needed: the confidence, or all probabilities (2 bytes per class and pixel).
+        `extra` adds what is rarely needed: the confidence, or with it all probabilities (2 bytes per class and pixel).
         Raises OutOfMemory naming the settings that determine how much memory an image takes.
         """
         queue = WindowQueue(self._run, self.settings.window_batch)
@@ -109,7 +109,7 @@ class Predictor:
     def _segment(self, views: list[View], queue: WindowQueue, extra: Extra | None) -> Segmented:
         (height, width), classes = views[0].full, self.num_classes
         label_map = torch.empty(height, width, dtype=self._id_dtype, device=self.device)
-        confidence = torch.empty(height, width, device=self.device) if extra == "confidence" else None
+        confidence = torch.empty(height, width, device=self.device) if extra is not None else None
         probabilities = (torch.empty(classes, height, width, dtype=torch.float16, device=self.device)
                          if extra == "probabilities" else None)
         for rows, ids, average in self._ids_of_bands(views, queue, wanted=extra is not None):

@@ -6,12 +6,15 @@
     <name>-probabilities.npz    probabilities: float16 [C, H, W] under "probabilities"
     <name>-rle.json             rle: COCO's run lengths of each predicted class
     predicted-with.json         the model, its settings and classes, for the whole folder
+
+A video gives only <name>-overlay.mp4. A raster (a GeoTIFF, or a TIFF too large for memory) gives <name>.tif in place of
+<name>.png, and only ids and overlay.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,7 @@ from trainer.predicting.inputs import Source
 
 SUFFIXES = {"ids": ".png", "overlay": "-overlay.png", "confidence": "-confidence.png",
             "probabilities": "-probabilities.npz", "rle": "-rle.json"}
+RASTER_KINDS = {"ids", "overlay"}
 RECORD = "predicted-with.json"
 
 
@@ -59,28 +63,42 @@ class Outputs:
             return {"overlay": Path(f"{base}-overlay.mp4")}
         return {kind: Path(f"{base}{SUFFIXES[kind]}") for kind in self.kinds}
 
-    def is_done(self, source: Source) -> bool:
-        """Whether all files of a source exist; each is written atomically. The ids of a raster are a TIFF."""
-        paths = self.paths(source)
-        if "ids" in paths and paths["ids"].with_suffix(".tif").exists():
-            paths = {kind: path.with_suffix(".tif") if kind == "ids" else path for kind, path in paths.items()
-                     if kind in ("ids", "overlay")}
-        return all(path.exists() for path in paths.values())
+    def raster_paths(self, source: Source) -> dict[str, Path]:
+        """As `paths`, of a raster. Raises ConfigError for other kinds than ids and overlay."""
+        if others := sorted(set(self.kinds) - RASTER_KINDS):
+            raise ConfigError(f"{source.shown} is a GeoTIFF or too large for memory, legal with --save: "
+                              f"{', '.join(sorted(RASTER_KINDS))}; found {', '.join(others)}")
+        return {kind: path.with_suffix(".tif") if kind == "ids" else path for kind, path in self.paths(source).items()}
 
-    def check(self, sources: Sequence[Source]) -> None:
-        """Raise ConfigError when a prediction would overwrite an image or another prediction."""
+    def is_done(self, source: Source) -> bool:
+        """Whether all files of a source exist; each is written atomically."""
+        return any(all(path.exists() for path in paths.values()) for paths in self._possible(source))
+
+    def _possible(self, source: Source) -> Iterator[dict[str, Path]]:
+        yield self.paths(source)
+        if source.may_be_raster and RASTER_KINDS.issuperset(self.kinds):
+            yield self.raster_paths(source)
+
+    def check(self, sources: Sequence[Source], overwrite: bool) -> None:
+        """Raise ConfigError when a prediction would overwrite an image, another prediction or, unless it is wanted,
+        a file that was there before the folder's first prediction."""
         written: dict[Path, Source] = {}
+        is_claimed = (self.folder / RECORD).exists()
         for source in sources:
-            for path in self.paths(source).values():
+            for path in (path for paths in self._possible(source) for path in paths.values()):
                 other = written.setdefault(path, source)
                 if other is not source:
                     raise ConfigError(f"predictions of {other.shown} and {source.shown} would both be written to "
-                                      f"{path}; use a different --output for each")
+                                      f"{path}; use a different --output for each, or give their common folder or a "
+                                      "quoted glob, which keep sub-folders apart")
         inputs = {source.path.resolve() for source in sources if source.path is not None}
         for path, source in written.items():
             if path.resolve() in inputs:
                 raise ConfigError(f"the prediction of {source.shown} would overwrite the image {path}; choose another "
                                   "--output")
+            if not overwrite and not is_claimed and path.exists():
+                raise ConfigError(f"{path} exists, and is no prediction: {self.folder} has no {RECORD}; choose "
+                                  "another --output, or add --overwrite")
 
     def write(self, source: Source, prediction: Prediction) -> None:
         """Write the files of an image."""
@@ -94,8 +112,8 @@ class Outputs:
         if not self.label_offset:
             return prediction.png()
         wide = len(prediction.classes) + self.label_offset > 256
-        ids = prediction.label_map.astype(np.uint16 if wide else np.uint8) + self.label_offset
-        return _png(Image.fromarray(ids.astype(np.uint16 if wide else np.uint8)))
+        ids = prediction.label_map.astype(np.uint16) + self.label_offset
+        return _png(Image.fromarray(ids if wide else ids.astype(np.uint8)))
 
 
 def claim_folder(folder: Path, identity: dict[str, Any], classes: Sequence[ClassInfo], overwrite: bool) -> None:
@@ -120,12 +138,8 @@ def _overlay(prediction: Prediction) -> bytes:
 
 
 def _confidence(prediction: Prediction) -> bytes:
-    confidence = prediction.confidence
-    if confidence is None:
-        assert prediction.probabilities is not None
-        chosen = prediction.label_map[None].astype(np.int64)
-        confidence = np.take_along_axis(prediction.probabilities, chosen, 0)[0].astype(np.float32)
-    return _png(Image.fromarray((np.clip(confidence, 0, 1) * 255).round().astype(np.uint8)))
+    assert prediction.confidence is not None
+    return _png(Image.fromarray((np.clip(prediction.confidence, 0, 1) * 255).round().astype(np.uint8)))
 
 
 def _probabilities(prediction: Prediction) -> bytes:

@@ -1,7 +1,7 @@
 """Predict images too large for memory, and GeoTIFFs: windows are read from disk, and rows of ids written as they come.
 
     <name>.tif            class ids as a TIFF, tiled and compressed, with the colours; place and projection of a GeoTIFF
-    <name>-overlay.png    at most 2,048 pixels
+    <name>-overlay.png    at most 2,048 pixels, and the legend
 
 rasterio reads TIFFs of any layout, and GeoTIFFs; tifffile only plain ones whose pixels lie uncompressed in one piece.
 Both give the ids that the whole image in memory would give.
@@ -9,27 +9,37 @@ Both give the ids that the whole image in memory would give.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import os
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
-from shards.errors import CorruptShardError
+from shards.errors import ConfigError, CorruptShardError
 from shards.files.atomic import atomic_path
-from shards.picture import overlay, save_picture
-from shards.picture_file import MAX_PIXELS
+from shards.files.plain_file import LARGEST_PICTURE, open_plain, plain_size
+from shards.picture import save_picture
+from shards.picture_file import MAX_PIXELS, UPRIGHT, kind_of
+from shards.rle import MAX_SIDE
+from trainer.evaluation.prediction import Prediction
 from trainer.evaluation.predictor import Predictor
 from trainer.pretrained import Pretrained
 
 _OVERVIEW = 2048  # pixels of the longer side of the overlay
 _BLOCK = 512
+_BAND_STEP = 16  # rows: bands of ids end on whole ones, except the last
+
+Bands = Iterator[tuple[tuple[int, int], npt.NDArray[Any]]]
+"""Rows (first, end) and their ids [rows, W], from top to bottom."""
 
 
 class Raster(ABC):
@@ -52,13 +62,12 @@ class Raster(ABC):
         """[3, rows, columns]"""
 
     @abstractmethod
-    def overview(self, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
-        """The image at a smaller size, [h, w, 3]."""
+    def overview(self, rows: npt.NDArray[np.intp], columns: npt.NDArray[np.intp]) -> npt.NDArray[np.uint8]:
+        """Evenly spread pixels of it, [h, w, 3]."""
 
     @abstractmethod
-    def write(self, path: Path, bands: Iterator[tuple[tuple[int, int], npt.NDArray[Any]]], dtype: str,
-              colors: list[tuple[int, int, int]], done: Callable[[int], object]) -> None:
-        """Write rows of ids to a TIFF; `done` is told the number of rows after each."""
+    def write(self, path: Path, bands: Bands, dtype: str, colors: Mapping[int, tuple[int, int, int]]) -> None:
+        """Write ids as a TIFF of the same size and place, with the colours if they are of 8 bits."""
 
     @abstractmethod
     def close(self) -> None:
@@ -72,48 +81,52 @@ class Raster(ABC):
 
 
 class RasterioRaster(Raster):
-    """Through GDAL."""
+    """Through GDAL, which gives CMYK and YCbCr as RGB, and all others that are not RGB as a palette."""
 
-    def __init__(self, path: Path, device: torch.device) -> None:
-        import rasterio
-
+    def __init__(self, rasterio: Any, path: Path, name: str, device: torch.device) -> None:
         self._rasterio = rasterio
         try:
-            self._file = rasterio.open(path)
+            with warnings.catch_warnings(action="ignore"):  # that a TIFF is a plain one
+                self._file = rasterio.open(path, driver="GTiff")
         except rasterio.errors.RasterioIOError as error:
-            raise CorruptShardError(f"{path} is not a readable raster: {error}") from error
+            raise CorruptShardError(f"{name} is not a readable TIFF: {error}") from error
+        super().__init__((self._file.height, self._file.width), device)
         if set(self._file.dtypes) != {"uint8"}:
             kinds = ", ".join(sorted(set(self._file.dtypes)))
-            self._file.close()
-            raise CorruptShardError(f"{path} has bands of {kinds}, legal: uint8; convert it, for example with "
+            self.close()
+            raise CorruptShardError(f"{name} has bands of {kinds}, legal: uint8; convert it, for example with "
                                     "gdal_translate -ot Byte -scale")
         self._bands = [1, 2, 3] if self._file.count >= 3 else [1, 1, 1]
-        super().__init__((self._file.height, self._file.width), device)
+        self._palette = None
+        if self._file.colorinterp[0] == rasterio.enums.ColorInterp.palette:
+            self._palette = np.zeros((256, 3), np.uint8)
+            for number, color in self._file.colormap(1).items():
+                self._palette[number] = color[:3]
 
     @property
     def has_place(self) -> bool:
         """Whether it is georeferenced."""
-        return self._file.crs is not None
+        return self._file.crs is not None or not self._file.transform.is_identity
 
     def read(self, rows: tuple[int, int], columns: tuple[int, int]) -> npt.NDArray[np.uint8]:
         window = self._rasterio.windows.Window.from_slices(rows, columns)
-        return np.asarray(self._file.read(self._bands, window=window))
+        pixels = np.asarray(self._file.read(self._bands, window=window))
+        return pixels if self._palette is None else self._palette[pixels[0]].transpose(2, 0, 1)
 
-    def overview(self, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
-        return np.asarray(self._file.read(self._bands, out_shape=(3, *size))).transpose(1, 2, 0)
+    def overview(self, rows: npt.NDArray[np.intp], columns: npt.NDArray[np.intp]) -> npt.NDArray[np.uint8]:
+        pixels = np.asarray(self._file.read(self._bands, out_shape=(3, len(rows), len(columns))))
+        return pixels.transpose(1, 2, 0) if self._palette is None else self._palette[pixels[0]]
 
-    def write(self, path: Path, bands: Iterator[tuple[tuple[int, int], npt.NDArray[Any]]], dtype: str,
-              colors: list[tuple[int, int, int]], done: Callable[[int], object]) -> None:
+    def write(self, path: Path, bands: Bands, dtype: str, colors: Mapping[int, tuple[int, int, int]]) -> None:
         height, width = self.shape[2:]
         profile = {"driver": "GTiff", "height": height, "width": width, "count": 1, "dtype": dtype, "tiled": True,
                    "blockxsize": _BLOCK, "blockysize": _BLOCK, "compress": "deflate", "BIGTIFF": "IF_SAFER",
                    "crs": self._file.crs, "transform": self._file.transform}
-        with self._rasterio.open(path, "w", **profile) as target:
+        with warnings.catch_warnings(action="ignore"), self._rasterio.open(path, "w", **profile) as target:
             if dtype == "uint8":
-                target.write_colormap(1, {number: (*color, 255) for number, color in enumerate(colors)})
+                target.write_colormap(1, {number: (*color, 255) for number, color in colors.items()})
             for rows, ids in bands:
                 target.write(ids, 1, window=self._rasterio.windows.Window.from_slices(rows, (0, width)))
-                done(rows[1] - rows[0])
 
     def close(self) -> None:
         self._file.close()
@@ -122,101 +135,136 @@ class RasterioRaster(Raster):
 class MappedRaster(Raster):
     """Through a memory map of tifffile."""
 
-    def __init__(self, path: Path, device: torch.device) -> None:
-        import tifffile
-
+    def __init__(self, tifffile: Any, path: Path, name: str, device: torch.device) -> None:
         self._tifffile = tifffile
-        try:
-            self._pixels = tifffile.memmap(path, mode="r")
-        except (ValueError, tifffile.TiffFileError) as error:
-            raise CorruptShardError(f"{path} cannot be read in parts by tifffile: {error}; install rasterio: pip "
-                                    "install 'maskstream[geo]'") from error
-        if self._pixels.dtype != np.uint8 or self._pixels.ndim not in (2, 3):
-            raise CorruptShardError(f"{path} is {self._pixels.dtype} {self._pixels.shape}, legal: uint8 [H, W] or "
-                                    "[H, W, 3]")
-        super().__init__((self._pixels.shape[0], self._pixels.shape[1]), device)
+        with _first_page(tifffile, path, name) as page:
+            is_plain = page.dtype == np.uint8 and page.is_memmappable and (page.axes, page.photometric.name) in (
+                ("YX", "MINISBLACK"), ("YXS", "RGB"))
+            size = (page.imagelength, page.imagewidth)
+        if not is_plain:
+            raise CorruptShardError(f"{name} cannot be read in parts by tifffile, only uncompressed grey and RGB of 8 "
+                                    "bits in one piece can; install rasterio: pip install 'maskstream[geo]'")
+        super().__init__(size, device)
+        self._pixels = tifffile.memmap(path, page=0, mode="r").reshape(*size, -1)
 
     def read(self, rows: tuple[int, int], columns: tuple[int, int]) -> npt.NDArray[np.uint8]:
         return self._rgb(self._pixels[slice(*rows), slice(*columns)]).transpose(2, 0, 1)
 
-    def overview(self, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
-        rows, columns = (np.arange(new) * old // new for new, old in zip(size, self.shape[2:], strict=True))
-        return self._rgb(self._pixels[rows][:, columns])
+    def overview(self, rows: npt.NDArray[np.intp], columns: npt.NDArray[np.intp]) -> npt.NDArray[np.uint8]:
+        return self._rgb(self._pixels[np.ix_(rows, columns)])
 
-    def write(self, path: Path, bands: Iterator[tuple[tuple[int, int], npt.NDArray[Any]]], dtype: str,
-              colors: list[tuple[int, int, int]], done: Callable[[int], object]) -> None:
-        target = self._tifffile.memmap(path, shape=self.shape[2:], dtype=dtype, photometric="minisblack")
-        for rows, ids in bands:
-            target[slice(*rows)] = ids
-            done(rows[1] - rows[0])
-        target.flush()
+    def write(self, path: Path, bands: Bands, dtype: str, colors: Mapping[int, tuple[int, int, int]]) -> None:
+        height, width = self.shape[2:]
+        look: dict[str, Any] = {"photometric": "minisblack"}
+        if dtype == "uint8":
+            table = np.zeros((3, 256), np.uint16)
+            for number, color in colors.items():
+                table[:, number] = np.multiply(color, 257)
+            look = {"photometric": "palette", "colormap": table}
+        tiles = (ids[first : first + _BAND_STEP, left : left + _BLOCK] for _, ids in bands
+                 for first in range(0, len(ids), _BAND_STEP) for left in range(0, width, _BLOCK))
+        self._tifffile.imwrite(path, tiles, shape=(height, width), dtype=dtype, tile=(_BAND_STEP, _BLOCK),
+                               compression="zlib", metadata=None, **look)
 
     def close(self) -> None:
         del self._pixels
 
     @staticmethod
     def _rgb(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        return np.stack([pixels] * 3, -1) if pixels.ndim == 2 else np.asarray(pixels[..., :3])
+        return np.asarray(pixels[..., [0, 0, 0]] if pixels.shape[-1] < 3 else pixels[..., :3])
 
 
-def open_raster(path: Path, device: torch.device) -> Raster | None:
+def open_raster(path: Path, name: str, device: torch.device) -> Raster | None:
     """A TIFF that is to be read in parts: a GeoTIFF, or one too large to decode; None for all others, and where neither
-    library is installed. Raises CorruptShardError when it cannot be read."""
-    if path.suffix.lower() not in (".tif", ".tiff") or not path.is_file():
+    library is installed. Raises CorruptShardError when it cannot be read, ConfigError if a library is needed, and
+    OSError."""
+    with os.fdopen(open_plain(path), "rb") as file:
+        if kind_of(file.read(16)) != "TIFF":
+            return None
+    rasterio, tifffile = _library("rasterio"), _library("tifffile")
+    raster: Raster
+    if rasterio is not None:
+        raster = RasterioRaster(rasterio, path, name, device)
+        if raster.has_place:
+            return raster
+    elif tifffile is not None:
+        with _first_page(tifffile, path, name) as page:
+            if not _is_large(page.imagelength, page.imagewidth):
+                return None
+        raster = MappedRaster(tifffile, path, name, device)
+    elif plain_size(path) > LARGEST_PICTURE:
+        raise ConfigError(f"{name} is too large to be read as a whole; to read it in parts: pip install "
+                          "'maskstream[geo]'")
+    else:
         return None
-    if importlib.util.find_spec("rasterio") is not None:
-        return _if_needed(RasterioRaster(path, device))
-    if importlib.util.find_spec("tifffile") is not None and _pixels_of(path) > MAX_PIXELS:
-        return MappedRaster(path, device)
-    return None
+    if not _is_large(*raster.shape[2:]):
+        raster.close()
+        return None
+    if tifffile is not None:
+        with _first_page(tifffile, path, name) as page:
+            orientation = page.tags.get("Orientation")
+        if orientation is not None and orientation.value != UPRIGHT:
+            raster.close()
+            raise CorruptShardError(f"{name} is to be turned (orientation {orientation.value}), which is not possible "
+                                    "for what is read in parts; turn its pixels first")
+    return raster
 
 
-def _if_needed(raster: RasterioRaster) -> RasterioRaster | None:
-    if raster.has_place or raster.shape[2] * raster.shape[3] > MAX_PIXELS:
-        return raster
-    raster.close()
-    return None
+def _is_large(height: int, width: int) -> bool:
+    """Whether an image cannot be decoded as a whole."""
+    return height * width > MAX_PIXELS or max(height, width) > MAX_SIDE
 
 
-def _pixels_of(path: Path) -> int:
-    import tifffile
-
+def _library(name: str) -> Any:
     try:
-        with tifffile.TiffFile(path) as file:
-            return int(np.prod(file.pages[0].shape[:2]))
-    except (tifffile.TiffFileError, IndexError) as error:
-        raise CorruptShardError(f"{path} is not a readable TIFF: {error}") from error
+        return importlib.import_module(name)
+    except ImportError:
+        return None
 
 
-def predict_raster(pretrained: Pretrained, raster: Raster, ids_path: Path | None,
-                   overlay_path: Path | None, done: Callable[[int], object] = lambda rows: None) -> None:
-    """Write the ids as a TIFF, and the overlay, whichever paths are given. Raises ConfigError for settings that resize
+@contextmanager
+def _first_page(tifffile: Any, path: Path, name: str) -> Iterator[Any]:
+    try:
+        file = tifffile.TiffFile(path)
+        page = file.pages[0]
+    except (tifffile.TiffFileError, IndexError, ValueError) as error:
+        raise CorruptShardError(f"{name} is not a readable TIFF: {error}") from error
+    with file:
+        yield page
+
+
+def predict_raster(pretrained: Pretrained, raster: Raster, name: str, paths: Mapping[str, Path],
+                   label_offset: int = 0) -> None:
+    """Write the ids, as a TIFF, and the overlay, whichever are in `paths`. Raises ConfigError for settings that resize
     the image."""
     predict = Predictor(pretrained.model, pretrained.config, len(pretrained.classes), pretrained.device)
-    colors = [info.color for info in pretrained.classes]
     height, width = raster.shape[2:]
     scale = min(1.0, _OVERVIEW / max(height, width))
-    size = (max(1, round(height * scale)), max(1, round(width * scale)))
-    small = np.zeros(size, np.int64)
-    rows_shown, columns_shown = (np.arange(new) * old // new for new, old in zip(size, (height, width), strict=True))
-    dtype = "uint8" if len(colors) <= 256 else "uint16"
+    rows_shown, columns_shown = (np.arange(new) * old // new for new, old in (
+        (max(1, round(side * scale)), side) for side in (height, width)))
+    count = len(pretrained.classes) + label_offset
+    small = np.zeros((len(rows_shown), len(columns_shown)), np.uint8 if count <= 256 else np.uint16)
 
-    def bands() -> Iterator[tuple[tuple[int, int], npt.NDArray[Any]]]:
-        for rows, found in predict.bands(raster):
-            ids = found.cpu().numpy().astype(dtype)
-            chosen = (rows_shown >= rows[0]) & (rows_shown < rows[1])
-            small[chosen] = ids[rows_shown[chosen] - rows[0]][:, columns_shown]
-            yield rows, ids
+    def bands() -> Bands:
+        with tqdm(total=height, desc=name, unit="row", leave=False, disable=None) as bar:
+            for rows, found in predict.bands(raster):
+                ids = found.cpu().numpy().astype(small.dtype)
+                chosen = (rows_shown >= rows[0]) & (rows_shown < rows[1])
+                small[chosen] = ids[rows_shown[chosen] - rows[0]][:, columns_shown]
+                yield rows, ids + small.dtype.type(label_offset)
+                bar.update(rows[1] - rows[0])
 
-    if ids_path is None:
-        for rows, _ in bands():
-            done(rows[1] - rows[0])
+    for path in paths.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if "ids" in paths:
+        colors = {number + label_offset: info.color for number, info in enumerate(pretrained.classes)}
+        with atomic_path(paths["ids"]) as temporary:
+            raster.write(temporary, bands(), small.dtype.name, colors)
     else:
-        ids_path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(ids_path) as temporary:
-            raster.write(temporary, bands(), dtype, colors, done)
-    if overlay_path is not None:
-        overlay_path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(overlay_path) as temporary:
-            save_picture(Image.fromarray(overlay(raster.overview(size), small, colors)), temporary)
-
+        for _ in bands():
+            pass
+    if "overlay" in paths:
+        shown = Prediction(image=raster.overview(rows_shown, columns_shown), label_map=small,
+                           classes=pretrained.classes)
+        with atomic_path(paths["overlay"]) as temporary:
+            save_picture(shown.overlay_with_legend(), temporary)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
 
 from shards.errors import ConfigError, CorruptShardError
 from shards.files.atomic import atomic_path
@@ -16,49 +17,45 @@ from trainer.pretrained import Pretrained
 _CODECS = ("libx264", "h264", "mpeg4")  # the first that PyAV was built with
 
 
-def predict_video(pretrained: Pretrained, path: Path, output: Path) -> int:
-    """Write the overlay video, without sound; returns the number of frames. Raises ConfigError without PyAV, and
-    CorruptShardError for a file that is not a readable video."""
+def predict_video(pretrained: Pretrained, path: Path, output: Path, name: str) -> None:
+    """Write the overlay video, without sound. Raises ConfigError without PyAV, and CorruptShardError for a file that is
+    not a readable video, called `name`."""
     try:
         import av
     except ImportError as error:
-        raise ConfigError(f"{path}: {error}; videos need: pip install 'maskstream[video]'") from error
+        raise ConfigError(f"{name}: {error}; videos need: pip install 'maskstream[video]'") from error
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         with av.open(str(path)) as source, atomic_path(output) as temporary:
             if not source.streams.video:
-                raise CorruptShardError(f"{path} has no video stream")
+                raise CorruptShardError(f"{name} has no video stream")
             with av.open(str(temporary), "w", format="mp4") as target:
-                count = _copy(pretrained, source, target)
-            if not count:
-                raise CorruptShardError(f"{path} has no frame that can be decoded")
-            return count
+                _copy(pretrained, source, target, name)
     except av.error.FFmpegError as error:
-        raise CorruptShardError(f"{path} is not a readable video: {error}") from error
+        raise CorruptShardError(f"{name} is not a readable video: {error.strerror}") from error
 
 
-def _copy(pretrained: Pretrained, source: Any, target: Any) -> int:
-    """Predict and encode all frames; returns their number."""
+def _copy(pretrained: Pretrained, source: Any, target: Any, name: str) -> None:
+    """Predict and encode all frames."""
     import av
 
-    stream, count = None, 0
-    for prediction in pretrained.predict_all(_frames(source)):
+    stream = None
+    for prediction in pretrained.predict_all(_frames(source, name)):
         pixels = _even(np.asarray(prediction.overlay()))
         if stream is None:
             stream = target.add_stream(_codec(), rate=source.streams.video[0].average_rate or 25)
             stream.width, stream.height, stream.pix_fmt = pixels.shape[1], pixels.shape[0], "yuv420p"
-        for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
-            target.mux(packet)
-        count += 1
-    if stream is not None:
-        for packet in stream.encode(None):
-            target.mux(packet)
-    return count
+        target.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+    if stream is None:
+        raise CorruptShardError(f"{name} has no frame that can be decoded")
+    target.mux(stream.encode(None))
 
 
-def _frames(source: Any) -> Iterator[npt.NDArray[np.uint8]]:
+def _frames(source: Any, name: str) -> Iterator[npt.NDArray[np.uint8]]:
     """RGB frames, turned as a player turns them."""
-    for frame in source.decode(source.streams.video[0]):
+    stream = source.streams.video[0]
+    for frame in tqdm(source.decode(stream), total=stream.frames or None, desc=name, unit="frame", leave=False,
+                      disable=None):
         pixels = frame.to_ndarray(format="rgb24")
         yield np.ascontiguousarray(np.rot90(pixels, round(getattr(frame, "rotation", 0) / 90)))
 
