@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 try:
     from shards.cli.command_line import add_overrides, config_files, config_parser, run_entry_point
     from shards.errors import ConfigError
+    from shards.files.storage import local_path
     from shards.manifest import hash_of
     from trainer.config import RunConfig, load_run_config
     from trainer.stopping import die_with_launcher
@@ -41,8 +42,8 @@ def main() -> int:
                         "another program's head")
     parser.add_argument("--output", default=None, help="folder for metrics and pictures "
                         "(default: evaluation/ in the folder of the run or export)")
-    parser.add_argument("--images", type=Path, help="evaluate on a folder of images instead of data.root")
-    parser.add_argument("--labels", type=Path, help="folder of their label maps, at the same paths below it: PNGs of "
+    parser.add_argument("--images", help="evaluate on a folder of images instead of data.root")
+    parser.add_argument("--labels", help="folder of their label maps, at the same paths below it: PNGs of "
                         "class ids, 255 where unlabelled")
     parser.add_argument("--reduce-zero-label", action="store_true", help="label maps hold ids from 1, and 0 where "
                         "unlabelled, like ADE20K's")
@@ -51,7 +52,9 @@ def main() -> int:
     config = load_run_config(config_files(arguments), arguments.overrides)
     checkpoint_path = Path(arguments.checkpoint)
     folder = checkpoint_path if checkpoint_path.is_dir() else checkpoint_path.parent.parent
-    output = Path(arguments.output) if arguments.output else folder / "evaluation"
+    output = folder / "evaluation" if arguments.output is None else local_path(arguments.output, "--output")
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"--output {output} is a file, legal: a folder")
     if (arguments.images is None) != (arguments.labels is None):
         raise ConfigError("--images and --labels belong together; give both or neither")
     if arguments.reduce_zero_label and arguments.images is None:
@@ -109,8 +112,8 @@ def _model_and_images(config: RunConfig, checkpoint_path: Path, arguments: argpa
         pretrained = load_pretrained(source, backbone_source=config.backbone.source, device=context.device)
         pretrained = replace(pretrained, config=replace(pretrained.config, data=config.data, eval=config.eval))
     if reader is None:
-        return pretrained, FolderImages(arguments.images, arguments.labels, pretrained.classes, config.data,
-                                        arguments.reduce_zero_label)
+        folders = (local_path(arguments.images, "--images"), local_path(arguments.labels, "--labels"))
+        return pretrained, FolderImages(*folders, pretrained.classes, config.data, arguments.reduce_zero_label)
     if pretrained.classes != list(reader.manifest.classes):
         raise ConfigError(f"{config.data.root} and {checkpoint_path} have different class tables "
                           f"({reader.manifest.num_classes} and {len(pretrained.classes)} classes)")

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 try:
     from shards.cli.command_line import run_entry_point
     from shards.errors import ConfigError
+    from shards.files.storage import local_path
     from trainer.model_options import add_checkpoint_options, open_pretrained
 except ImportError as error:
     raise SystemExit(f"error: {error}; is MaskStream installed (pip install -e .), or does another package named "
@@ -43,7 +44,7 @@ def main() -> int:
                         f"--push-to-hub: {' '.join(PUBLISHED_FORMATS)})")
     _add_hub_options(parser)
     arguments = parser.parse_args()
-    output = Path(arguments.output)
+    output = local_path(arguments.output, "--output")
     if output.is_dir() and any(output.iterdir()):
         raise ConfigError(f"--output {output} is not empty; choose a new folder")
     default = PUBLISHED_FORMATS if arguments.push_to_hub else DEFAULT_FORMATS

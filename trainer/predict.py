@@ -24,6 +24,7 @@ from tqdm import tqdm
 try:
     from shards.cli.command_line import run_entry_point
     from shards.errors import ConfigError, MaskStreamError, RunError
+    from shards.files.storage import local_path
     from shards.shown_text import shown
     from trainer.model_options import add_checkpoint_options, open_pretrained
 except ImportError as error:
@@ -41,7 +42,7 @@ KINDS = ("ids", "overlay", "confidence", "probabilities", "rle")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_checkpoint_options(parser)
-    parser.add_argument("--output", required=True, type=Path, help="folder for <name>.png (class ids), "
+    parser.add_argument("--output", required=True, help="folder for <name>.png (class ids), "
                         "<name>-overlay.png and what else --save says")
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image, folder, glob, video or URL")
     parser.add_argument("--list", action="append", default=[], type=Path, metavar="FILE", dest="lists",
@@ -61,6 +62,7 @@ def main() -> int:
     for name, value in (("device", arguments.device), ("train.precision", arguments.precision)):
         if value is not None:
             arguments.overrides.append(f"{name}={value}")
+    arguments.output = local_path(arguments.output, "--output")
     return _predict(arguments)
 
 

@@ -175,6 +175,9 @@ def test_labels_from_one_are_reduced(finished: Path, scenes: Path, tmp_path: Pat
 
 def test_options_that_need_each_other(finished: Path, scenes: Path, tmp_path: Path) -> None:
     for arguments, message in ((["--images", scenes], "--images and --labels belong together"),
-                               (["--reduce-zero-label"], "--reduce-zero-label is for --images and --labels")):
+                               (["--reduce-zero-label"], "--reduce-zero-label is for --images and --labels"),
+                               (["--output", "s3://bucket/x"], "--output is 's3://bucket/x', legal: a local folder"),
+                               (["--output", scenes / "classes.txt"], "classes.txt is a file, legal: a folder"),
+                               (["--output", ""], "--output is '', legal: a local folder")):
         result = run_program("trainer/eval.py", *command(finished, tmp_path / "out", *arguments))
         assert result.returncode == 2 and message in result.stderr

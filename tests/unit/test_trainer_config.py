@@ -37,6 +37,8 @@ def test_the_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:
     ("override", "message"),
     [
         ("optimizer.lrr=1", "unknown key 'optimizer.lrr'.*Did you mean: 'lr'"),
+        ("output_dir=s3://bucket/run", "output_dir is 's3://bucket/run', legal: a local folder"),
+        ("data.cache_dir=gs://bucket/c", "data.cache_dir is 'gs://bucket/c', legal: a local folder"),
         ("optmizer.lr=1", "unknown key 'optmizer'.*Did you mean: 'optimizer'"),
         ("optimizer.lr=fast", "command line: optimizer.lr is 'fast', legal: a number"),
         ("optimizer.lr=-1", "optimizer.lr is -1.0, legal: at least 0"),

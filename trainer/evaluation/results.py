@@ -130,6 +130,7 @@ def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> bool:
     cleaned = [{name: None if value != value else value for name, value in row.items()} for row in rows]
     kinds = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64()}
     schema = pyarrow.schema([(name, kinds[type(value)]) for name, value in rows[0].items()]) if rows else None
-    with atomic_path(path) as temporary:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(cleaned, schema), temporary)
+    buffer = io.BytesIO()  # not a path, which pyarrow would read as a URL if it looks like one
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(cleaned, schema), buffer)
+    write_atomically(path, buffer.getvalue())
     return True
