@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing.process
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -189,3 +190,9 @@ def s3_shards(s3_root: str, scene_shards: Path) -> str:
 
     copy_set(scene_shards, s3_root)
     return s3_root
+
+
+def heed_ctrl_c() -> None:
+    """For a process that is to be interrupted, as `preexec_fn`: a shell that runs the tests in the background (`pytest
+    &`) makes all its children ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, heed_ctrl_c
 from tests.runs.test_end_to_end import ALONE, run_program, tiny
 from trainer.loop import train
 
@@ -41,7 +41,7 @@ def served(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     environ = {**os.environ, "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, REPOSITORY / "trainer/app.py", "--checkpoint", checkpoint, "--port",
                                 "0", "--max-megabytes", "1", "--max-megapixels", "0.1"], stdout=subprocess.PIPE,
-                               text=True, env=environ, cwd=folder)
+                               text=True, env=environ, cwd=folder, preexec_fn=heed_ctrl_c)
     assert process.stdout is not None
     try:
         address = re.search(r"http://127\.0\.0\.1:\d+/", process.stdout.readline())
@@ -61,6 +61,7 @@ def test_no_other_file_is_served(served: tuple[str, Path], path: str) -> None:
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(f"{served[0]}gradio_api/file={place}", timeout=20)
         assert refused.value.code in (403, 404)
+        refused.value.close()
 
 
 def test_only_this_computer_is_served_and_nothing_is_listed(served: tuple[str, Path]) -> None:

@@ -72,6 +72,7 @@ CASES = {
     "dinov2-linear": ((*HEADS["linear"], "backbone.patch_resize=image"), 4), "dinov2-eomt": (HEADS["eomt"], 4),
     "dinov2-pmt": ((*HEADS["pmt"], "backbone.patch_resize=image"), 0),
 }
+RARE = ("dinov2-m2f", "dinov2-eomt", "dinov2-pmt")  # a minute each; `make stress` exports them too
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,8 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Written]:
     return write
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.stress) if name in RARE else name
+                                        for name in CASES])
 def exported(request: pytest.FixtureRequest, case: Callable[[str], Written]) -> Written:
     return case(request.param)
 

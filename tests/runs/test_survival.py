@@ -77,9 +77,9 @@ def test_a_stop_while_evaluating_is_made_up_for(scene_shards: Path, tmp_path: Pa
     train(config("whole"), ALONE)
     real = loop.evaluate
 
-    def interrupted(*arguments: Any) -> Any:
+    def interrupted(*arguments: Any, **options: Any) -> Any:
         os.kill(os.getpid(), signal.SIGUSR1)
-        return real(*arguments)
+        return real(*arguments, **options)
 
     with monkeypatch.context() as patch, pytest.raises(RunStopped, match="SIGUSR1: stopped after step 2 of 4"):
         patch.setattr(loop, "evaluate", interrupted)

@@ -24,7 +24,7 @@ from shards.files import web
 from shards.files.locks import only_writer
 from shards.files.storage import RetryPolicy
 from shards.reader import iter_samples
-from tests.conftest import REPOSITORY, make_shards
+from tests.conftest import REPOSITORY, heed_ctrl_c, make_shards
 from tests.support.file_server import FileServer, file_server
 from tests.unit.test_preprocess_pipeline import tiny_ade
 
@@ -176,7 +176,7 @@ def test_a_killed_download_continues(server: FileServer, tmp_path: Path) -> None
 def test_ctrl_c_ends_it_with_130_and_leaves_a_part(server: FileServer, tmp_path: Path) -> None:
     server.pause = 1.5  # the rest takes long, however busy the machine is
     process = subprocess.Popen([sys.executable, "-c", program(server, tmp_path)], cwd=REPOSITORY,
-                               stderr=subprocess.PIPE, text=True)
+                               stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c)
     deadline = time.monotonic() + 60
     while not any(path.stat().st_size for path in parts(tmp_path)):
         assert time.monotonic() < deadline and process.poll() is None

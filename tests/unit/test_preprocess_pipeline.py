@@ -28,7 +28,7 @@ from shards.errors import ConfigError, DatasetError
 from shards.manifest import load_manifest
 from shards.reader import iter_samples
 from shards.verify import verify
-from tests.conftest import REPOSITORY, make_shards
+from tests.conftest import REPOSITORY, heed_ctrl_c, make_shards
 from tests.support.label_maps import cut_labels, pad_labels
 
 
@@ -426,7 +426,7 @@ def test_a_stopped_run_leaves_no_half_shard_and_a_rerun_finishes_it(uninterrupte
                                                                     how: signal.Signals) -> None:
     arguments = ["--root", str(uninterrupted / "scenes"), "--output", str(tmp_path / "set"), *LONG]
     process = subprocess.Popen(command(*arguments), start_new_session=True, stderr=subprocess.PIPE, text=True,
-                               preexec_fn=listen_to_ctrl_c)
+                               preexec_fn=heed_ctrl_c)
     deadline = time.monotonic() + 120
     while len(list((tmp_path / "set").glob(".progress/*.json"))) < 2:
         assert process.poll() is None and time.monotonic() < deadline, "finished before it could be stopped"
@@ -449,11 +449,6 @@ def test_a_stopped_run_leaves_no_half_shard_and_a_rerun_finishes_it(uninterrupte
     assert {name: (tmp_path / "set" / name).stat().st_mtime_ns for name in kept} == times  # not done again
     assert verify(tmp_path / "set") == []
     assert contents(tmp_path / "set") == contents(uninterrupted / "set")
-
-
-def listen_to_ctrl_c() -> None:
-    """A shell that runs the tests in the background (`pytest &`) makes all its children ignore SIGINT."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for_orphans(group: int) -> None:
