@@ -396,12 +396,12 @@ def test_evaluate_and_predict_from_the_command_line(scenes: Path, finished: Path
 
 
 def test_an_image_beyond_memory_is_one_line_with_settings(finished: Path, tmp_path: Path) -> None:
-    Image.fromarray(np.zeros((5000, 5000, 3), np.uint8)).save(tmp_path / "huge.png")
+    Image.fromarray(np.zeros((9000, 9000, 3), np.uint8)).save(tmp_path / "huge.png")
     result = run_program("trainer/predict.py", "--checkpoint", finished / "checkpoints/best.pt", "--output",
                          tmp_path / "out", tmp_path / "huge.png", "--set", "eval.mode=whole",
                          limit=lambda: resource.setrlimit(resource.RLIMIT_AS, (5 << 30, 5 << 30)))
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
-    assert re.search(r"image of 5000x5000 pixels, 8 classes: out of memory .*Lower eval\.memory_gb .*eval\.crop_size",
+    assert re.search(r"image of 9000x9000 pixels, 8 classes: out of memory .*Lower eval\.memory_gb .*eval\.crop_size",
                      result.stderr), result.stderr
 
 
