@@ -4,9 +4,10 @@ Compared with one window at a time and whole maps of scores: each window's score
 which is divided, resized, put through a softmax and added to the sum of the views; the class ids are its argmax. Both
 use the same network, and it is an error if they predict different ids in more than 0.1 % of the pixels.
 Repetitions are interleaved in one process; ratios are medians over repetitions. Operators are counted as torch
-dispatches them, views not, and with bands as large as on a GPU, where each is about one kernel launch. The ViT is that of --backbone, or of the same
-sizes with random weights. Memory is the peak of a process of its own above what it has after predicting a small image,
-with a tiny network (but 100 queries), so that its own memory does not hide that of the scores.
+dispatches them, views not, and with bands as large as on a GPU, where each is about one kernel launch. The ViT is that
+of --backbone, or of the same sizes with random weights. Memory is the peak of a process of its own above what it has
+after predicting a small image, with a tiny network (but 100 queries), so that its own memory does not hide that of the
+scores.
 
 example: python -m benchmarks.evaluation --backbone ../shared/weights/dinov2-vits14
 """
