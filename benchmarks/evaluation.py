@@ -5,9 +5,9 @@ which is divided, resized, put through a softmax and added to the sum of the vie
 use the same network, and it is an error if they predict different ids in more than 0.1 % of the pixels.
 Repetitions are interleaved in one process; ratios are medians over repetitions. Operators are counted as torch
 dispatches them, views not, and with bands as large as on a GPU, where each is about one kernel launch. The ViT is that
-of --backbone, or of the same sizes with random weights. Memory is the peak of a process of its own above what it has
-after predicting a small image, with a tiny network (but 100 queries), so that its own memory does not hide that of the
-scores.
+of --backbone, or of the same sizes with random weights. Memory is the peak of a process of its own above what it holds
+before it predicts the large image, with a tiny network (but 100 queries), so that its own memory does not hide that of
+the scores.
 
 example: python -m benchmarks.evaluation --backbone ../shared/weights/dinov2-vits14
 """
@@ -15,11 +15,11 @@ example: python -m benchmarks.evaluation --backbone ../shared/weights/dinov2-vit
 from __future__ import annotations
 
 import argparse
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -152,7 +152,7 @@ def segmented(model: Any, head: str, backbone: str | None, images: list[Tensor],
 def measure_memory(result: Result) -> None:
     """The table of memory, each row in a process of its own."""
     table = result.table(f"Memory for one image of 5472 x 3648 (20 megapixels), {CLASSES} classes", "head", "eval.…",
-                         "budget, GB", "peak above the small image, GB", "seconds")
+                         "budget, GB", "peak above the image's own, GB", "seconds")
     for head in ("linear", "m2f"):
         for settings, budget in ((("memory_gb=1",), 1.0), (("memory_gb=1", "half_scores=true"), 1.0),
                                  (("memory_gb=4",), 4.0)):
@@ -171,11 +171,17 @@ def child(head: str, settings: list[str]) -> None:
                         sizes=TINY_SIZES)
     predict = Predictor(build_model(config, CLASSES).eval(), config, CLASSES, CPU)
     predict(pictures(1, 1024, 1024)[0])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     image = pictures(1, 3648, 5472)[0]
-    start = time.perf_counter()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+    before, start = resident("VmRSS"), time.perf_counter()
     predict(image)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e9, time.perf_counter() - start)
+    print(resident("VmHWM") - before, time.perf_counter() - start)
+
+
+def resident(which: str) -> float:
+    """Memory of this process in GB: VmRSS, resident now, or VmHWM, its peak."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[which].split()[0]) * 1024 / 1e9
 
 
 def main() -> None:
