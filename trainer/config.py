@@ -230,9 +230,9 @@ class RunConfig:
     eval: EvalConfig = setting(EvalConfig, "")
 
     def __post_init__(self) -> None:
-        for name, value in (("output_dir", self.output_dir), ("data.cache_dir", self.data.cache_dir)):
-            if value is not None and value.startswith(tuple(f"{scheme}://" for scheme in REMOTE_SCHEMES)):
-                local_path(value, name)  # raises ConfigError: a URL would become a folder called "s3:"
+        for name, place_given in (("output_dir", self.output_dir), ("data.cache_dir", self.data.cache_dir)):
+            if (place_given or "").startswith(tuple(f"{scheme}://" for scheme in REMOTE_SCHEMES)):
+                local_path(str(place_given), name)  # raises ConfigError: a URL would become a folder called "s3:"
         head = self.decoder_head
         if head.type in SIZE_DIVISORS and self.eval.crop_size % head.size_divisor:
             raise ConfigError(f"eval.crop_size is {self.eval.crop_size}, legal with decoder_head.type {head.type}: a "
