@@ -48,7 +48,7 @@ def evaluate(
 
     `limit` is the number of images, from the first on; `panels`, of how many this rank draws. With a `journal`, images
     that an interrupted evaluation has counted are not evaluated again. The model's training mode is restored
-    afterwards. `should_continue` is called before each group of images; if it returns False on one rank,
+    afterwards. `should_continue` is called after each group of images; if it returns False on one rank,
     EvaluationStopped is raised on all ranks. Raises what reading an image raises, and RunError when one is missing.
     """
     was_training = model.training

@@ -13,7 +13,7 @@ from trainer.models.outputs import Outputs
 from trainer.models.resizing import Rows
 from trainer.out_of_memory import OutOfMemory
 
-_STEP = 16  # rows: bands end on whole rows of the network's maps, which are interpolated with fewer to spare
+_STEP = 16  # rows; the fewest in a band
 _CACHED = 16 << 20  # bytes of a band's scores on the CPU: larger ones leave its caches, see benchmarks/evaluation.py
 _FLOAT = 4
 
