@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.support.mutations import mutate
 from tests.support.replay import ReplayedLoss, in_drawing_order, replay
+from tests.support.view_scores import view_scores
 from trainer.config import EvalConfig, RunConfig
 from trainer.evaluation.metrics import ConfusionMatrix
 from trainer.evaluation.predictor import Predictor
@@ -256,12 +257,12 @@ def test_golden_sliding_window(golden: Any, kind: str) -> None:
         image = tensors[f"case{index}/inputs/image"]
         # m2f: a bf16 score may round the other way, one step of 2^-8
         tolerance = {"rtol": 1e-2, "atol": 1e-5} if kind == "m2f" else FORWARD
-        slide = predictor.view_scores(image, tuple(case["image"]), False)
+        slide = view_scores(predictor, image, tuple(case["image"]), False)
         torch.testing.assert_close(slide, tensors[f"case{index}/{kind}/slide"], **tolerance)
         assert model.crops == [(h, w) for h, w, _ in info["crops_seen_h_w_rescale"][f"case{index}/{kind}"]]
-        probabilities = predictor.view_scores(image, tuple(case["rescale_to"]), False).softmax(1)
+        probabilities = view_scores(predictor, image, tuple(case["rescale_to"]), False).softmax(1)
         torch.testing.assert_close(probabilities, tensors[f"case{index}/{kind}/make_inference"], **tolerance)
-        mirrored = predictor.view_scores(image, tuple(case["rescale_to"]), True)
+        mirrored = view_scores(predictor, image, tuple(case["rescale_to"]), True)
         torch.testing.assert_close(mirrored, tensors[f"case{index}/{kind}/make_inference_flipped_noact"], **tolerance)
 
 
@@ -280,7 +281,7 @@ def test_golden_test_time_augmentation(golden: Any, kind: str) -> None:
         label = tensors[f"tta/gt{image}"]
         views = [tensors[f"tta/image{image}.view{v}"] for v in range(2 * len(tta["resized"][image]))]
         total = sum(
-            predictor.view_scores(view, (label.shape[0], label.shape[1]), 2 * v >= len(views)).softmax(1)
+            view_scores(predictor, view, (label.shape[0], label.shape[1]), 2 * v >= len(views)).softmax(1)
             for v, view in enumerate(views))
         assert isinstance(total, Tensor)
         labels = total.argmax(1)[0]

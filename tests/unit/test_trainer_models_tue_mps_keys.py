@@ -15,6 +15,7 @@ from transformers import EomtConfig, EomtForUniversalSegmentation
 from transformers.models.eomt.image_processing_pil_eomt import EomtImageProcessorPil
 
 from shards.errors import ConfigError
+from tests.support.view_scores import view_scores
 from tests.unit.test_trainer_models_eomt import CLASSES, QUERIES, images, published, settings
 from trainer.build import build_model
 from trainer.config import RunConfig, load_run_config
@@ -320,6 +321,6 @@ def test_evaluation_gives_the_scores_of_transformers_own_pipeline(size: tuple[in
     predict = Predictor(loaded(tmp_path), config, CLASSES, torch.device("cpu"))
     image = torch.from_numpy(pixels).permute(2, 0, 1)
     [view] = predict.view_sizes(size)
-    scores = predict.view_scores(predict.view(image, view), size, mirrored=False)
+    scores = view_scores(predict, predict.view(image, view), size, mirrored=False)
     torch.testing.assert_close(scores[0], expected.segmentation_scores, rtol=1e-3, atol=1e-3)
     assert torch.equal(predict(image), expected.segmentation)

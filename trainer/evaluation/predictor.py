@@ -182,17 +182,6 @@ class Predictor:
         return normalize(resized, self.rules.mean, self.rules.std)  # of fewer pixels, if the image is huge
 
     @torch.inference_mode()
-    def view_scores(self, pixels: Tensor, size: Size, mirrored: bool) -> Tensor:
-        """Scores float32 [1, C, *size] of a view [1, 3, h, w]; for one that is mirrored, mirrored back. All rows at
-        once."""
-        view = View(pixels.flip(3) if mirrored else pixels, size, self.rules, mirrored=mirrored)
-        queue = WindowQueue(self._run, self.settings.window_batch)
-        queue.add(view.windows)
-        for window in view.windows:
-            queue.compute(window)
-        return view.scores((0, size[0]), self.num_classes, self._score_rows)
-
-    @torch.inference_mode()
     def _run(self, windows: Tensor) -> Outputs:
         """The network on normalised windows [B, 3, h, w]."""
         try:
