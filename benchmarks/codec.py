@@ -22,10 +22,11 @@ from pycocotools import mask as coco
 
 from benchmarks.results import Result, benchmark_parser, spread
 from preprocess.config import CropConfig, DatasetConfig
-from preprocess.crops import crop_rng, draw_crop
-from preprocess.label_runs import LabelRuns
+from preprocess.encoding import crop_rng
 from preprocess.pairs import open_dataset, read_pair
 from shards import rle
+from shards.crops.drawing import draw_crop
+from shards.crops.label_runs import LabelRuns
 
 Encode = Callable[[np.ndarray], bytes]
 Decode = Callable[[bytes], tuple[np.ndarray, np.ndarray]]
@@ -58,7 +59,7 @@ def load_crops(root: str, per_image: int) -> list[np.ndarray]:
         label_map = read_pair(dataset, pair)[3]
         runs = LabelRuns(label_map, 255)
         for number in range(per_image):
-            crop = draw_crop(crop_rng(0, pair.key, number), runs, CropConfig())
+            crop = draw_crop(crop_rng(0, pair.key, number), runs, CropConfig().rules)
             if crop is not None:
                 record = rle.encode_runs(512, 512, *runs.cut(crop, 512))
                 crops.append(rle.label_map_from_segments(*rle.decode_segment_map(record)))

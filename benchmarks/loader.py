@@ -36,7 +36,8 @@ from shards.sample import decode_by_pillow, decode_image
 from shards.workers import keep_freed_memory
 from tests.support.object_storage import KEY, SECRET, FaultyProxy, s3_server
 from trainer.config import DataConfig
-from trainer.data.crops import Batch, TrainCrops, augmented_images, open_reader
+from trainer.data.batch import Batch, augmented_images
+from trainer.data.crops import TrainCrops, open_reader
 from trainer.data.loader import train_loader
 
 REPOSITORY = Path(__file__).resolve().parent.parent

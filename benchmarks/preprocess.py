@@ -28,12 +28,14 @@ from PIL import Image
 from benchmarks.results import REPOSITORY, Result, benchmark_parser, spread
 from preprocess.blocks import Block, plan_blocks
 from preprocess.config import PreprocessConfig
-from preprocess.crops import PADDING_COLOR, Crop, crop_rng, draw_crop
+from preprocess.encoding import crop_rng
 from preprocess.execution.block_store import BlockStore
 from preprocess.execution.tasks import Job, WriteBlock
-from preprocess.label_runs import LabelRuns
 from preprocess.pairs import Dataset, open_dataset, read_pair
 from shards.cli.config_file import load_config
+from shards.crops.drawing import Crop, draw_crop
+from shards.crops.label_runs import LabelRuns
+from shards.crops.resampling import PADDING_COLOR
 
 SIDE, PER_IMAGE = 512, 8
 LARGE = 10_000  # pixels a side of the large image
@@ -90,7 +92,7 @@ def drawn(config: PreprocessConfig, dataset: Dataset, block: Block) -> Crops:
     found = []
     for pair in block.pairs:
         labels = LabelRuns(read_pair(dataset, pair).label_map, dataset.ignore_index)
-        draws = (draw_crop(crop_rng(config.seed, pair.key, k), labels, config.crops) for k in range(PER_IMAGE))
+        draws = (draw_crop(crop_rng(config.seed, pair.key, k), labels, config.crops.rules) for k in range(PER_IMAGE))
         found.append([crop for crop in draws if crop is not None])
     return found
 

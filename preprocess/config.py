@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shards.cli.settings import setting
+from shards.crops.drawing import CropRules
 from shards.errors import ConfigError
 from shards.rle import MAX_CLASSES
 
@@ -95,6 +96,12 @@ class CropConfig:
     def window(self) -> int:
         """Side of the stored crop in pixels."""
         return self.stored_size if self.stored_size is not None else self.size
+
+    @property
+    def rules(self) -> CropRules:
+        """How crops are drawn."""
+        return CropRules(window=self.window, size=self.size, scaled_side=self.scaled_side, min_scale=self.min_scale,
+                         max_scale=self.max_scale, cat_max_ratio=self.cat_max_ratio, tries=self.tries)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,9 @@ from preprocess.blocks import plan_blocks
 from preprocess.config import PreprocessConfig
 from preprocess.encoding import encode_crop
 from preprocess.label_mapping import LabelMapping, hex_color
-from preprocess.label_runs import LabelRuns
 from preprocess.pairs import Dataset, read_pair
 from shards.cli.config_file import config_to_yaml
+from shards.crops.label_runs import LabelRuns
 from shards.errors import DatasetError
 from shards.rle import count_values, decode_header, encode_rle
 from shards.sample import read_header

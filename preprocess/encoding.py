@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -13,11 +14,12 @@ from PIL import Image
 
 from preprocess.blocks import Progress, hash_sources
 from preprocess.config import PreprocessConfig
-from preprocess.crops import crop_rng, cut_image, draw_crop
-from preprocess.label_runs import LabelRuns
 from preprocess.layouts.pairing import Pair
 from preprocess.pairs import Dataset, read_pair
 from preprocess.source_tree import HashedTree
+from shards.crops.drawing import draw_crop
+from shards.crops.label_runs import LabelRuns
+from shards.crops.resampling import cut_image
 from shards.errors import DatasetError
 from shards.rle import count_values, encode_rle, encode_runs
 from shards.sample import encode_sample
@@ -43,10 +45,16 @@ class EncodedCrop(NamedTuple):
     class_pixels: np.ndarray
 
 
+def crop_rng(seed: int, key: str, crop_number: int) -> np.random.Generator:
+    """Random generator of one crop: depends on (seed, image, crop), not on worker or order."""
+    image = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
+    return np.random.Generator(np.random.PCG64([seed, image, crop_number]))
+
+
 def encode_crop(config: PreprocessConfig, pair: Pair, image: Image.Image, labels: LabelRuns, number: int
                 ) -> EncodedCrop | None:
     """Crop `number` of an image; None if no pixel is labelled."""
-    crop = draw_crop(crop_rng(config.seed, pair.key, number), labels, config.crops)
+    crop = draw_crop(crop_rng(config.seed, pair.key, number), labels, config.crops.rules)
     if crop is None:
         return None
     key = f"{pair.key}-{number:03d}"

@@ -11,7 +11,8 @@ from torch.utils.data import IterableDataset
 
 from shards.plan import MicroBatchNumbers, TrainPlan
 from trainer.config import DataConfig
-from trainer.data.crops import TrainCrops, normalized_images, open_reader, read_samples, share_of_worker
+from trainer.data.batch import normalized_images
+from trainer.data.crops import TrainCrops, open_reader, read_samples, share_of_worker
 from trainer.data.targets import to_dense
 from trainer.model_config import IMAGENET_MEAN, IMAGENET_STD
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from shards.plan import MicroBatchNumbers
 from trainer.config import RunConfig
-from trainer.data.crops import Batch, normalized_images
+from trainer.data.batch import Batch, normalized_images
 from trainer.data.loader import train_loader
 from trainer.data.whole_images import WholeImages
 from trainer.distributed import DistContext

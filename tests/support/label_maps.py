@@ -1,4 +1,4 @@
-"""Crops of label maps, pixel by pixel: what `preprocess.label_runs` must give."""
+"""Crops of label maps, pixel by pixel: what `shards.crops.label_runs` must give."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from preprocess.crops import Crop
+from shards.crops.drawing import Crop
 
 
 def cut_labels(label_map: npt.NDArray[Any], crop: Crop) -> npt.NDArray[Any]:

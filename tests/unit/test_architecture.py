@@ -42,7 +42,7 @@ LAYERS: dict[str, tuple[set[str], ...]] = {
         {"errors"},
         {"files"},
         {"rle", "plan", "workers"},
-        {"picture_file", "coco", "picture", "cli"},
+        {"picture_file", "coco", "picture", "cli", "crops"},
         {"sample", "manifest"},
         {"shard_table", "writer"},
         {"reader", "mirror", "class_list", "recount"},
@@ -263,7 +263,7 @@ LONG = '"""Long."""\n' + "x = 1\n" * MOST_LINES
 PLANTED: list[tuple[Rule, str, str]] = [
     (packages_meet_only_in_the_format, "preprocess/planted.py", "from trainer.config import RunConfig"),
     (packages_meet_only_in_the_format, "shards/files/planted.py", "def f():\n    import torch"),
-    (packages_meet_only_in_the_format, "trainer/run/planted.py", "import preprocess.crops"),
+    (packages_meet_only_in_the_format, "trainer/run/planted.py", "import preprocess.encoding"),
     (nobody_imports, "trainer/reporting/planted.py", "from trainer.train import main"),
     (nobody_imports, "trainer/data/planted.py", "from . import crops"),
     (nobody_imports, "trainer/models/planted.py", "import pickle"),

@@ -10,10 +10,10 @@ import pytest
 
 from preprocess.blocks import STORED_LATER, config_hash, producer
 from preprocess.config import CropConfig, DatasetConfig, PreprocessConfig
-from preprocess.crops import draw_crop
-from preprocess.label_runs import LabelRuns
 from preprocess.pairs import open_dataset
 from shards.cli.config_file import config_to_dict
+from shards.crops.drawing import draw_crop
+from shards.crops.label_runs import LabelRuns
 from shards.manifest import FORMAT_VERSION, hash_of
 from tests.support.label_maps import cut_labels
 
@@ -23,7 +23,7 @@ def test_the_long_side_may_be_what_is_scaled(size: tuple[int, int]) -> None:
     """As in torchvision's ScaleJitter: ratio = min(target / height, target / width) x U, both sides floored."""
     config = CropConfig(size=512, scaled_side="long", cat_max_ratio=None)
     labels = np.zeros(size, np.uint8)
-    crops = [draw_crop(np.random.default_rng(seed), LabelRuns(labels, 255), config) for seed in range(200)]
+    crops = [draw_crop(np.random.default_rng(seed), LabelRuns(labels, 255), config.rules) for seed in range(200)]
     long_sides = []
     for seed, crop in enumerate(crops):
         assert crop is not None
@@ -41,14 +41,14 @@ def test_without_the_rule_on_classes_any_labelled_place_will_do() -> None:
     labels[:, :4] = 3
     for config, redraws in ((CropConfig(size=32, cat_max_ratio=None), False), (CropConfig(size=32), True)):
         rng = np.random.default_rng(0)
-        crop = draw_crop(rng, LabelRuns(np.full((64, 64), 7, np.uint8), 255), config)
+        crop = draw_crop(rng, LabelRuns(np.full((64, 64), 7, np.uint8), 255), config.rules)
         first = np.random.default_rng(0)
         first.uniform(), first.integers(0, 2), first.integers(0, 2)
         assert crop is not None and (rng.bit_generator.state != first.bit_generator.state or not redraws)
         for seed in range(50):
-            crop = draw_crop(np.random.default_rng(seed), LabelRuns(labels, 255), config)
+            crop = draw_crop(np.random.default_rng(seed), LabelRuns(labels, 255), config.rules)
             assert crop is None or (cut_labels(labels, crop) == 3).any()
-    assert draw_crop(np.random.default_rng(0), LabelRuns(np.full((64, 64), 255, np.uint8), 255), config) is None
+    assert draw_crop(np.random.default_rng(0), LabelRuns(np.full((64, 64), 255, np.uint8), 255), config.rules) is None
 
 
 def test_later_settings_leave_the_identity_of_earlier_sets_alone(scenes: Path) -> None:

@@ -19,11 +19,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from preprocess.config import CropConfig, DatasetConfig, PreprocessConfig
-from preprocess.crops import Crop, crop_rng, cut_image, draw_crop
-from preprocess.label_runs import LabelRuns
+from preprocess.encoding import crop_rng
 from preprocess.make_scenes import CLASSES
 from preprocess.pairs import open_dataset, read_pair
 from shards.cli.config_file import load_config
+from shards.crops.drawing import Crop, draw_crop
+from shards.crops.label_runs import LabelRuns
+from shards.crops.resampling import cut_image
 from shards.errors import ConfigError, DatasetError
 from shards.manifest import load_manifest
 from shards.reader import iter_samples
@@ -316,7 +318,7 @@ def test_a_cut_equals_cutting_the_whole_scaled_image(height: int, width: int, se
     image = Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8))
     labels = rng.integers(0, 5, (height, width), np.uint8)
     config = CropConfig(size=48, min_scale=0.5, max_scale=2.0)
-    crop = draw_crop(rng, LabelRuns(labels, 255), config)
+    crop = draw_crop(rng, LabelRuns(labels, 255), config.rules)
     assert crop is not None and min(crop.scaled_height, crop.scaled_width) in range(24, 97)
     inside = np.s_[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
     whole = np.asarray(image.resize((crop.scaled_width, crop.scaled_height), Image.Resampling.BILINEAR))
@@ -333,16 +335,17 @@ def test_crops_avoid_a_single_class_when_they_can() -> None:
     labels[:, 80:] = 1
     config = CropConfig(size=50, min_scale=2.0, max_scale=2.0, tries=200)
     for number in range(20):
-        crop = draw_crop(crop_rng(0, "image", number), LabelRuns(labels, 255), config)
+        crop = draw_crop(crop_rng(0, "image", number), LabelRuns(labels, 255), config.rules)
         assert crop is not None
         assert np.bincount(cut_labels(labels, crop).reshape(-1)).max() < 0.75 * 2500
     anywhere = CropConfig(size=50, cat_max_ratio=1.0)
-    without = [draw_crop(crop_rng(0, "image", number), LabelRuns(labels, 255), anywhere) for number in range(20)]
+    without = [draw_crop(crop_rng(0, "image", number), LabelRuns(labels, 255), anywhere.rules) for number in range(20)]
     assert any(np.bincount(cut_labels(labels, crop).reshape(-1)).max() >= 0.75 * 2500 for crop in without if crop)
 
 
 def test_an_unlabelled_image_gives_no_crop_and_is_counted(scenes: Path, tmp_path: Path) -> None:
-    assert draw_crop(crop_rng(0, "x", 0), LabelRuns(np.full((40, 40), 255, np.uint8), 255), CropConfig(size=32)) is None
+    unlabelled = LabelRuns(np.full((40, 40), 255, np.uint8), 255)
+    assert draw_crop(crop_rng(0, "x", 0), unlabelled, CropConfig(size=32).rules) is None
     root = Path(shutil.copytree(scenes, tmp_path / "scenes"))
     label = root / "annotations/train/scene_train_00000.png"
     Image.fromarray(np.full(np.asarray(Image.open(label)).shape, 255, np.uint8)).save(label)

@@ -16,7 +16,8 @@ from shards.rle import decode_header, encode_rle
 from shards.sample import CropSample
 from tests.conftest import make_shards
 from trainer.config import DataConfig
-from trainer.data.crops import Batch, TrainCrops, check_labels, drop_absent_labels, stack_segment_maps
+from trainer.data.batch import Batch
+from trainer.data.crops import TrainCrops, check_labels, drop_absent_labels, stack_segment_maps
 from trainer.data.loader import train_loader, validation_loader
 from trainer.data.targets import to_dense
 from trainer.data.whole_images import WholeImages

@@ -26,7 +26,8 @@ from torch import Tensor
 from tests.conftest import REPOSITORY
 from trainer.config import DataConfig
 from trainer.data import loader, parcel
-from trainer.data.crops import Batch, open_reader
+from trainer.data.batch import Batch
+from trainer.data.crops import open_reader
 from trainer.data.loader import LoaderError, validation_loader
 from trainer.data.parcel import Parcel
 from trainer.data.whole_images import LabelledImage, WholeImages

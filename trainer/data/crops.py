@@ -7,8 +7,7 @@ transferring them, not decoding, would then be the bottleneck.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -29,15 +28,9 @@ from shards.reader import ShardReader
 from shards.rle import IGNORE_16_BIT, ignore_value
 from shards.sample import CropSample
 from trainer.config import DataConfig
-from trainer.data.targets import Target, dense_masks
-from trainer.data.transforms import (
-    draw_photometric,
-    mirror_left,
-    normalize,
-    paddings,
-    photometric_distort,
-    random_window,
-)
+from trainer.data.batch import Batch
+from trainer.data.targets import dense_masks
+from trainer.data.transforms import draw_photometric, random_window
 from trainer.seeding import sample_rng
 
 _IMAGES_AHEAD = 8  # whole images that a loader process requests from object storage ahead of time
@@ -52,84 +45,6 @@ class _Crop(NamedTuple):
     valid: tuple[int, int]  # height and width of the unpadded part; padding is on the right and at the bottom
     mirrored: bool
     photometric: npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """One micro-batch. `labels` of all images are concatenated; `counts` has the number per image."""
-
-    number: int  # of the micro-batch in the run
-    keys: list[str]
-    images: Tensor  # uint8 [B, 3, H, W], channels last in memory, as decoded: the device transposes
-    segment_maps: Tensor | None  # uint8 (int32 beyond 255 labels) [B, H, W]; None with dense targets
-    masks: list[Tensor] | None  # bool [N, H, W] per image; None with segment maps
-    labels: Tensor  # int64 [sum of counts]
-    counts: list[int]  # N per image
-    photometric: Tensor | None  # float32 [B, K], parameters of `transforms.photometric_distort`
-    valid: list[tuple[int, int]]  # per image: height and width of the unpadded part, at the top left
-    mirrored: list[bool]  # per image: to be mirrored by `to`, with its targets
-    skipped: list[str]  # errors of corrupt samples that were replaced
-
-    def targets(self) -> list[Target]:
-        """Per image `{"segment_map" [H, W], "labels" [N]}`, or `{"masks" [N, H, W], "labels" [N]}` if dense."""
-        labels = self.labels.split(self.counts)
-        if self.masks is not None:
-            return [{"masks": masks, "labels": ids} for masks, ids in zip(self.masks, labels, strict=True)]
-        assert self.segment_maps is not None
-        return [{"segment_map": segments, "labels": ids} for segments, ids in zip(self.segment_maps, labels,
-                                                                                 strict=True)]
-
-    def to(self, device: torch.device) -> Batch:
-        """Copy to the device asynchronously (from pinned memory on CUDA), and apply the pending mirroring there."""
-        moved = self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
-        return moved._mirrored() if any(self.mirrored) else moved
-
-    def _mirrored(self) -> Batch:
-        widths = [width if flip else 0 for (_, width), flip in zip(self.valid, self.mirrored, strict=True)]
-
-        def mirror(pictures: Iterable[Tensor], dim: int) -> list[Tensor]:
-            return [mirror_left(picture, width, dim) for picture, width in zip(pictures, widths, strict=True)]
-
-        return replace(
-            self,
-            images=torch.stack(mirror(self.images.permute(0, 2, 3, 1), 1)).permute(0, 3, 1, 2),
-            segment_maps=None if self.segment_maps is None else torch.stack(mirror(self.segment_maps, 1)),
-            masks=None if self.masks is None else mirror(self.masks, 2),
-            mirrored=[False] * len(self.mirrored),
-        )
-
-    def pin_memory(self) -> Batch:
-        """Called by the DataLoader's pinning thread."""
-        return self.map_tensors(Tensor.pin_memory)
-
-    def map_tensors(self, change: Callable[[Any], Any]) -> Batch:
-        """A copy with `change` applied to each tensor."""
-        return replace(
-            self,
-            images=change(self.images),
-            segment_maps=None if self.segment_maps is None else change(self.segment_maps),
-            masks=None if self.masks is None else [change(masks) for masks in self.masks],
-            labels=change(self.labels),
-            photometric=None if self.photometric is None else change(self.photometric),
-        )
-
-
-def augmented_images(batch: Batch) -> Tensor:
-    """uint8 `[B,3,H,W]` with the batch's colour augmentation, if any; padding keeps its colour."""
-    if batch.photometric is None:
-        return batch.images
-    distorted = photometric_distort(batch.images, batch.photometric)
-    for padding in paddings(distorted, batch.valid):
-        distorted[padding] = batch.images[padding]
-    return distorted
-
-
-def normalized_images(batch: Batch, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Float32 `[B,3,H,W]`, colour-augmented and normalised; padding is 0, as the reference pads after normalising."""
-    images = normalize(augmented_images(batch), mean, std)
-    for padding in paddings(images, batch.valid):
-        images[padding].zero_()
-    return images
 
 
 def open_reader(config: DataConfig, split: str, manifest: Manifest | None = None) -> ShardReader:

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from shards.errors import CorruptShardError, MaskStreamError, RunError
 from shards.workers import exit_with_parent, keep_freed_memory, use_own_temporary_folder
-from trainer.data.crops import Batch, TrainCrops
+from trainer.data.batch import Batch
+from trainer.data.crops import TrainCrops
 from trainer.data.parcel import Parcel, shared_memory_advice
 from trainer.data.whole_images import LabelledImage, ValidationImages
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shards.manifest import Manifest
 from shards.picture import contact_sheet, overlay
-from trainer.data.crops import Batch
+from trainer.data.batch import Batch
 from trainer.data.targets import label_map_from_segments, segment_map_from_masks
 from trainer.reporting.charts import Chart, Series, colors, draw, new_figure, smooth, usual_top
 from trainer.reporting.run_logger import read_metrics

@@ -14,7 +14,7 @@ from torch import Tensor
 from shards.errors import RunError
 from shards.files.atomic import write_atomically
 from shards.files.strict_json import to_json
-from trainer.data.crops import Batch
+from trainer.data.batch import Batch
 from trainer.run.run import Run
 
 RECORD_FOLDER = "non-finite"

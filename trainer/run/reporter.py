@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from shards.cli.config_file import config_to_dict, config_to_yaml
 from shards.files.atomic import write_atomically
-from trainer.data.crops import Batch, augmented_images
+from trainer.data.batch import Batch, augmented_images
 from trainer.evaluation.evaluation import Evaluation, format_metrics
 from trainer.reporting.plots import batch_panel, draw_curves
 from trainer.reporting.report import write_report

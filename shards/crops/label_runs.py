@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from preprocess.crops import Crop
+from shards.crops.drawing import Crop
 
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
@@ -45,15 +45,38 @@ class _Shown(NamedTuple):
 class LabelRuns:
     """The runs of a label map `[H,W]`, row by row; pixels equal to `ignore_index` are in none.
 
-    It holds 5 or 6 bytes per run, in columns [first, last) of its row.
+    A run covers columns [first, last) of its row. Of a label map it holds 5 or 6 bytes per run.
     """
 
     def __init__(self, label_map: Array, ignore_index: int) -> None:
-        self.height, self.width = label_map.shape
-        rows = max(1, _STRIP // self.width)
-        strips = [_row_runs(label_map[top : top + rows], ignore_index) for top in range(0, self.height, rows)]
-        runs, self._first, self._last, self._value = (np.concatenate(column) for column in zip(*strips, strict=True))
-        self._run_of_row = np.concatenate(([0], np.cumsum(runs)))
+        height, width = label_map.shape
+        rows = max(1, _STRIP // width)
+        strips = [_row_runs(label_map[top : top + rows], ignore_index) for top in range(0, height, rows)]
+        self._set((height, width), *(np.concatenate(column) for column in zip(*strips, strict=True)))
+
+    @classmethod
+    def from_runs(cls, runs: Runs, width: int, valid: tuple[int, int]) -> LabelRuns:
+        """Of the runs of a map of `width` columns, in the order of pixels. `valid` is the (height, width) of its part,
+        at the top left, outside which nothing is labelled: crops are drawn in it."""
+        found = cls.__new__(cls)
+        row, last_row = runs.start // width, (runs.start + runs.length - 1) // width
+        pieces = last_row - row + 1  # rows that a run reaches into
+        if pieces.max(initial=1) == 1:
+            first, length, value = runs.start - row * width, runs.length, runs.value
+        else:
+            # All pieces but a run's first begin at the left edge, all but its last end at the right one.
+            of_run = np.repeat(np.arange(row.size), pieces)
+            row = _ranges(row, pieces)
+            first = np.maximum(runs.start[of_run] - row * width, 0)
+            length = np.minimum((runs.start + runs.length)[of_run] - row * width, width) - first
+            value = runs.value[of_run]
+        found._set(valid, np.bincount(row, minlength=valid[0]), first, first + length, value)
+        return found
+
+    def _set(self, size: tuple[int, int], runs_of_row: Ints, first: Array, last: Array, value: Array) -> None:
+        self.height, self.width = size
+        self._first, self._last, self._value = first, last, value
+        self._run_of_row = np.concatenate(([0], np.cumsum(runs_of_row)))
 
     def counts(self, crop: Crop) -> Ints:
         """Pixels of each class in the crop, up to the last class in its rows."""

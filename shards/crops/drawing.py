@@ -1,25 +1,35 @@
-"""Draw training crops, and cut them from images, with the geometry of the reference's training transform.
+"""Draw training crops with the geometry of the reference's training transform: offline (`preprocess`) or, from whole
+images, anew in each epoch (`trainer`).
 
 DINOv3's segmentation training scales the short side to crop x U(0.5, 2.0), then cuts a square of the crop size (or the
 whole axis, where the scaled image is shorter) at a random position, redrawing the position while a single class covers
 more than 75 % of the labelled pixels. EoMT's (torchvision's ScaleJitter) scales the long side instead, and accepts any
-position with a labelled pixel. Only the crop's region is resampled here.
+position with a labelled pixel.
 """
 
 from __future__ import annotations
 
-import hashlib
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from preprocess.config import CropConfig
-
-# ImageNet mean colour: 0 after normalisation, like the reference's padding.
-PADDING_COLOR = (124, 116, 104)
 _SCALE_DRAWS = 10  # scales tried while no position in the scaled image has a labelled pixel
+SCALED_SIDES = ("short", "long", "stored")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropRules:
+    """How crops are drawn: scale, size, and which positions are rejected."""
+
+    window: int  # side of the crop in pixels
+    size: int  # what the scale is relative to, for scaled_side short and long
+    scaled_side: str  # short, long: that side becomes size x scale; stored: every stored pixel becomes `scale` pixels
+    min_scale: float
+    max_scale: float
+    cat_max_ratio: float | None  # redraw while a class has at least this share; None: only while nothing is labelled
+    tries: int  # redraws before the last crop is kept
 
 
 class Crop(NamedTuple):
@@ -33,12 +43,6 @@ class Crop(NamedTuple):
     width: int
 
 
-def crop_rng(seed: int, key: str, crop_number: int) -> np.random.Generator:
-    """Random generator of one crop: depends on (seed, image, crop), not on worker or order."""
-    image = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
-    return np.random.Generator(np.random.PCG64([seed, image, crop_number]))
-
-
 class Labels(Protocol):
     """The labels of an image, as far as drawing needs them (see `LabelRuns`)."""
 
@@ -49,16 +53,14 @@ class Labels(Protocol):
         """Pixels of each class in a crop."""
 
 
-def draw_crop(rng: np.random.Generator, labels: Labels, config: CropConfig) -> Crop | None:
+def draw_crop(rng: np.random.Generator, labels: Labels, rules: CropRules) -> Crop | None:
     """Draw a crop; None if no try has a labelled pixel."""
-    limit = config.cat_max_ratio
-    positions = config.tries + 1 if limit is not None else 1  # tried per scale
-    scaled_size = _scaled_size if config.scaled_side == "short" else _fitted_size
-    for _ in range(_SCALE_DRAWS * (config.tries + 1) // positions):
-        side = config.size * rng.uniform(config.min_scale, config.max_scale)
-        scaled = scaled_size((labels.height, labels.width), side)
+    limit = rules.cat_max_ratio
+    positions = rules.tries + 1 if limit is not None else 1  # tried per scale
+    for _ in range(_SCALE_DRAWS * (rules.tries + 1) // positions):
+        scaled = _draw_scaled_size(rng, labels, rules)
         for _ in range(positions):
-            crop = _random_window(rng, scaled, config.window)
+            crop = _random_window(rng, scaled, rules.window)
             counts = labels.counts(crop)
             if limit is not None and np.count_nonzero(counts) > 1 and counts.max() < limit * counts.sum():
                 return crop
@@ -67,28 +69,20 @@ def draw_crop(rng: np.random.Generator, labels: Labels, config: CropConfig) -> C
     return None
 
 
-def cut_image(image: Image.Image, crop: Crop, side: int) -> Image.Image:
-    """The crop of an RGB image: bilinear with antialiasing, padded right and below with the mean colour to `side`.
-
-    Pillow reads beyond `box` where the filter needs it, so up to rounding the result equals cropping the whole scaled
-    image.
-    """
-    x_ratio, y_ratio = image.width / crop.scaled_width, image.height / crop.scaled_height
-    box = (
-        crop.left * x_ratio,
-        crop.top * y_ratio,
-        min((crop.left + crop.width) * x_ratio, image.width),
-        min((crop.top + crop.height) * y_ratio, image.height),
-    )
-    resized = image.resize((crop.width, crop.height), Image.Resampling.BILINEAR, box)
-    if resized.size == (side, side):
-        return resized
-    padded = Image.new("RGB", (side, side), PADDING_COLOR)
-    padded.paste(resized)
-    return padded
+def draw_any_crop(rng: np.random.Generator, labels: Labels, rules: CropRules) -> Crop:
+    """Draw a crop without looking at its labels."""
+    return _random_window(rng, _draw_scaled_size(rng, labels, rules), rules.window)
 
 
-def _scaled_size(size: tuple[int, ...], short_side: float) -> tuple[int, int]:
+def _draw_scaled_size(rng: np.random.Generator, labels: Labels, rules: CropRules) -> tuple[int, int]:
+    size, scale = (labels.height, labels.width), rng.uniform(rules.min_scale, rules.max_scale)
+    if rules.scaled_side == "stored":
+        return max(1, int(size[0] * scale)), max(1, int(size[1] * scale))
+    scaled_size = _scaled_size if rules.scaled_side == "short" else _fitted_size
+    return scaled_size(size, rules.size * scale)
+
+
+def _scaled_size(size: tuple[int, int], short_side: float) -> tuple[int, int]:
     """(height, width) with the short side `short_side` rounded down, the long side rounded to nearest."""
     height, width = size
     short = max(1, int(short_side))
@@ -96,7 +90,7 @@ def _scaled_size(size: tuple[int, ...], short_side: float) -> tuple[int, int]:
     return (short, long) if height <= width else (long, short)
 
 
-def _fitted_size(size: tuple[int, ...], long_side: float) -> tuple[int, int]:
+def _fitted_size(size: tuple[int, int], long_side: float) -> tuple[int, int]:
     """(height, width), both rounded down, of the image fitted into a square of `long_side`."""
     height, width = size
     ratio = long_side / max(height, width)

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preprocess import label_runs
-from preprocess.crops import Crop
-from preprocess.label_runs import LabelRuns
+from shards.crops import label_runs
+from shards.crops.drawing import Crop
+from shards.crops.label_runs import LabelRuns
 from shards.rle import encode_rle, encode_runs
 from shards.writer import _member
 from tests.support.label_maps import cut_labels, pad_labels
