@@ -139,18 +139,23 @@ def decode_segment_map(record: Mapping[str, Any], header: MaskHeader | None = No
     """
     if header is None:
         header = decode_header(record)
-    start, length, index = decode_runs(record, header)
-    pixels = header.height * header.width
+    return segment_map_from_runs(header.height, header.width, *decode_runs(record, header),
+                                 ignore_value(header.labels.size)), header.labels
+
+
+def segment_map_from_runs(height: int, width: int, start: npt.NDArray[np.int64], length: npt.NDArray[np.int64],
+                          value: IntArray, ignored: int) -> npt.NDArray[Any]:
+    """The map `[H,W]` with these disjoint runs, in the order of pixels, and `ignored` elsewhere; uint8 if `ignored` is
+    255, else uint16."""
     end = start + length
     # Alternate the gap before each run with the run itself; zero-length gaps repeat nothing.
     repeats = np.empty(2 * start.size + 1, np.int64)
     repeats[1::2] = length
     repeats[0:-1:2] = start - np.concatenate(([0], end[:-1])) if start.size else start
-    repeats[-1] = pixels - (end[-1] if end.size else 0)
-    ignored = ignore_value(header.labels.size)
-    values = np.full(repeats.size, ignored, np.uint8 if ignored == 255 else np.uint16)
-    values[1::2] = index
-    return np.repeat(values, repeats).reshape(header.height, header.width), header.labels
+    repeats[-1] = height * width - (end[-1] if end.size else 0)
+    values = np.full(repeats.size, ignored, np.uint8 if ignored == IGNORE_8_BIT else np.uint16)
+    values[1::2] = value
+    return np.repeat(values, repeats).reshape(height, width)
 
 
 def decode_masks(record: Mapping[str, Any]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:

@@ -102,14 +102,24 @@ def decode_image(data: bytes, name: str, size: tuple[int, int] | None = None,
     return pixels if out is None else out
 
 
+def decode_reduced(data: bytes, name: str, size: tuple[int, int], least: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    """RGB `[H,W,3]` of an image of `size` (H,W), at a size of at least `least`: a JPEG is decoded at a half, quarter or
+    eighth of its size where that is enough, which saves most of the time. Raises as `decode_image`."""
+    if min(whole // part for whole, part in zip(size, least, strict=True)) >= 2 and data.startswith(JPEG_START):
+        pixels = _decode_plain_jpeg(data, size, None, least)
+        if pixels is not None:
+            return pixels
+    return decode_image(data, name, size)
+
+
 def decode_upright(data: bytes, name: str) -> npt.NDArray[np.uint8]:
     """`decode_image` with the EXIF orientation applied, as viewers show a file. At most MAX_PIXELS pixels."""
     check_pixels(data, name)
     return upright(decode_image(data, name), exif_orientation(data))
 
 
-def _decode_plain_jpeg(data: bytes, size: tuple[int, int] | None,
-                       out: npt.NDArray[np.uint8] | None) -> npt.NDArray[np.uint8] | None:
+def _decode_plain_jpeg(data: bytes, size: tuple[int, int] | None, out: npt.NDArray[np.uint8] | None,
+                       least: tuple[int, int] = (0, 0)) -> npt.NDArray[np.uint8] | None:
     """Same result as Pillow, by the same library (libjpeg-turbo), but straight into an array: 1.3 times as fast.
 
     None if the file is damaged, or has another size or colour space: then Pillow converts it or reports the error.
@@ -118,7 +128,7 @@ def _decode_plain_jpeg(data: bytes, size: tuple[int, int] | None,
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         if colours not in ("YCbCr", "Gray") or max(height, width) > MAX_SIDE or size not in (None, (height, width)):
             return None
-        return np.asarray(simplejpeg.decode_jpeg(data, buffer=out))
+        return np.asarray(simplejpeg.decode_jpeg(data, buffer=out, min_height=least[0], min_width=least[1]))
     except ValueError:
         return None
 

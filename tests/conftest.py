@@ -139,6 +139,12 @@ def scene_shards(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return make_shards(tmp_path_factory.mktemp("shards") / "set", scenes)
 
 
+@pytest.fixture(scope="session")
+def whole_shards(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The scenes as a shard set of whole images in both splits, 12 and 5."""
+    return make_shards(tmp_path_factory.mktemp("shards") / "whole", scenes, "crops.splits=[]")
+
+
 def make_shards(output: Path, root: Path, *overrides: str) -> Path:
     """Shard a `folder` dataset in this process, with settings for a small set; returns the output folder."""
     from preprocess.config import PreprocessConfig

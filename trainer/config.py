@@ -10,9 +10,38 @@ from typing import Any
 
 from shards.cli.config_file import config_from_dict, load_config
 from shards.cli.settings import place, setting
+from shards.crops.drawing import SCALED_SIDES, CropRules
 from shards.errors import ConfigError
 from shards.files.storage import REMOTE_SCHEMES, local_path
 from trainer.model_config import SIZE_DIVISORS, AdapterConfig, BackboneConfig, DecoderHeadConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineConfig:
+    """Training crops drawn anew in each epoch, at a random scale and place."""
+
+    scaled_side: str | None = setting(None, "null: off. short, for whole images: a crop is drawn as make_shards does, "
+                                      "with the short side resized to data.crop_size x U(min_scale, max_scale), as in "
+                                      "DINOv3's recipes; long: the long side, as in EoMT's; stored, for stored crops "
+                                      "larger than data.crop_size: their pixels are resized by U(min_scale, max_scale)",
+                                      choices=SCALED_SIDES)
+    min_scale: float = setting(0.5, "smallest scale; for scaled_side stored at least data.crop_size / stored size, "
+                               "or crops are padded", minimum=0.05, maximum=20)
+    max_scale: float = setting(2.0, "largest scale", minimum=0.05, maximum=20)
+    cat_max_ratio: float | None = setting(0.75, "redraw a crop while one class covers at least this fraction of its "
+                                          "labelled pixels; null: only while it has no labelled pixel", minimum=0,
+                                          maximum=1)
+    tries: int = setting(10, "redraws before the last crop is kept", minimum=1, maximum=1000)
+    reduced_decoding: bool = setting(False, "decode a JPEG at a half, quarter or eighth of its size where a crop needs "
+                                     "no more: faster with large photographs, slightly different pixels")
+    resample_on: str = setting("worker", "where pixels are resized to the crop: on the loader's workers; or on the "
+                               "training device, to the same pixels, which relieves the workers but sends more bytes",
+                               choices=("worker", "device"))
+
+    def __post_init__(self) -> None:
+        if self.min_scale > self.max_scale:
+            raise ConfigError(f"data.online.min_scale is {self.min_scale}, legal: at most data.online.max_scale "
+                              f"({self.max_scale})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +57,9 @@ class DataConfig:
     targets: str = setting("segment_map", "format in which workers send targets: packed uint8 segment maps, or dense "
                            "{masks, labels} (same results, 10 to 40 times the bytes)",
                            choices=("segment_map", "dense"))
-    crop_size: int | None = setting(None, "side in pixels of a random crop taken from each stored crop; null: train on "
-                                    "stored crops as they are", minimum=32, maximum=16384)
+    crop_size: int | None = setting(None, "side in pixels of a random crop taken from each stored sample; null: train "
+                                    "on stored crops as they are", minimum=32, maximum=16384)
+    online: OnlineConfig = setting(OnlineConfig, "")
     hflip: float = setting(0.5, "probability of flipping a training crop horizontally", minimum=0, maximum=1)
     photometric: bool = setting(True, "random brightness, contrast, saturation and hue (on the training device)")
     hue_degrees: float = setting(180.0, "photometric: maximum hue shift in degrees, either way; 180, as in DINOv3's "
@@ -50,6 +80,21 @@ class DataConfig:
                               "sample of its global batch instead", choices=("fail", "skip"))
     corrupt_budget: int = setting(10, "on_corrupt skip: samples that each rank may skip before the run fails; a "
                                   "resumed run starts counting from 0", minimum=1)
+
+    def __post_init__(self) -> None:
+        if self.online.scaled_side is not None and self.crop_size is None:
+            raise ConfigError("data.crop_size is not set, but data.online.scaled_side is "
+                              f"{self.online.scaled_side}; set it to the side of the crops to train on, such as 512")
+
+    @property
+    def crop_rules(self) -> CropRules | None:
+        """How crops are drawn in each epoch; None if stored samples are trained on without rescaling."""
+        online = self.online
+        if online.scaled_side is None or self.crop_size is None:
+            return None
+        return CropRules(window=self.crop_size, size=self.crop_size, scaled_side=online.scaled_side,
+                         min_scale=online.min_scale, max_scale=online.max_scale, cat_max_ratio=online.cat_max_ratio,
+                         tries=online.tries)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,6 +46,8 @@ def main() -> int:
 
 
 def _dry_run(config: RunConfig) -> int:
+    import torch
+
     from shards.plan import accumulation_for
     from shards.shown_text import shown
     from trainer.data.crops import open_reader
@@ -65,7 +67,7 @@ def _dry_run(config: RunConfig) -> int:
           f"{crops.reader.info.shards} shards, {val_images} validation samples")
     print(f"{steps} steps of {global_batch} = {steps * global_batch / samples:.2f} epochs; {accumulation} "
           "micro-batches per step, divided among the ranks")
-    batch = crops[0]
+    batch = crops[0].to(torch.device("cpu"))
     names = [manifest.classes[label].name for label in batch.labels[: batch.counts[0]].tolist()]
     print(f"first sample: {shown(batch.keys[0])}, {tuple(batch.images.shape[1:])} {batch.images.dtype}, "
           f"{batch.counts[0]} masks: {', '.join(names)}")

@@ -55,22 +55,18 @@ class LabelRuns:
         self._set((height, width), *(np.concatenate(column) for column in zip(*strips, strict=True)))
 
     @classmethod
-    def from_runs(cls, runs: Runs, width: int, valid: tuple[int, int]) -> LabelRuns:
+    def from_runs(cls, start: Ints, length: Ints, value: Array, width: int, valid: tuple[int, int]) -> LabelRuns:
         """Of the runs of a map of `width` columns, in the order of pixels. `valid` is the (height, width) of its part,
         at the top left, outside which nothing is labelled: crops are drawn in it."""
-        found = cls.__new__(cls)
-        row, last_row = runs.start // width, (runs.start + runs.length - 1) // width
-        pieces = last_row - row + 1  # rows that a run reaches into
-        if pieces.max(initial=1) == 1:
-            first, length, value = runs.start - row * width, runs.length, runs.value
-        else:
-            # All pieces but a run's first begin at the left edge, all but its last end at the right one.
+        found, end = cls.__new__(cls), start + length
+        row = start // width
+        pieces = (end - 1) // width - row + 1  # rows that a run reaches into
+        if pieces.max(initial=1) > 1:  # all but its first begin at the left edge, all but its last end at the right one
             of_run = np.repeat(np.arange(row.size), pieces)
-            row = _ranges(row, pieces)
-            first = np.maximum(runs.start[of_run] - row * width, 0)
-            length = np.minimum((runs.start + runs.length)[of_run] - row * width, width) - first
-            value = runs.value[of_run]
-        found._set(valid, np.bincount(row, minlength=valid[0]), first, first + length, value)
+            row, start, end, value = _ranges(row, pieces), start[of_run], end[of_run], value[of_run]
+        left = row * width
+        found._set(valid, np.bincount(row, minlength=valid[0]), np.maximum(start - left, 0),
+                   np.minimum(end - left, width), value)
         return found
 
     def _set(self, size: tuple[int, int], runs_of_row: Ints, first: Array, last: Array, value: Array) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from shards.crops import label_runs
 from shards.crops.drawing import Crop
 from shards.crops.label_runs import LabelRuns
-from shards.rle import encode_rle, encode_runs
+from shards.rle import decode_header, decode_runs, encode_rle, encode_runs, runs_of, segment_map_from_runs
 from shards.writer import _member
 from tests.support.label_maps import cut_labels, pad_labels
 
@@ -52,6 +52,36 @@ def test_runs_give_what_pixels_give(label_map: npt.NDArray[Any], window: tuple[C
         assert np.array_equal(np.pad(counts, (0, ignore_index - counts.size)), expected)
     record = encode_rle(pad_labels(cut, side, ignore_index), ignore_index)
     assert encode_runs(side, side, *labels.cut(crop, side)) == record
+
+
+@given(label_maps(), windows())
+@settings(max_examples=200, deadline=None)
+def test_stored_runs_give_what_the_label_map_gives(label_map: npt.NDArray[Any], window: tuple[Crop, int]) -> None:
+    crop, side = window
+    ignore_index = 65535 if label_map.dtype == np.uint16 else 255
+    record = encode_rle(label_map, ignore_index)
+    header = decode_header(record)
+    start, length, index = decode_runs(record, header)
+    stored = LabelRuns.from_runs(start, length, header.labels[index], header.width, label_map.shape)
+    given_map = LabelRuns(label_map, ignore_index)
+    assert np.array_equal(np.trim_zeros(stored.counts(crop), "b"), np.trim_zeros(given_map.counts(crop), "b"))
+    for one, other in zip(stored.cut(crop, side), given_map.cut(crop, side), strict=True):
+        assert np.array_equal(one, other)
+    runs = stored.cut(crop, side)
+    cut = segment_map_from_runs(side, side, *runs, ignore_index)
+    assert np.array_equal(cut, pad_labels(cut_labels(label_map, crop), side, ignore_index))
+
+
+def test_padding_is_outside_what_crops_are_drawn_from() -> None:
+    label_map = np.full((20, 30), 255, np.uint8)
+    label_map[:12, :17] = np.random.default_rng(0).integers(0, 4, (12, 17))
+    start, length, value = runs_of(label_map.reshape(-1))
+    kept = value != 255
+    found = LabelRuns.from_runs(start[kept], length[kept], value[kept], 30, (12, 17))
+    assert (found.height, found.width) == (12, 17)
+    crop = Crop(24, 34, 3, 5, 20, 20)
+    for one, other in zip(found.cut(crop, 20), LabelRuns(label_map[:12, :17], 255).cut(crop, 20), strict=True):
+        assert np.array_equal(one, other)
 
 
 def test_strips_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from shards.crops.resampling import PADDING_COLOR
+from trainer.data.resampling import Resize, resample
 from trainer.data.targets import Target
 from trainer.data.transforms import mirror_left, normalize, paddings, photometric_distort
 
@@ -19,7 +21,8 @@ class Batch:
 
     number: int  # of the micro-batch in the run
     keys: list[str]
-    images: Tensor  # uint8 [B, 3, H, W], channels last in memory, as decoded: the device transposes
+    images: Tensor  # uint8 [B, 3, H, W], channels last in memory, as decoded: the device transposes. With regions:
+    # [B, 3, 0, 0] until `to`
     segment_maps: Tensor | None  # uint8 (int32 beyond 255 labels) [B, H, W]; None with dense targets
     masks: list[Tensor] | None  # bool [N, H, W] per image; None with segment maps
     labels: Tensor  # int64 [sum of counts]
@@ -28,6 +31,8 @@ class Batch:
     valid: list[tuple[int, int]]  # per image: height and width of the unpadded part, at the top left
     mirrored: list[bool]  # per image: to be mirrored by `to`, with its targets
     skipped: list[str]  # errors of corrupt samples that were replaced
+    regions: list[Tensor] = field(default_factory=list)  # uint8 [h, w, 3] per image, to be resized by `to`; or none
+    resizes: list[Resize] = field(default_factory=list)  # per region
 
     def targets(self) -> list[Target]:
         """Per image `{"segment_map" [H, W], "labels" [N]}`, or `{"masks" [N, H, W], "labels" [N]}` if dense."""
@@ -39,9 +44,22 @@ class Batch:
                                                                                  strict=True)]
 
     def to(self, device: torch.device) -> Batch:
-        """Copy to the device asynchronously (from pinned memory on CUDA), and apply the pending mirroring there."""
+        """Copy to the device asynchronously (from pinned memory on CUDA), and do there what is pending: resizing,
+        mirroring."""
         moved = self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        if moved.regions:
+            moved = moved._resized()
         return moved._mirrored() if any(self.mirrored) else moved
+
+    def _resized(self) -> Batch:
+        segment_maps = self.segment_maps if self.segment_maps is not None else self.masks
+        assert segment_maps is not None
+        device, (height, width) = self.regions[0].device, segment_maps[0].shape[-2:]
+        levels = torch.cat([torch.full((1,), level, dtype=torch.uint8, device=device) for level in PADDING_COLOR])
+        images = levels.expand(len(self.regions), height, width, 3).clone()
+        for image, region, resize in zip(images, self.regions, self.resizes, strict=True):
+            image[: resize.height, : resize.width] = resample(region, resize)
+        return replace(self, images=images.permute(0, 3, 1, 2), regions=[], resizes=[])
 
     def _mirrored(self) -> Batch:
         widths = [width if flip else 0 for (_, width), flip in zip(self.valid, self.mirrored, strict=True)]
@@ -66,6 +84,7 @@ class Batch:
         return replace(
             self,
             images=change(self.images),
+            regions=[change(region) for region in self.regions],
             segment_maps=None if self.segment_maps is None else change(self.segment_maps),
             masks=None if self.masks is None else [change(masks) for masks in self.masks],
             labels=change(self.labels),

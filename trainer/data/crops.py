@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from shards.crops.drawing import Crop
 from shards.errors import ConfigError, CorruptShardError
 from shards.files.cache import DiskCache
 from shards.files.storage import RetryPolicy, open_storage
@@ -27,13 +28,23 @@ from shards.read_ahead import ReadAhead, look_ahead
 from shards.reader import ShardReader
 from shards.rle import IGNORE_16_BIT, ignore_value
 from shards.sample import CropSample
-from trainer.config import DataConfig
+from trainer.config import DataConfig, OnlineConfig
 from trainer.data.batch import Batch
+from trainer.data.online_crops import cut_into, draw_labels, source_pixels
+from trainer.data.resampling import Resize, region_of
 from trainer.data.targets import dense_masks
 from trainer.data.transforms import draw_photometric, random_window
 from trainer.seeding import sample_rng
 
 _IMAGES_AHEAD = 8  # whole images that a loader process requests from object storage ahead of time
+
+
+class _Cut(NamedTuple):
+    """Labels of a crop cut from a sample."""
+
+    segment_map: npt.NDArray[Any]  # [H, W]
+    labels: npt.NDArray[np.int64]  # [N]
+    valid: tuple[int, int]  # height and width of the unpadded part
 
 
 class _Crop(NamedTuple):
@@ -74,6 +85,7 @@ class TrainCrops(IterableDataset[Batch]):
                  global_batch_size: int | None = None) -> None:
         self.reader, self.plan, self.config, self.numbers = reader, plan, config, numbers
         self.global_batch_size = global_batch_size or plan.micro_batch_size
+        self.rules = config.crop_rules
 
     def __getitem__(self, number: int) -> Batch:
         return self._batch(number, None)
@@ -98,7 +110,7 @@ class TrainCrops(IterableDataset[Batch]):
             ahead.ask(span, partial(self.plan.samples, span))
 
     def _batch(self, number: int, ahead: ReadAhead | None) -> Batch:
-        images = _Images(self.plan.micro_batch_size)
+        images = _Images(self.plan.micro_batch_size, self.config.online)
         samples, skipped = self._read_samples(number, ahead, images)
         keys, segment_maps, labels, valid, mirrored, photometric = zip(*samples, strict=True)  # of each _Crop
         maps = stack_segment_maps(segment_maps)
@@ -108,6 +120,8 @@ class TrainCrops(IterableDataset[Batch]):
             number=number,
             keys=list(keys),
             images=images.pixels.permute(0, 3, 1, 2),
+            regions=images.regions,
+            resizes=images.resizes,
             segment_maps=None if dense else maps,
             masks=[dense_masks(segments, count) for segments, count in zip(maps, counts, strict=True)] if dense
             else None,
@@ -154,21 +168,49 @@ class TrainCrops(IterableDataset[Batch]):
         sample = self.reader.read(draw.sample, data)
         check_labels(sample, self.reader.num_classes)
         rng = sample_rng(self.plan.seed, draw.epoch, draw.sample)
+        cut = self._stored_crop if self.rules is None else self._drawn_crop
+        segment_map, labels, valid = cut(sample, rng, images)
+        mirrored = bool(rng.random() < self.config.hflip)
+        return _Crop(sample.key, segment_map, labels, valid, mirrored,
+                     draw_photometric(rng, self.config.hue_degrees))
+
+    def _stored_crop(self, sample: CropSample, rng: np.random.Generator, images: _Images) -> _Cut:
         segment_map, labels, window, valid = sample.segment_map, sample.labels, None, sample.valid_size
         if self.config.crop_size is not None:
             window, valid = random_window(rng, segment_map.shape, valid, self.config.crop_size, sample.key)
             segment_map, labels = drop_absent_labels(segment_map[window], labels)
         images.add(sample, segment_map.shape, window)
-        mirrored = bool(rng.random() < self.config.hflip)
-        return _Crop(sample.key, segment_map, labels, valid, mirrored,
-                     draw_photometric(rng, self.config.hue_degrees))
+        return _Cut(segment_map, labels, valid)
+
+    def _drawn_crop(self, sample: CropSample, rng: np.random.Generator, images: _Images) -> _Cut:
+        assert self.rules is not None
+        drawn = draw_labels(sample, self.rules, rng)
+        images.add_drawn(sample, drawn.crop, self.rules.window)
+        return _Cut(drawn.segment_map, drawn.labels, (drawn.crop.height, drawn.crop.width))
 
 
 class _Images:
-    """The images of a micro-batch, decoded in place into `pixels`, a uint8 tensor [B, H, W, 3]."""
+    """The images of a micro-batch: `pixels`, uint8 [B, H, W, 3], into which they are decoded, or with
+    data.online.resample_on "device" the `regions` from which that device makes them."""
 
-    def __init__(self, batch: int) -> None:
+    def __init__(self, batch: int, online: OnlineConfig) -> None:
         self.batch, self.count, self.first = batch, 0, ""
+        self.reduced, self.on_device = online.reduced_decoding, online.resample_on == "device"
+        self.pixels = torch.empty((batch, 0, 0, 3), dtype=torch.uint8)
+        self.regions: list[Tensor] = []
+        self.resizes: list[Resize] = []
+
+    def add_drawn(self, sample: CropSample, crop: Crop, side: int) -> None:
+        """Add a crop of an image. Raises CorruptShardError."""
+        if self.on_device:
+            region, resize = region_of(source_pixels(sample, crop, self.reduced), crop)
+            self.regions.append(torch.from_numpy(region))
+            self.resizes.append(resize)
+            return
+        if not self.count:
+            self.pixels = torch.empty((self.batch, side, side, 3), dtype=torch.uint8)
+        cut_into(self.pixels[self.count].numpy(), sample, crop, self.reduced)
+        self.count += 1
 
     def add(self, sample: CropSample, size: tuple[int, ...], window: tuple[slice, slice] | None) -> None:
         """Add an image, or a window of it. Raises CorruptShardError; ConfigError if its size differs from the first."""
@@ -177,7 +219,8 @@ class _Images:
         height, width = self.pixels.shape[1:3]
         if size != (height, width):
             raise ConfigError(f"samples of one batch differ in size: {self.first} {height}x{width}, {sample.key} "
-                              f"{size[0]}x{size[1]}. Train on a split of crops, or set data.crop_size")
+                              f"{size[0]}x{size[1]}. Train on a split of crops, set "
+                              "data.crop_size, or draw crops from whole images (data.online.scaled_side)")
         if window is None:
             sample.decode_into(self.pixels[self.count].numpy())
         else:

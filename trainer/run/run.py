@@ -126,7 +126,7 @@ def open_crops(config: RunConfig, manifest: Manifest) -> TrainCrops:
     plan = TrainPlan(reader.table.samples, config.train.micro_batch_size, config.seed,
                      config.data.lanes, config.data.span_samples)
     crops = TrainCrops(reader, plan, config.data, global_batch_size=config.train.global_batch_size)
-    height, width = crops[0].images.shape[2:]
+    height, width = crops[0].to(torch.device("cpu")).images.shape[2:]
     check_crop_size(config, height, width)
     return crops
 
