@@ -213,6 +213,23 @@ def test_accumulation_and_dense_targets_change_nothing(scene_shards: Path, finis
     assert losses(tmp_path / "dense") == losses(finished)
 
 
+def test_crops_drawn_in_each_epoch_resume_bit_equal_wherever_they_are_resized(whole_shards: Path, tmp_path: Path
+                                                                              ) -> None:
+    online = ("data.crop_size=64", "data.online.scaled_side=short", "train.total_steps=4")
+    train(tiny(whole_shards, tmp_path / "worker", *online), ALONE)
+    train(tiny(whole_shards, tmp_path / "device", *online, "data.online.resample_on=device"), ALONE)
+    assert losses(tmp_path / "device") == losses(tmp_path / "worker")
+    shutil.copytree(tmp_path / "worker", tmp_path / "resumed")
+    (tmp_path / "resumed/checkpoints/step-00000004.pt").unlink()
+    # The place of resizing may change with the machine; what is drawn may not.
+    with pytest.raises(ConfigError, match=r"data.online.max_scale was 2.0 and is 1.5"):
+        train(tiny(whole_shards, tmp_path / "resumed", *online, "data.online.max_scale=1.5"), ALONE)
+    train(tiny(whole_shards, tmp_path / "resumed", *online, "data.online.resample_on=device"), ALONE)
+    first, second = (load_latest(tmp_path / name / "checkpoints") for name in ("worker", "resumed"))
+    assert first is not None and second is not None and second.step == 4
+    assert all(torch.equal(first.model[key], second.model[key]) for key in first.model)
+
+
 def test_the_linear_head_trains_and_resumes(scene_shards: Path, tmp_path: Path) -> None:
     linear = ("decoder_head.type=linear", "optimizer.schedule=one_cycle", "optimizer.lr=1e-2")
     train(tiny(scene_shards, tmp_path / "whole", *linear, "train.total_steps=12"), ALONE)

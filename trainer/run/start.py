@@ -112,8 +112,9 @@ def _resume_invariants(config: RunConfig) -> RunConfig:
         decoder_head=replace(config.decoder_head, dropout=default.decoder_head.dropout,
                              **{name: getattr(default.decoder_head, name) for name in
                                 ("mask_annealing", "mask_annealing_starts", "mask_annealing_ends")}),
-        data=replace(default.data, **{name: getattr(config.data, name)
-                                      for name in ("train_split", "crop_size", "lanes", "span_samples")}),
+        data=replace(default.data, online=replace(config.data.online, resample_on=default.data.online.resample_on),
+                     **{name: getattr(config.data, name)
+                        for name in ("train_split", "crop_size", "lanes", "span_samples")}),
         train=replace(default.train, global_batch_size=config.train.global_batch_size),
         optimizer=replace(default.optimizer, decay_all=config.optimizer.decay_all),
     )
