@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,20 @@ class DataConfig:
                                     "on stored crops as they are", minimum=32, maximum=16384)
     online: OnlineConfig = setting(OnlineConfig, "")
     hflip: float = setting(0.5, "probability of flipping a training crop horizontally", minimum=0, maximum=1)
+    vflip: float = setting(0.0, "probability of flipping a training crop vertically, for images without an up and a "
+                           "down", minimum=0, maximum=1)
+    quarter_turns: float = setting(0.0, "probability of turning a training crop by 90, 180 or 270 degrees", minimum=0,
+                                   maximum=1)
+    rotate: float = setting(0.0, "probability of rotating a training crop by up to rotate_degrees either way; pixels "
+                            "from outside it are ignored", minimum=0, maximum=1)
+    rotate_degrees: float = setting(15.0, "rotate: largest angle in degrees", minimum=0, maximum=180)
+    erase: float = setting(0.0, "probability of hiding a rectangle of a training crop from the network; labels stay",
+                           minimum=0, maximum=1)
+    erase_area: float = setting(0.33, "erase: largest part of the crop that is hidden; the smallest is 0.02",
+                                minimum=0.02, maximum=1)
+    transform: str | None = setting(None, "your own augmentation, package.module:function (see docs/training.md), of "
+                                    "images and segment maps on the training device; null: none",
+                                    may_be_empty=False)
     photometric: bool = setting(True, "random brightness, contrast, saturation and hue (on the training device)")
     hue_degrees: float = setting(180.0, "photometric: maximum hue shift in degrees, either way; 180, as in DINOv3's "
                                  "linear recipe, allows any hue; EoMT's recipe uses 18", minimum=0, maximum=180)
@@ -85,6 +99,8 @@ class DataConfig:
         if self.online.scaled_side is not None and self.crop_size is None:
             raise ConfigError("data.crop_size is not set, but data.online.scaled_side is "
                               f"{self.online.scaled_side}; set it to the side of the crops to train on, such as 512")
+        if self.transform is not None and self.targets != "segment_map":
+            raise ConfigError(f"data.targets is {self.targets}, legal with data.transform: segment_map")
 
     @property
     def crop_rules(self) -> CropRules | None:
@@ -296,5 +312,7 @@ def load_run_config(paths: str | Path | Sequence[str | Path] | None, overrides: 
 
 
 def run_config_from_dict(values: dict[str, Any]) -> RunConfig:
-    """The configuration stored in a checkpoint, validated like one from a file."""
-    return config_from_dict(RunConfig, values, "the checkpoint's configuration")
+    """The configuration stored in a checkpoint, validated like one from a file; without `data.transform`, as nothing
+    that is read may run code."""
+    config = config_from_dict(RunConfig, values, "the checkpoint's configuration")
+    return replace(config, data=replace(config.data, transform=None))

@@ -21,3 +21,8 @@ def seed_micro_batch(seed: int, number: int, device: torch.device) -> torch.Gene
     """Seed torch's global RNG for the forward pass; return a generator on `device` for the loss's points."""
     torch.manual_seed(micro_batch_seed(seed, number))
     return torch.Generator(device).manual_seed(micro_batch_seed(seed + 1, number))
+
+
+def transform_generator(seed: int, number: int, device: torch.device) -> torch.Generator:
+    """A generator on `device` for the user's augmentation of micro-batch `number`."""
+    return torch.Generator(device).manual_seed(micro_batch_seed(seed + 2, number))

@@ -38,14 +38,17 @@ def equal(first: Batch, second: Batch) -> bool:
         first.keys == second.keys and first.counts == second.counts and first.number == second.number
         and torch.equal(first.images, second.images) and torch.equal(first.segment_maps, second.segment_maps)
         and torch.equal(first.labels, second.labels) and torch.equal(first.photometric, second.photometric)
-        and first.mirrored == second.mirrored and first.valid == second.valid
+        and first.moves == second.moves and first.valid == second.valid
     )
 
 
-def slow_mirror(picture: torch.Tensor, width: int) -> torch.Tensor:
-    """Mirror column by column: the first `width` columns are reversed, the rest is padding."""
-    columns = [width - 1 - column if column < width else column for column in range(picture.shape[-1])]
-    return torch.stack([picture[..., column] for column in columns], -1)
+def slow_mirror(picture: torch.Tensor, valid: tuple[int, int]) -> torch.Tensor:
+    """Mirror column by column: the unpadded part, of this height and width, is reversed."""
+    height, width = valid
+    mirrored = picture.clone()
+    for column in range(width):
+        mirrored[..., :height, column] = picture[..., :height, width - 1 - column]
+    return mirrored
 
 
 @pytest.mark.slow
@@ -80,10 +83,11 @@ def test_dense_targets_equal_segment_maps(scene_shards: Path) -> None:
 def test_augmentation_changes_with_the_epoch_and_mirrors_image_and_masks_together(scene_shards: Path) -> None:
     always, never = crops(scene_shards, hflip=1.0)[0].to(CPU), crops(scene_shards, hflip=0.0)[0].to(CPU)
     assert always.segment_maps is not None and never.segment_maps is not None
-    for place, (_, width) in enumerate(never.valid):
-        assert torch.equal(always.images[place], slow_mirror(never.images[place], width))
-        assert torch.equal(always.segment_maps[place], slow_mirror(never.segment_maps[place], width))
-    assert not any(always.mirrored) and torch.equal(always.to(CPU).images, always.images), "once, not twice"
+    for place, valid in enumerate(never.valid):
+        assert torch.equal(always.images[place], slow_mirror(never.images[place], valid))
+        assert torch.equal(always.segment_maps[place], slow_mirror(never.segment_maps[place], valid))
+    assert not any(move.is_pending for move in always.moves), "once, not twice"
+    assert torch.equal(always.to(CPU).images, always.images)
     assert always.photometric is not None
     one_by_one = crops(scene_shards, batch=1)
     first_epoch = {batch.keys[0]: batch.photometric for batch in (one_by_one[m] for m in range(24))}
@@ -97,10 +101,10 @@ def test_the_device_mirrors_what_the_loader_chose(scene_shards: Path) -> None:
     for targets in ("segment_map", "dense"):
         chosen = crops(scene_shards, batch=8, targets=targets)[0]
         done = chosen.to(CPU)
-        assert 0 < sum(chosen.mirrored) < 8
-        for place, flip in enumerate(chosen.mirrored):
+        assert 0 < sum(move.mirrored for move in chosen.moves) < 8
+        for place, flip in enumerate(move.mirrored for move in chosen.moves):
             image, target, raw = done.images[place], done.targets()[place], chosen.targets()[place]
-            mirror = partial(slow_mirror, width=chosen.valid[place][1]) if flip else torch.clone
+            mirror = partial(slow_mirror, valid=chosen.valid[place]) if flip else torch.clone
             assert torch.equal(image, mirror(chosen.images[place]))
             for name in target.keys() - {"labels"}:
                 assert torch.equal(target[name], mirror(raw[name]))

@@ -41,7 +41,7 @@ def slow_reference(batch: Batch) -> list[tuple[Tensor, Tensor]]:
     for place, target in enumerate(batch.targets()):
         height, width = batch.valid[place]
         image, label_map = batch.images[place, :, :height, :width], label_map_of(target)[:height, :width]
-        if batch.mirrored[place]:
+        if batch.moves[place].mirrored:
             image, label_map = image.flip(2), label_map.flip(1)
         if batch.photometric is not None:
             image = photometric_distort(image[None], batch.photometric[place:place + 1])[0]
@@ -79,7 +79,7 @@ def test_batches_are_what_the_reference_makes_of_the_same_crops(padded_shards: P
             assert images[place, :, height:].eq(0).all() and images[place, :, :, width:].eq(0).all()
             seen["below"] += height < 64
             seen["right"] += width < 64
-            seen["mirrored"] += batch.mirrored[place] and width < 64
+            seen["mirrored"] += batch.moves[place].mirrored and width < 64
     assert min(seen.values()) > 0, seen
 
 
@@ -155,7 +155,7 @@ def test_no_device_is_waited_for(padded_shards: Path) -> None:
     from trainer.config import load_run_config
 
     batch, config = crops(padded_shards, batch=8)[0], load_run_config(None, [])
-    assert any(batch.mirrored) and any(True for _ in paddings(batch.images, batch.valid))
+    assert any(move.mirrored for move in batch.moves) and any(True for _ in paddings(batch.images, batch.valid))
     with NoWaiting():
         moved = batch.to(CPU)
         prepare_images(moved, config)

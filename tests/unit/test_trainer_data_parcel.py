@@ -28,6 +28,7 @@ from trainer.config import DataConfig
 from trainer.data import loader, parcel
 from trainer.data.batch import Batch
 from trainer.data.crops import open_reader
+from trainer.data.geometry import Move
 from trainer.data.loader import LoaderError, validation_loader
 from trainer.data.parcel import Parcel
 from trainer.data.whole_images import LabelledImage, WholeImages
@@ -42,7 +43,7 @@ def batch_of(*, dense: bool, labels: int = 3) -> Batch:
     return Batch(number=4, keys=["a", "b"], images=images, segment_maps=None if dense else maps,
                  masks=[torch.rand(labels, 5, 7) > 0.5 for _ in range(2)] if dense else None,
                  labels=torch.arange(2 * labels), counts=[labels, labels], photometric=torch.rand(2, 6),
-                 valid=[(5, 7), (4, 7)], mirrored=[True, False], skipped=[])
+                 valid=[(5, 7), (4, 7)], moves=[Move(mirrored=True), Move()], skipped=[])
 
 
 receive = pickle.loads  # as a queue does it

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shards.crops.resampling import PADDING_COLOR
+from trainer.data.geometry import Move, padding_color, rotate_image, turn
 from trainer.data.resampling import Resize, resample
-from trainer.data.targets import Target
-from trainer.data.transforms import mirror_left, normalize, paddings, photometric_distort
+from trainer.data.targets import Target, ignore_value
+from trainer.data.transforms import normalize, paddings, photometric_distort
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class Batch:
     counts: list[int]  # N per image
     photometric: Tensor | None  # float32 [B, K], parameters of `transforms.photometric_distort`
     valid: list[tuple[int, int]]  # per image: height and width of the unpadded part, at the top left
-    mirrored: list[bool]  # per image: to be mirrored by `to`, with its targets
+    moves: list[Move]  # per image: what `to` still does to it and, but for the rotation by degrees, to its targets
     skipped: list[str]  # errors of corrupt samples that were replaced
     regions: list[Tensor] = field(default_factory=list)  # uint8 [h, w, 3] per image, to be resized by `to`; or none
     resizes: list[Resize] = field(default_factory=list)  # per region
@@ -45,35 +45,41 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Copy to the device asynchronously (from pinned memory on CUDA), and do there what is pending: resizing,
-        mirroring."""
+        rotation, reflection. Erasing comes last, in `normalized_images`."""
         moved = self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
         if moved.regions:
             moved = moved._resized()
-        return moved._mirrored() if any(self.mirrored) else moved
+        return moved._moved() if any(move.is_pending for move in self.moves) else moved
 
     def _resized(self) -> Batch:
         segment_maps = self.segment_maps if self.segment_maps is not None else self.masks
         assert segment_maps is not None
-        device, (height, width) = self.regions[0].device, segment_maps[0].shape[-2:]
-        levels = torch.cat([torch.full((1,), level, dtype=torch.uint8, device=device) for level in PADDING_COLOR])
-        images = levels.expand(len(self.regions), height, width, 3).clone()
+        height, width = segment_maps[0].shape[-2:]
+        images = _padding((len(self.regions), 3, height, width), self.regions[0].device)
         for image, region, resize in zip(images, self.regions, self.resizes, strict=True):
-            image[: resize.height, : resize.width] = resample(region, resize)
-        return replace(self, images=images.permute(0, 3, 1, 2), regions=[], resizes=[])
+            image[:, : resize.height, : resize.width] = resample(region, resize).permute(2, 0, 1)
+        return replace(self, images=images, regions=[], resizes=[])
 
-    def _mirrored(self) -> Batch:
-        widths = [width if flip else 0 for (_, width), flip in zip(self.valid, self.mirrored, strict=True)]
-
-        def mirror(pictures: Iterable[Tensor], dim: int) -> list[Tensor]:
-            return [mirror_left(picture, width, dim) for picture, width in zip(pictures, widths, strict=True)]
-
-        return replace(
-            self,
-            images=torch.stack(mirror(self.images.permute(0, 2, 3, 1), 1)).permute(0, 3, 1, 2),
-            segment_maps=None if self.segment_maps is None else torch.stack(mirror(self.segment_maps, 1)),
-            masks=None if self.masks is None else mirror(self.masks, 2),
-            mirrored=[False] * len(self.mirrored),
-        )
+    def _moved(self) -> Batch:
+        images = self.images.clone()  # keeps channels last
+        given, masks, valid = self.segment_maps, None if self.masks is None else list(self.masks), list(self.valid)
+        segment_maps = None if given is None else given.clone()
+        for place, (move, (height, width)) in enumerate(zip(self.moves, self.valid, strict=True)):
+            if not move.is_pending:
+                continue
+            image = self.images[place, :, :height, :width]
+            if move.degrees:
+                image = rotate_image(image, (height, width), move.degrees)
+            if move.swaps_sides:
+                valid[place] = width, height
+            _put(images[place], image, move, padding_color(images.device))
+            if given is not None and segment_maps is not None:
+                _put(segment_maps[place], given[place, :height, :width], move, ignore_value(given.dtype))
+            if masks is not None:
+                part, masks[place] = masks[place][:, :height, :width], masks[place].clone()
+                _put(masks[place], part, move, False)
+        return replace(self, images=images, segment_maps=segment_maps, masks=masks, valid=valid,
+                       moves=[move.done for move in self.moves])
 
     def pin_memory(self) -> Batch:
         """Called by the DataLoader's pinning thread."""
@@ -103,8 +109,26 @@ def augmented_images(batch: Batch) -> Tensor:
 
 
 def normalized_images(batch: Batch, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Float32 `[B,3,H,W]`, colour-augmented and normalised; padding is 0, as the reference pads after normalising."""
+    """Float32 `[B,3,H,W]`, colour-augmented and normalised; padding is 0, as the reference pads after normalising, and
+    so is what is erased."""
     images = normalize(augmented_images(batch), mean, std)
     for padding in paddings(images, batch.valid):
         images[padding].zero_()
+    for image, move in zip(images, batch.moves, strict=True):
+        if move.erased is not None:
+            top, left, height, width = move.erased
+            image[:, top : top + height, left : left + width].zero_()
     return images
+
+
+def _put(picture: Tensor, part: Tensor, move: Move, padding: Tensor | int | bool) -> None:
+    """Write the moved part, which shares no memory with `picture` [..., H, W], to the top left of it."""
+    if move.swaps_sides:
+        picture[..., : max(part.shape[-2:]), : max(part.shape[-2:])] = padding
+    part = turn(part, move)
+    picture[..., : part.shape[-2], : part.shape[-1]] = part
+
+
+def _padding(shape: tuple[int, int, int, int], device: torch.device) -> Tensor:
+    """uint8 images of the padding's colour, channels last."""
+    return padding_color(device).expand(shape).clone(memory_format=torch.channels_last)

@@ -30,6 +30,7 @@ from shards.rle import IGNORE_16_BIT, ignore_value
 from shards.sample import CropSample
 from trainer.config import DataConfig, OnlineConfig
 from trainer.data.batch import Batch
+from trainer.data.geometry import Move, draw_move, rotate_labels
 from trainer.data.online_crops import cut_into, draw_labels, source_pixels
 from trainer.data.resampling import Resize, region_of
 from trainer.data.targets import dense_masks
@@ -54,7 +55,7 @@ class _Crop(NamedTuple):
     segment_map: npt.NDArray[Any]  # [H, W]
     labels: npt.NDArray[np.int64]  # [N]
     valid: tuple[int, int]  # height and width of the unpadded part; padding is on the right and at the bottom
-    mirrored: bool
+    move: Move
     photometric: npt.NDArray[np.float32]
 
 
@@ -112,7 +113,7 @@ class TrainCrops(IterableDataset[Batch]):
     def _batch(self, number: int, ahead: ReadAhead | None) -> Batch:
         images = _Images(self.plan.micro_batch_size, self.config.online)
         samples, skipped = self._read_samples(number, ahead, images)
-        keys, segment_maps, labels, valid, mirrored, photometric = zip(*samples, strict=True)  # of each _Crop
+        keys, segment_maps, labels, valid, moves, photometric = zip(*samples, strict=True)  # of each _Crop
         maps = stack_segment_maps(segment_maps)
         counts = [ids.size for ids in labels]
         dense = self.config.targets == "dense"
@@ -129,7 +130,7 @@ class TrainCrops(IterableDataset[Batch]):
             counts=counts,
             photometric=torch.from_numpy(np.stack(photometric)) if self.config.photometric else None,
             valid=list(valid),
-            mirrored=list(mirrored),
+            moves=list(moves),
             skipped=skipped,
         )
 
@@ -170,9 +171,11 @@ class TrainCrops(IterableDataset[Batch]):
         rng = sample_rng(self.plan.seed, draw.epoch, draw.sample)
         cut = self._stored_crop if self.rules is None else self._drawn_crop
         segment_map, labels, valid = cut(sample, rng, images)
-        mirrored = bool(rng.random() < self.config.hflip)
-        return _Crop(sample.key, segment_map, labels, valid, mirrored,
-                     draw_photometric(rng, self.config.hue_degrees))
+        move = draw_move(rng, self.config, valid)
+        if move.degrees:
+            ignored = int(np.iinfo(segment_map.dtype).max)
+            segment_map, labels = drop_absent_labels(rotate_labels(segment_map, valid, move.degrees, ignored), labels)
+        return _Crop(sample.key, segment_map, labels, valid, move, draw_photometric(rng, self.config.hue_degrees))
 
     def _stored_crop(self, sample: CropSample, rng: np.random.Generator, images: _Images) -> _Cut:
         segment_map, labels, window, valid = sample.segment_map, sample.labels, None, sample.valid_size

@@ -1,4 +1,4 @@
-"""Mirroring, colour augmentation and normalisation of whole batches on the training device; random windows on workers.
+"""Colour augmentation and normalisation of whole batches on the training device; random windows on workers.
 
 Loader workers draw the random numbers, one small vector per sample; the device applies them to all samples at once.
 A sample's result depends only on its own vector, and nothing synchronises with the device.
@@ -30,16 +30,6 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 def _channel_map(values: Sequence[float], device: torch.device) -> Tensor:
     """float32 [1, 3, 1, 1], filled on the device: copying host numbers would synchronise on every batch."""
     return torch.stack([torch.full((), value, device=device) for value in values]).view(1, -1, 1, 1)
-
-
-def mirror_left(picture: Tensor, width: int, dim: int) -> Tensor:
-    """`picture` with its first `width` columns along `dim` mirrored; the padding right of them stays."""
-    if width == 0:
-        return picture
-    if width == picture.shape[dim]:
-        return picture.flip(dim)
-    return torch.cat([picture.narrow(dim, 0, width).flip(dim), picture.narrow(dim, width, picture.shape[dim] - width)],
-                     dim)
 
 
 def paddings(images: Tensor, valid: Sequence[tuple[int, int]]) -> Iterator[tuple[int | slice, ...]]:

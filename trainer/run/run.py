@@ -19,6 +19,7 @@ from shards.reader import ShardReader
 from trainer.build import build_criterion, build_model, check_crop_size
 from trainer.config import RunConfig
 from trainer.data.crops import TrainCrops, open_reader
+from trainer.data.user_transform import Transform, load_transform
 from trainer.distributed import DistContext
 from trainer.loss.criterion import Criterion
 from trainer.models import Segmenter
@@ -75,6 +76,7 @@ class Run:
     best_miou: float | None = None
     metrics: dict[str, Any] | None = None  # of the last evaluation
     evaluated: bool = True  # False: an evaluation is due at `step` and was interrupted
+    transform: Transform | None = None  # the user's augmentation
     skipped_steps: list[int] = field(default_factory=list)  # because of NaN or infinity
     changes: list[str] = field(default_factory=list)  # settings that differ from those of the resumed checkpoint
     stop: StopRequest = field(default_factory=StopRequest)
@@ -128,6 +130,9 @@ def open_crops(config: RunConfig, manifest: Manifest) -> TrainCrops:
     crops = TrainCrops(reader, plan, config.data, global_batch_size=config.train.global_batch_size)
     height, width = crops[0].to(torch.device("cpu")).images.shape[2:]
     check_crop_size(config, height, width)
+    if config.data.quarter_turns and height != width:
+        raise ConfigError(f"data.quarter_turns is {config.data.quarter_turns}, legal with training samples of {height}x"
+                          f"{width} pixels: 0; set data.crop_size to train on squares")
     return crops
 
 
@@ -159,6 +164,7 @@ def build_run(config: RunConfig, context: DistContext, places: RunPlaces) -> Run
         optimizer=build_optimizer(model, config.optimizer), backbone_sha256=backbone_sha256,
         writer=CheckpointWriter(places.checkpoints, places.folder, settings.keep_checkpoints, settings.keep_every),
         run_id=run_id(places.folder),
+        transform=None if config.data.transform is None else load_transform(config.data.transform),
     )
 
 
