@@ -139,6 +139,11 @@ class TrainConfig:
                                     minimum=1)
     precision: str = setting("auto", "auto: bf16 autocast on CUDA devices that support it, otherwise float32",
                              choices=("auto", "bf16", "fp32"))
+    ema_decay: float | None = setting(None, "also keep an exponential moving average of the trained weights, with this "
+                                      "decay per step, e.g. 0.999; see eval.weights. null: none", minimum=0,
+                                      maximum=0.999999)
+    ema_warmup: bool = setting(True, "ema_decay: lower decay at first, min(ema_decay, (1 + n) / (10 + n)) at the n-th "
+                               "step, so that the initial weights are soon forgotten")
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass instead of storing them: "
                                            "less memory, about a third more time")
     compile: bool = setting(False, "run the head through torch.compile: faster steps after a minute or more of "
@@ -189,6 +194,9 @@ class EvalConfig:
                                 "the memory; sums over windows stay float32")
     max_images: int | None = setting(None, "number of images to evaluate, from the first on; null: all", minimum=1)
     panels: int = setting(4, "pictures (image, truth, prediction) saved per evaluation", minimum=0)
+    weights: str = setting("averaged", "which weights of a run or checkpoint with train.ema_decay count, for best.pt, "
+                           "and are used, for evaluation, prediction and export: averaged, or raw as trained",
+                           choices=("averaged", "raw"))
 
     def __post_init__(self) -> None:
         if self.stride > self.crop_size and self.reference != "eomt":

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from trainer.data.crops import Batch, normalized_images
 from trainer.data.loader import train_loader
 from trainer.data.whole_images import WholeImages
 from trainer.distributed import DistContext
-from trainer.evaluation.evaluation import EvaluationStopped, evaluate
+from trainer.evaluation.evaluation import Evaluation, EvaluationStopped, evaluate
 from trainer.evaluation.predictor import autocast
 from trainer.loss.matcher import count_masks
 from trainer.optimizer import clip_gradients, set_learning_rates
@@ -124,6 +124,8 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepResult:
     if not all(map(math.isfinite, losses.values())):
         return StepResult(losses, stop_requested, unmatched, NonFiniteStep(losses, local, problems))
     run.optimizer.step()
+    if run.averaged is not None:
+        run.averaged.update()
     return StepResult(losses, stop_requested, unmatched)
 
 
@@ -155,8 +157,11 @@ def finish_step(run: Run, reporter: RunReporter, result: StepResult | None = Non
                          f"{settings.total_steps}; its checkpoint was saved, and the same command resumes from it")
 
 
-def evaluate_run(run: Run, reporter: RunReporter) -> None:
-    """Evaluate the current model on all ranks. Raises EvaluationStopped when a rank was asked to stop."""
+def evaluate_run(run: Run, reporter: RunReporter) -> dict[str, Any]:
+    """Evaluate the current model on all ranks: averaged and raw weights, if there are both.
+
+    Returns the metrics of those that count (`eval.weights`). Raises EvaluationStopped when a rank was asked to stop.
+    """
 
     def should_continue() -> bool:
         reporter.still_alive()
@@ -164,11 +169,16 @@ def evaluate_run(run: Run, reporter: RunReporter) -> None:
 
     # Without synchronised batch norm (CPU) each rank has its own running statistics; rank 0's are the ones saved.
     run.context.broadcast(run.model.buffers())
+    images, settings, results = WholeImages(run.val_reader, run.config.data), run.config.eval, dict[str, Evaluation]()
     with reporter.paused():
-        result = evaluate(run.model, WholeImages(run.val_reader, run.config.data), run.config, run.context,
-                          run.config.eval.max_images, should_continue, panels=run.config.eval.panels)
-        run.metrics, run.evaluated = result.metrics, True
-        reporter.evaluation_done(result)
+        for kind, in_model in run.weights.items():
+            with in_model:  # pictures of the first kind, which counts
+                results[kind] = evaluate(run.model, images, run.config, run.context, settings.max_images,
+                                         should_continue, panels=0 if results else settings.panels)
+        metrics = next(iter(results.values())).metrics
+        run.metrics, run.evaluated = metrics, True
+        reporter.evaluation_done(results)
+    return metrics
 
 
 def evaluate_finished_run(run: Run, reporter: RunReporter) -> None:

@@ -302,7 +302,7 @@ def test_status_shows_how_far_and_how_well(tmp_path: Path) -> None:
     logger = RunLogger(tmp_path, 0)
     speed = {"lr": 0.1, "images_per_second": 12.0}
     logger.scalars(30, "train", {"loss": 2.5, "grad_norm": 1.25, **speed})
-    logger.evaluation(20, {"mIoU": 0.2, "per_class_iou": [0.2]})
+    logger.evaluation(20, {"raw": {"mIoU": 0.2, "per_class_iou": [0.2]}})
     for number in range(5):
         logger.event(number, f"happening {number}")
     logger.close()
@@ -359,7 +359,7 @@ def test_a_full_disk_costs_records_not_the_run(tmp_path: Path, monkeypatch: pyte
         resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size, allowed[1]))
         try:
             logger.scalars(2, "train", {"loss": 1.0})
-            logger.evaluation(2, {"mIoU": 0.5, "per_class_iou": [0.5] * 1000})
+            logger.evaluation(2, {"raw": {"mIoU": 0.5, "per_class_iou": [0.5] * 1000}})
             logger.picture(2, "noise", Image.effect_noise((64, 64), 50).convert("RGB"))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, allowed)

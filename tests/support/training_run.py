@@ -140,11 +140,12 @@ def assert_equal_states(one: Any, other: Any, where: str = "") -> None:
 
 
 def assert_same_end(one: Path, other: Path) -> None:
-    """Two finished runs have the same weights and moments."""
+    """Two finished runs have the same weights, moments and averages."""
     ours, theirs = final_state(one), final_state(other)
     assert ours.step == theirs.step
     assert_equal_states(ours.model, theirs.model)
     assert_equal_states(ours.optimizer, theirs.optimizer)
+    assert_equal_states(ours.averaged, theirs.averaged)
 
 
 def _is_dead(stat: Path) -> bool:

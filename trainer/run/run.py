@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from trainer.loss.criterion import Criterion
 from trainer.models import Segmenter
 from trainer.optimizer import build_optimizer, load_optimizer
 from trainer.reporting.versions import versions
+from trainer.run.averaging import AveragedWeights
 from trainer.run.checkpoint import Checkpoint
 from trainer.run.checkpoint_writer import CheckpointWriter
 from trainer.run.identity import run_id
@@ -67,16 +69,17 @@ class Run:
     wrapped: nn.Module  # the model, wrapped in DDP when there is a process group
     criterion: Criterion
     optimizer: torch.optim.AdamW
+    averaged: AveragedWeights | None  # None: train.ema_decay is not set
     writer: CheckpointWriter
     backbone_sha256: str
     run_id: str  # the same whenever the run is resumed (`trainer.run.identity`)
 
     step: int = 0
     best_miou: float | None = None
-    metrics: dict[str, Any] | None = None  # of the last evaluation
+    metrics: dict[str, Any] | None = None  # of the last evaluation, for the weights that count (`eval.weights`)
     evaluated: bool = True  # False: an evaluation is due at `step` and was interrupted
     skipped_steps: list[int] = field(default_factory=list)  # because of NaN or infinity
-    changes: list[str] = field(default_factory=list)  # settings that differ from those of the resumed checkpoint
+    changes: list[str] = field(default_factory=list)  # what differs from the resumed checkpoint: settings, averages
     stop: StopRequest = field(default_factory=StopRequest)
 
     @property
@@ -87,6 +90,16 @@ class Run:
     def is_finished(self) -> bool:
         """Whether all steps and the last evaluation are done."""
         return self.step == self.config.train.total_steps and self.evaluated
+
+    @property
+    def weights(self) -> dict[str, AbstractContextManager[None]]:
+        """The kinds of weights to evaluate, those that count first: averaged and raw, or, without averages, only raw.
+        In its context the model has these weights."""
+        kinds: dict[str, AbstractContextManager[None]] = {"raw": nullcontext()}
+        if self.averaged is None:
+            return kinds
+        averaged = {"averaged": self.averaged.in_model()}
+        return kinds | averaged if self.config.eval.weights == "raw" else averaged | kinds
 
     def beat(self, phase: str) -> None:
         """Report the start of a phase to the watchdog, if there is one."""
@@ -109,12 +122,15 @@ class Run:
             ignore_index=self.manifest.ignore_index, data_hash=self.manifest.sha256,
             backbone_sha256=self.backbone_sha256, best_miou=self.best_miou, evaluated=self.evaluated,
             skipped_steps=list(self.skipped_steps), versions=versions(), run_id=self.run_id,
+            averaged=None if self.averaged is None else self.averaged.state(),
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """The inverse of `snapshot`."""
         self.model.load_trainable_state_dict(checkpoint.model)
         load_optimizer(self.optimizer, checkpoint.optimizer)
+        if self.averaged is not None:
+            self.averaged.restore(checkpoint.averaged)
         self.step, self.best_miou, self.evaluated = checkpoint.step, checkpoint.best_miou, checkpoint.evaluated
         self.skipped_steps = list(checkpoint.skipped_steps)
         self.metrics = None
@@ -157,6 +173,7 @@ def build_run(config: RunConfig, context: DistContext, places: RunPlaces) -> Run
         config=config, context=context, places=places, manifest=manifest, crops=crops, val_reader=val_reader,
         accumulation=accumulation, model=model, wrapped=_wrapped(model, context), criterion=criterion,
         optimizer=build_optimizer(model, config.optimizer), backbone_sha256=backbone_sha256,
+        averaged=None if settings.ema_decay is None else AveragedWeights(model, settings, context),
         writer=CheckpointWriter(places.checkpoints, places.folder, settings.keep_checkpoints, settings.keep_every),
         run_id=run_id(places.folder),
     )
