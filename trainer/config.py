@@ -137,8 +137,8 @@ class TrainConfig:
                                      minimum=1)
     micro_batch_size: int = setting(2, "crops per forward pass on one device; gradient accumulation follows from it",
                                     minimum=1)
-    precision: str = setting("auto", "auto: bf16 autocast on CUDA devices that support it, otherwise float32",
-                             choices=("auto", "bf16", "fp32"))
+    precision: str = setting("auto", "auto: bf16 autocast on CUDA devices that support it, otherwise float32; fp16: "
+                             "with loss scaling, for GPUs without bf16", choices=("auto", "bf16", "fp16", "fp32"))
     ema_decay: float | None = setting(None, "also keep an exponential moving average of the trained weights, with this "
                                       "decay per step, e.g. 0.999; see eval.weights. null: none", minimum=0,
                                       maximum=0.999999)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import islice
@@ -24,6 +23,7 @@ from trainer.evaluation.predictor import autocast
 from trainer.loss.matcher import count_masks
 from trainer.optimizer import clip_gradients, set_learning_rates
 from trainer.run.failures import explain_failures
+from trainer.run.loss_scaling import Outcome
 from trainer.run.non_finite import NonFiniteGuard, NonFiniteStep, RollBack
 from trainer.run.reporter import RunReporter, report_on
 from trainer.run.run import Run
@@ -114,18 +114,21 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepResult:
                 outputs = run.wrapped(prepare_images(batch, config))
             loss = run.criterion(outputs, batch.targets(), num_masks, generator)
             run.beat("backward pass")
-            (loss.total / len(micro_batches)).backward()
+            run.scaler.scaled(loss.total / len(micro_batches)).backward()
         local.append({**loss.losses, "loss": loss.total.detach()})
         problems.append(loss.problem)
         unmatched += loss.unmatched
+    run.scaler.unscale(run.optimizer)
     parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
     grad_norm = clip_gradients(parameters, config.optimizer.clip_grad_norm)
     losses, stop_requested = _mean_over_global_batch(local, grad_norm, run.stop.requested, context)
-    if not all(map(math.isfinite, losses.values())):
-        return StepResult(losses, stop_requested, unmatched, NonFiniteStep(losses, local, problems))
-    run.optimizer.step()
-    if run.averaged is not None:
-        run.averaged.update()
+    outcome = run.scaler.judge(losses)
+    if outcome is Outcome.NON_FINITE:
+        return StepResult(losses, stop_requested, unmatched, NonFiniteStep(losses, local, problems, run.scaler.scale))
+    if outcome is Outcome.UPDATE:
+        run.optimizer.step()
+        if run.averaged is not None:
+            run.averaged.update()
     return StepResult(losses, stop_requested, unmatched)
 
 

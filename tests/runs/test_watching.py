@@ -44,6 +44,7 @@ from trainer.reporting.state import STATE_NAME, RunState, format_duration, read_
 from trainer.reporting.wandb_run import WandbRun
 from trainer.run.checkpoint import load_checkpoint
 from trainer.run.folder import lock_run_folder
+from trainer.run.loss_scaling import LossScaler
 from trainer.run.reporter import RunReporter, interval_line
 
 ALONE = DistContext(rank=0, world_size=1, device=torch.device("cpu"))
@@ -142,7 +143,8 @@ def test_an_interval_is_timed_without_the_evaluation_and_the_eta_with_it(tmp_pat
     config = tiny(tmp_path, tmp_path, "train.log_every=2", "train.total_steps=10")
     run = SimpleNamespace(step=0, config=config, context=ALONE, folder=tmp_path, best_miou=None,
                           writer=SimpleNamespace(newest="step-00000001.pt"),
-                          optimizer=SimpleNamespace(param_groups=[{"lr": 0.5}]))
+                          optimizer=SimpleNamespace(param_groups=[{"lr": 0.5}]),
+                          scaler=LossScaler(enabled=False, device=ALONE.device))
     logger, now = RunLogger(tmp_path, 0), [100.0]
     reporter = RunReporter(run, logger, clock=lambda: now[0])
     for number in range(4):

@@ -103,7 +103,8 @@ def _charts(train: list[dict[str, Any]], miou: list[Series]) -> list[Chart]:
     charts.append(Chart(title="gradient norm before clipping, spikes cut", top=usual_top(norms),
                         series=[Series(name="gradient norm", points=norms, color=blue)]))
     for title, key in (("learning rate", "lr"), ("images per second", "images_per_second"),
-                       ("share of time waiting for data", "data_wait_share"), ("memory, GB", "memory_gb")):
+                       ("share of time waiting for data", "data_wait_share"), ("memory, GB", "memory_gb"),
+                       ("loss scale (fp16)", "loss_scale")):
         charts.append(Chart(title=title, series=[Series(name=title, points=series_points(train, key), color=blue)]))
     return charts
 

@@ -31,10 +31,12 @@ _CHUNK_BYTES = 64 << 20  # of a download, held in memory at a time
 _FIELD_TYPES: dict[str, Any] = {
     "step": int, "model": dict, "optimizer": dict, "config": dict, "classes": list, "ignore_index": int,
     "data_hash": str, "backbone_sha256": str, "best_miou": float | None, "evaluated": bool, "skipped_steps": list,
-    "versions": dict, "run_id": str, "format": int, "averaged": dict | None,
+    "versions": dict, "run_id": str, "format": int, "averaged": dict | None, "loss_scale": dict | None,
 }  # fmt: skip
 _PART_TYPES: dict[str, dict[str, Any]] = {
     "averaged": {"model": dict, "updates": int},
+    "loss_scale": {"scale": float, "growth_factor": float, "backoff_factor": float, "growth_interval": int,
+                   "_growth_tracker": int, "overflows": int},
 }  # fmt: skip
 
 
@@ -56,6 +58,7 @@ class Checkpoint:
     versions: dict[str, str]  # of the maskstream and torch that wrote it
     run_id: str = ""  # of the run it belongs to (`trainer.run.identity`); "": written before run ids existed
     averaged: dict[str, Any] | None = None  # the layout of `model`, and more (`trainer.run.averaging`); None: not kept
+    loss_scale: dict[str, Any] | None = None  # see `trainer.run.loss_scaling`; None: precision is not fp16
     format: int = CHECKPOINT_FORMAT
 
     @property

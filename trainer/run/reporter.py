@@ -175,6 +175,7 @@ class RunReporter:
             "data_wait_share": self._data_seconds / seconds,
             "seconds_per_step": seconds / self._steps,
             "memory_gb": memory_gb(self.run.context.device),
+            **self.run.scaler.logged(),
         }
 
 

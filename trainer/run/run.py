@@ -29,6 +29,7 @@ from trainer.run.averaging import AveragedWeights
 from trainer.run.checkpoint import Checkpoint
 from trainer.run.checkpoint_writer import CheckpointWriter
 from trainer.run.identity import run_id
+from trainer.run.loss_scaling import LossScaler
 from trainer.stopping import StopRequest
 
 
@@ -69,6 +70,7 @@ class Run:
     wrapped: nn.Module  # the model, wrapped in DDP when there is a process group
     criterion: Criterion
     optimizer: torch.optim.AdamW
+    scaler: LossScaler
     averaged: AveragedWeights | None  # None: train.ema_decay is not set
     writer: CheckpointWriter
     backbone_sha256: str
@@ -122,7 +124,7 @@ class Run:
             ignore_index=self.manifest.ignore_index, data_hash=self.manifest.sha256,
             backbone_sha256=self.backbone_sha256, best_miou=self.best_miou, evaluated=self.evaluated,
             skipped_steps=list(self.skipped_steps), versions=versions(), run_id=self.run_id,
-            averaged=None if self.averaged is None else self.averaged.state(),
+            averaged=None if self.averaged is None else self.averaged.state(), loss_scale=self.scaler.state(),
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -131,6 +133,7 @@ class Run:
         load_optimizer(self.optimizer, checkpoint.optimizer)
         if self.averaged is not None:
             self.averaged.restore(checkpoint.averaged)
+        self.scaler.restore(checkpoint.loss_scale)
         self.step, self.best_miou, self.evaluated = checkpoint.step, checkpoint.best_miou, checkpoint.evaluated
         self.skipped_steps = list(checkpoint.skipped_steps)
         self.metrics = None
@@ -173,6 +176,7 @@ def build_run(config: RunConfig, context: DistContext, places: RunPlaces) -> Run
         config=config, context=context, places=places, manifest=manifest, crops=crops, val_reader=val_reader,
         accumulation=accumulation, model=model, wrapped=_wrapped(model, context), criterion=criterion,
         optimizer=build_optimizer(model, config.optimizer), backbone_sha256=backbone_sha256,
+        scaler=LossScaler(settings.precision == "fp16", context.device),
         averaged=None if settings.ema_decay is None else AveragedWeights(model, settings, context),
         writer=CheckpointWriter(places.checkpoints, places.folder, settings.keep_checkpoints, settings.keep_every),
         run_id=run_id(places.folder),
