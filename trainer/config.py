@@ -14,6 +14,8 @@ from shards.errors import ConfigError
 from shards.files.storage import REMOTE_SCHEMES, local_path
 from trainer.model_config import SIZE_DIVISORS, AdapterConfig, BackboneConfig, DecoderHeadConfig
 
+STOPPING_METRICS = ("mIoU", "mAcc", "aAcc", "fwIoU", "mDice", "mBoundaryIoU")  # all of them: higher is better
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -163,6 +165,13 @@ class TrainConfig:
     hang_timeout: float = setting(600.0, "seconds without progress on any rank after which the run counts as hung and "
                                   "is terminated", minimum=1)
     eval_every: int = setting(5000, "steps between evaluations; the last step is always evaluated, once", minimum=1)
+    early_stopping: str | None = setting(None, "end the run when this metric of its evaluations no longer rises; null: "
+                                         "train for total_steps", choices=STOPPING_METRICS)
+    patience: int = setting(5, "early_stopping: evaluations in a row without a rise after which the run ends",
+                            minimum=1)
+    min_delta: float = setting(0.0, "early_stopping: a rise is more than this above the best so far", minimum=0)
+    max_hours: float | None = setting(None, "hours after the start of the command at which the run stops as on a "
+                                      "signal, to be resumed by the same command; null: no limit", minimum=0.01)
     wandb_project: str | None = place("Weights & Biases project that also receives scalars and pictures (needs the "
                                       "wandb extra; WANDB_MODE=offline is honoured); null: none")
 

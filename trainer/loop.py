@@ -35,7 +35,8 @@ from trainer.stopping import RunStopped, stop_on_signals
 def train(config: RunConfig, context: DistContext) -> Run:
     """Train to `train.total_steps`, resuming an existing run, and evaluate; returns the finished run.
 
-    Raises RunStopped after a stop signal (see `trainer.stopping`), and other RunErrors and ConfigErrors.
+    Raises RunStopped after a stop signal or `train.max_hours` (see `trainer.stopping`), and other RunErrors and
+    ConfigErrors.
     """
     with lock_run(config, context) as places:
         run = start_run(config, context, places)
@@ -54,7 +55,7 @@ def train(config: RunConfig, context: DistContext) -> Run:
 
 
 def run_steps(run: Run, reporter: RunReporter) -> None:
-    """Train from the run's current step to the last. After RollBack, restore a checkpoint and call it again."""
+    """Train from the current step until the run is finished. After RollBack, restore a checkpoint and call it again."""
     settings, guard = run.config.train, NonFiniteGuard(run)
     if not run.evaluated:  # a signal interrupted the evaluation at this step
         finish_step(run, reporter)
@@ -63,7 +64,7 @@ def run_steps(run: Run, reporter: RunReporter) -> None:
     batches = train_loader(run.crops, numbers, run.context.device)
     with tqdm(total=settings.total_steps, initial=run.step, desc="training", unit="step",
               disable=None if run.context.is_main else True) as bar:
-        while run.step < settings.total_steps:
+        while not run.is_finished:
             run.beat("waiting for data")
             with reporter.waiting():
                 micro_batches = list(islice(batches, run.accumulation))
@@ -150,14 +151,17 @@ def finish_step(run: Run, reporter: RunReporter, result: StepResult | None = Non
     run.evaluated = not due
     if due and not stop_requested:
         with suppress(EvaluationStopped):
-            evaluate_run(run, reporter)
+            run.early_stopping.record(run.step, evaluate_run(run, reporter))
+            if run.early_end:
+                reporter.announce(run.early_end)
     stops = stop_requested or not run.evaluated
     if due or stops or run.step % settings.checkpoint_every == 0:
         run.save_checkpoint()
     if stops:
         run.writer.close()
-        raise RunStopped(f"{run.stop.signal_name or 'a signal to another rank'}: stopped after step {run.step} of "
-                         f"{settings.total_steps}; its checkpoint was saved, and the same command resumes from it")
+        reason = run.stop.reason or "a signal to another rank, or its time limit"
+        raise RunStopped(f"{reason}: stopped after step {run.step} of {settings.total_steps}; its checkpoint was "
+                         "saved, and the same command resumes from it")
 
 
 def evaluate_run(run: Run, reporter: RunReporter) -> dict[str, Any]:

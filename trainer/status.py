@@ -101,7 +101,7 @@ def _verdict(status: str, state: RunState, now: float) -> str:
         return f"stopped {silent} ago{_reason(state)}; resume with the same command"
     if status == "failed":
         return f"failed {silent} ago{_reason(state)}"
-    return f"finished {silent} ago"
+    return f"finished {silent} ago{_reason(state)}"
 
 
 def _reason(state: RunState) -> str:

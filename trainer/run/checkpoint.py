@@ -32,11 +32,13 @@ _FIELD_TYPES: dict[str, Any] = {
     "step": int, "model": dict, "optimizer": dict, "config": dict, "classes": list, "ignore_index": int,
     "data_hash": str, "backbone_sha256": str, "best_miou": float | None, "evaluated": bool, "skipped_steps": list,
     "versions": dict, "run_id": str, "format": int, "averaged": dict | None, "loss_scale": dict | None,
+    "early_stopping": dict | None,
 }  # fmt: skip
 _PART_TYPES: dict[str, dict[str, Any]] = {
     "averaged": {"model": dict, "updates": int},
     "loss_scale": {"scale": float, "growth_factor": float, "backoff_factor": float, "growth_interval": int,
                    "_growth_tracker": int, "overflows": int},
+    "early_stopping": {"metric": str, "best": float | None, "best_step": int, "misses": int},
 }  # fmt: skip
 
 
@@ -59,6 +61,7 @@ class Checkpoint:
     run_id: str = ""  # of the run it belongs to (`trainer.run.identity`); "": written before run ids existed
     averaged: dict[str, Any] | None = None  # the layout of `model`, and more (`trainer.run.averaging`); None: not kept
     loss_scale: dict[str, Any] | None = None  # see `trainer.run.loss_scaling`; None: precision is not fp16
+    early_stopping: dict[str, Any] | None = None  # see `trainer.run.early_stopping`; None: off
     format: int = CHECKPOINT_FORMAT
 
     @property

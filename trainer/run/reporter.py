@@ -61,7 +61,7 @@ class RunReporter:
                  trace: TracebackType | None) -> None:
         """Write the final status to state.json."""
         if error is None:
-            self.write_state("finished")
+            self.write_state("finished", self.run.early_end)
         elif isinstance(error, RunStopped | KeyboardInterrupt):
             self.write_state("stopped", str(error) or "interrupted without a checkpoint")
         else:

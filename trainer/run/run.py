@@ -28,6 +28,7 @@ from trainer.reporting.versions import versions
 from trainer.run.averaging import AveragedWeights
 from trainer.run.checkpoint import Checkpoint
 from trainer.run.checkpoint_writer import CheckpointWriter
+from trainer.run.early_stopping import EarlyStopping
 from trainer.run.identity import run_id
 from trainer.run.loss_scaling import LossScaler
 from trainer.stopping import StopRequest
@@ -72,6 +73,7 @@ class Run:
     optimizer: torch.optim.AdamW
     scaler: LossScaler
     averaged: AveragedWeights | None  # None: train.ema_decay is not set
+    early_stopping: EarlyStopping
     writer: CheckpointWriter
     backbone_sha256: str
     run_id: str  # the same whenever the run is resumed (`trainer.run.identity`)
@@ -90,8 +92,16 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether all steps and the last evaluation are done."""
-        return self.step == self.config.train.total_steps and self.evaluated
+        """Whether all steps, or as many as early stopping allows, and the last evaluation are done."""
+        return (self.step == self.config.train.total_steps or self.early_stopping.is_over) and self.evaluated
+
+    @property
+    def early_end(self) -> str:
+        """Why the run ended before its last step; empty if it did not."""
+        total = self.config.train.total_steps
+        if not self.early_stopping.is_over or self.step == total:
+            return ""
+        return f"early stopping at step {self.step} of {total}: {self.early_stopping.reason()}"
 
     @property
     def weights(self) -> dict[str, AbstractContextManager[None]]:
@@ -125,6 +135,7 @@ class Run:
             backbone_sha256=self.backbone_sha256, best_miou=self.best_miou, evaluated=self.evaluated,
             skipped_steps=list(self.skipped_steps), versions=versions(), run_id=self.run_id,
             averaged=None if self.averaged is None else self.averaged.state(), loss_scale=self.scaler.state(),
+            early_stopping=self.early_stopping.state(),
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -134,6 +145,7 @@ class Run:
         if self.averaged is not None:
             self.averaged.restore(checkpoint.averaged)
         self.scaler.restore(checkpoint.loss_scale)
+        self.early_stopping.restore(checkpoint.early_stopping)
         self.step, self.best_miou, self.evaluated = checkpoint.step, checkpoint.best_miou, checkpoint.evaluated
         self.skipped_steps = list(checkpoint.skipped_steps)
         self.metrics = None
@@ -178,6 +190,7 @@ def build_run(config: RunConfig, context: DistContext, places: RunPlaces) -> Run
         optimizer=build_optimizer(model, config.optimizer), backbone_sha256=backbone_sha256,
         scaler=LossScaler(settings.precision == "fp16", context.device),
         averaged=None if settings.ema_decay is None else AveragedWeights(model, settings, context),
+        early_stopping=EarlyStopping.of(settings),
         writer=CheckpointWriter(places.checkpoints, places.folder, settings.keep_checkpoints, settings.keep_every),
         run_id=run_id(places.folder),
     )

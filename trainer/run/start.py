@@ -20,6 +20,7 @@ from trainer.run.folder import lock_run_folder, record_start
 from trainer.run.identity import check_identity, lock_checkpoints
 from trainer.run.non_finite import TrainingDiverged
 from trainer.run.run import Run, RunPlaces, build_run, run_places
+from trainer.stopping import process_seconds
 
 
 @contextmanager
@@ -43,6 +44,8 @@ def start_run(config: RunConfig, context: DistContext, places: RunPlaces) -> Run
     run = build_run(config, context, places)
     resume(run)
     check_ranks_agree(run)
+    seconds = context.all_reduce_sum(torch.tensor(process_seconds(), device=context.device)).item()
+    run.stop.limit(config.train.max_hours, seconds / context.world_size)  # the same moment on all ranks
     return run
 
 
