@@ -15,6 +15,8 @@ from shards.errors import ConfigError
 from shards.files.storage import REMOTE_SCHEMES, local_path
 from trainer.model_config import SIZE_DIVISORS, AdapterConfig, BackboneConfig, DecoderHeadConfig
 
+STOPPING_METRICS = ("mIoU", "mAcc", "aAcc", "fwIoU", "mDice", "mBoundaryIoU")  # all of them: higher is better
+
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineConfig:
@@ -198,8 +200,13 @@ class TrainConfig:
                                      minimum=1)
     micro_batch_size: int = setting(2, "crops per forward pass on one device; gradient accumulation follows from it",
                                     minimum=1)
-    precision: str = setting("auto", "auto: bf16 autocast on CUDA devices that support it, otherwise float32",
-                             choices=("auto", "bf16", "fp32"))
+    precision: str = setting("auto", "auto: bf16 autocast on CUDA devices that support it, otherwise float32; fp16: "
+                             "with loss scaling, for GPUs without bf16", choices=("auto", "bf16", "fp16", "fp32"))
+    ema_decay: float | None = setting(None, "also keep an exponential moving average of the trained weights, with this "
+                                      "decay per step, e.g. 0.999; see eval.weights. null: none", minimum=0,
+                                      maximum=0.999999)
+    ema_warmup: bool = setting(True, "ema_decay: lower decay at first, min(ema_decay, (1 + n) / (10 + n)) at the n-th "
+                               "step, so that the initial weights are soon forgotten")
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass instead of storing them: "
                                            "less memory, about a third more time")
     compile: bool = setting(False, "run the head through torch.compile: faster steps after a minute or more of "
@@ -219,6 +226,13 @@ class TrainConfig:
     hang_timeout: float = setting(600.0, "seconds without progress on any rank after which the run counts as hung and "
                                   "is terminated", minimum=1)
     eval_every: int = setting(5000, "steps between evaluations; the last step is always evaluated, once", minimum=1)
+    early_stopping: str | None = setting(None, "end the run when this metric of its evaluations no longer rises; null: "
+                                         "train for total_steps", choices=STOPPING_METRICS)
+    patience: int = setting(5, "early_stopping: evaluations in a row without a rise after which the run ends",
+                            minimum=1)
+    min_delta: float = setting(0.0, "early_stopping: a rise is more than this above the best so far", minimum=0)
+    max_hours: float | None = setting(None, "hours after the start of the command at which the run stops as on a "
+                                      "signal, to be resumed by the same command; null: no limit", minimum=0.01)
     wandb_project: str | None = place("Weights & Biases project that also receives scalars and pictures (needs the "
                                       "wandb extra; WANDB_MODE=offline is honoured); null: none")
 
@@ -250,6 +264,9 @@ class EvalConfig:
                                 "the memory; sums over windows stay float32")
     max_images: int | None = setting(None, "number of images to evaluate, from the first on; null: all", minimum=1)
     panels: int = setting(4, "pictures (image, truth, prediction) saved per evaluation", minimum=0)
+    weights: str = setting("averaged", "which weights of a run or checkpoint with train.ema_decay count, for best.pt, "
+                           "and are used, for evaluation, prediction and export: averaged, or raw as trained",
+                           choices=("averaged", "raw"))
 
     def __post_init__(self) -> None:
         if self.stride > self.crop_size and self.reference != "eomt":

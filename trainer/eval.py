@@ -79,7 +79,8 @@ def _evaluate(config: RunConfig, checkpoint_path: Path, output: Path, arguments:
         result = evaluate(pretrained.model, images, settings, context, config.eval.max_images, journal=journal)
         scored = result.scores.gather(context, len(images.classes))
         if context.is_main:
-            record = {**result.metrics, "step": pretrained.step, "checkpoint": str(checkpoint_path)}
+            kind = {} if pretrained.weights is None else {"weights": pretrained.weights}
+            record = {**result.metrics, "step": pretrained.step, "checkpoint": str(checkpoint_path), **kind}
             names = write_results(output, record, scored, images.classes, settings.eval.reference == "eomt")
             predict = Predictor(pretrained.model, settings, len(images.classes), context.device)
             panels = draw_extremes(scored, images, predict, config.eval.panels)
@@ -87,6 +88,8 @@ def _evaluate(config: RunConfig, checkpoint_path: Path, output: Path, arguments:
                 save_panels(panels, output)
                 names.append("panels.png")
             print(format_metrics(result.metrics, images.classes))
+            if kind:
+                print(f"these are the {pretrained.weights} weights of step {pretrained.step} (eval.weights)")
             print(f"{', '.join(names)} written to {output}")
             journal.remove()
     return 0
@@ -109,7 +112,8 @@ def _model_and_images(config: RunConfig, checkpoint_path: Path, arguments: argpa
                               "evaluate on shards (data.root), or export it first (trainer/export.py --classes)")
         pretrained = from_external_weights(source, config, reader.manifest.classes, context.device)
     else:
-        pretrained = load_pretrained(source, backbone_source=config.backbone.source, device=context.device)
+        pretrained = load_pretrained(source, overrides=[f"eval.weights={config.eval.weights}"],
+                                     backbone_source=config.backbone.source, device=context.device)
         pretrained = replace(pretrained, config=replace(pretrained.config, data=config.data, eval=config.eval))
     if reader is None:
         folders = (local_path(arguments.images, "--images"), local_path(arguments.labels, "--labels"))

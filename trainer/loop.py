@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +19,12 @@ from trainer.data.loader import train_loader
 from trainer.data.user_transform import transformed
 from trainer.data.whole_images import WholeImages
 from trainer.distributed import DistContext
-from trainer.evaluation.evaluation import EvaluationStopped, evaluate
+from trainer.evaluation.evaluation import Evaluation, EvaluationStopped, evaluate
 from trainer.evaluation.predictor import autocast
 from trainer.loss.matcher import count_masks
 from trainer.optimizer import clip_gradients, set_learning_rates
 from trainer.run.failures import explain_failures
+from trainer.run.loss_scaling import Outcome
 from trainer.run.non_finite import NonFiniteGuard, NonFiniteStep, RollBack
 from trainer.run.reporter import RunReporter, report_on
 from trainer.run.run import Run
@@ -36,7 +36,8 @@ from trainer.stopping import RunStopped, stop_on_signals
 def train(config: RunConfig, context: DistContext) -> Run:
     """Train to `train.total_steps`, resuming an existing run, and evaluate; returns the finished run.
 
-    Raises RunStopped after a stop signal (see `trainer.stopping`), and other RunErrors and ConfigErrors.
+    Raises RunStopped after a stop signal or `train.max_hours` (see `trainer.stopping`), and other RunErrors and
+    ConfigErrors.
     """
     with lock_run(config, context) as places:
         run = start_run(config, context, places)
@@ -55,7 +56,7 @@ def train(config: RunConfig, context: DistContext) -> Run:
 
 
 def run_steps(run: Run, reporter: RunReporter) -> None:
-    """Train from the run's current step to the last. After RollBack, restore a checkpoint and call it again."""
+    """Train from the current step until the run is finished. After RollBack, restore a checkpoint and call it again."""
     settings, guard = run.config.train, NonFiniteGuard(run)
     if not run.evaluated:  # a signal interrupted the evaluation at this step
         finish_step(run, reporter)
@@ -64,7 +65,7 @@ def run_steps(run: Run, reporter: RunReporter) -> None:
     batches = train_loader(run.crops, numbers, run.context.device)
     with tqdm(total=settings.total_steps, initial=run.step, desc="training", unit="step",
               disable=None if run.context.is_main else True) as bar:
-        while run.step < settings.total_steps:
+        while not run.is_finished:
             run.beat("waiting for data")
             with reporter.waiting():
                 micro_batches = list(islice(batches, run.accumulation))
@@ -115,16 +116,21 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepResult:
                 outputs = run.wrapped(prepare_images(batch, config))
             loss = run.criterion(outputs, batch.targets(), num_masks, generator)
             run.beat("backward pass")
-            (loss.total / len(micro_batches)).backward()
+            run.scaler.scaled(loss.total / len(micro_batches)).backward()
         local.append({**loss.losses, "loss": loss.total.detach()})
         problems.append(loss.problem)
         unmatched += loss.unmatched
+    run.scaler.unscale(run.optimizer)
     parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
     grad_norm = clip_gradients(parameters, config.optimizer.clip_grad_norm)
     losses, stop_requested = _mean_over_global_batch(local, grad_norm, run.stop.requested, context)
-    if not all(map(math.isfinite, losses.values())):
-        return StepResult(losses, stop_requested, unmatched, NonFiniteStep(losses, local, problems))
-    run.optimizer.step()
+    outcome = run.scaler.judge(losses)
+    if outcome is Outcome.NON_FINITE:
+        return StepResult(losses, stop_requested, unmatched, NonFiniteStep(losses, local, problems, run.scaler.scale))
+    if outcome is Outcome.UPDATE:
+        run.optimizer.step()
+        if run.averaged is not None:
+            run.averaged.update()
     return StepResult(losses, stop_requested, unmatched)
 
 
@@ -154,18 +160,24 @@ def finish_step(run: Run, reporter: RunReporter, result: StepResult | None = Non
     run.evaluated = not due
     if due and not stop_requested:
         with suppress(EvaluationStopped):
-            evaluate_run(run, reporter)
+            run.early_stopping.record(run.step, evaluate_run(run, reporter))
+            if run.early_end:
+                reporter.announce(run.early_end)
     stops = stop_requested or not run.evaluated
     if due or stops or run.step % settings.checkpoint_every == 0:
         run.save_checkpoint()
     if stops:
         run.writer.close()
-        raise RunStopped(f"{run.stop.signal_name or 'a signal to another rank'}: stopped after step {run.step} of "
-                         f"{settings.total_steps}; its checkpoint was saved, and the same command resumes from it")
+        reason = run.stop.reason or "a signal to another rank, or its time limit"
+        raise RunStopped(f"{reason}: stopped after step {run.step} of {settings.total_steps}; its checkpoint was "
+                         "saved, and the same command resumes from it")
 
 
-def evaluate_run(run: Run, reporter: RunReporter) -> None:
-    """Evaluate the current model on all ranks. Raises EvaluationStopped when a rank was asked to stop."""
+def evaluate_run(run: Run, reporter: RunReporter) -> dict[str, Any]:
+    """Evaluate the current model on all ranks: averaged and raw weights, if there are both.
+
+    Returns the metrics of those that count (`eval.weights`). Raises EvaluationStopped when a rank was asked to stop.
+    """
 
     def should_continue() -> bool:
         reporter.still_alive()
@@ -173,11 +185,16 @@ def evaluate_run(run: Run, reporter: RunReporter) -> None:
 
     # Without synchronised batch norm (CPU) each rank has its own running statistics; rank 0's are the ones saved.
     run.context.broadcast(run.model.buffers())
+    images, settings, results = WholeImages(run.val_reader, run.config.data), run.config.eval, dict[str, Evaluation]()
     with reporter.paused():
-        result = evaluate(run.model, WholeImages(run.val_reader, run.config.data), run.config, run.context,
-                          run.config.eval.max_images, should_continue, panels=run.config.eval.panels)
-        run.metrics, run.evaluated = result.metrics, True
-        reporter.evaluation_done(result)
+        for kind, in_model in run.weights.items():
+            with in_model:  # pictures of the first kind, which counts
+                results[kind] = evaluate(run.model, images, run.config, run.context, settings.max_images,
+                                         should_continue, panels=0 if results else settings.panels)
+        metrics = next(iter(results.values())).metrics
+        run.metrics, run.evaluated = metrics, True
+        reporter.evaluation_done(results)
+    return metrics
 
 
 def evaluate_finished_run(run: Run, reporter: RunReporter) -> None:

@@ -41,7 +41,10 @@ def open_pretrained(arguments: argparse.Namespace) -> Pretrained:
         if arguments.configs is not None or arguments.classes is not None:
             raise ConfigError(f"{arguments.checkpoint} contains its own settings and classes; leave out --config and "
                               "--classes, and change settings with --set")
-        return load_pretrained(source, overrides=arguments.overrides)
+        pretrained = load_pretrained(source, overrides=arguments.overrides)
+        if pretrained.weights is not None:
+            print(f"{arguments.checkpoint}: {pretrained.weights} weights of step {pretrained.step} (eval.weights)")
+        return pretrained
     if arguments.configs is None or arguments.classes is None:
         raise ConfigError(f"{arguments.checkpoint} contains only weights; also give --config, a YAML file with the "
                           "network's sizes, and --classes, a text file with one class name per line")

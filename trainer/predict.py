@@ -56,8 +56,8 @@ def main() -> int:
                         "files that are there")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to predict; auto: on a GPU, if there "
                         "is one (default: as in training)")
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), help="of the network's numbers; auto: bf16 "
-                        "on GPUs that have it (default: as in training)")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), help="of the network's numbers; "
+                        "auto: bf16 on GPUs that have it (default: as in training)")
     arguments = parser.parse_intermixed_args()
     for name, value in (("device", arguments.device), ("train.precision", arguments.precision)):
         if value is not None:

@@ -48,6 +48,7 @@ class Pretrained:
     config: RunConfig
     classes: list[ClassInfo]
     step: int | None = None  # optimiser steps of training, if the source records them
+    weights: str | None = None  # "averaged" or "raw", of a checkpoint that has both
 
     @property
     def device(self) -> torch.device:
@@ -80,8 +81,8 @@ class Pretrained:
 def model_identity(pretrained: Pretrained) -> dict[str, Any]:
     """What determines a model's predictions, up to rounding: hashes of its weights, and settings."""
     config, model = pretrained.config, pretrained.model
-    settings = replace(config.eval, **{name: getattr(EvalConfig(), name) for name in ("panels", "max_images",
-                                                                                      "window_batch", "memory_gb")})
+    settings = replace(config.eval, **{name: getattr(EvalConfig(), name) for name in (
+        "panels", "max_images", "window_batch", "memory_gb", "weights")})
     return {"head": state_sha256(model.head_state_dict()), "backbone": model.backbone.weights_sha256(),
             "eval": config_to_dict(settings), "precision": config.train.precision,
             "mean": list(config.backbone.image_mean), "std": list(config.backbone.image_std)}
@@ -104,14 +105,17 @@ def load_pretrained(
 ) -> Pretrained:
     """Open an export (a directory or hub id) or a MaskStream checkpoint.
 
-    `overrides` are key=value settings; `backbone_source` is the current location of a checkpoint's frozen ViT; `device`
+    `overrides` are key=value settings; of a checkpoint with averaged and raw weights, `eval.weights` says which are
+    used, by default the averaged ones. `backbone_source` is the current location of a checkpoint's frozen ViT; `device`
     defaults to the configured one. Raises ConfigError when something is missing or does not fit.
     """
     opened = open_checkpoint(source) if isinstance(source, str | Path) else source
     if isinstance(opened, Checkpoint):
         config = override_config(opened.run_config, overrides)
-        model = restore_model(opened, backbone_source or config.backbone.source, device or pick_device(config.device))
-        return Pretrained(model=model, config=config, classes=opened.class_infos, step=opened.step)
+        model = restore_model(opened, backbone_source or config.backbone.source, device or pick_device(config.device),
+                              config.eval.weights)
+        return Pretrained(model=model, config=config, classes=opened.class_infos, step=opened.step,
+                          weights=None if opened.averaged is None else config.eval.weights)
     if not opened.is_self_contained:
         raise ConfigError(f"{opened.path} contains only weights, without settings and classes; convert it with "
                           "trainer/export.py --config ... --classes ..., then load the result")
@@ -127,8 +131,10 @@ def from_external_weights(weights: WeightsFile, config: RunConfig, classes: Sequ
                       classes=list(classes))
 
 
-def restore_model(checkpoint: Checkpoint, backbone_source: str | None, device: torch.device) -> Segmenter:
-    """The trained network of a checkpoint, in eval mode. `backbone_source` is the ViT's current location.
+def restore_model(checkpoint: Checkpoint, backbone_source: str | None, device: torch.device,
+                  weights: str = "averaged") -> Segmenter:
+    """The trained network of a checkpoint, in eval mode. `backbone_source` is the ViT's current location; `weights` as
+    `eval.weights`.
 
     Raises ConfigError when the ViT there is not the one that the head was trained on.
     """
@@ -144,7 +150,7 @@ def restore_model(checkpoint: Checkpoint, backbone_source: str | None, device: t
             f"{checkpoint.backbone_sha256[:16]}; set backbone.source to the ViT used in training "
             "(random backbones also depend on the torch version)"
         )
-    model.load_trainable_state_dict(checkpoint.model)
+    model.load_trainable_state_dict(checkpoint.weights(weights))
     return model.eval().to(device)
 
 

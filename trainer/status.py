@@ -80,7 +80,8 @@ def _lines(run: Path, status: str, state: RunState, records: list[dict[str, Any]
                      f"lr {train[-1]['lr']:.2e}, {train[-1]['images_per_second']:.1f} images/s")
     if val:
         best = f", best {state.best_miou:.4f}" if state.best_miou is not None else ""
-        lines.append(f"  mIoU        {val[-1]['mIoU']:.4f} at step {val[-1]['step']}{best}")
+        of = f" of the {val[-1]['weights']} weights" if "weights" in val[-1] else ""
+        lines.append(f"  mIoU        {val[-1]['mIoU']:.4f}{of} at step {val[-1]['step']}{best}")
     lines.append(f"  checkpoint  {state.checkpoint or 'none yet'}")
     lines += [f"  event       step {record['step']}: {record.get('what')}"
               for record in records if record["kind"] == "event"][-_EVENTS_SHOWN:]
@@ -100,7 +101,7 @@ def _verdict(status: str, state: RunState, now: float) -> str:
         return f"stopped {silent} ago{_reason(state)}; resume with the same command"
     if status == "failed":
         return f"failed {silent} ago{_reason(state)}"
-    return f"finished {silent} ago"
+    return f"finished {silent} ago{_reason(state)}"
 
 
 def _reason(state: RunState) -> str:

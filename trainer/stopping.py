@@ -1,4 +1,4 @@
-"""Graceful stop on SIGTERM, SIGUSR1 (Slurm, Kubernetes, spot instances) and Ctrl-C.
+"""Graceful stop on SIGTERM, SIGUSR1 (Slurm, Kubernetes, spot instances) and Ctrl-C, and after `train.max_hours`.
 
 The current step is completed, a checkpoint is saved, and the program exits with EXIT_TO_BE_CONTINUED: the same command
 resumes from there. A second Ctrl-C stops it at once.
@@ -6,6 +6,7 @@ resumes from there. A second Ctrl-C stops it at once.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 from shards.errors import RunError
@@ -24,10 +26,12 @@ EXIT_TO_BE_CONTINUED = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _ANSWER_SECONDS = 5.0
 _SAME_KEYPRESS = 1.0  # seconds; terminal and torchrun may both deliver the same Ctrl-C
+_IMPORTED = time.monotonic()
+_LONGEST_IMPORT = 3600.0  # seconds; what /proc says of an earlier start is not believed
 
 
 class RunStopped(RunError):
-    """A signal stopped the run after a completed step; the message names the signal and the step."""
+    """A signal or a time limit stopped the run after a completed step; the message names it and the step."""
 
     exit_code = EXIT_TO_BE_CONTINUED
     label = "stopped on request"
@@ -35,14 +39,45 @@ class RunStopped(RunError):
 
 @dataclass
 class StopRequest:
-    """Whether this process was asked to stop, and whether the ranks have agreed that one of them was."""
+    """Whether this process was asked to stop."""
 
     signal_name: str | None = None
-    agreed: bool = False
+    max_hours: float | None = None
+    deadline: float = math.inf  # of time.monotonic(): when time is up
+
+    def limit(self, max_hours: float | None, seconds_gone: float) -> None:
+        """Set the time limit, of which some seconds are gone already; None: no limit."""
+        self.max_hours = max_hours
+        self.deadline = math.inf if max_hours is None else time.monotonic() + 3600 * max_hours - seconds_gone
+
+    @property
+    def reason(self) -> str | None:
+        """The signal, or that time is up; None: go on."""
+        if self.signal_name is None and time.monotonic() >= self.deadline:
+            return f"time is up (train.max_hours={self.max_hours:g})"
+        return self.signal_name
 
     @property
     def requested(self) -> bool:
-        return self.signal_name is not None
+        return self.reason is not None
+
+
+def process_seconds() -> float:
+    """Seconds since this process started, or the torchrun that did so: after a restart of the ranks no time is given
+    anew. Where the kernel does not say, seconds since this module was imported."""
+    since_import, own = time.monotonic() - _IMPORTED, _age("self")
+    if not 0 <= own <= since_import + _LONGEST_IMPORT:
+        return since_import
+    return max(own, _age(str(os.getppid()))) if "TORCHELASTIC_RUN_ID" in os.environ else own
+
+
+def _age(pid: str) -> float:
+    """Seconds since a process started; -1 if unknown."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")  # starttime
+    except (OSError, AttributeError, ValueError, IndexError):
+        return -1.0
 
 
 class LauncherGone(RunError):
@@ -86,7 +121,7 @@ def stop_on_signals(request: StopRequest) -> Iterator[None]:
             last_interrupt = now
             if before and now - before > _SAME_KEYPRESS:
                 raise KeyboardInterrupt
-        if not request.requested:
+        if request.signal_name is None:
             request.signal_name = signal.Signals(number).name
             again = "; press Ctrl-C again to stop at once, without a checkpoint" if number == signal.SIGINT else ""
             print(f"{request.signal_name}: stopping after this step{again}", file=sys.stderr, flush=True)

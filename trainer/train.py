@@ -41,6 +41,10 @@ def main() -> int:
         if context.is_main:
             assert run.metrics is not None
             print(format_metrics(run.metrics, run.manifest.classes))
+            if run.averaged is not None:
+                print(f"these are the {config.eval.weights} weights (eval.weights); metrics.jsonl has both")
+            if run.early_end:
+                print(run.early_end)
             print(f"checkpoints, report.html, metrics.jsonl, pictures and curves.png written to {folder}")
     return 0
 

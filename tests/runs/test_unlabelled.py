@@ -56,7 +56,7 @@ def test_a_run_without_a_miou_is_recorded_shown_and_reported(scene_shards: Path,
     logger = RunLogger(tmp_path, 0)
     logger.scalars(1, "train", {"loss": 1.0, "lr": 0.1, "grad_norm": INF, "images_per_second": 2.0})
     metrics = dict.fromkeys(("mIoU", "aAcc", "mAcc", "mDice", "mF1", "mPrecision", "mRecall", "baseline_mIoU"), NAN)
-    logger.evaluation(1, {**metrics, "per_class_iou": [NAN] * manifest.num_classes, "confused_pairs": []})
+    logger.evaluation(1, {"raw": {**metrics, "per_class_iou": [NAN] * manifest.num_classes, "confused_pairs": []}})
     logger.close()
     write_state(tmp_path, RunState(status="finished", step=1, total_steps=1, world_size=1, host="h", pid=1, started=1.0,
                                    updated=2.0, seconds_per_step=NAN, best_miou=None, checkpoint=None))

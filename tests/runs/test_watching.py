@@ -44,6 +44,7 @@ from trainer.reporting.state import STATE_NAME, RunState, format_duration, read_
 from trainer.reporting.wandb_run import WandbRun
 from trainer.run.checkpoint import load_checkpoint
 from trainer.run.folder import lock_run_folder
+from trainer.run.loss_scaling import LossScaler
 from trainer.run.reporter import RunReporter, interval_line
 
 ALONE = DistContext(rank=0, world_size=1, device=torch.device("cpu"))
@@ -142,7 +143,8 @@ def test_an_interval_is_timed_without_the_evaluation_and_the_eta_with_it(tmp_pat
     config = tiny(tmp_path, tmp_path, "train.log_every=2", "train.total_steps=10")
     run = SimpleNamespace(step=0, config=config, context=ALONE, folder=tmp_path, best_miou=None,
                           writer=SimpleNamespace(newest="step-00000001.pt"),
-                          optimizer=SimpleNamespace(param_groups=[{"lr": 0.5}]))
+                          optimizer=SimpleNamespace(param_groups=[{"lr": 0.5}]),
+                          scaler=LossScaler(enabled=False, device=ALONE.device))
     logger, now = RunLogger(tmp_path, 0), [100.0]
     reporter = RunReporter(run, logger, clock=lambda: now[0])
     for number in range(4):
@@ -302,7 +304,7 @@ def test_status_shows_how_far_and_how_well(tmp_path: Path) -> None:
     logger = RunLogger(tmp_path, 0)
     speed = {"lr": 0.1, "images_per_second": 12.0}
     logger.scalars(30, "train", {"loss": 2.5, "grad_norm": 1.25, **speed})
-    logger.evaluation(20, {"mIoU": 0.2, "per_class_iou": [0.2]})
+    logger.evaluation(20, {"raw": {"mIoU": 0.2, "per_class_iou": [0.2]}})
     for number in range(5):
         logger.event(number, f"happening {number}")
     logger.close()
@@ -359,7 +361,7 @@ def test_a_full_disk_costs_records_not_the_run(tmp_path: Path, monkeypatch: pyte
         resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size, allowed[1]))
         try:
             logger.scalars(2, "train", {"loss": 1.0})
-            logger.evaluation(2, {"mIoU": 0.5, "per_class_iou": [0.5] * 1000})
+            logger.evaluation(2, {"raw": {"mIoU": 0.5, "per_class_iou": [0.5] * 1000}})
             logger.picture(2, "noise", Image.effect_noise((64, 64), 50).convert("RGB"))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, allowed)

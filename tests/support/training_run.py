@@ -140,11 +140,13 @@ def assert_equal_states(one: Any, other: Any, where: str = "") -> None:
 
 
 def assert_same_end(one: Path, other: Path) -> None:
-    """Two finished runs have the same weights and moments."""
+    """Two finished runs have the same weights and moments, averages, loss scale and count of early stopping."""
     ours, theirs = final_state(one), final_state(other)
     assert ours.step == theirs.step
     assert_equal_states(ours.model, theirs.model)
     assert_equal_states(ours.optimizer, theirs.optimizer)
+    for part in ("averaged", "loss_scale", "early_stopping"):
+        assert_equal_states(getattr(ours, part), getattr(theirs, part), part)
 
 
 def _is_dead(stat: Path) -> bool:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.conftest import REPOSITORY
 from trainer.build import build_model
 from trainer.config import load_run_config
+from trainer.evaluation.predictor import autocast
 from trainer.models import Segmenter
 from trainer.models.deform_attn import MSDeformAttn
 
@@ -111,6 +112,20 @@ def test_the_head_compiles_in_one_graph(head: str) -> None:
             torch.testing.assert_close(other.grad, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("precision", "device", "has_bf16", "expected"), [
+    ("auto", "cpu", True, None), ("auto", "cuda", True, torch.bfloat16),
+    ("auto", "cuda", False, None),  # torch emulates it there, slowly
+    ("fp32", "cuda", True, None), ("bf16", "cpu", False, torch.bfloat16), ("fp16", "cuda", False, torch.float16)])
+def test_the_precision_is_as_set_or_what_the_device_has(precision: str, device: str, has_bf16: bool, expected: Any,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: (
+        has_bf16 or including_emulation))
+    monkeypatch.setattr(torch, "autocast", lambda _, dtype, enabled: made.append(dtype if enabled else None))
+    autocast(load_run_config(None, [f"train.precision={precision}"]), torch.device(device))
+    assert made == [expected]
+
+
 class Dtypes:
     """Output dtypes of parts of a model, by name."""
 
@@ -126,18 +141,17 @@ class Dtypes:
         return note
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
-def test_each_part_of_mask2former_runs_in_its_precision(autocast: bool) -> None:
+@pytest.mark.parametrize("low", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def test_each_part_of_mask2former_runs_in_its_precision(low: torch.dtype) -> None:
     model = model_of("m2f").train()
     features, head = model.segmentation_model
     deformable = next(module for module in features.modules() if isinstance(module, MSDeformAttn))
     dtypes = Dtypes(model, vit=model.backbone.vit.model.layer[1].mlp.up_proj, spatial_prior=features.spm.conv2[0],
                     deformable=deformable, pixel_decoder=head.pixel_decoder, predictor=head.predictor.mask_embed)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast("cpu", torch.bfloat16 if low is torch.float32 else low, enabled=low is not torch.float32):
         outputs = model(images())
     loss_of(outputs).backward()
-    low = {torch.bfloat16 if autocast else torch.float32}
-    assert dtypes.seen == {"vit": low, "spatial_prior": low, "predictor": low,
+    assert dtypes.seen == {"vit": {low}, "spatial_prior": {low}, "predictor": {low},
                            "deformable": {torch.float32}, "pixel_decoder": {torch.float32}}
     scores = model.semantic_logits(outputs, (64, 96))
     assert scores.dtype == torch.float32

@@ -236,11 +236,12 @@ def _in_order_of_need(views: Sequence[View]) -> list[Window]:
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
-    """bf16 autocast as set in `train.precision`; "auto" enables it on CUDA devices that support it."""
+    """bf16 or fp16 autocast as set in `train.precision`; "auto" enables bf16 on CUDA devices that have it (those that
+    only emulate it are slower than in float32)."""
     precision = config.train.precision
-    supported = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    enabled = precision == "bf16" or (precision == "auto" and supported)
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    enabled = precision in ("bf16", "fp16") or (precision == "auto" and has_bf16)
+    return torch.autocast(device.type, torch.float16 if precision == "fp16" else torch.bfloat16, enabled=enabled)
 
 
 def _resize_by_pillow(image: Tensor, size: Size) -> Tensor:

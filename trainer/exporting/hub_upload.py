@@ -108,7 +108,7 @@ def write_card(pretrained: Pretrained, folder: Path, publication: Publication, c
         dataset=publication.dataset or name,
         dataset_id=publication.dataset,
         images=images,
-        metrics=found_metrics(checkpoint, pretrained.step),
+        metrics=found_metrics(checkpoint, pretrained.step, pretrained.weights),
         license=publication.license,
         backbone_id=backbone_id(pretrained),
     )

@@ -67,7 +67,7 @@ def found_data(pretrained: Pretrained) -> tuple[str | None, dict[str, int]]:
     return name if manifest.dataset == "folder" else manifest.dataset, images
 
 
-def found_metrics(checkpoint: Path, step: int | None) -> dict[str, float]:
+def found_metrics(checkpoint: Path, step: int | None, weights: str | None) -> dict[str, float]:
     """mIoU, aAcc and mAcc that trainer/eval.py wrote by default for these weights; empty if there are none."""
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent.parent
     path = folder / "evaluation" / "metrics.json"
@@ -76,7 +76,8 @@ def found_metrics(checkpoint: Path, step: int | None) -> dict[str, float]:
     except (OSError, ConfigError):
         return {}
     evaluated = Path(str(record.get("checkpoint"))).name
-    if record.get("step") != step or (step is None and evaluated != checkpoint.name):
+    if (record.get("step"), record.get("weights")) != (step, weights) or (
+            step is None and evaluated != checkpoint.name):
         return {}
     return {name: float(record[name]) for name in _METRICS
             if type(record.get(name)) in (int, float) and math.isfinite(record[name])}
@@ -148,6 +149,8 @@ def _recipe(pretrained: Pretrained, facts: CardFacts) -> dict[str, str]:
                          "of warm-up",
         "weight decay": f"{config.optimizer.weight_decay:g}",
         "seed": f"{config.seed}",
+        **({"weights": f"exponential moving average, decay {config.train.ema_decay}"}
+           if pretrained.weights == "averaged" else {}),
     }
 
 

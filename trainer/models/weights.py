@@ -4,7 +4,8 @@
     adapter and head          Meta's Mask2Former release, bare; or a training checkpoint, {"model": ...}
     a head alone              Meta's linear head: keys segmentation_model.1.* only
     the whole model           all of the above, with the ViT under segmentation_model.0.backbone. (or .feature_model.)
-    our own checkpoints       {"model": adapter and head (and a trained ViT), "backbone_sha256": ..., ...}
+    our own checkpoints       {"model": adapter and head (and a trained ViT), "backbone_sha256": ..., ...}; of one with
+                              {"averaged": {"model": ...}} the averaged weights
 
     tue-mps' EoMT and PMT     network.*, bare or {"state_dict": ...} (`trainer.models.tue_mps_keys`)
 
@@ -63,6 +64,7 @@ class WeightsFile:
     vit_form: Literal["complete", "partial", "differences"] = "complete"
     layer_norm_eps: float | None = None  # of the ViT; None: that of its family
     num_heads: int | None = None  # of the ViT; None: as its layout says, or as usual in its family
+    is_averaged: bool = False  # from a checkpoint of ours that has both: the averaged weights, not the raw ones
     activation: str | None = None  # that the head was trained with, where it cannot follow the ViT's
     config: dict[str, Any] = field(default_factory=dict)  # a directory's config.json
 
@@ -196,7 +198,8 @@ def weights_in(content: Any, path: str | Path) -> WeightsFile:
     """Split the content of a weight file by its keys. Raises ConfigError when it has none of the layouts above."""
     path = Path(path)
     wrapped = isinstance(content, Mapping) and isinstance(content.get("model"), Mapping)
-    state = content["model"] if wrapped else content
+    averages = content["averaged"].get("model") if wrapped and isinstance(content.get("averaged"), Mapping) else None
+    state = (averages or content["model"]) if wrapped else content
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
     if not isinstance(state, Mapping) or not state:
@@ -220,4 +223,5 @@ def weights_in(content: Any, path: str | Path) -> WeightsFile:
            if key.startswith(prefix)}
     model = {key: tensor for key, tensor in state.items() if not key.startswith(VIT_PREFIXES)}
     return WeightsFile(path=path, vit=vit, model=model,
-                       backbone_sha256=content.get("backbone_sha256") if wrapped else None)
+                       backbone_sha256=content.get("backbone_sha256") if wrapped else None,
+                       is_averaged=bool(averages))

@@ -45,10 +45,9 @@ def draw_curves(run: Path) -> Path | None:
 
 def _draw(records: list[dict[str, Any]], path: Path) -> bool:
     train = [record for record in records if record["kind"] == "train"]
-    val = [record for record in records if record["kind"] == "val"]
-    if not train and not val:
+    if not any(record["kind"] in ("train", "val") for record in records):
         return False
-    blue, orange = colors(2)
+    blue = colors(1)[0]
     loss = series_points(train, "loss")
     figure = new_figure((12, 3.5))
     charts = (
@@ -56,15 +55,31 @@ def _draw(records: list[dict[str, Any]], path: Path) -> bool:
             Series(name="raw", points=loss, color=blue, faint=True),
             Series(name="smoothed", points=smooth(loss), color=blue)]),
         Chart(title="learning rate", series=[Series(name="lr", points=series_points(train, "lr"), color=blue)]),
-        Chart(title="validation mIoU", top=1.0, series=[
-            Series(name="model", points=series_points(val, "mIoU"), color=blue),
-            Series(name="most frequent class", points=series_points(val, "baseline_mIoU"), color=orange)]),
+        Chart(title="validation mIoU", top=1.0, series=miou_lines(records, "most frequent class")),
     )
     for axes, chart in zip(figure.subplots(1, 3), charts, strict=True):
         draw(axes, chart)
         axes.set_xlabel("step")
     figure.savefig(path, dpi=120)
     return True
+
+
+def miou_lines(records: list[dict[str, Any]], baseline: str) -> list[Series]:
+    """Lines of the validation mIoU: of the model (of averaged and raw weights, if there are both), and the baseline."""
+    found: dict[str, list[dict[str, Any]]] = {"averaged": [], "raw": []}
+    for record in records:  # which weights "val" is of may change when a run is resumed
+        kind = f"val_{record.get('weights', 'raw')}" if record["kind"] == "val" else record["kind"]
+        for weights, of_them in found.items():
+            if kind == f"val_{weights}":
+                of_them.append(record)
+    blue, orange, green = colors(3)
+    names = {"averaged": ("averaged weights", blue), "raw": ("raw weights", green)}
+    if not found["averaged"]:
+        names = {"raw": ("model", blue)}
+    val = [record for record in records if record["kind"] == "val"]
+    return [*(Series(name=name, points=series_points(found[kind], "mIoU"), color=color)
+              for kind, (name, color) in names.items()),
+            Series(name=baseline, points=series_points(val, "baseline_mIoU"), color=orange)]
 
 
 def series_points(records: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:

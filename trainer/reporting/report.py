@@ -22,7 +22,7 @@ from shards.shown_text import masked_value, shown, shown_lines
 from trainer.config import RunConfig
 from trainer.distributed import DistContext
 from trainer.reporting.charts import Chart, Series, colors, smooth, svg_uri, usual_top
-from trainer.reporting.plots import series_points
+from trainer.reporting.plots import miou_lines, series_points
 from trainer.reporting.run_logger import PICTURES_NAME, read_evaluation, read_metrics
 from trainer.reporting.state import RunState, format_duration, read_state
 from trainer.reporting.versions import versions
@@ -53,7 +53,8 @@ def _page(folder: Path, config: RunConfig, manifest: Manifest, context: DistCont
         name=folder.resolve().name, style=_style(), sections=_SECTIONS, state=state,
         moment=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(state.updated)) if state is not None else None,
         tiles=_tiles(state, train, val),
-        charts=[(chart.title, uri) for chart in _charts(train, val) if (uri := svg_uri(chart)) is not None],
+        charts=[(chart.title, uri) for chart in _charts(train, miou_lines(records, "most frequent class everywhere"))
+                if (uri := svg_uri(chart)) is not None],
         classes=manifest.classes, val_split=config.data.val_split, **_evaluation(evaluation, manifest, config),
         pictures=_pictures(folder), events=[record for record in records if record["kind"] == "event"],
         data=_data(config, manifest), splits=manifest.splits, machine=_machine(context, state),
@@ -85,16 +86,14 @@ def _tiles(state: RunState | None, train: list[dict[str, Any]], val: list[dict[s
     return tiles
 
 
-def _charts(train: list[dict[str, Any]], val: list[dict[str, Any]]) -> list[Chart]:
-    blue, orange = colors(2)
+def _charts(train: list[dict[str, Any]], miou: list[Series]) -> list[Chart]:
+    blue = colors(1)[0]
     loss, norms = series_points(train, "loss"), series_points(train, "grad_norm")
     charts = [
         Chart(title="training loss, raw and smoothed", series=[
             Series(name="raw", points=loss, color=blue, faint=True),
             Series(name="loss", points=smooth(loss), color=blue)]),
-        Chart(title="validation mIoU", top=1.0, series=[
-            Series(name="model", points=series_points(val, "mIoU"), color=blue),
-            Series(name="most frequent class everywhere", points=series_points(val, "baseline_mIoU"), color=orange)]),
+        Chart(title="validation mIoU", top=1.0, series=miou),
     ]
     for term, layers in _losses_by_term(train).items():
         lines = [Series(name=name, points=smooth(series_points(train, key)), color=color)
@@ -104,7 +103,8 @@ def _charts(train: list[dict[str, Any]], val: list[dict[str, Any]]) -> list[Char
     charts.append(Chart(title="gradient norm before clipping, spikes cut", top=usual_top(norms),
                         series=[Series(name="gradient norm", points=norms, color=blue)]))
     for title, key in (("learning rate", "lr"), ("images per second", "images_per_second"),
-                       ("share of time waiting for data", "data_wait_share"), ("memory, GB", "memory_gb")):
+                       ("share of time waiting for data", "data_wait_share"), ("memory, GB", "memory_gb"),
+                       ("loss scale (fp16)", "loss_scale")):
         charts.append(Chart(title=title, series=[Series(name=title, points=series_points(train, key), color=blue)]))
     return charts
 

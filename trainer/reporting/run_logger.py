@@ -7,7 +7,7 @@ import json
 import logging
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -90,20 +90,30 @@ class RunLogger:
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
         self._excepthook, threading.excepthook = threading.excepthook, self._thread_failed
 
-    def scalars(self, step: int, kind: str, values: dict[str, float]) -> None:
-        """One record, e.g. kind "train" or "val"."""
+    def scalars(self, step: int, kind: str, values: dict[str, float], **remarks: str) -> None:
+        """One record, e.g. kind "train" or "val"; remarks only in metrics.jsonl."""
         with self._or_warn():
-            self._record({"step": step, "kind": kind, **values})
+            self._record({"step": step, "kind": kind, **remarks, **values})
             for name, value in values.items():
                 self._board.add_scalar(f"{kind}/{name}", value, step)
         if self.wandb is not None:
             self.wandb.log(step, {f"{kind}/{name}": value for name, value in values.items()})
 
-    def evaluation(self, step: int, metrics: dict[str, Any]) -> None:
-        """One record of the means, kind "val"; `<run>/evaluation.json` gets everything, with classes and pairs."""
-        self.scalars(step, "val", {name: value for name, value in metrics.items() if isinstance(value, float)})
+    def evaluation(self, step: int, metrics: Mapping[str, dict[str, Any]]) -> None:
+        """A record of the means of each kind of weights, averaged or raw: of kind "val" for those that count, which
+        come first, and "val_raw" or "val_averaged" for the others.
+
+        `<run>/evaluation.json` gets everything of the first, with classes and pairs. Which these are is only said where
+        there are others ("weights").
+        """
+        first = next(iter(metrics))
+        remarks = {"weights": first} if len(metrics) > 1 else {}
+        for kind, values in metrics.items():
+            means = {name: value for name, value in values.items() if isinstance(value, float)}
+            self.scalars(step, "val" if kind == first else f"val_{kind}", means, **remarks if kind == first else {})
         with self._or_warn():
-            write_atomically(self.run / EVALUATION_NAME, to_json({"step": step, **metrics}, indent=1).encode())
+            content = {"step": step, **remarks, **metrics[first]}
+            write_atomically(self.run / EVALUATION_NAME, to_json(content, indent=1).encode())
 
     def event(self, step: int, what: str) -> None:
         """An unusual event that explains the curves, e.g. a restart or a skipped step."""

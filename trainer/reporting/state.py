@@ -42,7 +42,7 @@ class RunState:
     seconds_per_step: float | None  # mean since `started`, evaluations and checkpoints included
     best_miou: float | None
     checkpoint: str | None  # name of the newest one
-    message: str = ""  # why it stopped or failed
+    message: str = ""  # why it stopped, failed or finished early
 
     @property
     def seconds_left(self) -> float | None:

@@ -31,7 +31,14 @@ _CHUNK_BYTES = 64 << 20  # of a download, held in memory at a time
 _FIELD_TYPES: dict[str, Any] = {
     "step": int, "model": dict, "optimizer": dict, "config": dict, "classes": list, "ignore_index": int,
     "data_hash": str, "backbone_sha256": str, "best_miou": float | None, "evaluated": bool, "skipped_steps": list,
-    "versions": dict, "run_id": str, "format": int,
+    "versions": dict, "run_id": str, "format": int, "averaged": dict | None, "loss_scale": dict | None,
+    "early_stopping": dict | None,
+}  # fmt: skip
+_PART_TYPES: dict[str, dict[str, Any]] = {
+    "averaged": {"model": dict, "updates": int},
+    "loss_scale": {"scale": float, "growth_factor": float, "backoff_factor": float, "growth_interval": int,
+                   "_growth_tracker": int, "overflows": int},
+    "early_stopping": {"metric": str, "best": float | None, "best_step": int, "misses": int},
 }  # fmt: skip
 
 
@@ -52,11 +59,19 @@ class Checkpoint:
     skipped_steps: list[int]  # skipped because of non-finite losses or gradients
     versions: dict[str, str]  # of the maskstream and torch that wrote it
     run_id: str = ""  # of the run it belongs to (`trainer.run.identity`); "": written before run ids existed
+    averaged: dict[str, Any] | None = None  # the layout of `model`, and more (`trainer.run.averaging`); None: not kept
+    loss_scale: dict[str, Any] | None = None  # see `trainer.run.loss_scaling`; None: precision is not fp16
+    early_stopping: dict[str, Any] | None = None  # see `trainer.run.early_stopping`; None: off
     format: int = CHECKPOINT_FORMAT
 
     @property
     def run_config(self) -> RunConfig:
         return run_config_from_dict(self.config)
+
+    def weights(self, kind: str) -> dict[str, Tensor]:
+        """The weights to use: with "averaged" the averages if there are any; otherwise those of the last step."""
+        averages: dict[str, Tensor] | None = self.averaged["model"] if self.averaged is not None else None
+        return self.model if kind == "raw" or averages is None else averages
 
     @property
     def class_infos(self) -> list[ClassInfo]:
@@ -92,10 +107,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint | WeightsFile:
 
 
 def _from_content(content: dict[str, Any], path: str | Path) -> Checkpoint:
-    content = {"run_id": "", **content}
-    for field in fields(Checkpoint):
-        if not isinstance(content.get(field.name), _FIELD_TYPES[field.name]):
-            raise ConfigError(f"checkpoint {path}: field {field.name!r} is missing or of the wrong type")
+    content = {"run_id": "", **dict.fromkeys(_PART_TYPES), **content}  # what older versions did not write
+    found: dict[tuple[str, ...], Any] = {(name,): (content.get(name), kind) for name, kind in _FIELD_TYPES.items()}
+    found |= {(part, name): (content[part].get(name), kind) for part, kinds in _PART_TYPES.items()
+              if isinstance(content.get(part), dict) for name, kind in kinds.items()}
+    for names, (value, kind) in found.items():
+        if not isinstance(value, kind):
+            raise ConfigError(f"checkpoint {path}: field {'.'.join(names)!r} is missing or of the wrong type")
     return Checkpoint(**{field.name: content[field.name] for field in fields(Checkpoint)})
 
 

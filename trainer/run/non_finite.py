@@ -31,12 +31,14 @@ class NonFiniteStep:
     global_losses: Mapping[str, float]  # of the whole global batch
     losses: Sequence[Mapping[str, Tensor]]  # of each of this rank's micro-batches
     problems: Sequence[str | None]  # the cause, where the loss knows it, for each of these micro-batches
+    loss_scale: float | None = None  # with train.precision fp16
 
     @property
     def reason(self) -> str:
         """What is not finite, briefly."""
         bad = next(name for name, value in self.global_losses.items() if not math.isfinite(value))
-        return next(filter(None, self.problems), f"{bad} is {self.global_losses[bad]}")
+        scale = "" if self.loss_scale is None else f" at a loss scale of {self.loss_scale:g}"
+        return next(filter(None, self.problems), f"{bad} is {self.global_losses[bad]}{scale}")
 
 
 class RollBack(Exception):
@@ -85,7 +87,7 @@ def write_record(run: Run, step: NonFiniteStep, micro_batches: Sequence[Batch]) 
     record = {
         "step": run.step + 1, "rank": run.context.rank, "host": socket.gethostname(),
         "policy": run.config.train.on_non_finite, "what": step.reason,
-        "global_losses": dict(step.global_losses),
+        "global_losses": dict(step.global_losses), "loss_scale": step.loss_scale,
         "micro_batches": [
             {"number": batch.number, "keys": batch.keys, "problem": problem,
              "losses": {name: float(loss) for name, loss in losses.items()}}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
@@ -61,7 +61,7 @@ class RunReporter:
                  trace: TracebackType | None) -> None:
         """Write the final status to state.json."""
         if error is None:
-            self.write_state("finished")
+            self.write_state("finished", self.run.early_end)
         elif isinstance(error, RunStopped | KeyboardInterrupt):
             self.write_state("stopped", str(error) or "interrupted without a checkpoint")
         else:
@@ -126,15 +126,18 @@ class RunReporter:
         tqdm.write(interval_line(state, values))
         self._begin_interval()
 
-    def evaluation_done(self, result: Evaluation) -> None:
-        """Log metrics and panels, and update the report."""
+    def evaluation_done(self, results: Mapping[str, Evaluation]) -> None:
+        """Log metrics and panels of each kind of weights, those that count first, and update the report."""
         run = self.run
         if self.logger is None:
             return
-        self.logger.evaluation(run.step, result.metrics)
-        if result.panels is not None:
-            self.logger.picture(run.step, "val-panels", result.panels)
-        tqdm.write(f"step {run.step}: val {format_metrics(result.metrics, run.manifest.classes).splitlines()[0]}")
+        self.logger.evaluation(run.step, {kind: result.metrics for kind, result in results.items()})
+        for kind, result in results.items():
+            if result.panels is not None:
+                self.logger.picture(run.step, "val-panels", result.panels)
+            of = f" of the {kind} weights" if len(results) > 1 else ""
+            means = format_metrics(result.metrics, run.manifest.classes).splitlines()[0]
+            tqdm.write(f"step {run.step}: val{of} {means}")
         write_report(run.folder, run.config, run.manifest, run.context)
 
     def announce(self, what: str) -> None:
@@ -172,6 +175,7 @@ class RunReporter:
             "data_wait_share": self._data_seconds / seconds,
             "seconds_per_step": seconds / self._steps,
             "memory_gb": memory_gb(self.run.context.device),
+            **self.run.scaler.logged(),
         }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,9 +26,12 @@ from trainer.loss.criterion import Criterion
 from trainer.models import Segmenter
 from trainer.optimizer import build_optimizer, load_optimizer
 from trainer.reporting.versions import versions
+from trainer.run.averaging import AveragedWeights
 from trainer.run.checkpoint import Checkpoint
 from trainer.run.checkpoint_writer import CheckpointWriter
+from trainer.run.early_stopping import EarlyStopping
 from trainer.run.identity import run_id
+from trainer.run.loss_scaling import LossScaler
 from trainer.stopping import StopRequest
 
 
@@ -68,17 +72,20 @@ class Run:
     wrapped: nn.Module  # the model, wrapped in DDP when there is a process group
     criterion: Criterion
     optimizer: torch.optim.AdamW
+    scaler: LossScaler
+    averaged: AveragedWeights | None  # None: train.ema_decay is not set
+    early_stopping: EarlyStopping
     writer: CheckpointWriter
     backbone_sha256: str
     run_id: str  # the same whenever the run is resumed (`trainer.run.identity`)
 
     step: int = 0
     best_miou: float | None = None
-    metrics: dict[str, Any] | None = None  # of the last evaluation
+    metrics: dict[str, Any] | None = None  # of the last evaluation, for the weights that count (`eval.weights`)
     evaluated: bool = True  # False: an evaluation is due at `step` and was interrupted
     transform: Transform | None = None  # the user's augmentation
     skipped_steps: list[int] = field(default_factory=list)  # because of NaN or infinity
-    changes: list[str] = field(default_factory=list)  # settings that differ from those of the resumed checkpoint
+    changes: list[str] = field(default_factory=list)  # what differs from the resumed checkpoint: settings, averages
     stop: StopRequest = field(default_factory=StopRequest)
 
     @property
@@ -87,8 +94,26 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether all steps and the last evaluation are done."""
-        return self.step == self.config.train.total_steps and self.evaluated
+        """Whether all steps, or as many as early stopping allows, and the last evaluation are done."""
+        return (self.step == self.config.train.total_steps or self.early_stopping.is_over) and self.evaluated
+
+    @property
+    def early_end(self) -> str:
+        """Why the run ended before its last step; empty if it did not."""
+        total = self.config.train.total_steps
+        if not self.early_stopping.is_over or self.step == total:
+            return ""
+        return f"early stopping at step {self.step} of {total}: {self.early_stopping.reason()}"
+
+    @property
+    def weights(self) -> dict[str, AbstractContextManager[None]]:
+        """The kinds of weights to evaluate, those that count first: averaged and raw, or, without averages, only raw.
+        In its context the model has these weights."""
+        kinds: dict[str, AbstractContextManager[None]] = {"raw": nullcontext()}
+        if self.averaged is None:
+            return kinds
+        averaged = {"averaged": self.averaged.in_model()}
+        return kinds | averaged if self.config.eval.weights == "raw" else averaged | kinds
 
     def beat(self, phase: str) -> None:
         """Report the start of a phase to the watchdog, if there is one."""
@@ -111,12 +136,18 @@ class Run:
             ignore_index=self.manifest.ignore_index, data_hash=self.manifest.sha256,
             backbone_sha256=self.backbone_sha256, best_miou=self.best_miou, evaluated=self.evaluated,
             skipped_steps=list(self.skipped_steps), versions=versions(), run_id=self.run_id,
+            averaged=None if self.averaged is None else self.averaged.state(), loss_scale=self.scaler.state(),
+            early_stopping=self.early_stopping.state(),
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """The inverse of `snapshot`."""
         self.model.load_trainable_state_dict(checkpoint.model)
         load_optimizer(self.optimizer, checkpoint.optimizer)
+        if self.averaged is not None:
+            self.averaged.restore(checkpoint.averaged)
+        self.scaler.restore(checkpoint.loss_scale)
+        self.early_stopping.restore(checkpoint.early_stopping)
         self.step, self.best_miou, self.evaluated = checkpoint.step, checkpoint.best_miou, checkpoint.evaluated
         self.skipped_steps = list(checkpoint.skipped_steps)
         self.metrics = None
@@ -162,6 +193,9 @@ def build_run(config: RunConfig, context: DistContext, places: RunPlaces) -> Run
         config=config, context=context, places=places, manifest=manifest, crops=crops, val_reader=val_reader,
         accumulation=accumulation, model=model, wrapped=_wrapped(model, context), criterion=criterion,
         optimizer=build_optimizer(model, config.optimizer), backbone_sha256=backbone_sha256,
+        scaler=LossScaler(settings.precision == "fp16", context.device),
+        averaged=None if settings.ema_decay is None else AveragedWeights(model, settings, context),
+        early_stopping=EarlyStopping.of(settings),
         writer=CheckpointWriter(places.checkpoints, places.folder, settings.keep_checkpoints, settings.keep_every),
         run_id=run_id(places.folder),
         transform=None if config.data.transform is None else load_transform(config.data.transform),

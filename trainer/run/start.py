@@ -20,6 +20,7 @@ from trainer.run.folder import lock_run_folder, record_start
 from trainer.run.identity import check_identity, lock_checkpoints
 from trainer.run.non_finite import TrainingDiverged
 from trainer.run.run import Run, RunPlaces, build_run, run_places
+from trainer.stopping import process_seconds
 
 
 @contextmanager
@@ -43,6 +44,8 @@ def start_run(config: RunConfig, context: DistContext, places: RunPlaces) -> Run
     run = build_run(config, context, places)
     resume(run)
     check_ranks_agree(run)
+    seconds = context.all_reduce_sum(torch.tensor(process_seconds(), device=context.device)).item()
+    run.stop.limit(config.train.max_hours, seconds / context.world_size)  # the same moment on all ranks
     return run
 
 
@@ -73,6 +76,9 @@ def resume(run: Run) -> None:
         raise ConfigError(f"train.total_steps is {new.train.total_steps}, but {run.folder} has already been trained "
                           f"for {checkpoint.step} steps; legal: at least that many, or choose another output_dir")
     run.changes = config_changes(replace(old, output_dir=new.output_dir), new)  # output_dir may have been moved
+    if (run.averaged is None) != (checkpoint.averaged is None):
+        run.changes.append("its averaged weights are dropped" if run.averaged is None else
+                           f"it has no averaged weights: averaging starts from the weights of step {checkpoint.step}")
     run.restore(checkpoint)
 
 
@@ -139,8 +145,12 @@ def _start_from_weights(run: Run) -> None:
     settings = run.config.load
     if settings.weights is None:
         return
-    ignored = run.model.load_weights(read_weights(settings.weights), settings.ignore, settings.base_sha256)
+    weights = read_weights(settings.weights)
+    ignored = run.model.load_weights(weights, settings.ignore, settings.base_sha256)
+    if run.averaged is not None:
+        run.averaged.restore(None)
     if run.context.is_main:
         loaded = len(run.model.trainable_state_dict()) - len(ignored)
+        kind = ", averaged weights" if weights.is_averaged else ""
         random = f"; randomly initialised because of load.ignore: {', '.join(ignored)}" if ignored else ""
-        print(f"{shown(settings.weights)}: loaded {loaded} tensors of adapter and head{random}", flush=True)
+        print(f"{shown(settings.weights)}: loaded {loaded} tensors of adapter and head{kind}{random}", flush=True)
