@@ -52,7 +52,6 @@ class Predictor:
     def __init__(self, model: Segmenter, config: RunConfig, num_classes: int, device: torch.device) -> None:
         self.model, self.config, self.num_classes, self.device = model, config, num_classes, device
         self.settings, self.size_divisor = config.eval, config.decoder_head.size_divisor
-        self.forward_passes = 0
         settings = self.settings
         self.rules = ViewRules(
             crop_size=None if settings.mode == "whole" else settings.crop_size,
@@ -80,7 +79,6 @@ class Predictor:
             with self._explaining(image), torch.inference_mode():
                 result = self._segment(all_views[number], queue, extra)
             all_views[number] = []
-            self.forward_passes = queue.forward_passes
             yield result
 
     def bands(self, pixels: Pixels) -> Iterator[tuple[Rows, Tensor]]:
