@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import threading
@@ -18,6 +17,7 @@ from PIL import Image
 from shards.files.atomic import write_atomically
 from shards.files.outside_json import parse_json
 from shards.files.strict_json import nan_for_null, to_json
+from shards.picture import encode_png
 from shards.shown_text import masked
 from trainer.reporting.wandb_run import WandbRun
 
@@ -100,8 +100,14 @@ class RunLogger:
             self.wandb.log(step, {f"{kind}/{name}": value for name, value in values.items()})
 
     def evaluation(self, step: int, metrics: dict[str, Any]) -> None:
-        """One record of the means, kind "val"; `<run>/evaluation.json` gets everything, with classes and pairs."""
-        self.scalars(step, "val", {name: value for name, value in metrics.items() if isinstance(value, float)})
+        """One record of the means, kind "val"; `<run>/evaluation.json` gets everything, with classes and pairs.
+
+        An evaluation that only repeats the last one, as when a finished run's command is given again, adds no record.
+        """
+        means = {name: value for name, value in metrics.items() if isinstance(value, float)}
+        logged = [record for record in read_metrics(self.run) if record["kind"] == "val"]
+        if not logged or to_json(logged[-1]) != to_json({"step": step, "kind": "val", **means}):
+            self.scalars(step, "val", means)
         with self._or_warn():
             write_atomically(self.run / EVALUATION_NAME, to_json({"step": step, **metrics}, indent=1).encode())
 
@@ -117,9 +123,7 @@ class RunLogger:
         folder = self.run / PICTURES_NAME
         with self._or_warn():
             folder.mkdir(exist_ok=True)
-            png = io.BytesIO()
-            picture.save(png, "PNG")
-            write_atomically(folder / f"{name}-{step:08d}.png", png.getvalue())
+            write_atomically(folder / f"{name}-{step:08d}.png", encode_png(picture))
             self._board.add_image(name, np.asarray(picture), step, dataformats="HWC")
         if self.wandb is not None:
             self.wandb.picture(step, name, picture)
