@@ -79,8 +79,10 @@ def _evaluate(config: RunConfig, checkpoint_path: Path, output: Path, arguments:
     from trainer.evaluation.predictor import Predictor
     from trainer.evaluation.results import write_pictures, write_results
     from trainer.pretrained import model_identity
+    from trainer.run.failures import explain_lost_rank, place_of
 
-    with distributed(config.device, config.train.hang_timeout) as context:
+    with distributed(config.device, config.train.hang_timeout) as context, explain_lost_rank(
+            lambda: place_of(context), "The same command goes on with what is done"):
         pretrained, images = _model_and_images(config, checkpoint_path, arguments, context)
         settings, model = pretrained.config, model_identity(pretrained)
         journal = Journal(output, evaluation_identity(model, settings.eval, images, context.device))

@@ -168,6 +168,18 @@ def test_an_image_that_cannot_be_delivered_ends_it(finished: Path, scenes: Path,
     assert not (tmp_path / "out/metrics.json").exists()
 
 
+@pytest.mark.slow
+def test_a_rank_that_fails_is_one_line_on_each(finished: Path, scenes: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "scenes"
+    shutil.copytree(scenes, copy)
+    label = sorted((copy / "annotations/val").iterdir())[-1]
+    label.write_bytes(b"junk")
+    result = run_program("trainer/eval.py", *command(finished, tmp_path / "out", *folder_of(copy)), ranks=2)
+    assert result.returncode != 0 and "Traceback" not in result.stderr, result.stderr
+    assert f"error: {label} is not a readable PNG" in result.stderr
+    assert re.search(r"error: rank \d on \S+: another rank died .* The same command goes on with", result.stderr)
+
+
 def test_labels_from_one_are_reduced(finished: Path, scenes: Path, tmp_path: Path) -> None:
     expected = evaluated(finished, tmp_path / "plain", *folder_of(scenes))
     copy = tmp_path / "scenes"
