@@ -25,7 +25,9 @@ from shards.errors import ConfigError
 from shards.looking.image_scores import read_scores
 from tests.conftest import REPOSITORY
 from tests.runs.test_end_to_end import ALONE, run_program, tiny
+from trainer.distributed import DistContext
 from trainer.eval import main
+from trainer.evaluation import results
 from trainer.loop import train
 
 
@@ -222,6 +224,18 @@ def test_results_have_a_folder_before_anything_is_computed(finished: Path, tmp_p
     with pytest.raises(ConfigError, match=r"--output is run/out, but run is a file, legal: a folder"):
         evaluate_here(*command(finished, Path("run/out")))
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_the_watchdog_hears_of_each_picture_that_is_drawn(finished: Path, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch,
+                                                          evaluate_here: Callable[..., int]) -> None:
+    """Its images are predicted again, by rank 0 alone, after the others are done."""
+    heard: list[str] = []
+    write = results.write_results
+    monkeypatch.setattr(DistContext, "beat", lambda *_: heard.append("beat"))
+    monkeypatch.setattr(results, "write_results", lambda *given: heard.append("results") or write(*given))
+    assert evaluate_here(*command(finished, tmp_path / "out"), "eval.panels=2") == 0
+    assert heard[heard.index("results") :].count("beat") == 4
 
 
 def test_options_that_need_each_other(finished: Path, scenes: Path, tmp_path: Path) -> None:
