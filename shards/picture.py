@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,13 @@ def save_picture(picture: Image.Image, path: Path, **options: Any) -> None:
     is_jpeg = path.name.lower().endswith((".jpg", ".jpeg"))
     with naming(path):
         picture.save(path, "JPEG" if is_jpeg else "PNG", **options)
+
+
+def encode_png(picture: Image.Image) -> bytes:
+    """A picture as the bytes of a PNG."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def contact_sheet(rows: Sequence[Sequence[Pixels]], captions: Sequence[str] = (), tile: int = 256) -> Image.Image:

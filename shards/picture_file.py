@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
 import warnings
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -127,8 +130,20 @@ def open_picture(data: bytes, name: str, formats: tuple[str, ...]) -> ImageFile.
 def _opened(data: bytes) -> ImageFile.ImageFile:
     """Bypasses Image.open, which has its own limits and hides the reason. Warnings of damaged metadata are ignored."""
     reader, _ = _KINDS[kind_of(data) or "PNG"]  # an unknown file makes the PNG reader say so
-    with warnings.catch_warnings(action="ignore"):
+    with quiet():
         return reader(io.BytesIO(data))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without Python's warnings. Their filters belong to all threads, so only one at a time changes them."""
+    with _filters_in_use(), warnings.catch_warnings(action="ignore"):
+        yield
+
+
+@cache
+def _filters_in_use() -> threading.RLock:
+    return threading.RLock()
 
 
 def load_picture(image: ImageFile.ImageFile, name: str) -> Image.Image:
@@ -146,7 +161,7 @@ def exif_orientation(data: bytes) -> int:
         return UPRIGHT
     for skipped in ((b"IDAT", b"fdAT"), (b"IDAT", b"fdAT", *_TEXT_CHUNKS)):  # text may be too large for Pillow
         try:
-            with warnings.catch_warnings(action="ignore"), _opened(_without(data, skipped)) as image:
+            with quiet(), _opened(_without(data, skipped)) as image:
                 value = Image.Image.getexif(image).get(ExifTags.Base.Orientation)  # PNG's own would decode pixels
         except DECODER_ERRORS:  # damage is reported by whoever decodes the pixels
             continue

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import tempfile
 import threading
 from pathlib import Path
@@ -37,7 +38,15 @@ def main() -> int:
     return _serve(arguments)
 
 
+def end_as_after_ctrl_c() -> None:
+    """Make other signals to end remove the uploads too, unless they are ignored, as below nohup."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
+
+
 def _serve(arguments: argparse.Namespace) -> int:
+    end_as_after_ctrl_c()
     with tempfile.TemporaryDirectory(prefix="maskstream-app-") as folder:
         # Read by gradio when it is imported: uploads and results go to the folder, and nothing is reported anywhere.
         os.environ.update(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")

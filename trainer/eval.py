@@ -10,16 +10,19 @@ Killed, it goes on with what is done when the same command is given again, with 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 try:
     from shards.cli.command_line import add_overrides, config_files, config_parser, run_entry_point
     from shards.errors import ConfigError
-    from shards.files.storage import local_path
+    from shards.files.storage import local_path, output_folder
     from shards.manifest import hash_of
     from trainer.config import RunConfig, load_run_config
+    from trainer.evaluation.record import metrics_record, usual_folder
     from trainer.stopping import die_with_launcher
 except ImportError as error:
     raise SystemExit(f"error: {error}; is MaskStream installed (pip install -e .), or does another package named "
@@ -27,7 +30,10 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
+    from shards.manifest import ClassInfo
+    from trainer.config import EvalConfig
     from trainer.data.whole_images import ValidationImages
     from trainer.distributed import DistContext
     from trainer.pretrained import Pretrained
@@ -41,7 +47,7 @@ def main() -> int:
     parser.add_argument("--checkpoint", required=True, help="checkpoint file, e.g. <run>/checkpoints/best.pt, or "
                         "another program's head")
     parser.add_argument("--output", default=None, help="folder for metrics and pictures "
-                        "(default: evaluation/ in the folder of the run or export)")
+                        "(default: evaluation/ in the folder of the run or export; for a hub id there is none)")
     parser.add_argument("--images", help="evaluate on a folder of images instead of data.root")
     parser.add_argument("--labels", help="folder of their label maps, at the same paths below it: PNGs of "
                         "class ids, 255 where unlabelled")
@@ -51,10 +57,11 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     config = load_run_config(config_files(arguments), arguments.overrides)
     checkpoint_path = Path(arguments.checkpoint)
-    folder = checkpoint_path if checkpoint_path.is_dir() else checkpoint_path.parent.parent
-    output = folder / "evaluation" if arguments.output is None else local_path(arguments.output, "--output")
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"--output {output} is a file, legal: a folder")
+    if arguments.output is None and not checkpoint_path.exists():
+        raise ConfigError(f"--checkpoint {checkpoint_path} does not exist here; if it is an id on the hub, also give "
+                          "--output, a folder for the results")
+    output = output_folder(str(usual_folder(checkpoint_path)) if arguments.output is None else arguments.output,
+                           "--output")
     if (arguments.images is None) != (arguments.labels is None):
         raise ConfigError("--images and --labels belong together; give both or neither")
     if arguments.reduce_zero_label and arguments.images is None:
@@ -70,23 +77,30 @@ def _evaluate(config: RunConfig, checkpoint_path: Path, output: Path, arguments:
     from trainer.evaluation.evaluation import evaluate, format_metrics
     from trainer.evaluation.journal import Journal
     from trainer.evaluation.predictor import Predictor
-    from trainer.evaluation.results import draw_extremes, save_panels, write_results
+    from trainer.evaluation.results import write_pictures, write_results
+    from trainer.pretrained import model_identity
+    from trainer.run.failures import explain_lost_rank, place_of
 
-    with distributed(config.device, config.train.hang_timeout) as context:
+    with distributed(config.device, config.train.hang_timeout) as context, explain_lost_rank(
+            lambda: place_of(context), "The same command goes on with what is done"):
         pretrained, images = _model_and_images(config, checkpoint_path, arguments, context)
-        settings = pretrained.config
-        journal = Journal(output, evaluation_identity(pretrained, images, context.device))
+        settings, model = pretrained.config, model_identity(pretrained)
+        journal = Journal(output, evaluation_identity(model, settings.eval, images, context.device))
         result = evaluate(pretrained.model, images, settings, context, config.eval.max_images, journal=journal)
         scored = result.scores.gather(context, len(images.classes))
         if context.is_main:
             kind = {} if pretrained.weights is None else {"weights": pretrained.weights}
-            record = {**result.metrics, "step": pretrained.step, "checkpoint": str(checkpoint_path), **kind}
+            predictor = Predictor(pretrained.model, settings, len(images.classes), context.device)
+
+            def predict(image: Tensor) -> Tensor:
+                context.beat("evaluation")
+                return predictor(image)
+
+            context.beat("evaluation")
+            record = kind | metrics_record(result.metrics, model=model, split=images.split, step=pretrained.step,
+                                    is_folder=arguments.images is not None, checkpoint=checkpoint_path)
             names = write_results(output, record, scored, images.classes, settings.eval.reference == "eomt")
-            predict = Predictor(pretrained.model, settings, len(images.classes), context.device)
-            panels = draw_extremes(scored, images, predict, config.eval.panels)
-            if panels is not None:
-                save_panels(panels, output)
-                names.append("panels.png")
+            names += write_pictures(output, record, scored, images, predict, settings.eval.panels)
             print(format_metrics(result.metrics, images.classes))
             if kind:
                 print(f"these are the {pretrained.weights} weights of step {pretrained.step} (eval.weights)")
@@ -118,20 +132,27 @@ def _model_and_images(config: RunConfig, checkpoint_path: Path, arguments: argpa
     if reader is None:
         folders = (local_path(arguments.images, "--images"), local_path(arguments.labels, "--labels"))
         return pretrained, FolderImages(*folders, pretrained.classes, config.data, arguments.reduce_zero_label)
-    if pretrained.classes != list(reader.manifest.classes):
-        raise ConfigError(f"{config.data.root} and {checkpoint_path} have different class tables "
-                          f"({reader.manifest.num_classes} and {len(pretrained.classes)} classes)")
+    if pretrained.classes != (stored := list(reader.manifest.classes)):
+        raise ConfigError(f"{config.data.root} and {checkpoint_path} have different class tables ({len(stored)} and "
+                          f"{len(pretrained.classes)} classes): {_first_difference(stored, pretrained.classes)}")
     return pretrained, WholeImages(reader, config.data)
 
 
-def evaluation_identity(pretrained: Pretrained, images: ValidationImages, device: torch.device) -> str:
-    """Hex sha256 of what determines the counts of an evaluation: weights, settings, images, device and precision."""
+def _first_difference(ours: Sequence[ClassInfo], theirs: Sequence[ClassInfo]) -> str:
+    """Where two class tables that are not equal differ."""
+    for number, pair in enumerate(zip_longest(ours, theirs)):
+        if pair[0] != pair[1]:
+            names = ["none" if info is None else f"{info.name!r} of colour {info.color}" for info in pair]
+            return f"class {number} is {names[0]} and {names[1]}"
+    raise AssertionError("the class tables are equal")
+
+
+def evaluation_identity(model: dict[str, Any], settings: EvalConfig, images: ValidationImages,
+                        device: torch.device) -> str:
+    """Hex sha256 of what determines the counts of an evaluation: the model's identity, settings, images and device."""
     import torch
 
-    from trainer.pretrained import model_identity
-
-    settings = pretrained.config.eval
-    return hash_of({**model_identity(pretrained), "window_batch": settings.window_batch, "limit": settings.max_images,
+    return hash_of({**model, "window_batch": settings.window_batch, "limit": settings.max_images,
                     "images": images.identity, "split": images.split, "device": device.type,
                     "torch": torch.__version__})
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 try:
     from shards.cli.command_line import run_entry_point
     from shards.errors import ConfigError
-    from shards.files.storage import local_path
+    from shards.files.storage import output_folder
     from trainer.model_options import add_checkpoint_options, open_pretrained
 except ImportError as error:
     raise SystemExit(f"error: {error}; is MaskStream installed (pip install -e .), or does another package named "
@@ -44,7 +44,7 @@ def main() -> int:
                         f"--push-to-hub: {' '.join(PUBLISHED_FORMATS)})")
     _add_hub_options(parser)
     arguments = parser.parse_args()
-    output = local_path(arguments.output, "--output")
+    output = output_folder(arguments.output, "--output")
     if output.is_dir() and any(output.iterdir()):
         raise ConfigError(f"--output {output} is not empty; choose a new folder")
     default = PUBLISHED_FORMATS if arguments.push_to_hub else DEFAULT_FORMATS
@@ -100,7 +100,7 @@ def _export(arguments: argparse.Namespace, output: Path, publication: Publicatio
                      else writers[name](pretrained, output)):
             tqdm.write(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
     if publication is not None:
-        write_card(pretrained, output, publication, Path(arguments.checkpoint))
+        write_card(pretrained, output, publication, Path(arguments.checkpoint), named)
         for line in notes(pretrained, named):
             print(line)
         print(describe(output, publication) if arguments.dry_run else upload(output, publication))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shards.class_list import parse_classes
 from shards.cli.recipes import file_or_recipe
-from shards.errors import ConfigError
+from shards.errors import ConfigError, StorageError
+from shards.files.plain_file import read_plain_text
 from trainer.config import load_run_config
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ def open_pretrained(arguments: argparse.Namespace) -> Pretrained:
         raise ConfigError(f"{arguments.checkpoint} contains only weights; also give --config, a YAML file with the "
                           "network's sizes, and --classes, a text file with one class name per line")
     try:
-        text = Path(arguments.classes).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_plain_text(arguments.classes)
+    except (OSError, StorageError, UnicodeDecodeError) as error:
         raise ConfigError(f"--classes {arguments.classes} cannot be read: {error}") from error
     config = load_run_config([file_or_recipe(given) for given in arguments.configs], arguments.overrides)
     return from_external_weights(source, config, parse_classes(text, arguments.classes), pick_device(config.device))

@@ -24,7 +24,7 @@ from tqdm import tqdm
 try:
     from shards.cli.command_line import run_entry_point
     from shards.errors import ConfigError, MaskStreamError, RunError
-    from shards.files.storage import local_path
+    from shards.files.storage import output_folder
     from shards.shown_text import shown
     from trainer.model_options import add_checkpoint_options, open_pretrained
 except ImportError as error:
@@ -62,7 +62,7 @@ def main() -> int:
     for name, value in (("device", arguments.device), ("train.precision", arguments.precision)):
         if value is not None:
             arguments.overrides.append(f"{name}={value}")
-    arguments.output = local_path(arguments.output, "--output")
+    arguments.output = output_folder(arguments.output, "--output")
     return _predict(arguments)
 
 
@@ -78,8 +78,8 @@ def _predict(arguments: argparse.Namespace) -> int:
     outputs.check(sources, arguments.overwrite)
     pretrained = open_pretrained(arguments)
     identity = {**model_identity(pretrained), "label_offset": arguments.label_offset}
-    claim_folder(arguments.output, identity, pretrained.classes, arguments.overwrite)
-    waiting = [source for source in sources if arguments.overwrite or not outputs.is_done(source)]
+    since = claim_folder(arguments.output, identity, pretrained.classes, arguments.overwrite)
+    waiting = [source for source in sources if arguments.overwrite or not outputs.is_done(source, since)]
     failed = 0
     with tqdm(total=len(sources), initial=len(sources) - len(waiting), desc="predicting", unit="img",
               disable=None) as bar:
@@ -111,11 +111,13 @@ def _predict_each(pretrained: Pretrained, sources: list[Source],
                   outputs: Outputs) -> Iterator[tuple[Source, Exception | None]]:
     """Each file once, with its error if it has one; images in groups of `eval.window_batch`, or of fewer if their
     pixels take a good part of `eval.memory_gb`."""
+    from trainer.predicting.inputs import decoded_ahead
+
     settings = pretrained.config.eval
     group: list[tuple[Source, Any]] = []
-    for source in sources:
+    for source, decoded in decoded_ahead(sources):
         try:
-            pixels = _pixels_or_predicted(pretrained, source, outputs)
+            pixels = _predict_in_parts(pretrained, source, outputs) if decoded is None else decoded.result()
         except (MaskStreamError, OSError) as error:
             yield source, error
             continue
@@ -130,15 +132,13 @@ def _predict_each(pretrained: Pretrained, sources: list[Source],
     yield from _predict_group(pretrained, group, outputs)
 
 
-def _pixels_or_predicted(pretrained: Pretrained, source: Source, outputs: Outputs) -> Any:
-    """The pixels of an image. A video or raster is predicted at once, and gives None."""
+def _predict_in_parts(pretrained: Pretrained, source: Source, outputs: Outputs) -> Any:
+    """Predict a video, or a TIFF that is to be read in parts; of any other TIFF return the pixels uint8 [H, W, 3]."""
     from shards.files.plain_file import LARGEST_PICTURE, read_plain
     from trainer.predicting.inputs import decode_input
     from trainer.predicting.rasters import open_raster, predict_raster
     from trainer.predicting.video import predict_video
 
-    if not (source.is_video or source.may_be_raster):
-        return decode_input(source.read(), source.shown)
     with source.local() as path:
         if source.is_video:
             predict_video(pretrained, path, outputs.paths(source)["overlay"], source.shown)

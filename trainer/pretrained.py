@@ -106,8 +106,9 @@ def load_pretrained(
     """Open an export (a directory or hub id) or a MaskStream checkpoint.
 
     `overrides` are key=value settings; of a checkpoint with averaged and raw weights, `eval.weights` says which are
-    used, by default the averaged ones. `backbone_source` is the current location of a checkpoint's frozen ViT; `device`
-    defaults to the configured one. Raises ConfigError when something is missing or does not fit.
+    used, by default the averaged ones. `backbone_source` is the current location of the frozen ViT of a checkpoint, or
+    of an export that only names its ViT; `device` defaults to the configured one. Raises ConfigError when something is
+    missing or does not fit.
     """
     opened = open_checkpoint(source) if isinstance(source, str | Path) else source
     if isinstance(opened, Checkpoint):
@@ -121,6 +122,8 @@ def load_pretrained(
                           "trainer/export.py --config ... --classes ..., then load the result")
     config, classes = _exported_settings(opened)
     config = override_config(config, overrides)
+    if backbone_source is not None and not opened.vit:
+        config = replace(config, backbone=replace(config.backbone, source=backbone_source))
     return from_external_weights(opened, config, classes, device or pick_device(config.device))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from PIL import Image
 from shards.errors import CorruptShardError
 from shards.files.atomic import naming
 from shards.manifest import ClassInfo
+from shards.picture import encode_png
 from shards.picture_file import UPRIGHT, exif_orientation
 from shards.rle import ignore_value
 from shards.sample import CropSample
@@ -27,7 +27,7 @@ def exported_image(sample: CropSample) -> tuple[bytes, str]:
     """
     if exif_orientation(sample.image_bytes) == UPRIGHT:
         return sample.image_bytes, sample.image_suffix
-    return _png(Image.fromarray(sample.image)), "png"
+    return encode_png(Image.fromarray(sample.image)), "png"
 
 
 def label_png(label_map: npt.NDArray[Any], classes: Sequence[ClassInfo], palette: bool = True) -> bytes:
@@ -36,13 +36,13 @@ def label_png(label_map: npt.NDArray[Any], classes: Sequence[ClassInfo], palette
     Ignored pixels are 255 (65535), black in the palette.
     """
     if ignore_value(len(classes)) > 255:
-        return _png(Image.fromarray(label_map.astype(np.uint16)))
+        return encode_png(Image.fromarray(label_map.astype(np.uint16)))
     picture = Image.fromarray(label_map.astype(np.uint8))
     if palette:
         colors = np.zeros((256, 3), np.uint8)
         colors[: len(classes)] = [info.color for info in classes]
         picture.putpalette(colors.tobytes())
-    return _png(picture)
+    return encode_png(picture)
 
 
 def write_new(path: Path, data: bytes) -> None:
@@ -56,9 +56,3 @@ def write_new(path: Path, data: bytes) -> None:
         except FileExistsError:
             raise CorruptShardError(f"two samples would be written to {path}: their keys are equal, or the file system "
                                     "does not tell them apart") from None
-
-
-def _png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()

@@ -133,6 +133,15 @@ def local_path(text: str, option: str, kind: str = "folder") -> Path:
     raise ConfigError(f"{option} is {masked_value(text)!r}, legal: a local {kind}")
 
 
+def output_folder(text: str, option: str) -> Path:
+    """As `local_path`, of a folder to write to. Raises ConfigError also where a file is in its way."""
+    folder = local_path(text, option)
+    in_the_way = next((path for path in (folder, *folder.parents) if path.exists()), None)
+    if in_the_way is not None and not in_the_way.is_dir():
+        raise ConfigError(f"{option} is {text}, but {in_the_way} is a file, legal: a folder")
+    return folder
+
+
 class LocalStorage:
     """A local folder. Keeps files open; safe to fork and pickle, as each process opens its own descriptors."""
 

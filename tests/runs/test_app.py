@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,9 +22,14 @@ from PIL import Image
 
 from tests.conftest import REPOSITORY, heed_ctrl_c
 from tests.runs.test_end_to_end import ALONE, run_program, tiny
+from trainer.app import end_as_after_ctrl_c
 from trainer.loop import train
+from trainer.pretrained import load_pretrained
 
-pytest.importorskip("gradio", reason="the extra `app` is not installed")
+gradio = pytest.importorskip("gradio", reason="the extra `app` is not installed")
+from trainer.serving import page  # noqa: E402 - needs gradio
+from trainer.serving.page import Actions, Limits  # noqa: E402
+
 pytestmark = pytest.mark.slow
 
 
@@ -48,7 +54,7 @@ def served(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         assert address is not None
         yield address[0], folder
     finally:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)  # it ends as after Ctrl-C
         code = process.wait(30)
         process.stdout.close()
     assert code == 0
@@ -158,3 +164,79 @@ def download(page: object, url: str | None) -> np.ndarray:
         with Image.open(file.name) as picture:
             return np.asarray(picture.convert("RGB"))
 
+
+# -- what its controls do, without a browser ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def actions(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Actions:
+    limits = Limits(megabytes=1, megapixels=0.1)
+    return Actions(load_pretrained(checkpoint), tmp_path_factory.mktemp("uploads"), limits)
+
+
+def uploaded(actions: Actions, scenes: Path) -> Path:
+    (actions.folder / "0123").mkdir(exist_ok=True)
+    return Path(shutil.copy(sorted((scenes / "images/val").iterdir())[0], actions.folder / "0123/a.jpg"))
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    """As below nohup."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        end_as_after_ctrl_c()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_click_outside_tells_the_nearest_pixel(actions: Actions, scenes: Path) -> None:
+    found = actions.upload(str(uploaded(actions, scenes)))[0]
+    tall = found._replace(label_map=found.label_map[::8, ::8])  # as of an image much larger than the screen
+    height, width = found.prediction.label_map.shape
+    for index, place in (((-9, -9), "x 0, y 0: "), ((10**6, 10**6), f"x {width - 1}, y {height - 1}: ")):
+        assert actions.point(tall, SimpleNamespace(index=index)).startswith(place)  # type: ignore[arg-type]
+
+
+def test_a_prediction_that_is_no_longer_kept_is_said(actions: Actions) -> None:
+    """Of a page that was not used for an hour; the picture would vanish otherwise."""
+    for act in (lambda: actions.redraw(None, [], 0.5),
+                lambda: actions.point(None, SimpleNamespace(index=(1, 1)))):  # type: ignore[arg-type]
+        with pytest.raises(gradio.Error, match=r"there is no prediction here: drop an image"):
+            act()
+
+
+def test_an_upload_is_drawn_as_the_slider_says(actions: Actions, scenes: Path) -> None:
+    path = str(uploaded(actions, scenes))
+    found, picture, *_ = actions.upload(path, 0.0)
+    everything = actions.redraw(found, actions.names, 0.0)
+    assert np.array_equal(np.asarray(picture), np.asarray(everything))
+    assert (np.asarray(actions.upload(path, 1.0)[1]) != np.asarray(picture)).mean() > 0.5
+
+
+def test_a_full_disk_is_said_without_a_path(actions: Actions, scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(page, "write_atomically", full)
+    with pytest.raises(gradio.Error) as refused:
+        actions.upload(str(uploaded(actions, scenes)))
+    assert "cannot be kept for download: No space left on device" in str(refused.value)
+    assert str(actions.folder) not in str(refused.value)
+
+
+@pytest.mark.parametrize(("name", "data", "message"), [
+    ("a.gif", b"GIF89a" + bytes(40), "is not a readable JPEG or PNG"), ("a.tif", b"II*\0" + bytes(40), "TIFF"),
+    ("a.png", b"", "is not a readable"), ("a.jpg", b"\xff\xd8\xff" * 400_000, "legal: at most 1000000"),
+])
+def test_what_is_no_small_picture_is_refused(actions: Actions, name: str, data: bytes, message: str) -> None:
+    path = actions.folder / name
+    path.write_bytes(data)
+    with pytest.raises(gradio.Error) as refused:
+        actions.upload(str(path))
+    assert message in str(refused.value) and str(actions.folder) not in str(refused.value)
+    with pytest.raises(gradio.Error):
+        actions.upload("/etc/hostname")

@@ -120,6 +120,8 @@ def test_a_complete_run_is_only_evaluated_again(scene_shards: Path, finished: Pa
     run = Path(shutil.copytree(finished, tmp_path / "again"))
     metrics = train(tiny(scene_shards, run), ALONE).metrics
     assert metrics["mIoU"] >= 0 and losses(run) == losses(finished)
+    before, after = ([record for record in read_metrics(path) if record["kind"] == "val"] for path in (finished, run))
+    assert len(after) == len(before) == 1, "it says nothing new"
 
 
 @pytest.mark.parametrize(

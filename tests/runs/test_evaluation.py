@@ -11,17 +11,23 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet
 import pytest
+import torch
 from PIL import Image
 
+from shards.errors import ConfigError
 from shards.looking.image_scores import read_scores
 from tests.conftest import REPOSITORY
 from tests.runs.test_end_to_end import ALONE, run_program, tiny
+from trainer.distributed import DistContext
+from trainer.eval import main
+from trainer.evaluation import results
 from trainer.loop import train
 
 
@@ -41,6 +47,7 @@ def evaluated(finished: Path, output: Path, *arguments: object, ranks: int = 0) 
     result = run_program("trainer/eval.py", *command(finished, output, *arguments), ranks=ranks)
     assert result.returncode == 0, result.stderr
     metrics: dict[str, Any] = json.loads((output / "metrics.json").read_text())
+    assert metrics.pop("source") == ("folder" if "--images" in arguments else "shards")
     return metrics
 
 
@@ -65,7 +72,7 @@ def test_shards_and_folder_on_one_and_three_processes_agree_to_the_last_digit(fi
 def test_what_an_evaluation_writes(finished: Path, tmp_path: Path) -> None:
     metrics = evaluated(finished, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "classes.csv", "images.jsonl", "images.csv",
-                                                          "images.parquet", "panels.png"}
+                                                          "images.parquet", "panels.png", "calibration.png"}
     low, high = metrics["mIoU_95"]
     assert low <= metrics["mIoU"] <= high
     assert sum(share for share, _, _ in metrics["calibration"] if share) == pytest.approx(1)
@@ -163,6 +170,18 @@ def test_an_image_that_cannot_be_delivered_ends_it(finished: Path, scenes: Path,
     assert not (tmp_path / "out/metrics.json").exists()
 
 
+@pytest.mark.slow
+def test_a_rank_that_fails_is_one_line_on_each(finished: Path, scenes: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "scenes"
+    shutil.copytree(scenes, copy)
+    label = sorted((copy / "annotations/val").iterdir())[-1]
+    label.write_bytes(b"junk")
+    result = run_program("trainer/eval.py", *command(finished, tmp_path / "out", *folder_of(copy)), ranks=2)
+    assert result.returncode != 0 and "Traceback" not in result.stderr, result.stderr
+    assert f"error: {label} is not a readable PNG" in result.stderr
+    assert re.search(r"error: rank \d on \S+: another rank died .* The same command goes on with", result.stderr)
+
+
 def test_labels_from_one_are_reduced(finished: Path, scenes: Path, tmp_path: Path) -> None:
     expected = evaluated(finished, tmp_path / "plain", *folder_of(scenes))
     copy = tmp_path / "scenes"
@@ -171,6 +190,52 @@ def test_labels_from_one_are_reduced(finished: Path, scenes: Path, tmp_path: Pat
         ids = np.asarray(Image.open(path)).astype(np.int64)
         Image.fromarray(np.where(ids == 255, 0, ids + 1).astype(np.uint8)).save(path)
     assert evaluated(finished, tmp_path / "reduced", *folder_of(copy), "--reduce-zero-label") == expected
+
+
+@pytest.fixture
+def evaluate_here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """trainer/eval.py in this process."""
+
+    def call(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["trainer/eval.py", *map(str, arguments)])
+        return main()
+
+    return call
+
+
+def test_class_tables_that_differ_are_named(finished: Path, scene_shards: Path, tmp_path: Path,
+                                            evaluate_here: Callable[..., int]) -> None:
+    checkpoint = torch.load(finished / "checkpoints/best.pt", weights_only=True)
+    checkpoint["classes"][3]["name"] = "cloud"
+    torch.save(checkpoint, tmp_path / "best.pt")
+    with pytest.raises(ConfigError, match=r"different class tables \(8 and 8 classes\): class 3 is '\w+' of colour .* "
+                       "and 'cloud' of colour"):
+        evaluate_here("--config", finished / "config.yaml", "--checkpoint", tmp_path / "best.pt")
+    assert not (tmp_path / "evaluation").exists()
+
+
+def test_results_have_a_folder_before_anything_is_computed(finished: Path, tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch,
+                                                           evaluate_here: Callable[..., int]) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"ORG/NAME does not exist here; if it is .* hub, also give --output"):
+        evaluate_here("--checkpoint", "ORG/NAME", "data.root=shards")
+    (tmp_path / "run").touch()
+    with pytest.raises(ConfigError, match=r"--output is run/out, but run is a file, legal: a folder"):
+        evaluate_here(*command(finished, Path("run/out")))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_the_watchdog_hears_of_each_picture_that_is_drawn(finished: Path, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch,
+                                                          evaluate_here: Callable[..., int]) -> None:
+    """Its images are predicted again, by rank 0 alone, after the others are done."""
+    heard: list[str] = []
+    write = results.write_results
+    monkeypatch.setattr(DistContext, "beat", lambda *_: heard.append("beat"))
+    monkeypatch.setattr(results, "write_results", lambda *given: heard.append("results") or write(*given))
+    assert evaluate_here(*command(finished, tmp_path / "out"), "eval.panels=2") == 0
+    assert heard[heard.index("results") :].count("beat") == 4
 
 
 def test_options_that_need_each_other(finished: Path, scenes: Path, tmp_path: Path) -> None:

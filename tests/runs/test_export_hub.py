@@ -25,9 +25,14 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from shards.errors import ConfigError
 from shards.files.strict_json import to_json
+from shards.manifest import ClassInfo
 from tests.conftest import REPOSITORY
 from tests.runs.test_end_to_end import ALONE, run_program, tiny
 from tests.support.fake_hub import TOKEN, FakeHub, fake_hub
+from trainer.build import build_model
+from trainer.config import load_run_config
+from trainer.evaluation.record import Measured
+from trainer.exporting.directory import write_directory
 from trainer.exporting.hub_upload import Publication, backbone_to_name
 from trainer.exporting.model_card import CardFacts, model_card
 from trainer.loop import train
@@ -195,8 +200,9 @@ def test_metrics_of_other_weights_are_not_in_the_card(run: Path, export: Export,
     path = run / "evaluation/metrics.json"
     before = path.read_bytes()
     try:
-        for number, content in enumerate((before.replace(b'"step": 2', b'"step": 1'), b"nothing", b"[]",
-                                          to_json({"mIoU": None, "step": 2, "checkpoint": "best.pt"}).encode())):
+        head = json.loads(before)["model"]["head"].encode()
+        for number, content in enumerate((before.replace(head, b"0" * 64), b"nothing", b"[]",
+                                          to_json({"mIoU": 0.5, "step": 2, "checkpoint": "best.pt"}).encode())):
             path.write_bytes(content)
             said = export("--checkpoint", run / "checkpoints/best.pt", "--output", tmp_path / f"{number}",
                           "--push-to-hub", "tester/seg", "--dry-run")
@@ -207,12 +213,57 @@ def test_metrics_of_other_weights_are_not_in_the_card(run: Path, export: Export,
         path.write_bytes(before)
 
 
+def test_the_card_says_how_the_metrics_were_measured(run: Path, export: Export, tmp_path: Path) -> None:
+    """Not how the model would be evaluated by its own settings."""
+    path = run / "evaluation/metrics.json"
+    before = path.read_bytes()
+    record = json.loads(before)
+    record["model"]["eval"] |= {"tta_flip": True, "crop_size": 96, "stride": 32}
+    try:
+        path.write_text(to_json({**record, "images": 3, "split": "`te|st`"}))
+        said = export("--checkpoint", run / "checkpoints/best.pt", "--output", tmp_path / "out", "--push-to-hub",
+                      "tester/seg", "--dry-run")
+    finally:
+        path.write_bytes(before)
+    assert said.code == 0, said.error
+    card = ModelCard.load(tmp_path / "out/README.md")
+    assert "3 images of the split \\`te\\|st\\`, windows of 96 pixels, 32 apart, flipped as well." in card.text
+    assert card.data.eval_results is not None and card.data.eval_results[0].dataset_split == "`te|st`"
+
+
+@pytest.mark.parametrize("name", ["a/b.", "a/.b", "a/b.git", "a/-b", "a/b--c", "a/b..c", "a/" + "b" * 95, "a/b/c",
+                                  "../b", "a/b\n", "a/b c", "https://a/b", "a"])
+def test_ids_that_the_hub_would_refuse_are_refused_first(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"--push-to-hub is .*, legal: ORGANISATION/NAME"):
+        Publication(repo_id=name, formats=["directory"])
+
+
+def test_an_export_without_its_vit_takes_it_from_where_it_is_now(vit: Path, tmp_path: Path,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    """As trainer/eval.py gives it: backbone.source of the configuration."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    config = load_run_config(REPOSITORY / "tests/support/tiny.yaml", [
+        "decoder_head.type=linear", f"backbone.source={vit}", "backbone.random.hidden_size=null"])
+    classes = [ClassInfo(name=name, color=(9, 9, 9)) for name in "ab"]
+    model = build_model(config, 2).eval()
+    original = Pretrained(model=model, config=config, classes=classes)
+    write_directory(original, tmp_path / "named", backbone_source=VIT)
+    write_directory(original, tmp_path / "whole")
+    expected = original.predict(picture()).label_map
+    for name, source in (("named", str(vit)), ("whole", str(vit)), ("whole", "no/such-vit")):
+        again = load_pretrained(tmp_path / name, backbone_source=source)
+        assert np.array_equal(again.predict(picture()).label_map, expected)
+    with pytest.raises(ConfigError, match=f"{VIT} cannot be loaded from the hub"):
+        load_pretrained(tmp_path / "named")
+
+
 def test_names_in_a_card_mean_nothing_in_markdown_or_yaml(run: Path) -> None:
     pretrained = load_pretrained(run / "checkpoints/best.pt")
     classes = [replace(info, name=f"<b>`{info.name}`|*x*") for info in pretrained.classes]
     strange = replace(pretrained, classes=classes)
+    measured = Measured(metrics={"mIoU": 0.5}, images=3, split="val\n---\n", settings=pretrained.config.eval)
     text = model_card(strange, CardFacts(repo_id="a/b", formats=["directory", "onnx"], contains_backbone=True,
-                                         dataset="x\n---\nlicense: mit", metrics={"mIoU": 0.5}))
+                                         dataset="x\n---\nlicense: mit", measured=measured))
     card = ModelCard(text)
     assert card.data.license is None and "\\<b\\>\\`sky\\`\\|\\*x\\*" in card.text
     assert card.data.eval_results is not None and "\n" not in card.data.eval_results[0].dataset_name

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,6 +30,8 @@ from tests.unit.test_trainer_run_checkpoint import state
 from trainer.build import build_model
 from trainer.config import RunConfig, load_run_config
 from trainer.exporting.directory import write_directory
+from trainer.exporting.meta import write_meta_files
+from trainer.model_options import open_pretrained
 from trainer.models.backbones.dinov3_keys import VitArchitecture, architecture_of
 from trainer.models.backbones.sources import load_vit
 from trainer.models.hub import directory_config
@@ -243,6 +247,21 @@ def test_an_image_named_by_dots_alone_is_predicted(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     with Image.open(tmp_path / "out/...png") as found:
         assert found.size == (64, 64)
+
+
+def test_a_class_file_may_begin_with_a_byte_order_mark_and_must_be_a_file(tmp_path: Path) -> None:
+    """Given beside weights of another program, as Windows' editors save it; a named pipe would hang."""
+    config = load_run_config(TINY, ["decoder_head.type=linear"])
+    model = build_model(config, 2).eval()
+    classes = [ClassInfo(name=name, color=(9, 9, 9)) for name in ("a", "b")]
+    head, _ = write_meta_files(Pretrained(model=model, config=config, classes=classes), tmp_path)
+    (tmp_path / "classes.txt").write_bytes(b"\xef\xbb\xbfsky\r\nroad\r\n")
+    os.mkfifo(tmp_path / "pipe")
+    options = {"checkpoint": str(head), "configs": [str(TINY)], "overrides": ["decoder_head.type=linear"]}
+    found = open_pretrained(argparse.Namespace(**options, classes=str(tmp_path / "classes.txt")))
+    assert [info.name for info in found.classes] == ["sky", "road"]
+    with pytest.raises(ConfigError, match=r"--classes \S+pipe cannot be read: .* is a named pipe"):
+        open_pretrained(argparse.Namespace(**options, classes=str(tmp_path / "pipe")))
 
 
 @pytest.mark.parametrize(("head", "size"), [("m2f", 32), ("linear", 16)])

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from unittest.mock import patch
 
@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco
 
-from shards.errors import ConfigError, CorruptShardError, RunError
+from shards.errors import ConfigError, CorruptShardError, RunError, StorageError
 from shards.files.storage import open_storage
 from tests.conftest import REPOSITORY
 from tests.support.file_server import file_server
@@ -30,7 +30,7 @@ from trainer.distributed import DistContext
 from trainer.loop import train
 from trainer.predict import main
 from trainer.predicting import inputs, rasters
-from trainer.predicting.inputs import Source, decode_input, sources_of
+from trainer.predicting.inputs import Source, decode_input, decoded_ahead, sources_of
 from trainer.predicting.outputs import Outputs
 from trainer.pretrained import Pretrained, load_pretrained
 
@@ -348,6 +348,35 @@ def test_a_folder_of_other_predictions_is_refused(predict: Predict, pictures: li
     assert predict(path, "--overwrite") == 0 and predict(path) == 0
 
 
+def test_what_is_left_of_another_model_is_not_done(predict: Predict, model: Pretrained, pictures: list[Pixels],
+                                                   tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--overwrite for some of the images, or killed before its end, leaves predictions of both models."""
+    for name in ("a.png", "b.png"):
+        save(tmp_path / "in" / name, pictures[2])
+    assert predict(tmp_path / "in", "--label-offset", "1") == 0
+    old = ids_in(tmp_path / "out/b.png")
+    assert predict(tmp_path / "in/a.png", "--overwrite") == 0
+    capsys.readouterr()
+    assert predict(tmp_path / "in") == 0
+    assert "1 predictions written to" in (out := capsys.readouterr().out) and "1 were there already" in out
+    for name in ("a.png", "b.png"):
+        assert np.array_equal(ids_in(tmp_path / "out" / name), model.predict(pictures[2]).label_map)
+    assert not np.array_equal(old, ids_in(tmp_path / "out/b.png"))
+    assert predict(tmp_path / "in") == 0
+    assert "0 predictions written to" in capsys.readouterr().out
+
+
+def test_a_damaged_record_is_an_error_until_it_is_overwritten(predict: Predict, pictures: list[Pixels],
+                                                              tmp_path: Path) -> None:
+    path = save(tmp_path / "in/a.png", pictures[2])
+    assert predict(path) == 0
+    for text, message in (("[1]", "must hold a JSON object"), ("{}", "another model"), ("{\"identity\": 1}", "differ")):
+        (tmp_path / "out" / RECORD).write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            predict(path)
+        assert predict(path, "--overwrite") == 0 and predict(path) == 0
+
+
 def test_files_that_are_no_predictions_are_not_overwritten(predict: Predict, pictures: list[Pixels],
                                                            tmp_path: Path) -> None:
     save(tmp_path / "a.jpg", pictures[2])
@@ -417,6 +446,76 @@ def test_the_image_that_does_not_fit_is_the_one_that_fails(predict: Predict, pic
         predict(tmp_path / "in", "--set", "eval.memory_gb=0.01", "--set", "eval.window_batch=4")
     assert re.search(r"error: \S*big\.png: image of 3000x1200 pixels", capsys.readouterr().err)
     assert names_in(tmp_path / "out") == of("0", "1", "2")
+
+
+def test_links_to_nothing_in_a_folder_are_reported(predict: Predict, pictures: list[Pixels], tmp_path: Path,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "in/a.png", pictures[2])
+    (tmp_path / "in/b.png").symlink_to(tmp_path / "unmounted/b.png")
+    with pytest.raises(RunError, match="1 of 2 images"):
+        predict(tmp_path / "in")
+    assert re.search(r"error: \S*in/b\.png: No such file", capsys.readouterr().err)
+    assert names_in(tmp_path / "out") == of("a")
+
+
+def test_an_output_that_cannot_be_a_folder_is_refused_first(predict: Predict, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file", tmp_path / "file/below/it"):
+        with pytest.raises(ConfigError, match=r"--output is \S+, but \S+/file is a file, legal: a folder"):
+            predict("no.png", output=output)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 70), (300, 1)])
+def test_images_of_a_single_pixel_row_or_column(size: tuple[int, int], predict: Predict, pictures: list[Pixels],
+                                                tmp_path: Path) -> None:
+    path = save(tmp_path / "a.png", np.ascontiguousarray(np.tile(pictures[3], (2, 1, 1))[: size[0], : size[1]]))
+    assert predict(path, "--save", "ids", "overlay", "confidence", "probabilities", "rle", "--set",
+                   "eval.tta_ratios=[0.5,1.5]") == 0
+    assert ids_in(tmp_path / "out/a.png").shape == size
+
+
+def counting_source(name: str, begun: list[str], data: bytes = b"") -> Source:
+    def read() -> bytes:
+        begun.append(name)
+        if not data:
+            raise CorruptShardError(f"{name} is broken")
+        return data
+
+    return Source(name=PurePosixPath(name), shown=name, read=read)
+
+
+def test_images_are_decoded_ahead_in_order_and_not_too_far(pictures: list[Pixels], tmp_path: Path) -> None:
+    good, begun = save(tmp_path / "a.png", pictures[2]).read_bytes(), list[str]()
+    sources = [counting_source(f"{number}.{'mp4' if number == 4 else 'png'}", begun, good if number % 3 else b"")
+               for number in range(9)]
+    taken = []
+    for source, decoded in decoded_ahead(sources):
+        taken.append(source)
+        assert (decoded is None) == source.is_video
+        if decoded is None:
+            continue
+        if int(source.name.stem) % 3:
+            assert np.array_equal(decoded.result(), pictures[2])
+        else:
+            with pytest.raises(CorruptShardError, match=f"{source.name} is broken"):
+                decoded.result()
+        assert len(begun) < len(taken) + 3
+    assert taken == sources and set(begun) == {source.shown for source in sources if not source.is_video}
+
+
+def test_the_next_image_is_decoded_while_the_network_runs(model: Pretrained, pictures: list[Pixels],
+                                                          tmp_path: Path) -> None:
+    """The first is handed over only when the second has been begun, by another thread."""
+    good, begun = save(tmp_path / "a.png", pictures[2]).read_bytes(), list[str]()
+    ahead = decoded_ahead([counting_source(f"{number}.png", begun, good) for number in range(9)])
+    _, first = next(ahead)
+    assert first is not None and first.result().shape == (64, 64, 3)
+    deadline = time.monotonic() + 20
+    while len(begun) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    ahead.close()  # as an error does
+    assert len(begun) == 3
 
 
 def test_a_full_disk_ends_the_run(predict: Predict, pictures: list[Pixels], tmp_path: Path) -> None:
@@ -675,6 +774,56 @@ def test_a_broken_video_leaves_nothing(predict: Predict, pictures: list[Pixels],
         with pytest.raises(CorruptShardError, match=f"{name} (is not a readable video|has no)"):
             predict(tmp_path / name)
     assert names_in(tmp_path / "out") == {RECORD}
+
+
+def test_a_playlist_is_no_video(predict: Predict, pictures: list[Pixels], tmp_path: Path) -> None:
+    """It may name any file of this machine, and addresses of others."""
+    film(tmp_path / "secret.mp4", [pictures[3][:64, :96].copy()])
+    for name, text in (("hls.mp4", "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nsecret.mp4\n#EXT-X-ENDLIST\n"),
+                       ("list.mkv", "ffconcat version 1.0\nfile secret.mp4\n")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(CorruptShardError, match=f"{name} is not a readable video"):
+            predict(tmp_path / name)
+    assert names_in(tmp_path / "out") == {RECORD}
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.tif", "a.png"])
+def test_a_named_pipe_does_not_hang(name: str, predict: Predict, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(StorageError, match=f"{name} is a named pipe, legal: a regular file"):
+        predict(tmp_path / name)
+
+
+def test_an_image_that_cannot_be_decoded_for_want_of_memory_is_reported(
+    predict: Predict, pictures: list[Pixels], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [save(tmp_path / name, pictures[2]) for name in ("a.png", "b.png")]
+    with patch("trainer.predicting.inputs.decode_input", side_effect=MemoryError), \
+            pytest.raises(RunError, match="2 of 2 images"):
+        predict(*files)
+    assert "b.png: there is not enough memory to decode it" in capsys.readouterr().err
+
+
+def test_a_video_of_single_rows_is_refused(predict: Predict, pictures: list[Pixels], tmp_path: Path) -> None:
+    import av
+
+    with av.open(str(tmp_path / "a.mkv"), "w") as file:
+        stream = file.add_stream("ffv1", rate=5)
+        stream.height, stream.width, stream.pix_fmt = 1, 64, "yuv444p"
+        file.mux(stream.encode(av.VideoFrame.from_ndarray(pictures[3][:1, :64].copy(), format="rgb24")))
+        file.mux(stream.encode(None))
+    with pytest.raises(CorruptShardError, match="frames of a single row or column"):
+        predict(tmp_path / "a.mkv")
+    assert names_in(tmp_path / "out") == {RECORD}
+
+
+def test_a_full_disk_is_not_called_a_broken_video(predict: Predict, pictures: list[Pixels], tmp_path: Path) -> None:
+    import av
+
+    path = film(tmp_path / "a.mp4", [pictures[3][:64, :96].copy()])
+    with patch("trainer.predicting.video._even", side_effect=av.error.FFmpegError(28, "No space left on device")), \
+            pytest.raises(OSError, match=r"No space left on device: '\S+a-overlay\.mp4'"):
+        predict(path)
 
 
 def test_a_video_without_the_extra_names_it(predict: Predict, pictures: list[Pixels], tmp_path: Path,

@@ -87,6 +87,15 @@ def test_a_board_that_cannot_be_closed_holds_up_nothing(tmp_path: Path, monkeypa
     close()
 
 
+def test_an_evaluation_that_repeats_the_last_one_is_not_logged_again(tmp_path: Path) -> None:
+    logger = RunLogger(tmp_path, 0)
+    metrics = {"mIoU": 1 / 3, "ECE": float("nan"), "images": 2}
+    for step, miou in ((4, 1 / 3), (4, 1 / 3), (4, 0.5), (8, 0.5), (8, 0.5)):
+        logger.evaluation(step, {**metrics, "mIoU": miou})
+    logger.close()
+    found = [(record["step"], record["mIoU"]) for record in read_metrics(tmp_path)]
+    assert found == [(4, 1 / 3), (4, 0.5), (8, 0.5)]
+
 
 def test_the_line_says_it_all_once() -> None:
     values = {"loss": 12.34567, "lr": 1e-4, "grad_norm": 3.456, "images_per_second": 98.76, "data_wait_share": 0.034,

@@ -6,7 +6,10 @@ import io
 import struct
 import subprocess
 import sys
+import threading
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,7 @@ from preprocess.pairs import open_dataset, read_pair
 from shards.errors import CorruptShardError, DatasetError
 from shards.manifest import load_manifest
 from shards.picture import save_picture
-from shards.picture_file import MAX_PIXELS, PNG_START
+from shards.picture_file import MAX_PIXELS, PNG_START, quiet
 from shards.reader import ShardReader
 from shards.rle import encode_rle
 from shards.sample import decode_image, decode_upright, encode_sample
@@ -138,3 +141,26 @@ def test_pictures_are_written_under_any_name(tmp_path: Path, name: str) -> None:
     save_picture(Image.new("RGB", (4, 4)), tmp_path / name)
     with Image.open(io.BytesIO((tmp_path / name).read_bytes())) as written:
         assert written.format == ("PNG" if name.endswith("png") else "JPEG")
+
+
+def test_threads_leave_the_filters_of_warnings_as_they_were() -> None:
+    """Two that are quiet at overlapping times: the one that leaves last would put back what the other had set."""
+    before, inside, go_on = list(warnings.filters), threading.Event(), threading.Event()
+
+    def first() -> None:
+        with quiet():
+            inside.set()
+            go_on.wait(20)
+
+    def second() -> None:
+        inside.wait(20)
+        threading.Timer(0.05, go_on.set).start()
+        with quiet():
+            assert go_on.is_set(), "one at a time"
+            with quiet():  # as when the reader of EXIF opens a picture
+                pass
+
+    with ThreadPoolExecutor(2) as threads:
+        for done in [threads.submit(first), threads.submit(second)]:
+            done.result(20)
+    assert list(warnings.filters) == before

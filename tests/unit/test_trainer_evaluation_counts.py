@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, j
 from torch import Tensor
 from torchmetrics.classification import MulticlassCalibrationError, MulticlassJaccardIndex
 
+from shards.files.strict_json import to_json
 from trainer.evaluation.bootstrap import bootstrap
 from trainer.evaluation.boundary import boundary_pixels, boundary_width
 from trainer.evaluation.counts import Counts
@@ -191,14 +193,26 @@ def test_a_journal_gives_back_what_was_counted(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("damage", ["cut", "zeros", "other"])
+@pytest.mark.parametrize("damage", ["cut", "zeros", "other", "negative place", "negative count", "no images", "gap"])
 def test_a_damaged_line_is_a_missing_group(tmp_path: Path, damage: str) -> None:
     journal = Journal(tmp_path, "a" * 64)
     for number in range(3):
         journal.add(0, number, [CountedImage(number, "key", counted(picture(number)))])
     (path,) = journal.folder.iterdir()
     lines = path.read_bytes().splitlines(keepends=True)
-    lines[2] = {"cut": lines[2][:-40], "zeros": b"\0" * 100,
-                "other": b'{"first": 2, "images": [{"number": 2}]}\n'}[damage]
+    record = json.loads(lines[2])
+    (image,) = record["images"]
+    changed = {"negative place": [{**image, "places": [-1, *image["places"][1:]]}], "no images": [],
+               "negative count": [{**image, "counts": [-1, *image["counts"][1:]]}], "gap": [{**image, "number": 3}]}
+    lines[2] = {"cut": lines[2][:-40], "zeros": b"\0" * 100, "other": b'{"first": 2, "images": [{"number": 2}]}\n',
+                **{name: to_json({**record, "images": images}).encode() for name, images in changed.items()}}[damage]
     path.write_bytes(b"".join(lines))
     assert sorted(journal.read(Counts(CLASSES, 255))) == [0, 1]
+
+
+def test_a_full_disk_names_the_journal(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, "a" * 64)
+    journal.folder.mkdir(parents=True)
+    (journal.folder / f"rank-0-{journal._name}.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '\S+/unfinished/\S+/rank-0-"):
+        journal.add(0, 0, [CountedImage(0, "key", counted(picture(0)))])

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shards.errors import RunError
 from tests.unit.test_trainer_evaluation_predictor import Masks, normalised, photograph, predictor
+from trainer.evaluation.predictor import Predictor
 from trainer.evaluation.score_memory import ScoreMemory
 from trainer.evaluation.sliding_window import view_size, window_grid, window_size
 from trainer.evaluation.views import View, ViewRules, Window, WindowQueue
@@ -193,7 +195,7 @@ def test_batches_and_bands_change_nothing(settings: dict[str, Any]) -> None:
         predict = predictor(model, 4, crop_size=64, stride=40, resize_short_side=80, window_batch=batch,
                             memory_gb=memory, **settings)
         results.append([found.label_map for found in predict.segment(images)])
-        passes.append((predict.forward_passes, len(model.windows)))
+        passes.append((model.calls, len(model.windows)))
     for other in results[1:]:
         for ours, theirs in zip(results[0], other, strict=True):
             assert ours.shape == theirs.shape and (ours != theirs).float().mean() < 1e-3
@@ -241,6 +243,29 @@ def test_bands_fit_the_memory_and_an_image_that_cannot_is_refused() -> None:
         memory.bands(int(1e8))
 
 
+def test_views_beyond_the_memory_are_refused_before_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single row of pixels whose height of 1 becomes 512, and its width 512 times as much."""
+    monkeypatch.setattr(Predictor, "view", lambda *_: pytest.fail("it was resized"))
+    strip = torch.zeros(3, 1, 128, dtype=torch.uint8)
+    for settings in ({"resize_short_side": 512}, {"reference": "eomt", "crop_size": 512, "stride": 512}):
+        predict = predictor(Masks(), 4, memory_gb=0.05, **settings)
+        with pytest.raises(OutOfMemory, match=r"image of 128x1 pixels: its views, of up to 65536x512 pixels, take 0\..*"
+                           r"eval\.memory_gb is 0\.05\. Raise it, or lower eval\.resize_short_side"):
+            predict(strip)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_outputs_that_are_not_finite_are_no_prediction(value: float) -> None:
+    class Diverged(Masks):
+        def __call__(self, window: Tensor) -> dict[str, Tensor]:
+            outputs = super().__call__(window)
+            outputs["pred_masks"][-1, 0, 0, 0] = value
+            return outputs
+
+    with pytest.raises(RunError, match="outputs for a window of 64x64 pixels are not finite, so"):
+        predictor(Diverged(), 4, crop_size=64, stride=40)(photograph(70, 90))
+
+
 def test_windows_run_in_the_order_of_need() -> None:
     order: list[int] = []
     views = [View(torch.full((1, 3, 96, 32), float(number)), (96, 32), rules(32, 32)) for number in range(2)]
@@ -250,4 +275,4 @@ def test_windows_run_in_the_order_of_need() -> None:
     queue.compute(windows[0])
     assert [window.outputs is not None for window in windows] == [True] * 4 + [False] * 2
     queue.compute(windows[5])
-    assert order == [4, 2] and queue.forward_passes == 2
+    assert order == [4, 2]

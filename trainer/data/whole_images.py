@@ -22,11 +22,13 @@ from shards.picture_file import load_picture, open_label_map
 from shards.reader import ShardReader
 from shards.rle import ignore_value
 from shards.sample import CropSample, decode_upright
+from shards.shown_text import has_control_characters
 from trainer.config import DataConfig
 from trainer.data.crops import check_labels, read_samples, share_of_worker
 
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 _LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")
+_OTHER_SUFFIXES = (".webp", ".tif", ".tiff", ".bmp", ".gif", ".jp2", ".heic", ".avif")  # of images that are not read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +107,7 @@ class FolderImages(ValidationImages):
 
     A label map holds class ids, and 255 (beyond 255 classes: 65535) where unlabelled; with `reduce_zero_label`, as in
     ADE20K's files, ids from 1 and 0 where unlabelled. Images are rotated as their EXIF orientation says.
-    Raises ConfigError when there are no images, or one has no label map.
+    Raises ConfigError when there are no images, or one has no label map or is of a kind that is not read.
     """
 
     def __init__(self, images: Path, labels: Path, classes: Sequence[ClassInfo], config: DataConfig,
@@ -113,9 +115,17 @@ class FolderImages(ValidationImages):
         self.config, self.classes, self.numbers = config, list(classes), ()
         self.split, self.reduce_zero_label = images.name or str(images), reduce_zero_label
         found, maps = _pictures(images, _IMAGE_SUFFIXES), _pictures(labels, _LABEL_SUFFIXES)
+        others = _pictures(images, _OTHER_SUFFIXES)
         self.keys = sorted(found)
         if not self.keys:
             raise ConfigError(f"{images} contains no image, legal suffixes: {', '.join(_IMAGE_SUFFIXES)}")
+        if unread := [key for key in others if key not in found]:
+            raise ConfigError(f"{len(unread)} images in {images} are of another kind, for example "
+                              f"{others[unread[0]]}; legal suffixes: {', '.join(_IMAGE_SUFFIXES)}. Convert or remove "
+                              "them: a metric over fewer images is another one")
+        if strange := [key for key in self.keys if has_control_characters(key)]:  # they go into tables
+            raise ConfigError(f"the name of {found[strange[0]]} holds control characters, or bytes that are not UTF-8; "
+                              "rename it")
         if missing := [key for key in self.keys if key not in maps]:
             raise ConfigError(f"{len(missing)} of {len(self.keys)} images have no label map in {labels}, for example "
                               f"{found[missing[0]]}; expected {labels / missing[0]}.png")
@@ -143,6 +153,8 @@ class FolderImages(ValidationImages):
     def _label_map(self, path: Path) -> npt.NDArray[Any]:
         name, ignored = str(path), self.ignore_index
         stored = np.asarray(load_picture(open_label_map(read_plain(path, LARGEST_PICTURE), name), name))
+        if stored.dtype.kind == "f":
+            raise ConfigError(f"{path} holds numbers with fractions ({stored.dtype}), legal: whole ones, class ids")
         if stored.ndim != 2:
             raise ConfigError(f"{path} has {stored.shape[-1]} channels, legal: one, of class ids. For colours or other "
                               "ids, make shards with a class table (preprocess/make_shards.py) and evaluate on them")
@@ -165,7 +177,8 @@ def _pictures(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
         raise ConfigError(f"{folder} is not a folder")
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file():
+        # A link to nothing is an image that is missing, found out when it is read.
+        if path.suffix.lower() in suffixes and not path.name.startswith(".") and not path.is_dir():
             key = path.relative_to(folder).with_suffix("").as_posix()
             if (other := found.setdefault(key, path)) is not path:
                 raise ConfigError(f"{other} and {path} differ only in their suffix; remove one")

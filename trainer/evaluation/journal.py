@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from shards.errors import ConfigError
+from shards.files.atomic import naming
 from shards.files.outside_json import parse_json
 from shards.files.strict_json import to_json
 from trainer.evaluation.counts import Counts
@@ -65,8 +66,9 @@ class Journal:
                 try:
                     record = parse_json(line, str(path))
                     group = JournalGroup(record["images"], template)
-                    list(group)  # raises when it is not as `add` writes it
-                    found[int(record["first"])] = group
+                    numbers = [image.number for image in group]  # raises when one is not as `add` writes it
+                    if numbers and numbers == list(range(record["first"], record["first"] + len(numbers))):
+                        found[numbers[0]] = group
                 except (ConfigError, KeyError, TypeError, ValueError, IndexError, RuntimeError):
                     continue  # cut off by the end of the process: the group is evaluated again
         return found
@@ -80,7 +82,8 @@ class Journal:
             places = data.nonzero()[:, 0]
             rows.append({"number": image.number, "key": image.key, "places": places.tolist(),
                          "counts": data[places].tolist()})
-        with (self.folder / f"rank-{rank}-{self._name}.jsonl").open("ab") as file:
+        path = self.folder / f"rank-{rank}-{self._name}.jsonl"
+        with naming(path), path.open("ab") as file:
             file.write((to_json({"first": first, "images": rows}) + "\n").encode())
 
     def remove(self) -> None:
@@ -95,8 +98,8 @@ def _counted(image: dict[str, object], template: Counts) -> CountedImage:
     counts = Counts(confusion.num_classes, confusion.ignore_index, template.data.device)
     places, values = (torch.tensor(image[name], dtype=torch.int64, device=template.data.device)
                       for name in ("places", "counts"))
-    counts.data[places] = values
     number, key = image["number"], image["key"]
-    if type(number) is not int or not isinstance(key, str):
-        raise TypeError("number or key")
+    if type(number) is not int or not isinstance(key, str) or bool((places < 0).any() or (values < 0).any()):
+        raise ValueError("not as `Journal.add` writes it")
+    counts.data[places] = values
     return CountedImage(number, key, counts)

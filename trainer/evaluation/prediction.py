@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from shards.exports.pictures import label_png
 from shards.files.atomic import write_atomically
 from shards.looking.sheet import TILE, Row, fitted, legend_of, legend_sheet
 from shards.manifest import ClassInfo
-from shards.picture import overlay
+from shards.picture import encode_png, overlay
 from shards.rle import encode_rle
 
 
@@ -98,9 +97,7 @@ class Prediction:
                 for area in self.areas()]
 
     def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        self.picture().save(buffer, "PNG")
-        return buffer.getvalue()
+        return encode_png(self.picture())
 
     def __repr__(self) -> str:
         height, width = self.label_map.shape

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from shards.errors import ConfigError
+from shards.errors import ConfigError, RunError
 from trainer.config import RunConfig
 from trainer.data.transforms import normalize
 from trainer.evaluation.score_memory import ScoreMemory
@@ -52,7 +52,6 @@ class Predictor:
     def __init__(self, model: Segmenter, config: RunConfig, num_classes: int, device: torch.device) -> None:
         self.model, self.config, self.num_classes, self.device = model, config, num_classes, device
         self.settings, self.size_divisor = config.eval, config.decoder_head.size_divisor
-        self.forward_passes = 0
         settings = self.settings
         self.rules = ViewRules(
             crop_size=None if settings.mode == "whole" else settings.crop_size,
@@ -80,7 +79,6 @@ class Predictor:
             with self._explaining(image), torch.inference_mode():
                 result = self._segment(all_views[number], queue, extra)
             all_views[number] = []
-            self.forward_passes = queue.forward_passes
             yield result
 
     def bands(self, pixels: Pixels) -> Iterator[tuple[Rows, Tensor]]:
@@ -167,9 +165,23 @@ class Predictor:
     def views(self, image: Tensor) -> list[View]:
         """The views of an image uint8 [3, H, W]: each scale, then each scale mirrored."""
         full = (image.shape[1], image.shape[2])
-        pixels = [self.view(image, size) for size in self.view_sizes(full)]
+        sizes = self.view_sizes(full)
+        self._check_memory(full, sizes)
+        pixels = [self.view(image, size) for size in sizes]
         flips = (False, True) if self.settings.tta_flip else (False,)
         return [View(view, full, self.rules, mirrored=mirrored) for mirrored in flips for view in pixels]
+
+    def _check_memory(self, full: Size, sizes: Sequence[Size]) -> None:
+        """Raise OutOfMemory for views whose pixels alone exceed the budget, before they are made: of an image of a
+        single row, the short side may be enlarged a thousandfold, and the long one with it."""
+        channel_bytes = 1 if self.settings.reference is not None else 4
+        needed = sum(3 * height * width * channel_bytes for height, width in sizes if (height, width) != full)
+        if needed > self.settings.memory_gb * 1e9:
+            height, width = max(sizes, key=lambda size: size[0] * size[1])
+            raise OutOfMemory(f"image of {full[1]}x{full[0]} pixels: its views, of up to {width}x{height} pixels, take "
+                              f"{needed / 1e9:.2f} GB, but eval.memory_gb is {self.settings.memory_gb:g}. Raise it, or "
+                              "lower eval.resize_short_side, eval.tta_ratios or, with eval.reference=eomt, "
+                              "eval.crop_size")
 
     def view(self, image: Tensor, size: Size) -> Tensor:
         """uint8 [3, H, W] -> [1, 3, *size] on the model's device: uint8, or normalised float32 if resized as floats."""
@@ -183,7 +195,7 @@ class Predictor:
 
     @torch.inference_mode()
     def _run(self, windows: Tensor) -> Outputs:
-        """The network on normalised windows [B, 3, h, w]."""
+        """The network on normalised windows [B, 3, h, w]. Raises RunError if what it gives is not finite."""
         try:
             with autocast(self.config, self.device):
                 outputs = self.model(windows)
@@ -191,11 +203,15 @@ class Predictor:
             raise ConfigError(f"eval.reference={self.settings.reference} cuts a window that the network rejects: "
                               f"{error}. Set eval.crop_size and eval.resize_short_side to multiples of "
                               f"{self.size_divisor} as published, or eval.reference=null") from error
+        named = cast(dict[str, Any], outputs)
+        if not all(value.isfinite().all() for value in named.values() if isinstance(value, Tensor)):
+            raise RunError(f"the network's outputs for a window of {windows.shape[3]}x{windows.shape[2]} pixels are "
+                           "not finite, so they are no prediction; the training of these weights diverged, or they "
+                           "are damaged")
         if not self.settings.half_scores:
             return outputs
-        halved = {name: value.bfloat16() if isinstance(value, Tensor) else value
-                  for name, value in cast(dict[str, Any], outputs).items()}
-        return cast(Outputs, halved)
+        return cast(Outputs, {name: value.bfloat16() if isinstance(value, Tensor) else value
+                              for name, value in named.items()})
 
     def _score_rows(self, outputs: Outputs, size: Size, rows: Rows) -> Tensor:
         half = self.settings.half_scores or self.settings.reference == "dinov3"

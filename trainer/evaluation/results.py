@@ -4,54 +4,73 @@
     classes.csv      a row per class
     images.jsonl     a row per image (see `shards.looking.image_scores`); images.csv, images.parquet: with IoU per class
     panels.png       the images with the lowest mIoU, then those with the highest: image, truth, prediction, classes
+    calibration.png  accuracy against confidence (see `trainer.evaluation.reliability`)
+
+What is not written this time does not stay from an earlier evaluation.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
-from shards.files.atomic import atomic_path, write_atomically
+from shards.files.atomic import write_atomically
 from shards.files.strict_json import to_json
 from shards.looking.image_scores import IMAGE_SCORES, ImageScore, encode_scores
 from shards.looking.sheet import TILE, Row, fitted, legend_of, legend_sheet
 from shards.manifest import ClassInfo
-from shards.picture import overlay, save_picture
+from shards.picture import encode_png, overlay
 from shards.shown_text import shown
 from trainer.data.whole_images import LabelledImage, ValidationImages
 from trainer.evaluation.bootstrap import Intervals, bootstrap
 from trainer.evaluation.image_scores import ScoredImages
-from trainer.evaluation.predictor import Predictor
+from trainer.evaluation.record import METRICS_NAME
+from trainer.evaluation.reliability import reliability_picture
 
 _POOR = 0.5  # IoU below which a class is marked in the legend
 
 
 def write_results(output: Path, metrics: dict[str, Any], scored: ScoredImages, classes: Sequence[ClassInfo],
                   absent_as_zero: bool) -> list[str]:
-    """Write everything but the pictures; returns the names of the files. Parquet only where pyarrow is installed."""
+    """Write everything but the pictures; returns the names of the files. Parquet only where pyarrow is installed.
+
+    The metrics come last: the tables beside them are never of an earlier evaluation.
+    """
     output.mkdir(parents=True, exist_ok=True)
     intervals = bootstrap(scored.areas, absent_as_zero=absent_as_zero)
-    record = {**metrics, "mIoU_95": list(intervals.miou)}
-    write_atomically(output / "metrics.json", to_json(record, indent=1).encode())
-    write_atomically(output / "classes.csv", _as_csv(_class_rows(metrics, scored, classes, intervals)))
     scores = scored.scores()
-    write_atomically(output / IMAGE_SCORES, encode_scores(scores))
     rows = list(_image_rows(scored, scores, classes))
-    write_atomically(output / "images.csv", _as_csv(rows))
-    names = ["metrics.json", "classes.csv", IMAGE_SCORES, "images.csv"]
-    if _write_parquet(output / "images.parquet", rows):
-        names.append("images.parquet")
-    return names
+    record = {**metrics, "mIoU_95": list(intervals.miou)}
+    files = {"classes.csv": _as_csv(_class_rows(metrics, scored, classes, intervals)),
+             IMAGE_SCORES: encode_scores(scores), "images.csv": _as_csv(rows), "images.parquet": _as_parquet(rows),
+             METRICS_NAME: to_json(record, indent=1).encode()}
+    return [name for name, data in files.items() if _write_or_remove(output / name, data)]
 
 
-def draw_extremes(scored: ScoredImages, images: ValidationImages, predict: Predictor, count: int) -> Image.Image | None:
-    """The `count` images with the lowest mIoU and the `count` with the highest, predicted again; None without any."""
+def write_pictures(output: Path, metrics: dict[str, Any], scored: ScoredImages, images: ValidationImages,
+                   predict: Callable[[Tensor], Tensor], count: int) -> list[str]:
+    """Write the panels of `count` worst and best images and the calibration; returns the names of the files."""
+    drawn = {"panels.png": draw_extremes(scored, images, predict, count), "calibration.png": None}
+    if metrics["ECE"] == metrics["ECE"]:
+        drawn["calibration.png"] = reliability_picture(metrics["calibration"], metrics["ECE"],
+                                                       int(scored.areas[:, 2].sum()))
+    return [name for name, picture in drawn.items()
+            if _write_or_remove(output / name, None if picture is None else encode_png(picture))]
+
+
+def draw_extremes(scored: ScoredImages, images: ValidationImages, predict: Callable[[Tensor], Tensor],
+                  count: int) -> Image.Image | None:
+    """The `count` images with the lowest mIoU and the `count` with the highest; None without any.
+
+    They are predicted again, by `predict`: uint8 [3, H, W] -> class ids [H, W].
+    """
     ranked = sorted((score for score in scored.scores() if score.miou == score.miou),
                     key=lambda score: (score.miou, score.number))
     worst = ranked[:count]
@@ -67,12 +86,6 @@ def draw_extremes(scored: ScoredImages, images: ValidationImages, predict: Predi
             poor = {label for label, value in enumerate(iou[score.number].tolist()) if value < _POOR}
             rows.append(_row(item, label_map, images.classes, caption, poor))
     return legend_sheet(rows)
-
-
-def save_panels(sheet: Image.Image, output: Path) -> None:
-    """Write panels.png."""
-    with atomic_path(output / "panels.png") as temporary:
-        save_picture(sheet, temporary)
 
 
 def _row(item: LabelledImage, prediction: Any, classes: Sequence[ClassInfo], caption: str, poor: set[int]) -> Row:
@@ -120,17 +133,25 @@ def _as_csv(rows: Iterable[dict[str, Any]]) -> bytes:
     return text.getvalue().encode()
 
 
-def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> bool:
-    """Write a table; False without pyarrow. NaN is null."""
+def _as_parquet(rows: list[dict[str, Any]]) -> bytes | None:
+    """A table; None without pyarrow. NaN is null."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        return False
+        return None
     cleaned = [{name: None if value != value else value for name, value in row.items()} for row in rows]
     kinds = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64()}
     schema = pyarrow.schema([(name, kinds[type(value)]) for name, value in rows[0].items()]) if rows else None
     buffer = io.BytesIO()  # not a path, which pyarrow would read as a URL if it looks like one
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(cleaned, schema), buffer)
-    write_atomically(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def _write_or_remove(path: Path, data: bytes | None) -> bool:
+    """Whether there was something to write; otherwise the file does not stay."""
+    if data is None:
+        path.unlink(missing_ok=True)
+        return False
+    write_atomically(path, data)
     return True

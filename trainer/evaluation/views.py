@@ -147,7 +147,6 @@ class WindowQueue:
 
     def __init__(self, run: Callable[[Tensor], Outputs], batch: int) -> None:
         self.run, self.batch = run, batch
-        self.forward_passes = 0
         self._waiting: dict[Size, deque[Window]] = {}
 
     def add(self, windows: Sequence[Window]) -> None:
@@ -161,7 +160,6 @@ class WindowQueue:
         while window.outputs is None:
             batch = [waiting.popleft() for _ in range(min(self.batch, len(waiting)))]
             outputs = self.run(torch.stack([member.pixels() for member in batch]))
-            self.forward_passes += 1
             for number, member in enumerate(batch):
                 member.outputs = _member(outputs, number)
 

@@ -13,16 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from shards.errors import ConfigError
 from shards.files.atomic import write_atomically
+from trainer.evaluation.record import measured, usual_folder
 from trainer.exporting.files import ExportError
-from trainer.exporting.model_card import CARD_NAME, LICENSES, CardFacts, found_data, found_metrics, model_card
+from trainer.exporting.model_card import CARD_NAME, LICENSES, CardFacts, found_data, model_card
 from trainer.models.hub import is_hub_id
-from trainer.pretrained import Pretrained
+from trainer.pretrained import Pretrained, model_identity
 
 # What an earlier upload of ours may have left in the repository; other files there stay.
 _REPLACED = ["model.safetensors*", "config.json", "meta/*", "program.pt2*", "model.onnx*"]
+_LONGEST_ID = 96  # characters
 _LONGEST = 400  # characters of a message of the hub
 _LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -40,9 +43,10 @@ class Publication:
     dataset: str | None = None  # id on the hub of the training data
 
     def __post_init__(self) -> None:
-        if not is_hub_id(self.repo_id) or len(self.repo_id) > 96 or "--" in self.repo_id or ".." in self.repo_id:
+        if not is_hub_id(self.repo_id) or not _is_repo_id(self.repo_id):
             raise ConfigError(f"--push-to-hub is {self.repo_id!r}, legal: ORGANISATION/NAME or USER/NAME, of letters, "
-                              "digits, '-', '_' and '.', together at most 96")
+                              "digits, '-', '_' and '.', together at most 96, without '-' or '.' at an end, '--', "
+                              "'..' or a final .git")
         if "directory" not in self.formats:
             raise ConfigError(f"--formats is {' '.join(self.formats)}, legal with --push-to-hub: directory, with or "
                               "without others, as load_pretrained reads that")
@@ -52,6 +56,15 @@ class Publication:
         if self.license is not None and not _LICENSE_ID.fullmatch(self.license):
             raise ConfigError(f"--license is {self.license!r}, legal: an id of {LICENSES}, such as apache-2.0, "
                               "cc-by-nc-4.0 or other")
+
+
+def _is_repo_id(text: str) -> bool:
+    """Whether the hub takes it as the id of a repository."""
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return len(text) <= _LONGEST_ID
 
 
 def check_access(publication: Publication) -> None:
@@ -98,17 +111,19 @@ def notes(pretrained: Pretrained, named: str | None) -> Iterator[str]:
                "and a copy of it has to be in the repository")
 
 
-def write_card(pretrained: Pretrained, folder: Path, publication: Publication, checkpoint: Path) -> Path:
-    """README.md beside the export's other files; `checkpoint` is where the model came from."""
+def write_card(pretrained: Pretrained, folder: Path, publication: Publication, checkpoint: Path,
+               named: str | None) -> Path:
+    """README.md beside the export's other files; `checkpoint` is where the model came from, `named` as from
+    `backbone_to_name`."""
     name, images = found_data(pretrained)
     facts = CardFacts(
         repo_id=publication.repo_id,
         formats=publication.formats,
-        contains_backbone=backbone_to_name(pretrained, publication) is None,
+        contains_backbone=named is None,
         dataset=publication.dataset or name,
         dataset_id=publication.dataset,
         images=images,
-        metrics=found_metrics(checkpoint, pretrained.step, pretrained.weights),
+        measured=measured(usual_folder(checkpoint), model_identity(pretrained)) if checkpoint.exists() else None,
         license=publication.license,
         backbone_id=backbone_id(pretrained),
     )

@@ -1,13 +1,12 @@
 """The model card, README.md of an upload: what a reader of the hub's page needs to use and judge the model.
 
 Everything in it comes from the run: settings and classes from the checkpoint, numbers of images from the shard set if
-it is in a folder, metrics from the run's evaluation/metrics.json if they are of these weights. The licence is the
-user's to choose.
+it is in a folder, metrics, with the settings by which they were measured, from the run's evaluation/metrics.json if
+they are of these weights. The licence is the user's to choose.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,16 +15,16 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from shards.errors import ConfigError, ShardError
-from shards.files.outside_json import parse_json
+from shards.errors import ShardError
 from shards.manifest import ClassInfo, load_manifest
 from shards.shown_text import shown
 from trainer.config import EvalConfig
+from trainer.evaluation.record import Measured
 from trainer.pretrained import Pretrained
 
 CARD_NAME = "README.md"
 LICENSES = "https://huggingface.co/docs/hub/repositories-licenses"
-_METRICS = {"mIoU": "mean_iou", "aAcc": "accuracy", "mAcc": "mean_accuracy"}  # ours -> the hub's types
+_HUB_NAMES = {"mIoU": "mean_iou", "aAcc": "accuracy", "mAcc": "mean_accuracy"}  # the hub's types of PUBLISHED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +37,7 @@ class CardFacts:
     dataset: str | None = None  # name of the training data
     dataset_id: str | None = None  # on the hub
     images: Mapping[str, int] = field(default_factory=dict)  # of each split, if known
-    metrics: Mapping[str, float] = field(default_factory=dict)  # mIoU, aAcc, mAcc, if known
+    measured: Measured | None = None
     license: str | None = None
     backbone_id: str | None = None  # hub id, if known
 
@@ -67,35 +66,20 @@ def found_data(pretrained: Pretrained) -> tuple[str | None, dict[str, int]]:
     return name if manifest.dataset == "folder" else manifest.dataset, images
 
 
-def found_metrics(checkpoint: Path, step: int | None, weights: str | None) -> dict[str, float]:
-    """mIoU, aAcc and mAcc that trainer/eval.py wrote by default for these weights; empty if there are none."""
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent.parent
-    path = folder / "evaluation" / "metrics.json"
-    try:
-        record = parse_json(path.read_bytes(), str(path))
-    except (OSError, ConfigError):
-        return {}
-    evaluated = Path(str(record.get("checkpoint"))).name
-    if (record.get("step"), record.get("weights")) != (step, weights) or (
-            step is None and evaluated != checkpoint.name):
-        return {}
-    return {name: float(record[name]) for name in _METRICS
-            if type(record.get(name)) in (int, float) and math.isfinite(record[name])}
-
-
 def _card_data(pretrained: Pretrained, facts: CardFacts) -> ModelCardData:
-    results = [EvalResult(task_type="image-segmentation", dataset_type=facts.dataset_id or "unknown",
-                          dataset_name=shown(facts.dataset or "validation data"),
-                          dataset_split=pretrained.config.data.val_split,
-                          metric_type=_METRICS[name], metric_name=name, metric_value=round(value, 4))
-               for name, value in facts.metrics.items()]
+    found = facts.measured
+    results = [] if found is None else [
+        EvalResult(task_type="image-segmentation", dataset_type=facts.dataset_id or "unknown",
+                   dataset_name=shown(facts.dataset or "validation data"), dataset_split=shown(found.split),
+                   metric_type=_HUB_NAMES[name], metric_name=name, metric_value=round(value, 4))
+        for name, value in found.metrics.items()]
     return ModelCardData(
         license=facts.license,
         library_name="maskstream",
         pipeline_tag="image-segmentation",
         tags=["semantic-segmentation", pretrained.config.decoder_head.type, pretrained.model.backbone.family.lower()],
         datasets=[facts.dataset_id] if facts.dataset_id else None,
-        metrics=["mean_iou"] if facts.metrics else None,
+        metrics=["mean_iou"] if results else None,
         base_model=facts.backbone_id,
         model_name=facts.repo_id.rpartition("/")[2] if results else None,
         eval_results=results or None,
@@ -119,9 +103,10 @@ def _body(pretrained: Pretrained, facts: CardFacts) -> Iterator[str]:
     yield from (f"| {name} | {value} |" for name, value in _recipe(pretrained, facts).items())
     yield "\n`config.json` holds all settings.\n"
     yield "## Evaluation\n"
-    if facts.metrics:
-        yield f"Split `{config.data.val_split}`, {_protocol(config.eval)}.\n\n| metric | value |\n|---|---|"
-        yield from (f"| {name} | {value:.4f} |" for name, value in facts.metrics.items())
+    if found := facts.measured:
+        yield (f"{found.images} images of the split {_escaped(found.split)}, {_protocol(found.settings)}.\n\n"
+               "| metric | value |\n|---|---|")
+        yield from (f"| {name} | {value:.4f} |" for name, value in found.metrics.items())
     else:
         yield "There was no evaluation by `trainer/eval.py` of these weights when this card was written."
     yield "\n## Licence\n"
@@ -160,8 +145,7 @@ def _protocol(settings: EvalConfig) -> str:
     views = ", flipped as well" if settings.tta_flip else ""
     scales = f", scales {', '.join(map(str, settings.tta_ratios))}" if settings.tta_ratios else ""
     rules = f", by the rules of {settings.reference}" if settings.reference else ""
-    some = f", the first {settings.max_images} images" if settings.max_images else ""
-    return windows + views + scales + rules + some
+    return windows + views + scales + rules
 
 
 def _licence(pretrained: Pretrained, facts: CardFacts) -> Iterator[str]:

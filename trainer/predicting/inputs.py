@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import glob
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
@@ -16,16 +19,19 @@ import numpy.typing as npt
 from PIL.TiffImagePlugin import TiffImageFile
 
 from shards.errors import ConfigError, CorruptShardError, StorageError
-from shards.files.plain_file import LARGEST_PICTURE, read_plain, read_plain_text
+from shards.files.plain_file import LARGEST_PICTURE, plain_size, read_plain, read_plain_text
 from shards.files.storage import LARGEST_WHOLE, Storage, is_remote, open_storage, read_checked
 from shards.picture_file import MAX_PIXELS, exif_orientation, kind_of, load_picture, open_picture, upright
 from shards.sample import decode_upright
+from trainer.out_of_memory import OutOfMemory
 
 TIFF_SUFFIXES = (".tif", ".tiff")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v")
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", *TIFF_SUFFIXES, *VIDEO_SUFFIXES)
 _OTHER_FORMATS = ("WebP", "TIFF", "BMP")
 _BITS_PER_SAMPLE = 258  # a tag of TIFF
+_THREADS, _AHEAD = 2, 3  # that decode, and the most images that they have begun
+Pixels = npt.NDArray[np.uint8]  # [H, W, 3]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +60,10 @@ class Source:
 
     @contextmanager
     def local(self) -> Iterator[Path]:
-        """It as a local file, for what is read in any order: videos and rasters."""
+        """It as a local file, for what is read in any order: videos and rasters. Raises StorageError for one that is
+        not a regular file, at which other programs would wait, and OSError."""
         if self.path is not None:
+            plain_size(self.path)
             yield self.path
             return
         with tempfile.NamedTemporaryFile(suffix=self.name.suffix) as file:
@@ -84,7 +92,33 @@ def sources_of(given: Sequence[str], lists: Sequence[Path], output: Path) -> lis
     return list(once.values())
 
 
-def decode_input(data: bytes, name: str) -> npt.NDArray[np.uint8]:
+def decoded_ahead(sources: Iterable[Source]) -> Iterator[tuple[Source, Future[Pixels] | None]]:
+    """Each source in order, with its pixels as `decode_input` gives them. Threads read and decode the next ones while
+    the caller works; the future raises what reading and decoding raise. None for what is not decoded as a whole, or
+    perhaps not: a video or TIFF."""
+    threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="decode")
+    begun: deque[tuple[Source, Future[Pixels] | None]] = deque()
+    left = iter(sources)
+    try:
+        while True:
+            for source in islice(left, _AHEAD - len(begun)):
+                in_parts = source.is_video or source.may_be_raster
+                begun.append((source, None if in_parts else threads.submit(_decode, source)))
+            if not begun:
+                return
+            yield begun.popleft()
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+def _decode(source: Source) -> Pixels:
+    try:
+        return decode_input(source.read(), source.shown)
+    except MemoryError as error:
+        raise OutOfMemory(f"{source.shown}: there is not enough memory to decode it") from error
+
+
+def decode_input(data: bytes, name: str) -> Pixels:
     """RGB pixels uint8 [H, W, 3], upright, of a JPEG, PNG, WebP, BMP or TIFF with 8 bits per channel. Raises
     CorruptShardError."""
     if kind_of(data) not in _OTHER_FORMATS:
@@ -136,7 +170,8 @@ def _below(folder: Path, paths: Iterable[Path], text: str, output: Path) -> Iter
     whole, written = folder.resolve(), output.resolve()
     own = written.relative_to(whole) if whole in written.parents else None
     names = {path: PurePosixPath(path.relative_to(folder)) for path in sorted(paths)}
-    chosen = [path for path, name in names.items() if own not in name.parents and _is_wanted(name) and path.is_file()]
+    chosen = [path for path, name in names.items()  # also links to nothing, which are reported when they are read
+              if own not in name.parents and _is_wanted(name) and not path.is_dir()]
     if not chosen:
         raise _nothing_in(text)
     for path in chosen:

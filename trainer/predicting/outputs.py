@@ -14,6 +14,8 @@ A video gives only <name>-overlay.mp4. A raster (a GeoTIFF, or a TIFF too large 
 from __future__ import annotations
 
 import io
+import os
+import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +27,10 @@ from PIL import Image
 from shards.errors import ConfigError
 from shards.files.atomic import write_atomically
 from shards.files.outside_json import parse_json
+from shards.files.plain_file import LARGEST_TEXT, read_plain
 from shards.files.strict_json import to_json
 from shards.manifest import ClassInfo
+from shards.picture import encode_png
 from trainer.evaluation.prediction import Prediction
 from trainer.evaluation.predictor import Extra
 from trainer.predicting.inputs import Source
@@ -70,9 +74,11 @@ class Outputs:
                               f"{', '.join(sorted(RASTER_KINDS))}; found {', '.join(others)}")
         return {kind: path.with_suffix(".tif") if kind == "ids" else path for kind, path in self.paths(source).items()}
 
-    def is_done(self, source: Source) -> bool:
-        """Whether all files of a source exist; each is written atomically."""
-        return any(all(path.exists() for path in paths.values()) for paths in self._possible(source))
+    def is_done(self, source: Source, since: int = 0) -> bool:
+        """Whether all files of a source exist, and are not older than `since` (see `claim_folder`); each is written
+        atomically."""
+        return any(all(path.exists() and path.stat().st_mtime_ns >= since for path in paths.values())
+                   for paths in self._possible(source))
 
     def _possible(self, source: Source) -> Iterator[dict[str, Path]]:
         yield self.paths(source)
@@ -113,33 +119,59 @@ class Outputs:
             return prediction.png()
         wide = len(prediction.classes) + self.label_offset > 256
         ids = prediction.label_map.astype(np.uint16) + self.label_offset
-        return _png(Image.fromarray(ids if wide else ids.astype(np.uint8)))
+        return encode_png(Image.fromarray(ids if wide else ids.astype(np.uint8)))
 
 
-def claim_folder(folder: Path, identity: dict[str, Any], classes: Sequence[ClassInfo], overwrite: bool) -> None:
-    """Write the folder's record. Raises ConfigError if it holds another model's predictions, unless they are to be
-    overwritten: some would be skipped as done, and a folder of two models' predictions is no one's result."""
+def claim_folder(folder: Path, identity: dict[str, Any], classes: Sequence[ClassInfo], overwrite: bool) -> int:
+    """Write the folder's record; returns the time (unix ns) before which files in it are not predictions of this model,
+    0 if all are.
+
+    Raises ConfigError if it holds another model's predictions, unless they are to be overwritten: some would be skipped
+    as done, and a folder of two models' predictions is no one's result. When they are overwritten, the record keeps the
+    time of it, as not all of them may be, or not in one go.
+    """
     path = folder / RECORD
-    if path.exists() and not overwrite:
-        found = parse_json(path.read_bytes(), str(path)).get("identity")
-        kept = found if isinstance(found, dict) else {}
-        different = sorted(name for name in identity if kept.get(name) != identity[name])
-        if different:
-            raise ConfigError(f"{folder} holds predictions of another model or other settings ({', '.join(different)} "
-                              "differ); choose another --output, or add --overwrite")
+    found = _record(path, overwrite)
+    kept, since = found.get("identity"), found.get("since")
+    different = sorted(name for name in identity if not isinstance(kept, dict) or kept.get(name) != identity[name])
+    if different and not overwrite and path.exists():
+        raise ConfigError(f"{folder} holds predictions of another model or other settings ({', '.join(different)} "
+                          "differ); choose another --output, or add --overwrite")
+    if different and overwrite and folder.exists():
+        since = _time_in(folder)
+    elif type(since) is not int:
+        since = 0
     folder.mkdir(parents=True, exist_ok=True)
-    legend = {str(number): info.name for number, info in enumerate(classes)}
-    record = {"identity": identity, "classes": legend}
-    write_atomically(path, to_json(record, indent=1).encode())
+    record = {"identity": identity, "classes": {str(number): info.name for number, info in enumerate(classes)}}
+    write_atomically(path, to_json({**record, **({"since": since} if since else {})}, indent=1).encode())
+    return since
+
+
+def _time_in(folder: Path) -> int:
+    """Now, in unix ns, by the clock that dates the files of a folder: another one may be ahead."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return os.fstat(file.fileno()).st_mtime_ns
+
+
+def _record(path: Path, overwrite: bool) -> dict[str, Any]:
+    """A folder's record, empty without one. Raises ConfigError when it is malformed, unless it is to be overwritten."""
+    try:
+        return parse_json(read_plain(path, LARGEST_TEXT), str(path))
+    except FileNotFoundError:
+        return {}
+    except ConfigError:
+        if not overwrite:
+            raise
+        return {}
 
 
 def _overlay(prediction: Prediction) -> bytes:
-    return _png(prediction.overlay_with_legend())
+    return encode_png(prediction.overlay_with_legend())
 
 
 def _confidence(prediction: Prediction) -> bytes:
     assert prediction.confidence is not None
-    return _png(Image.fromarray((np.clip(prediction.confidence, 0, 1) * 255).round().astype(np.uint8)))
+    return encode_png(Image.fromarray((np.clip(prediction.confidence, 0, 1) * 255).round().astype(np.uint8)))
 
 
 def _probabilities(prediction: Prediction) -> bytes:
@@ -151,9 +183,3 @@ def _probabilities(prediction: Prediction) -> bytes:
 
 def _rle(prediction: Prediction) -> bytes:
     return to_json(prediction.rle()).encode()
-
-
-def _png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()

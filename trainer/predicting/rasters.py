@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from shards.errors import ConfigError, CorruptShardError
 from shards.files.atomic import atomic_path
 from shards.files.plain_file import LARGEST_PICTURE, open_plain, plain_size
 from shards.picture import save_picture
-from shards.picture_file import MAX_PIXELS, UPRIGHT, kind_of
+from shards.picture_file import MAX_PIXELS, UPRIGHT, kind_of, quiet
 from shards.rle import MAX_SIDE
 from trainer.evaluation.prediction import Prediction
 from trainer.evaluation.predictor import Predictor
@@ -86,7 +85,7 @@ class RasterioRaster(Raster):
     def __init__(self, rasterio: Any, path: Path, name: str, device: torch.device) -> None:
         self._rasterio = rasterio
         try:
-            with warnings.catch_warnings(action="ignore"):  # that a TIFF is a plain one
+            with quiet():  # it warns that a TIFF is a plain one
                 self._file = rasterio.open(path, driver="GTiff")
         except rasterio.errors.RasterioIOError as error:
             raise CorruptShardError(f"{name} is not a readable TIFF: {error}") from error
@@ -122,7 +121,9 @@ class RasterioRaster(Raster):
         profile = {"driver": "GTiff", "height": height, "width": width, "count": 1, "dtype": dtype, "tiled": True,
                    "blockxsize": _BLOCK, "blockysize": _BLOCK, "compress": "deflate", "BIGTIFF": "IF_SAFER",
                    "crs": self._file.crs, "transform": self._file.transform}
-        with warnings.catch_warnings(action="ignore"), self._rasterio.open(path, "w", **profile) as target:
+        with quiet():
+            target = self._rasterio.open(path, "w", **profile)
+        with target:
             if dtype == "uint8":
                 target.write_colormap(1, {number: (*color, 255) for number, color in colors.items()})
             for rows, ids in bands:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,23 +16,27 @@ from shards.files.atomic import atomic_path
 from trainer.pretrained import Pretrained
 
 _CODECS = ("libx264", "h264", "mpeg4")  # the first that PyAV was built with
+_ONLY = {"format_whitelist": "mov,matroska,avi", "protocol_whitelist": "file"}  # not a playlist of other files and URLs
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def predict_video(pretrained: Pretrained, path: Path, output: Path, name: str) -> None:
-    """Write the overlay video, without sound. Raises ConfigError without PyAV, and CorruptShardError for a file that is
-    not a readable video, called `name`."""
+    """Write the overlay video, without sound. Raises ConfigError without PyAV, CorruptShardError for a file that is not
+    a readable video, called `name`, and OSError when the output cannot be written."""
     try:
         import av
     except ImportError as error:
         raise ConfigError(f"{name}: {error}; videos need: pip install 'maskstream[video]'") from error
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with av.open(str(path)) as source, atomic_path(output) as temporary:
+        with av.open(str(path), options=_ONLY) as source, atomic_path(output) as temporary:
             if not source.streams.video:
                 raise CorruptShardError(f"{name} has no video stream")
             with av.open(str(temporary), "w", format="mp4") as target:
                 _copy(pretrained, source, target, name)
     except av.error.FFmpegError as error:
+        if error.errno in _FULL:
+            raise OSError(error.errno, error.strerror, str(output)) from error
         raise CorruptShardError(f"{name} is not a readable video: {error.strerror}") from error
 
 
@@ -42,6 +47,8 @@ def _copy(pretrained: Pretrained, source: Any, target: Any, name: str) -> None:
     stream = None
     for prediction in pretrained.predict_all(_frames(source, name)):
         pixels = _even(np.asarray(prediction.overlay()))
+        if 0 in pixels.shape:
+            raise CorruptShardError(f"{name} has frames of a single row or column, legal: at least 2x2 pixels")
         if stream is None:
             stream = target.add_stream(_codec(), rate=source.streams.video[0].average_rate or 25)
             stream.width, stream.height, stream.pix_fmt = pixels.shape[1], pixels.shape[0], "yuv420p"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import threading
@@ -18,6 +17,7 @@ from PIL import Image
 from shards.files.atomic import write_atomically
 from shards.files.outside_json import parse_json
 from shards.files.strict_json import nan_for_null, to_json
+from shards.picture import encode_png
 from shards.shown_text import masked
 from trainer.reporting.wandb_run import WandbRun
 
@@ -104,13 +104,18 @@ class RunLogger:
         come first, and "val_raw" or "val_averaged" for the others.
 
         `<run>/evaluation.json` gets everything of the first, with classes and pairs. Which these are is only said where
-        there are others ("weights").
+        there are others ("weights"). An evaluation that only repeats the last one, as when a finished run's command is
+        given again, adds no record.
         """
         first = next(iter(metrics))
         remarks = {"weights": first} if len(metrics) > 1 else {}
-        for kind, values in metrics.items():
+        logged = {record["kind"]: record for record in read_metrics(self.run)}  # the last of each kind
+        for of_weights, values in metrics.items():
+            kind = "val" if of_weights == first else f"val_{of_weights}"
             means = {name: value for name, value in values.items() if isinstance(value, float)}
-            self.scalars(step, "val" if kind == first else f"val_{kind}", means, **remarks if kind == first else {})
+            extra = remarks if of_weights == first else {}
+            if to_json(logged.get(kind)) != to_json({"step": step, "kind": kind, **extra, **means}):
+                self.scalars(step, kind, means, **extra)
         with self._or_warn():
             content = {"step": step, **remarks, **metrics[first]}
             write_atomically(self.run / EVALUATION_NAME, to_json(content, indent=1).encode())
@@ -127,9 +132,7 @@ class RunLogger:
         folder = self.run / PICTURES_NAME
         with self._or_warn():
             folder.mkdir(exist_ok=True)
-            png = io.BytesIO()
-            picture.save(png, "PNG")
-            write_atomically(folder / f"{name}-{step:08d}.png", png.getvalue())
+            write_atomically(folder / f"{name}-{step:08d}.png", encode_png(picture))
             self._board.add_image(name, np.asarray(picture), step, dataformats="HWC")
         if self.wandb is not None:
             self.wandb.picture(step, name, picture)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from shards.errors import RunError
 from trainer.data.loader import LoaderError
+from trainer.distributed import DistContext
 from trainer.out_of_memory import OutOfMemory, allocator_error
 from trainer.run.run import Run
 
@@ -25,21 +26,36 @@ class RankLost(RunError):
 def explain_failures(run: Run) -> Iterator[None]:
     """Turn memory, network and loader errors into one line naming rank, host and step."""
     try:
-        yield
+        with explain_lost_rank(lambda: _where(run), "The same command resumes from the newest checkpoint"):
+            yield
     except (LoaderError, OutOfMemory) as error:
         raise type(error)(f"{_where(run)}: {error}") from error
     except (RuntimeError, MemoryError) as error:
-        text = str(error)
         if (line := allocator_error(error)) is not None:
             raise OutOfMemory(f"{_where(run)}: out of memory ({line}). {_settings(run)}") from error
-        if any(sign in text for sign in _LOST_RANK):
-            raise RankLost(f"{_where(run)}: another rank died or became unreachable ({_first_line(text)}); see its own "
-                           "output for the cause. The same command resumes from the newest checkpoint") from error
         raise
 
 
+@contextmanager
+def explain_lost_rank(where: Callable[[], str], advice: str) -> Iterator[None]:
+    """Turn what a collective raises when another rank is gone into RankLost; `advice` ends its message."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if allocator_error(error) is not None or not any(sign in text for sign in _LOST_RANK):
+            raise
+        raise RankLost(f"{where()}: another rank died or became unreachable ({_first_line(text)}); see its own output "
+                       f"for the cause. {advice}") from error
+
+
+def place_of(context: DistContext) -> str:
+    """A rank, and the host that it runs on."""
+    return f"rank {context.rank} on {socket.gethostname()}"
+
+
 def _where(run: Run) -> str:
-    return f"rank {run.context.rank} on {socket.gethostname()}, step {run.step + 1}"
+    return f"{place_of(run.context)}, step {run.step + 1}"
 
 
 def _first_line(text: str) -> str:
