@@ -16,7 +16,6 @@ from shards.plan import MicroBatchNumbers
 from trainer.config import RunConfig
 from trainer.data.batch import Batch, normalized_images
 from trainer.data.loader import train_loader
-from trainer.data.user_transform import transformed
 from trainer.data.whole_images import WholeImages
 from trainer.distributed import DistContext
 from trainer.evaluation.evaluation import Evaluation, EvaluationStopped, evaluate
@@ -29,7 +28,7 @@ from trainer.run.non_finite import NonFiniteGuard, NonFiniteStep, RollBack
 from trainer.run.reporter import RunReporter, report_on
 from trainer.run.run import Run
 from trainer.run.start import lock_run, roll_back, start_run
-from trainer.seeding import seed_micro_batch, transform_generator
+from trainer.seeding import seed_micro_batch
 from trainer.stopping import RunStopped, stop_on_signals
 
 
@@ -108,7 +107,7 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepResult:
     problems: list[str | None] = []
     unmatched = 0
     for position, host_batch in enumerate(micro_batches):
-        batch = device_batch(host_batch, run)
+        batch = run.on_device(host_batch)
         generator = seed_micro_batch(config.seed, batch.number, context.device)
         with _gradient_sync(run.wrapped, position == len(micro_batches) - 1):
             run.beat("forward pass")
@@ -132,14 +131,6 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepResult:
         if run.averaged is not None:
             run.averaged.update()
     return StepResult(losses, stop_requested, unmatched)
-
-
-def device_batch(batch: Batch, run: Run) -> Batch:
-    """The batch on the training device, moved and, with data.transform, changed by the user's function."""
-    moved = batch.to(run.context.device)
-    if run.transform is None:
-        return moved
-    return transformed(moved, run.transform, transform_generator(run.config.seed, batch.number, run.context.device))
 
 
 def prepare_images(batch: Batch, config: RunConfig) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -99,26 +99,35 @@ class Batch:
 
 
 def augmented_images(batch: Batch) -> Tensor:
-    """uint8 `[B,3,H,W]` with the batch's colour augmentation, if any; padding keeps its colour."""
-    if batch.photometric is None:
-        return batch.images
-    distorted = photometric_distort(batch.images, batch.photometric)
-    for padding in paddings(distorted, batch.valid):
-        distorted[padding] = batch.images[padding]
-    return distorted
+    """uint8 `[B,3,H,W]` as the network sees them: with the batch's colour augmentation, and what is erased in the
+    colour of padding; padding keeps its colour."""
+    images = batch.images if batch.photometric is None else photometric_distort(batch.images, batch.photometric)
+    if batch.photometric is not None:
+        for padding in paddings(images, batch.valid):
+            images[padding] = batch.images[padding]
+    erased = list(_erased(batch))
+    if erased and images is batch.images:
+        images = images.clone()
+    for place in erased:
+        images[place] = padding_color(images.device)
+    return images
 
 
 def normalized_images(batch: Batch, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Float32 `[B,3,H,W]`, colour-augmented and normalised; padding is 0, as the reference pads after normalising, and
     so is what is erased."""
     images = normalize(augmented_images(batch), mean, std)
-    for padding in paddings(images, batch.valid):
-        images[padding].zero_()
-    for image, move in zip(images, batch.moves, strict=True):
+    for place in (*paddings(images, batch.valid), *_erased(batch)):
+        images[place].zero_()
+    return images
+
+
+def _erased(batch: Batch) -> Iterator[tuple[int | slice, ...]]:
+    """Indices of what is erased in images [B, 3, H, W]."""
+    for index, move in enumerate(batch.moves):
         if move.erased is not None:
             top, left, height, width = move.erased
-            image[:, top : top + height, left : left + width].zero_()
-    return images
+            yield index, slice(None), slice(top, top + height), slice(left, left + width)
 
 
 def _put(picture: Tensor, part: Tensor, move: Move, padding: Tensor | int | bool) -> None:

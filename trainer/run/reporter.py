@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from shards.cli.config_file import config_to_dict, config_to_yaml
@@ -99,7 +100,7 @@ class RunReporter:
         """Save a picture of the run's first batch, and record corrupt samples that data.on_corrupt skipped."""
         step, run = self.run.step, self.run
         if step == 0 and self.logger is not None:
-            first = micro_batches[0].to(torch.device("cpu"))
+            first = run.on_device(micro_batches[0]).map_tensors(Tensor.cpu)
             self.logger.picture(0, "first-batch", batch_panel(augmented_images(first), first, run.manifest))
         skipped = [problem for batch in micro_batches for problem in batch.skipped]
         append_skipped_samples(run.folder, step + 1, run.context.rank, skipped)

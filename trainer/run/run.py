@@ -19,8 +19,9 @@ from shards.plan import TrainPlan, accumulation_for
 from shards.reader import ShardReader
 from trainer.build import build_criterion, build_model, check_crop_size
 from trainer.config import RunConfig
+from trainer.data.batch import Batch
 from trainer.data.crops import TrainCrops, open_reader
-from trainer.data.user_transform import Transform, load_transform
+from trainer.data.user_transform import Transform, load_transform, transformed
 from trainer.distributed import DistContext
 from trainer.loss.criterion import Criterion
 from trainer.models import Segmenter
@@ -32,6 +33,7 @@ from trainer.run.checkpoint_writer import CheckpointWriter
 from trainer.run.early_stopping import EarlyStopping
 from trainer.run.identity import run_id
 from trainer.run.loss_scaling import LossScaler
+from trainer.seeding import transform_generator
 from trainer.stopping import StopRequest
 
 
@@ -118,6 +120,14 @@ class Run:
     def beat(self, phase: str) -> None:
         """Report the start of a phase to the watchdog, if there is one."""
         self.context.beat(phase, self.step)
+
+    def on_device(self, batch: Batch) -> Batch:
+        """A micro-batch on the training device, moved and, with data.transform, changed by the user's function."""
+        device = self.context.device
+        moved = batch.to(device)
+        if self.transform is None:
+            return moved
+        return transformed(moved, self.transform, transform_generator(self.config.seed, batch.number, device))
 
     def save_checkpoint(self) -> None:
         """Rank 0 writes in the background; every rank tracks the best mIoU. Call it on all ranks."""
