@@ -189,15 +189,17 @@ def main() -> None:
     parser.add_argument("--backbone", help="folder of a ViT-S (default: random weights)")
     parser.add_argument("--repetitions", type=int, default=5, help="interleaved repetitions (default: 5)")
     parser.add_argument("--heads", nargs="+", default=["linear", "m2f"], help="heads to time (default: linear m2f)")
+    parser.add_argument("--only", choices=("time", "memory"), help="measure one of both (default: both)")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         child(arguments.child[0], arguments.child[1:])
         return
-    result = Result("evaluation", arguments.results)
-    for head in arguments.heads:
+    result = Result("evaluation" if arguments.only is None else f"evaluation-{arguments.only}", arguments.results)
+    for head in arguments.heads if arguments.only != "memory" else ():
         measure_time(result, head, arguments.backbone, arguments.repetitions)
-    measure_memory(result)
+    if arguments.only != "time":
+        measure_memory(result)
     result.save()
 
 

@@ -46,16 +46,14 @@ def model_of(head: str) -> Pretrained:
     return Pretrained(model=build_model(config, CLASSES).eval(), config=config, classes=classes)
 
 
-def formats_of(pretrained: Pretrained, folder: Path, compiled: bool) -> dict[str, Run]:
+def formats_of(pretrained: Pretrained, folder: Path) -> dict[str, Run]:
     """Each format as a function from images to scores."""
     graph = InferenceGraph(pretrained).eval()
     [path] = [path for path in write_onnx(pretrained, folder) if path.suffix == ".onnx"]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    found: dict[str, Run] = {"eager": graph}
-    if compiled:
-        found["compiled"] = torch.compile(graph, dynamic=False)
+    found: dict[str, Run] = {"eager": graph, "compiled": torch.compile(graph, dynamic=False)}
     found["program"] = inference_program(pretrained).module()
     found["ONNX"] = lambda images: torch.from_numpy(session.run(["scores"], {"images": images.numpy()})[0])
     return found
@@ -90,16 +88,19 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=int, default=[256, 512], help="image sides (default: 256 512)")
     parser.add_argument("--batch", type=int, default=4, help="images per batch for throughput (default: 4)")
     parser.add_argument("--repetitions", type=int, default=5, help="interleaved repetitions (default: 5)")
-    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
+    parser.add_argument("--compiled-sizes", nargs="*", type=int, help="sizes at which compiled models are measured too; "
+                        "compiling takes minutes for each (default: all)")
     arguments = parser.parse_args()
     result = Result("latency", arguments.results)
     table = result.table(f"From pixels to scores of {CLASSES} classes; speeds relative to eager", "head", "side",
                          "format", "latency, ms", "speed", f"images/s, batch of {arguments.batch}", "speed")
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         for head in arguments.heads:
-            runs = formats_of(model_of(head), Path(folder, head), not arguments.no_compile)
+            runs = formats_of(model_of(head), Path(folder, head))
             for size in arguments.sizes:
-                measure(table, head, size, runs, arguments.batch, arguments.repetitions)
+                is_compiled = arguments.compiled_sizes is None or size in arguments.compiled_sizes
+                chosen = {name: run for name, run in runs.items() if name != "compiled" or is_compiled}
+                measure(table, head, size, chosen, arguments.batch, arguments.repetitions)
     result.note(f"{torch.get_num_threads()} threads.")
     result.save()
 
