@@ -88,8 +88,8 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=int, default=[256, 512], help="image sides (default: 256 512)")
     parser.add_argument("--batch", type=int, default=4, help="images per batch for throughput (default: 4)")
     parser.add_argument("--repetitions", type=int, default=5, help="interleaved repetitions (default: 5)")
-    parser.add_argument("--compiled-sizes", nargs="*", type=int, help="sizes at which compiled models are measured too; "
-                        "compiling takes minutes for each (default: all)")
+    parser.add_argument("--compiled-sizes", nargs="*", type=int, help="sizes at which compiled models are measured "
+                        "too, which takes minutes for each (default: all)")
     arguments = parser.parse_args()
     result = Result("latency", arguments.results)
     table = result.table(f"From pixels to scores of {CLASSES} classes; speeds relative to eager", "head", "side",
