@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from shards.errors import ConfigError
+from shards.manifest import Manifest
 from trainer.config import RunConfig
+from trainer.loss.class_weights import ClassCounts, class_weights
 from trainer.loss.criterion import MaskCriterion, PixelCriterion
 from trainer.models import Segmenter, build_eomt, build_linear, build_mask2former, build_pmt
 from trainer.models.recompute import set_gradient_checkpointing
@@ -16,29 +18,34 @@ class HeadKind(NamedTuple):
     """How to build the model and the criterion of one kind of head."""
 
     model: Callable[[RunConfig, int], Segmenter]
-    criterion: Callable[[RunConfig, int, int], MaskCriterion | PixelCriterion]
+    criterion: Callable[[RunConfig, int, int, Sequence[float] | None], MaskCriterion | PixelCriterion]
+    class_counts: ClassCounts  # what its cross-entropy counts: pixels, or masks, of which a sample has one per class
     has_batch_norm: Callable[[RunConfig], bool]  # on a map with one value per size_divisor x size_divisor pixels
 
 
 HEADS = {
     "m2f": HeadKind(
         model=lambda config, classes: build_mask2former(config.backbone, config.adapter, config.decoder_head, classes),
-        criterion=lambda config, classes, ignore_index: MaskCriterion(config.loss, classes),
+        criterion=lambda config, classes, ignore_index, weights: MaskCriterion(config.loss, classes, weights),
+        class_counts="samples",
         has_batch_norm=lambda config: True,
     ),
     "linear": HeadKind(
         model=lambda config, classes: build_linear(config.backbone, config.decoder_head, classes),
-        criterion=lambda config, classes, ignore_index: PixelCriterion(ignore_index),
+        criterion=lambda config, classes, ignore_index, weights: PixelCriterion(ignore_index, weights),
+        class_counts="pixels",
         has_batch_norm=lambda config: config.decoder_head.use_batchnorm,
     ),
     "eomt": HeadKind(
         model=lambda config, classes: build_eomt(config.backbone, config.decoder_head, classes),
-        criterion=lambda config, classes, ignore_index: MaskCriterion(config.loss, classes),
+        criterion=lambda config, classes, ignore_index, weights: MaskCriterion(config.loss, classes, weights),
+        class_counts="samples",
         has_batch_norm=lambda config: False,
     ),
     "pmt": HeadKind(
         model=lambda config, classes: build_pmt(config.backbone, config.decoder_head, classes),
-        criterion=lambda config, classes, ignore_index: MaskCriterion(config.loss, classes),
+        criterion=lambda config, classes, ignore_index, weights: MaskCriterion(config.loss, classes, weights),
+        class_counts="samples",
         has_batch_norm=lambda config: False,  # its batch norms also see the class token, so never a single value
     ),
 }
@@ -52,9 +59,15 @@ def build_model(config: RunConfig, num_classes: int) -> Segmenter:
     return model
 
 
-def build_criterion(config: RunConfig, num_classes: int, ignore_index: int) -> MaskCriterion | PixelCriterion:
-    """The configured head's loss."""
-    return HEADS[config.decoder_head.type].criterion(config, num_classes, ignore_index)
+def build_criterion(config: RunConfig, num_classes: int, ignore_index: int,
+                    class_weights: Sequence[float] | None = None) -> MaskCriterion | PixelCriterion:
+    """The configured head's loss; `class_weights` are those of `resolve_class_weights`."""
+    return HEADS[config.decoder_head.type].criterion(config, num_classes, ignore_index, class_weights)
+
+
+def resolve_class_weights(config: RunConfig, manifest: Manifest) -> list[float] | None:
+    """The configured weights of the classes, for the head's loss. Raises ConfigError (see `class_weights`)."""
+    return class_weights(config.loss, manifest, config.data.train_split, HEADS[config.decoder_head.type].class_counts)
 
 
 def check_crop_size(config: RunConfig, height: int, width: int) -> None:

@@ -137,7 +137,8 @@ class LoadConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Mask classification loss (m2f, eomt, pmt). The linear head uses per-pixel cross-entropy and none of these."""
+    """Mask classification loss (m2f, eomt, pmt). The linear head uses per-pixel cross-entropy, and of these settings
+    only class_weights and its beta."""
 
     num_points: int = setting(12544, "points sampled per mask", minimum=1, maximum=10000000)
     oversample_ratio: float = setting(3.0, "candidate points drawn for each point kept", minimum=1, maximum=100)
@@ -155,8 +156,17 @@ class LossConfig:
                                     "transformers'", choices=("matched", "all"))
     matched_gradients: bool = setting(True, "backpropagate only through the masks of matched queries: the same "
                                       "gradients in less memory and time")
+    class_weights: str | list[float] | None = setting(
+        None, "weights of the classes in the class cross-entropy, or the linear head's pixel cross-entropy: a list of "
+        "one per class; inverse_log (ENet) or effective_number, of the training split's counts; null: all 1",
+        choices=("inverse_log", "effective_number"), minimum=0)
+    class_weights_beta: float = setting(0.9999, "class_weights effective_number: beta; the nearer to 1, the more rare "
+                                        "classes gain", minimum=0, maximum=0.999999999)
 
     def __post_init__(self) -> None:
+        if isinstance(self.class_weights, list) and not any(self.class_weights):
+            raise ConfigError(f"loss.class_weights is {self.class_weights}, legal: one number per class, at least one "
+                              "of them above 0")
         if not any((self.mask_coefficient, self.dice_coefficient, self.class_coefficient)):
             raise ConfigError("loss.mask_coefficient, loss.dice_coefficient and loss.class_coefficient are all 0, "
                               "legal: at least one above 0, or there is nothing to match by and train on")

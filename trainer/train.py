@@ -54,7 +54,9 @@ def _dry_run(config: RunConfig) -> int:
 
     from shards.plan import accumulation_for
     from shards.shown_text import shown
+    from trainer.build import resolve_class_weights
     from trainer.data.crops import open_reader
+    from trainer.loss.class_weights import described
     from trainer.run.run import open_crops, run_places
 
     run_places(config)  # or an error that says what is missing
@@ -71,6 +73,8 @@ def _dry_run(config: RunConfig) -> int:
           f"{crops.reader.info.shards} shards, {val_images} validation samples")
     print(f"{steps} steps of {global_batch} = {steps * global_batch / samples:.2f} epochs; {accumulation} "
           "micro-batches per step, divided among the ranks")
+    if (weights := resolve_class_weights(config, manifest)) is not None:
+        print(shown(f"class weights from {described(weights, manifest)}"))
     batch = crops[0].to(torch.device("cpu"))
     names = [manifest.classes[label].name for label in batch.labels[: batch.counts[0]].tolist()]
     print(f"first sample: {shown(batch.keys[0])}, {tuple(batch.images.shape[1:])} {batch.images.dtype}, "

@@ -109,7 +109,7 @@ def _build(schema: type[ConfigT], layers: _Layers) -> ConfigT:
     try:
         config: ConfigT = TypeAdapter(schema).validate_python(merged)
     except ValidationError as error:
-        raise _explain(error.errors()[0], layers) from error
+        raise _explain(_first_problem(schema, error.errors()), layers) from error
     check_settings(config)
     _refuse_other_types(config, layers)
     return config
@@ -189,6 +189,20 @@ def _overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, An
     return merged
 
 
+def _first_problem(schema: Any, problems: Sequence[Any]) -> Any:
+    """The first of pydantic's errors. A value that may be a word or a list has one for each, with the type in its
+    place: of these it is the last, the list's, without that type."""
+    first = problems[0]
+    field, kind = list[Any](), schema
+    while dataclasses.is_dataclass(kind) and len(field) < len(first["loc"]):
+        field.append(first["loc"][len(field)])
+        kind = _field_types(kind).get(field[-1])
+    if not {str, list} <= {typing.get_origin(member) or member for member in typing.get_args(kind)}:
+        return first
+    last = [problem for problem in problems if list(problem["loc"][: len(field)]) == field][-1]
+    return {**last, "loc": (*field, *last["loc"][len(field) + 1 :])}
+
+
 def _explain(problem: Any, layers: Sequence[tuple[str, Mapping[str, Any]]]) -> ConfigError:
     """pydantic's first error as one line naming the value's source and what is legal."""
     if isinstance(inner := problem.get("ctx", {}).get("error"), ConfigError):
@@ -244,12 +258,17 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def _read_override(schema: Any, override: str) -> dict[str, Any]:
-    """`key=value` as a nested mapping; the field's type decides whether the value is text."""
+    """`key=value` as a nested mapping; the field's type decides whether the value is text.
+
+    For a word or a list, "[" begins a list.
+    """
     name, equals, text = override.partition("=")
     if not equals:
         raise ConfigError(f"override {shown_value(override)} is not of the form key=value (for example seed=1)")
     path = name.split(".")
-    if _is_text(schema, path):
+    members = _types_at(schema, path)
+    is_list = text.startswith("[") and any(typing.get_origin(member) is list for member in members)
+    if str in members and not is_list:
         return _nested(path, None if text == "null" or (not text and _may_be_empty(schema, path)) else text)
     try:
         return _nested(path, _parse(text))
@@ -257,8 +276,8 @@ def _read_override(schema: Any, override: str) -> dict[str, Any]:
         raise ConfigError(f"{_COMMAND_LINE}: cannot read {shown_value(override)}: {error}") from error
 
 
-def _is_text(schema: Any, path: Sequence[str]) -> bool:
-    """Whether the setting at the path, or an entry of a mapping there, is a string."""
+def _types_at(schema: Any, path: Sequence[str]) -> tuple[Any, ...]:
+    """The types that the setting at the path, or an entry of a mapping there, may have."""
     kind = schema
     for part in path:
         if dataclasses.is_dataclass(kind):
@@ -266,9 +285,8 @@ def _is_text(schema: Any, path: Sequence[str]) -> bool:
         elif typing.get_origin(kind) is dict:
             kind = typing.get_args(kind)[1]
         else:
-            return False
-    members = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    return str in members
+            return ()
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
 
 
 def _may_be_empty(schema: Any, path: Sequence[str]) -> bool:

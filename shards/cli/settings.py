@@ -22,6 +22,7 @@ def setting(default: Any, help: str, *, choices: Sequence[str] = (), minimum: fl
             maximum: float | None = None, only_for: Sequence[str] = (), may_be_empty: bool = True) -> Any:
     """A documented field: `help` gives meaning and unit; `check_settings` enforces `choices` and the range.
 
+    A setting of type `str | list[...]` is one of its `choices` or a list, whose numbers are in the range.
     `only_for`: values of the section's `type` that use this setting; with any other type it may not be set. Unless it
     `may_be_empty`, an empty text is an error, rather than the same as null. Lists, dicts and dataclass types become a
     `default_factory`, as dataclasses require.
@@ -61,9 +62,11 @@ def check_settings(config: Any, prefix: str = "") -> None:
             check_settings(value, f"{name}.")
             continue
         choices = field.metadata.get("choices", ())
-        if choices and value not in choices and not (value is None and field.default is None):
+        is_free = isinstance(value, list) or (value is None and field.default is None)  # a word, or a list
+        if choices and value not in choices and not is_free:
             near = difflib.get_close_matches(str(value), choices, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = " or a list" if may_be_list(type(config), field.name) else ""
+            hint += f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"{name} is {shown_value(value)}, legal: {', '.join(choices)}{hint}")
         if value == "" and not field.metadata.get("may_be_empty", True):
             raise ConfigError(f"{name} is empty, legal: text{', or null' if field.default is None else ''}")
@@ -76,6 +79,12 @@ def check_settings(config: Any, prefix: str = "") -> None:
             in_range = (low is None or number >= low) and (high is None or number <= high)
             if not in_range or not math.isfinite(number):
                 raise ConfigError(f"{name} is {shown_value(value)}, legal: {_range_text(low, high, number)}")
+
+
+def may_be_list(schema: Any, name: str) -> bool:
+    """Whether a setting takes a list instead of a single value."""
+    kind = typing.get_type_hints(schema)[name]
+    return any(typing.get_origin(member) is list for member in (kind, *typing.get_args(kind)))
 
 
 def _range_text(low: float | None, high: float | None, number: float) -> str:

@@ -33,6 +33,19 @@ def test_the_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:
     assert override_config(config, ["seed=3"]).seed == 3
 
 
+def test_a_setting_is_a_word_or_a_list(tmp_path: Path) -> None:
+    for text, value in (("inverse_log", "inverse_log"), ("[1, 2.5]", [1.0, 2.5]), ("null", None)):
+        (tmp_path / "config.yaml").write_text(f"loss: {{class_weights: {text}}}")
+        config = load_run_config(tmp_path / "config.yaml", [])
+        assert config.loss.class_weights == value
+        assert load_run_config(None, [f"loss.class_weights={text}"]) == config
+        (tmp_path / "config.yaml").write_text(config_to_yaml(config))
+        assert load_run_config(tmp_path / "config.yaml", []) == run_config_from_dict(config_to_dict(config)) == config
+    (tmp_path / "config.yaml").write_text("loss: {class_weights: {sky: 2}}")
+    with pytest.raises(ConfigError, match=r"config.yaml: loss.class_weights is {'sky': '2'}, legal: a list"):
+        load_run_config(tmp_path / "config.yaml", [])
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -44,6 +57,15 @@ def test_the_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:
         ("optimizer.lr=-1", "optimizer.lr is -1.0, legal: at least 0"),
         ("optimizer.betas=[0.9,2]", r"optimizer.betas is .0.9, 2.0., legal: two numbers from 0 to below 1"),
         ("optimizer.betas=[0.9]", "legal: two numbers"),
+        ("loss.class_weights=inverse_lg", "legal: inverse_log, effective_number or a list; did you mean 'inverse_log'"),
+        ("loss.class_weights=3", "loss.class_weights is '3', legal: inverse_log, effective_number or a list"),
+        ("loss.class_weights=[1, x]", r"command line: loss.class_weights\[1\] is 'x', legal: a number"),
+        ("loss.class_weights=[1, -1]", "loss.class_weights is .*legal: at least 0"),
+        ("loss.class_weights=[.inf]", "loss.class_weights"),
+        ("loss.class_weights=[1", "cannot read 'loss.class_weights=.1'"),
+        ("loss.class_weights=[0, 0]", "legal: one number per class, at least one of them above 0"),
+        ("loss.class_weights=[]", "legal: one number per class"),
+        ("loss.class_weights_beta=1", "loss.class_weights_beta is 1.0, legal: from 0 to 0.999999999"),
         ("optimizer.lr=inf", "optimizer.lr is inf"),
         ("optimizer.lr=.inf", "optimizer.lr is '.inf', legal: a number"),
         ("backbone.image_std=[0,1,1]", "image_std is .*legal: three numbers above 0"),

@@ -37,7 +37,7 @@ class Criterion(Protocol):
 class MaskCriterion(nn.Module):
     """Mask classification on every prediction (Mask2Former, EoMT)."""
 
-    def __init__(self, config: LossConfig, num_classes: int) -> None:
+    def __init__(self, config: LossConfig, num_classes: int, class_weights: Sequence[float] | None = None) -> None:
         super().__init__()
         self.loss = MaskClassificationLoss(
             num_points=config.num_points,
@@ -50,6 +50,7 @@ class MaskCriterion(nn.Module):
             no_object_coefficient=config.no_object_coefficient,
             ignore=config.ignore,
             num_masks_counts=config.num_masks_counts,
+            class_weights=class_weights,
         )
 
     def forward(
@@ -74,15 +75,18 @@ class MaskCriterion(nn.Module):
 class PixelCriterion(nn.Module):
     """Per-pixel cross-entropy (linear head)."""
 
-    def __init__(self, ignore_index: int) -> None:
+    class_weights: Tensor | None  # float32 [C]
+
+    def __init__(self, ignore_index: int, class_weights: Sequence[float] | None = None) -> None:
         super().__init__()
+        self.register_buffer("class_weights", None if class_weights is None else torch.tensor(class_weights))
         self.ignore_index = ignore_index
 
     def forward(
         self, outputs: PixelOutputs, targets: Sequence[Target], num_masks: Tensor, generator: torch.Generator
     ) -> CriterionLoss:
         label_maps = torch.stack([self._label_map(target) for target in targets])  # [B, H, W]
-        loss = pixel_cross_entropy(outputs["logits"], label_maps, self.ignore_index)
+        loss = pixel_cross_entropy(outputs["logits"], label_maps, self.ignore_index, self.class_weights)
         return CriterionLoss(loss, {"loss_pixel_cross_entropy": loss.detach()})
 
     def _label_map(self, target: Target) -> Tensor:

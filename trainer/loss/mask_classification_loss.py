@@ -47,6 +47,9 @@ class MaskClassificationLoss(Mask2FormerLoss):
     them count neither in matching nor in the losses.
     `num_masks_counts`: the divisor of mask and dice losses where an image has more targets than queries: "matched"
     masks, as in EoMT's class, or "all" targets, as in transformers'.
+    `class_weights`: one for each label in the class cross-entropy, beside that of "no object" (`empty_weight`); 1 by
+    default. They do not enter the matching, as `no_object_coefficient` does not: it asks which query fits a target
+    best, not how much the target counts.
     """
 
     empty_weight: Tensor  # type: ignore[assignment]
@@ -56,7 +59,7 @@ class MaskClassificationLoss(Mask2FormerLoss):
     def __init__(self, num_points: int, oversample_ratio: float, importance_sample_ratio: float,
                  mask_coefficient: float, dice_coefficient: float, class_coefficient: float, num_labels: int,
                  no_object_coefficient: float, *, ignore: str = "background",
-                 num_masks_counts: str = "matched") -> None:
+                 num_masks_counts: str = "matched", class_weights: Sequence[float] | None = None) -> None:
         nn.Module.__init__(self)  # the parent's needs a transformers config, and builds its own matcher
         for name, value, legal in (("ignore", ignore, ("background", "exclude")),
                                    ("num_masks_counts", num_masks_counts, ("matched", "all"))):
@@ -74,6 +77,10 @@ class MaskClassificationLoss(Mask2FormerLoss):
         self.num_masks_counts = num_masks_counts
         self.matcher = HungarianMatcher(num_points, mask_coefficient, dice_coefficient, class_coefficient)
         empty_weight = torch.ones(num_labels + 1)  # [C + 1]
+        if class_weights is not None:
+            if len(class_weights) != num_labels:
+                raise ValueError(f"class_weights has {len(class_weights)} numbers, legal: {num_labels}, one per label")
+            empty_weight[:-1] = torch.tensor(class_weights)
         empty_weight[-1] = no_object_coefficient
         self.register_buffer("empty_weight", empty_weight)
 
@@ -241,7 +248,8 @@ class MaskClassificationLoss(Mask2FormerLoss):
         classes[layers, images, queries] = labels[images, target_ids]
         weights = self.empty_weight.float()[classes]
         log_likelihood = logits.log_softmax(3).gather(3, classes[..., None])[..., 0]  # [L, B, Q]
-        return -(weights * log_likelihood).sum((1, 2)) / weights.sum((1, 2))
+        divisor = weights.sum((1, 2)).clamp(min=torch.finfo(weights.dtype).tiny)  # 0 if no query's class counts
+        return -(weights * log_likelihood).sum((1, 2)) / divisor
 
     def _has_replaced_parts(self) -> bool:
         """Whether a subclass or a caller has replaced a part of the loss that `forward` would not call."""

@@ -16,8 +16,11 @@ from tqdm import tqdm
 
 from shards.cli.config_file import config_to_dict, config_to_yaml
 from shards.files.atomic import write_atomically
+from shards.files.strict_json import to_json
+from shards.shown_text import shown
 from trainer.data.batch import Batch, augmented_images
 from trainer.evaluation.evaluation import Evaluation, format_metrics
+from trainer.loss.class_weights import described
 from trainer.reporting.plots import batch_panel, draw_curves
 from trainer.reporting.report import write_report
 from trainer.reporting.run_logger import RunLogger, append_skipped_samples
@@ -27,6 +30,7 @@ from trainer.run.checkpoint import checkpoint_name
 from trainer.run.run import Run
 from trainer.stopping import RunStopped
 
+CLASS_WEIGHTS_NAME = "class-weights.json"
 _REFRESH_SECONDS = 30.0
 
 
@@ -192,11 +196,26 @@ def start_logging(run: Run) -> RunLogger:
     project = run.config.train.wandb_project
     wandb = None if project is None else WandbRun(run.folder, project, config_to_dict(run.config))
     logger = RunLogger(run.folder, run.step, wandb)
+    _log_class_weights(run, logger)
     if run.changes:
         print(f"settings changed since: {'; '.join(run.changes)}", flush=True)
     if run.step:
         logger.event(run.step, "; ".join([f"continued with {run.context.world_size} rank(s)", *run.changes]))
     return logger
+
+
+def _log_class_weights(run: Run, logger: RunLogger) -> None:
+    """Say the range of the classes' weights in the loss, and save all of them: class name -> weight."""
+    path, weights = run.folder / CLASS_WEIGHTS_NAME, run.class_weights
+    if weights is None:
+        path.unlink(missing_ok=True)  # the setting was removed before the run was resumed
+        return
+    names = [info.name for info in run.manifest.classes]
+    write_atomically(path, (to_json(dict(zip(names, weights, strict=True)), indent=1) + "\n").encode())
+    what = f"class weights from {described(weights, run.manifest)}, all in {CLASS_WEIGHTS_NAME}"
+    print(shown(what), flush=True)
+    if not run.step:
+        logger.event(run.step, what)
 
 
 def interval_line(state: RunState, values: dict[str, float]) -> str:

@@ -17,7 +17,7 @@ from shards.errors import ConfigError
 from shards.manifest import Manifest, class_table
 from shards.plan import TrainPlan, accumulation_for
 from shards.reader import ShardReader
-from trainer.build import build_criterion, build_model, check_crop_size
+from trainer.build import build_criterion, build_model, check_crop_size, resolve_class_weights
 from trainer.config import RunConfig
 from trainer.data.batch import Batch
 from trainer.data.crops import TrainCrops, open_reader
@@ -73,6 +73,7 @@ class Run:
     model: Segmenter
     wrapped: nn.Module  # the model, wrapped in DDP when there is a process group
     criterion: Criterion
+    class_weights: list[float] | None  # of the criterion, a function of settings and manifest, so equal when resumed
     optimizer: torch.optim.AdamW
     scaler: LossScaler
     averaged: AveragedWeights | None  # None: train.ema_decay is not set
@@ -198,10 +199,12 @@ def build_run(config: RunConfig, context: DistContext, places: RunPlaces) -> Run
     model.to(context.device).train()
     if settings.compile:
         model.head.compile()  # in place, so parameter names stay the same
-    criterion = build_criterion(config, manifest.num_classes, manifest.ignore_index).to(context.device)
+    weights = resolve_class_weights(config, manifest)
+    criterion = build_criterion(config, manifest.num_classes, manifest.ignore_index, weights).to(context.device)
     return Run(
         config=config, context=context, places=places, manifest=manifest, crops=crops, val_reader=val_reader,
         accumulation=accumulation, model=model, wrapped=_wrapped(model, context), criterion=criterion,
+        class_weights=weights,
         optimizer=build_optimizer(model, config.optimizer), backbone_sha256=backbone_sha256,
         scaler=LossScaler(settings.precision == "fp16", context.device),
         averaged=None if settings.ema_decay is None else AveragedWeights(model, settings, context),
