@@ -72,7 +72,8 @@ CASES = {
     "dinov2-linear": ((*HEADS["linear"], "backbone.patch_resize=image"), 4), "dinov2-eomt": (HEADS["eomt"], 4),
     "dinov2-pmt": ((*HEADS["pmt"], "backbone.patch_resize=image"), 0),
 }
-RARE = ("dinov2-m2f", "dinov2-eomt", "dinov2-pmt")  # a minute each; `make stress` exports them too
+# A minute each; `make stress` exports them too.
+RARE = ("dinov3-eomt", "dinov3-pmt", "dinov2-m2f", "dinov2-eomt", "dinov2-pmt")
 
 
 @pytest.fixture(scope="module")
