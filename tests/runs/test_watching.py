@@ -91,10 +91,11 @@ def test_an_evaluation_that_repeats_the_last_one_is_not_logged_again(tmp_path: P
     logger = RunLogger(tmp_path, 0)
     metrics = {"mIoU": 1 / 3, "ECE": float("nan"), "images": 2}
     for step, miou in ((4, 1 / 3), (4, 1 / 3), (4, 0.5), (8, 0.5), (8, 0.5)):
-        logger.evaluation(step, {**metrics, "mIoU": miou})
+        logger.evaluation(step, {"averaged": {**metrics, "mIoU": miou}, "raw": {**metrics, "mIoU": 0.25}})
     logger.close()
-    found = [(record["step"], record["mIoU"]) for record in read_metrics(tmp_path)]
-    assert found == [(4, 1 / 3), (4, 0.5), (8, 0.5)]
+    found = {kind: [(record["step"], record["mIoU"]) for record in read_metrics(tmp_path) if record["kind"] == kind]
+             for kind in ("val", "val_raw")}
+    assert found == {"val": [(4, 1 / 3), (4, 0.5), (8, 0.5)], "val_raw": [(4, 0.25), (8, 0.25)]}
 
 
 def test_the_line_says_it_all_once() -> None:
