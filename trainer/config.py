@@ -37,7 +37,7 @@ class OnlineConfig:
     reduced_decoding: bool = setting(False, "decode a JPEG at a half, quarter or eighth of its size where a crop needs "
                                      "no more: faster with large photographs, slightly different pixels")
     resample_on: str = setting("worker", "where pixels are resized to the crop: on the loader's workers; or on the "
-                               "training device, to the same pixels, which relieves the workers but sends more bytes",
+                               "training device, to the same pixels; workers then send those of the source",
                                choices=("worker", "device"))
 
     def __post_init__(self) -> None:

@@ -210,6 +210,11 @@ def test_crops_that_do_not_suit_the_head_are_refused(scene_shards: Path, tmp_pat
         train(tiny(scene_shards, tmp_path / "run", *overrides), ALONE)
 
 
+def test_crops_are_not_taken_for_whole_images(scene_shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"scaled_side is short, legal with split 'train', which holds crops: stored"):
+        train(tiny(scene_shards, tmp_path / "run", "data.crop_size=32", "data.online.scaled_side=short"), ALONE)
+
+
 def test_accumulation_and_dense_targets_change_nothing(scene_shards: Path, finished: Path, tmp_path: Path) -> None:
     train(tiny(scene_shards, tmp_path / "dense", "data.targets=dense", "train.total_steps=4"), ALONE)
     assert losses(tmp_path / "dense") == losses(finished)

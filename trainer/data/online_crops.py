@@ -14,7 +14,7 @@ from PIL import Image
 
 from shards.crops.drawing import Crop, CropRules, draw_any_crop, draw_crop
 from shards.crops.label_runs import LabelRuns
-from shards.crops.resampling import PADDING_COLOR, source_box
+from shards.crops.resampling import PADDING_COLOR, resized_crop
 from shards.rle import decode_runs, ignore_value, segment_map_from_runs
 from shards.sample import CropSample, decode_reduced
 
@@ -51,8 +51,7 @@ def cut_into(out: npt.NDArray[np.uint8], sample: CropSample, crop: Crop, reduced
     With `reduced`, a JPEG is decoded at a fraction of its size where the crop needs no more (see `decode_reduced`).
     Raises CorruptShardError.
     """
-    image = Image.fromarray(source_pixels(sample, crop, reduced))
-    resized = image.resize((crop.width, crop.height), Image.Resampling.BILINEAR, source_box(image.size, crop))
+    resized = resized_crop(Image.fromarray(source_pixels(sample, crop, reduced)), crop)
     out[: crop.height, : crop.width] = np.asarray(resized)
     out[crop.height :] = PADDING_COLOR
     out[: crop.height, crop.width :] = PADDING_COLOR

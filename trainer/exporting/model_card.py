@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from shards.errors import ShardError
 from shards.manifest import ClassInfo, load_manifest
 from shards.shown_text import shown
-from trainer.config import EvalConfig
+from trainer.config import DataConfig, EvalConfig
 from trainer.evaluation.record import Measured
 from trainer.pretrained import Pretrained
 
@@ -113,6 +113,13 @@ def _body(pretrained: Pretrained, facts: CardFacts) -> Iterator[str]:
     yield from _licence(pretrained, facts)
 
 
+def _crops(data: DataConfig) -> str:
+    if data.crop_size is None:
+        return "as stored"
+    drawn = "" if data.online.scaled_side is None else ", scaled and drawn anew in each epoch"
+    return f"{data.crop_size} pixels{drawn}"
+
+
 def _recipe(pretrained: Pretrained, facts: CardFacts) -> dict[str, str]:
     config, backbone = pretrained.config, pretrained.model.backbone
     known = ", ".join(f"{count} images in {split}" for split, count in facts.images.items())
@@ -129,7 +136,7 @@ def _recipe(pretrained: Pretrained, facts: CardFacts) -> dict[str, str]:
         "parameters": f"{sum(parameter.numel() for parameter in pretrained.model.parameters()) / 1e6:.1f} million",
         "steps": steps,
         "images per step": f"{config.train.global_batch_size}",
-        "crops": "as stored" if config.data.crop_size is None else f"{config.data.crop_size} pixels",
+        "crops": _crops(config.data),
         "learning rate": f"{config.optimizer.lr:g}, {config.optimizer.schedule}, {config.optimizer.warmup_steps} steps "
                          "of warm-up",
         "weight decay": f"{config.optimizer.weight_decay:g}",

@@ -165,8 +165,13 @@ class Run:
 
 
 def open_crops(config: RunConfig, manifest: Manifest) -> TrainCrops:
-    """The training samples in the planned order. Raises ConfigError when their size does not fit the head."""
+    """The training samples in the planned order. Raises ConfigError when their kind does not fit data.online, or their
+    size the head."""
     reader = open_reader(config.data, config.data.train_split, manifest)
+    if reader.info.kind == "crops" and config.data.online.scaled_side in ("short", "long"):
+        raise ConfigError(f"data.online.scaled_side is {config.data.online.scaled_side}, legal with split "
+                          f"{reader.split!r}, which holds crops: stored; or make shards of whole images "
+                          "(crops.splits=[]), as configs/ade20k-whole-shards.yaml does")
     plan = TrainPlan(reader.table.samples, config.train.micro_batch_size, config.seed,
                      config.data.lanes, config.data.span_samples)
     crops = TrainCrops(reader, plan, config.data, global_batch_size=config.train.global_batch_size)
@@ -190,6 +195,7 @@ def build_run(config: RunConfig, context: DistContext, places: RunPlaces) -> Run
     val_reader = open_reader(config.data, config.data.val_split)  # reads the manifest by the configured retry policy
     manifest = val_reader.manifest
     crops = open_crops(config, manifest)
+    transform = None if config.data.transform is None else load_transform(config.data.transform)
     # -- model --------------------------------------------------------------------------------------------
     torch.manual_seed(config.seed)
     model = build_model(config, manifest.num_classes)
@@ -211,7 +217,7 @@ def build_run(config: RunConfig, context: DistContext, places: RunPlaces) -> Run
         early_stopping=EarlyStopping.of(settings),
         writer=CheckpointWriter(places.checkpoints, places.folder, settings.keep_checkpoints, settings.keep_every),
         run_id=run_id(places.folder),
-        transform=None if config.data.transform is None else load_transform(config.data.transform),
+        transform=transform,
     )
 
 
