@@ -74,9 +74,8 @@ class DataConfig:
                            minimum=0, maximum=1)
     erase_area: float = setting(0.33, "erase: largest part of the crop that is hidden; the smallest is 0.02",
                                 minimum=0.02, maximum=1)
-    transform: str | None = setting(None, "your own augmentation, package.module:function (see docs/training.md), of "
-                                    "images and segment maps on the training device; null: none",
-                                    may_be_empty=False)
+    transform: str | None = place("your own augmentation, package.module:function (see docs/training.md), of images "
+                                  "and segment maps on the training device; null: none", may_be_empty=False)
     photometric: bool = setting(True, "random brightness, contrast, saturation and hue (on the training device)")
     hue_degrees: float = setting(180.0, "photometric: maximum hue shift in degrees, either way; 180, as in DINOv3's "
                                  "linear recipe, allows any hue; EoMT's recipe uses 18", minimum=0, maximum=180)

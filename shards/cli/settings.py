@@ -36,9 +36,9 @@ def setting(default: Any, help: str, *, choices: Sequence[str] = (), minimum: fl
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def place(help: str) -> Any:
-    """A setting naming a folder, file, URL or account of the user: unset by default, left out of exports."""
-    field: Any = setting(None, help)
+def place(help: str, *, may_be_empty: bool = True) -> Any:
+    """A setting naming a folder, file, URL, account or function of the user: unset by default, left out of exports."""
+    field: Any = setting(None, help, may_be_empty=may_be_empty)
     return dataclasses.field(default=None, metadata={**field.metadata, "is_place": True})
 
 

@@ -99,7 +99,7 @@ def test_recipes_are_listed_printed_and_laid_beside_the_users_own(installed: Pat
     command = installed / "maskstream"
     lines = run(command, "recipes", folder=tmp_path).splitlines()
     files = [path for pattern in ("*.yaml", "*/*.yaml")
-             for path in sorted((REPOSITORY / "configs").glob(pattern), key=lambda path: path.stem)]
+             for path in sorted((REPOSITORY / "configs").glob(pattern), key=lambda path: (path.parent, path.stem))]
     assert [line.split("  ")[0] for line in lines] == [
         path.relative_to(REPOSITORY / "configs").with_suffix("").as_posix() for path in files]
     assert all(path.read_text().splitlines()[0].removeprefix("# ") in line
