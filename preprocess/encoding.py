@@ -26,6 +26,7 @@ from shards.sample import encode_sample
 
 NO_LABEL = "no labelled pixel in any try"
 STATISTICS = ("images", "class_pixels", "class_samples", "ignored_pixels", "mapped", "skipped_crops", "skipped_images")
+SAMPLE_CLASSES = "sample_classes"  # in a record: of each shard, the classes of each sample
 Record = dict[str, Any]  # what a block's record says of the images, in JSON types
 
 
@@ -75,7 +76,7 @@ def encode_pairs(config: PreprocessConfig, dataset: Dataset, pairs: Sequence[Pai
     """
     tree = HashedTree(dataset.tree)
     dataset = replace(dataset, tree=tree)
-    stats = _Statistics(len(dataset.classes))
+    stats = _Statistics(len(dataset.classes), len(writers))
     for pair in pairs:
         failed = False
         try:
@@ -106,7 +107,7 @@ def _encode_pair(config: PreprocessConfig, dataset: Dataset, pair: Pair, is_crop
                 stats.skipped_crops[NO_LABEL] += 1
                 continue
             writer.write(encoded.key, encoded.jpeg, "jpg", encoded.payload)
-            stats.add(encoded.class_pixels, config.crops.window**2)
+            stats.add(encoded.class_pixels, config.crops.window**2, number)
     stats.images += 1
     stats.mapped["pixels"] += label_map.size
     stats.mapped["nearest"] += source.nearest
@@ -125,7 +126,7 @@ def merged(records: Iterable[Record]) -> Record:
 def _merged(name: str, one: Any, other: Any) -> Any:
     if isinstance(one, dict):
         return {key: one.get(key, 0) + other.get(key, 0) for key in {**one, **other}}
-    if name in ("class_pixels", "class_samples"):
+    if name in ("class_pixels", "class_samples", SAMPLE_CLASSES):
         return [first + second for first, second in zip(one, other, strict=True)]
     return one + other
 
@@ -140,15 +141,17 @@ class _Silent:
 class _Statistics:
     """Statistics of some images, for the manifest."""
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, shards: int) -> None:
+        self.sample_classes: list[list[list[int]]] = [[] for _ in range(shards)]
         self.images, self.ignored_pixels = 0, 0
         self.mapped = dict.fromkeys(("pixels", "nearest", "rest"), 0)  # of the sources; see `label_mapping.Mapped`
         self.class_pixels, self.class_samples = np.zeros(num_classes, np.int64), np.zeros(num_classes, np.int64)
         self.skipped_crops: Counter[str] = Counter()
         self.skipped_images: list[tuple[str, str]] = []
 
-    def add(self, class_pixels: np.ndarray, pixels: int) -> None:
-        """Add a sample of `pixels` pixels, of which `class_pixels` are labelled."""
+    def add(self, class_pixels: np.ndarray, pixels: int, shard: int = 0) -> None:
+        """Add a sample of `pixels` pixels, of which `class_pixels` are labelled, in one of the shards."""
+        self.sample_classes[shard].append(np.flatnonzero(class_pixels[: self.class_pixels.size]).tolist())
         present = class_pixels[: self.class_pixels.size]
         self.class_pixels[: present.size] += present
         self.class_samples[: present.size] += present > 0
@@ -163,4 +166,5 @@ class _Statistics:
             "mapped": self.mapped,
             "skipped_crops": dict(self.skipped_crops),
             "skipped_images": self.skipped_images,
+            SAMPLE_CLASSES: self.sample_classes,
         }

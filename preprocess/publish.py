@@ -21,7 +21,16 @@ from shards.cli.config_file import config_to_dict
 from shards.errors import CorruptShardError, DatasetError
 from shards.files.atomic import temporary_file
 from shards.files.storage import Storage
-from shards.manifest import INDEX_DTYPE, SHARD_DTYPE, SOURCE_BYTES, FileInfo, Manifest, SplitInfo, manifest_bytes
+from shards.manifest import (
+    CLASS_DTYPE,
+    INDEX_DTYPE,
+    SHARD_DTYPE,
+    SOURCE_BYTES,
+    FileInfo,
+    Manifest,
+    SplitInfo,
+    manifest_bytes,
+)
 from shards.mirror import publish_manifest
 from shards.shard_table import read_records
 
@@ -107,6 +116,8 @@ def _publish_split(store: BlockStore, split: str, blocks: list[Block], unpaired:
             raise DatasetError(f"split {split!r} has no labelled pixel: its label maps hold only ignored values. "
                                "Check dataset.ignore_labels, dataset.reduce_zero_label and the class table")
         store.storage.upload(name, index)
+    with temporary_file(folder / f"{split}.classes", found.classes(store, blocks)) as classes:
+        store.storage.upload(f"{split}.classes", classes)
     _report_mapped(split, stats["mapped"])
     table = np.array(found.rows, SHARD_DTYPE)
     return SplitInfo(
@@ -118,6 +129,7 @@ def _publish_split(store: BlockStore, split: str, blocks: list[Block], unpaired:
         table=_written(store.storage, f"{split}.shards", table.tobytes()),
         index=FileInfo(name=name, bytes=found.index_bytes, sha256=found.index_hash.hexdigest()),
         sources=_written(store.storage, f"{split}.sources", bytes.fromhex("".join(found.sources))),
+        classes=FileInfo(name=f"{split}.classes", bytes=found.classes_bytes, sha256=found.classes_hash.hexdigest()),
         class_pixels=stats["class_pixels"],
         class_samples=stats["class_samples"],
         ignored_pixels=stats["ignored_pixels"],
@@ -133,7 +145,9 @@ class _Collected:
         self.statistics: dict[str, Any] = {}
         self.rows: list[tuple[int, int, int, int, bytes]] = []
         self.sources: list[str] = []
+        self.samples: list[int] = []  # of each block
         self.index_hash, self.index_bytes = hashlib.sha256(), 0
+        self.classes_hash, self.classes_bytes = hashlib.sha256(), 0
 
     def indexes(self, store: BlockStore, blocks: list[Block]) -> Iterator[bytes]:
         """The index of each block, as its record is read and added up."""
@@ -142,10 +156,22 @@ class _Collected:
             entries = record.pop("index")
             self.index_hash.update(entries)
             self.index_bytes += len(entries)
+            self.samples.append(len(entries) // INDEX_DTYPE.itemsize)
             self.rows += _rows(record.pop("shards"), entries)
             self.sources.append(record.pop("sources"))
             self.statistics = merged([self.statistics, {name: record[name] for name in STATISTICS}])
             yield entries
+
+
+    def classes(self, store: BlockStore, blocks: list[Block]) -> Iterator[bytes]:
+        """The classes of all blocks' samples, after `indexes`: first the counts of each block, then its ids."""
+        for is_counts in (True, False):
+            for block, samples in zip(blocks, self.samples, strict=True):
+                content, end = store.read_classes(block), CLASS_DTYPE.itemsize * samples
+                data = content[:end] if is_counts else content[end:]
+                self.classes_hash.update(data)
+                self.classes_bytes += len(data)
+                yield data
 
 
 def _rows(shards: list[dict[str, Any]], index: bytes) -> Iterator[tuple[int, int, int, int, bytes]]:

@@ -4,6 +4,7 @@
     <root>/<split>.shards   one SHARD_DTYPE record per shard (in version 1, the manifest lists the shards itself)
     <root>/<split>.index    one INDEX_DTYPE record per sample, in shard order
     <root>/<split>.sources  32 bytes per block: sha256 of its source files (in version 1, in the manifest)
+    <root>/<split>.classes  the classes of each sample (not in versions 1 and 2): `shards.sampling`
     <root>/<split>-000000.tar …
 """
 
@@ -26,13 +27,13 @@ from shards.files.storage import LocalStorage, Storage, open_storage, read_check
 from shards.rle import MAX_CLASSES, MAX_SIDE, ignore_value
 from shards.shown_text import has_control_characters, shown
 
-FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (1, 2, 3)
 MANIFEST_NAME = "manifest.json"
 _SPLIT_NAME, _SHA256 = re.compile(r"[A-Za-z0-9_-]+"), re.compile(r"[0-9a-f]{64}")
 MIN_SAMPLE_BYTES = 2048  # two tar headers, an image, its masks
 _MAX_MANIFEST_BYTES = 512 << 20  # in version 1, a million shards take half of it
-_FILE_NAME = re.compile(r"[A-Za-z0-9_-]+\.(tar|index|shards|sources)")  # no folders, so nothing outside the root
+_FILE_NAME = re.compile(r"[A-Za-z0-9_-]+\.(tar|index|shards|sources|classes)")  # no folders: nothing outside the root
 _MAX_SHARDS = 1 << 32
 _LONGEST_NAME = 1000  # characters of a class name
 
@@ -43,6 +44,7 @@ INDEX_DTYPE = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc32", "<u4")])
 SHARD_DTYPE = np.dtype([("number", "<u4"), ("samples", "<u4"), ("bytes", "<u8"), ("index_crc32", "<u4"),
                         ("sha256", "V32")])
 SOURCE_BYTES = 32  # per block in <split>.sources
+CLASS_DTYPE = np.dtype("<u2")  # in <split>.classes: the number of classes of each sample, then their ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +99,8 @@ class FileInfo:
 class SplitInfo:
     """One split. `class_pixels` and `class_samples` count labelled pixels and samples holding each class.
 
-    Sets of version 1 have their shards in `listed`, and neither `table` nor `sources`.
+    Sets of version 1 have their shards in `listed`, and neither `table` nor `sources`; nor do those of version 2 have
+    `classes`.
     """
 
     kind: str  # "crops" or "images"
@@ -111,6 +114,7 @@ class SplitInfo:
     ignored_pixels: int
     table: FileInfo | None = None
     sources: FileInfo | None = None
+    classes: FileInfo | None = None
     listed: list[ShardInfo] | None = None
     skipped_crops: dict[str, int] = field(default_factory=dict)  # reason -> crops
     skipped_images: list[dict[str, str]] = field(default_factory=list)  # {"image", "reason"}
@@ -118,7 +122,7 @@ class SplitInfo:
     @property
     def files(self) -> list[FileInfo]:
         """All files but the shards."""
-        return [file for file in (self.table, self.index, self.sources) if file is not None]
+        return [file for file in (self.table, self.index, self.sources, self.classes) if file is not None]
 
     @property
     def labelled_pixels(self) -> int:
@@ -205,13 +209,15 @@ def _content(manifest: Manifest) -> dict[str, Any]:
     if manifest.format_version == 1:
         for split in content["splits"].values():
             split["shards"] = split.pop("listed")
-            for name in ("bytes", "table", "sources"):
+            for name in ("bytes", "table", "sources", "classes"):
                 del split[name]
         if not manifest.sources:  # left out by those who wrote none
             del content["sources"]
         return content
     for split in content["splits"].values():
         del split["listed"]
+        if manifest.format_version == 2:
+            del split["classes"]
     del content["sources"]
     return content
 
@@ -244,20 +250,22 @@ def parse_manifest(data: bytes, name: str) -> Manifest:
     version = content["format_version"]
     if version not in READABLE_VERSIONS:
         raise FormatVersionError(f"{name} has format_version {version}, this code knows "
-                                 f"{' and '.join(map(str, READABLE_VERSIONS))}")
+                                 f"{', '.join(map(str, READABLE_VERSIONS[:-1]))} and {READABLE_VERSIONS[-1]}")
     try:
         recorded = content.pop("manifest_sha256", None)
         if recorded != hash_of(content):
             raise CorruptShardError(f"{name} does not match its manifest_sha256: it was damaged or edited")
-        manifest = built(Manifest, _from_version_1(content) if version == 1 else _of_version_2(content))
+        manifest = built(Manifest, _from_version_1(content) if version == 1 else _of_later_version(content))
         _check_consistency(manifest, name)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptShardError(f"{name} has a missing or malformed field: {error}") from error
     return manifest
 
 
-def _of_version_2(content: dict[str, Any]) -> dict[str, Any]:
-    """The content itself. Raises ValueError for fields that only version 1 has."""
+def _of_later_version(content: dict[str, Any]) -> dict[str, Any]:
+    """The content itself. Raises ValueError for fields that only another version has."""
+    if content["format_version"] == 2 and any("classes" in split for split in content.get("splits", {}).values()):
+        raise ValueError("it has a field of version 3: classes of a split")
     if "sources" in content or any("listed" in split for split in content.get("splits", {}).values()):
         raise ValueError("it has a field of version 1: sources, or listed shards")
     return content
@@ -271,7 +279,7 @@ def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
     for name, split in content["splits"].items():
         if not isinstance(split, dict) or not isinstance(split.get("shards"), list):
             raise ValueError(f"splits.{name} has no list of shards")
-        if unknown := {"listed", "bytes", "table", "sources"} & split.keys():
+        if unknown := {"listed", "bytes", "table", "sources", "classes"} & split.keys():
             raise ValueError(f"splits.{name}.{min(unknown)} is an unknown field")
         shards = split["shards"]
         sizes = [shard.get("bytes") for shard in shards if isinstance(shard, dict)]
@@ -321,6 +329,9 @@ def _check_counts(split: SplitInfo, num_classes: int, where: str) -> None:
         raise CorruptShardError(f"{where}: skipped_images, legal: objects with image and reason")
     if split.index.bytes != split.samples * INDEX_DTYPE.itemsize:
         raise CorruptShardError(f"{where}: the index has {split.index.bytes} bytes for {split.samples} samples")
+    if split.classes is not None and \
+            split.classes.bytes != CLASS_DTYPE.itemsize * (split.samples + sum(split.class_samples)):
+        raise CorruptShardError(f"{where}: the classes have {split.classes.bytes} bytes for {split.samples} samples")
     for counts in (split.class_pixels, split.class_samples):
         if len(counts) != num_classes:
             raise CorruptShardError(f"{where}: counts for {len(counts)} classes, expected {num_classes}")

@@ -11,6 +11,12 @@ An epoch is shuffled so that few bytes are read twice and the sample at any posi
     lanes, permuted    |  2   |  0   |  3   |  1   |          equal sections; position p is in lane p mod lanes
     spans              |..|..|..|                             consecutive samples, read in one request; spans are
                                                               permuted within a lane, samples within a span
+
+With `repeats`, an epoch holds sample i floor or ceil of r_i times, by systematic sampling: with C_i the sum of r up to
+i and u one random number in [0, 1) per epoch, it holds floor(C_i + u) - floor(C_(i-1) + u) copies. The sum of all r is
+a whole number, so every epoch is equally long; the mean number of copies is r_i; and copies are neighbours in a shard's
+part of the row, so the sample at a place is found by a search in C. Within a lane, they are `lanes` or more positions
+apart.
 """
 
 from __future__ import annotations
@@ -18,7 +24,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,15 +32,17 @@ import numpy.typing as npt
 from shards.errors import ConfigError
 
 LANES, SPAN_SAMPLES = 128, 16
+REPEAT_BITS = 20  # repeats are counted in units of 2**-20, exactly
 _EPOCHS_KEPT = 2  # a micro-batch can straddle two epochs
-_SHARDS, _LANES, _SPANS, _SAMPLES = range(4)  # what a random generator is used to permute
+_SHARDS, _LANES, _SPANS, _SAMPLES, _REPEATS = range(5)  # what a random generator is used to permute
 
 
 class PlannedSample(NamedTuple):
-    """One sample of the sequence; (epoch, sample) together seed its augmentation."""
+    """One sample of the sequence; (epoch, sample, repeat) together seed its augmentation."""
 
     epoch: int
     sample: int
+    repeat: int = 0  # copies of the sample before it in the row of the epoch
 
 
 class Span(NamedTuple):
@@ -48,11 +56,13 @@ class Span(NamedTuple):
 class TrainPlan:
     """The order of training samples, numbered in storage order. Raises ConfigError when there are no samples.
 
+    `repeats`, int64 [samples]: C in units of 2**-REPEAT_BITS (`shards.sampling`); None: each sample once an epoch.
     Memory grows with the number of shards and, for the lanes in use, the number of spans (samples / span_samples).
     """
 
     def __init__(self, shard_samples: Sequence[int] | npt.NDArray[np.int64], micro_batch_size: int, seed: int,
-                 lanes: int = LANES, span_samples: int = SPAN_SAMPLES) -> None:
+                 lanes: int = LANES, span_samples: int = SPAN_SAMPLES,
+                 repeats: npt.NDArray[np.int64] | None = None) -> None:
         self.shard_samples = np.asarray(shard_samples, np.int64)
         self.num_samples = int(self.shard_samples.sum())
         if self.num_samples < 1:
@@ -60,17 +70,23 @@ class TrainPlan:
         for name, value in (("micro_batch_size", micro_batch_size), ("lanes", lanes), ("span_samples", span_samples)):
             if value < 1:
                 raise ConfigError(f"{name} is {value}, legal: at least 1")
-        self.micro_batch_size, self.seed = micro_batch_size, seed
-        self.lanes = min(lanes, self.num_samples)
-        self.span_samples = min(span_samples, -(-self.num_samples // self.lanes))  # at most the longest lane
+        self.micro_batch_size, self.seed, self.repeats = micro_batch_size, seed, repeats
+        self.epoch_size = self.num_samples if repeats is None else int(repeats[-1]) >> REPEAT_BITS  # positions
+        if repeats is not None and (len(repeats) != self.num_samples or self.epoch_size < 1):
+            raise ConfigError(f"repeats are of {len(repeats)} samples and add up to {self.epoch_size}, legal: of all "
+                              f"{self.num_samples}, and at least 1")
+        self.lanes = min(lanes, self.epoch_size)
+        self.span_samples = min(span_samples, -(-self.epoch_size // self.lanes))  # at most the longest lane
         self._first_samples = np.cumsum(self.shard_samples) - self.shard_samples
         self._row = functools.lru_cache(maxsize=_EPOCHS_KEPT)(self._make_row)
+        self._offset = functools.lru_cache(maxsize=_EPOCHS_KEPT)(self._make_offset)
         self._lane_starts = functools.lru_cache(maxsize=_EPOCHS_KEPT)(self._make_lane_starts)
         self._span_order = functools.lru_cache(maxsize=_EPOCHS_KEPT * self.lanes)(self._make_span_order)
         self._sample_order = functools.lru_cache(maxsize=_EPOCHS_KEPT * self.lanes)(self._make_sample_order)
 
-    def __reduce__(self) -> tuple[type[TrainPlan], tuple[npt.NDArray[np.int64], int, int, int, int]]:
-        return TrainPlan, (self.shard_samples, self.micro_batch_size, self.seed, self.lanes, self.span_samples)
+    def __reduce__(self) -> tuple[type[TrainPlan], tuple[Any, ...]]:
+        return TrainPlan, (self.shard_samples, self.micro_batch_size, self.seed, self.lanes, self.span_samples,
+                           self.repeats)
 
     def micro_batch(self, number: int) -> list[PlannedSample]:
         """The samples of micro-batch `number` (0, 1, 2, ..., unbounded)."""
@@ -82,27 +98,51 @@ class TrainPlan:
 
     def sample_at(self, position: int) -> PlannedSample:
         """The sample at a position (0, 1, 2, ..., unbounded)."""
-        span, place = self._locate(position)
-        inside = int(self._sample_order(span)[place])
-        return PlannedSample(span.epoch, int(self.samples(Span(span.epoch, span.first + inside, 1))[0]))
+        span, turn = self._locate(position)
+        inside = int(self._sample_order(span)[turn])
+        places = self._places(Span(span.epoch, span.first + inside, 1))
+        samples = self._samples_at(span.epoch, places)
+        if self.repeats is None:
+            return PlannedSample(span.epoch, int(samples[0]))
+        return PlannedSample(span.epoch, int(samples[0]), int((places - self._copies_before(span.epoch, samples))[0]))
 
     def span(self, position: int) -> Span:
         """The span containing the sample at a position."""
         return self._locate(position)[0]
 
     def samples(self, span: Span) -> npt.NDArray[np.int64]:
-        """Sample numbers of a span; consecutive except where it crosses into another shard."""
-        order, ends = self._row(span.epoch)
+        """Sample numbers of a span; consecutive except where it crosses into another shard. With `repeats`, some may
+        occur more than once, one after the other, or not at all."""
+        return self._samples_at(span.epoch, self._places(span))
+
+    def _places(self, span: Span) -> npt.NDArray[np.int64]:
+        """Places of a span's samples in storage order, where each is as often as in this epoch."""
+        _, ends, shift = self._row(span.epoch)
         places = np.arange(span.first, span.first + span.size)
-        shards = np.searchsorted(ends, places, side="right")
-        sizes = self.shard_samples[order[shards]]
-        return self._first_samples[order[shards]] + places - (ends[shards] - sizes)
+        return places + shift[np.searchsorted(ends, places, side="right")]
+
+    def _samples_at(self, epoch: int, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The first i with floor(C_i + u) > place, for each place."""
+        if self.repeats is None:
+            return places
+        return np.searchsorted(self.repeats, (places + 1 << REPEAT_BITS) - self._offset(epoch), side="left")
+
+    def _copies_before(self, epoch: int, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """floor(C_(i-1) + u): copies of all samples before each of these, in storage order."""
+        if self.repeats is None:
+            return samples
+        sums = np.where(samples > 0, self.repeats[np.maximum(samples, 1) - 1], 0)
+        return sums + self._offset(epoch) >> REPEAT_BITS
+
+    def _make_offset(self, epoch: int) -> int:
+        """u of an epoch, in units of 2**-REPEAT_BITS."""
+        return int(self._rng(epoch, _REPEATS).integers(1 << REPEAT_BITS))
 
     def _locate(self, position: int) -> tuple[Span, int]:
         """(span, index into its sample order) of a position."""
-        epoch, in_epoch = divmod(position, self.num_samples)
+        epoch, in_epoch = divmod(position, self.epoch_size)
         in_lane, lane = divmod(in_epoch, self.lanes)
-        size, longer = divmod(self.num_samples, self.lanes)  # the first `longer` lanes have one extra sample
+        size, longer = divmod(self.epoch_size, self.lanes)  # the first `longer` lanes have one extra sample
         first, length = int(self._lane_starts(epoch)[lane]), size + (lane < longer)
         order, short = self._span_order(epoch, lane, length)
         lacking = len(order) * self.span_samples - length  # samples that the short span has less than the others
@@ -114,14 +154,18 @@ class TrainPlan:
         span = Span(epoch, first + offset, min(self.span_samples, length - offset))
         return span, in_lane - start
 
-    def _make_row(self, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """(shards in the epoch's order, end of each in the row)"""
+    def _make_row(self, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """(shards in the epoch's order; of each, its end in the row, and what leads from places in the row to places in
+        storage order)"""
         order = self._rng(epoch, _SHARDS).permutation(len(self.shard_samples))
-        return order, np.cumsum(self.shard_samples[order])
+        first = self._copies_before(epoch, self._first_samples)
+        sizes = self._copies_before(epoch, self._first_samples + self.shard_samples) - first
+        ends = np.cumsum(sizes[order])
+        return order, ends, first[order] - (ends - sizes[order])
 
     def _make_lane_starts(self, epoch: int) -> npt.NDArray[np.int64]:
         """Start of each lane in the row; lanes are permuted so that a batch does not draw from adjacent sections."""
-        size, longer = divmod(self.num_samples, self.lanes)
+        size, longer = divmod(self.epoch_size, self.lanes)
         order = self._rng(epoch, _LANES).permutation(self.lanes)
         lengths = size + (order < longer)
         starts = np.empty(self.lanes, np.int64)

@@ -38,14 +38,14 @@ class ReadAhead:
         """Start fetching a span, unless it is held already or would exceed the budget."""
         if span not in self._spans:
             numbers = [int(number) for number in samples()]
-            if self._total + self.reader.bytes_of(numbers) <= self.budget:
+            if self._total + self.reader.bytes_of(_distinct(numbers)) <= self.budget:
                 self._begin(span, numbers)
 
     def take(self, span: Hashable, samples: Callable[[], Iterable[int]], number: int) -> bytes:
         """The bytes of one sample of a span. Re-raises errors of the fetch."""
         if span not in self._spans:
             numbers = [int(number) for number in samples()]
-            self._make_room(self.reader.bytes_of(numbers))
+            self._make_room(self.reader.bytes_of(_distinct(numbers)))
             self._begin(span, numbers)
         held = self._spans[span]
         try:
@@ -66,8 +66,9 @@ class ReadAhead:
         self._spans.clear()
 
     def _begin(self, span: Hashable, numbers: Sequence[int]) -> None:
-        held = _Held(self._threads.submit(lambda: dict(zip(numbers, self.reader.fetch(numbers), strict=True))),
-                     self.reader.bytes_of(numbers), len(numbers))
+        once = _distinct(numbers)
+        held = _Held(self._threads.submit(lambda: dict(zip(once, self.reader.fetch(once), strict=True))),
+                     self.reader.bytes_of(once), len(numbers))
         self._spans[span] = held
         self._total += held.size
 
@@ -80,6 +81,11 @@ class ReadAhead:
         if not held.data.cancel():
             wait([held.data])  # already running: its bytes will arrive anyway, and must not exceed the budget
         self._total -= held.size
+
+
+def _distinct(numbers: Sequence[int]) -> list[int]:
+    """Without the copies of samples that a plan repeats."""
+    return list(dict.fromkeys(numbers))
 
 
 def look_ahead(items: Iterable[_Item], count: int, see: Callable[[_Item], None]) -> Iterator[_Item]:

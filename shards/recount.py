@@ -1,6 +1,7 @@
 """Compare what a manifest says of a split with its samples, and with itself.
 
     class_pixels, class_samples, ignored_pixels    counted again, pixel by pixel
+    classes                                        the list of each sample, compared with its labels (`verify`)
     samples, shards, bytes, table, index           counted and hashed (here, in `shard_table` and in `manifest`)
     kind, crops.splits, size, stored_size          each sample's size, and whether its meta has a crop
     images, skipped_crops, crops.per_image         a crop's key has its image and its number. Each image has `per_image`
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from shards.manifest import SOURCE_BYTES, Manifest, SplitInfo
 from shards.sample import CropSample
@@ -66,6 +68,7 @@ class Recount:
     samples: np.ndarray
     ignored: int = 0
     keys: array[int] = field(default_factory=lambda: array("Q"))  # a hash of each
+    labels: list[npt.NDArray[np.int64]] = field(default_factory=list)  # of each sample; not kept by `merge`
     images: array[int] = field(default_factory=lambda: array("Q"))  # for crops: a hash of each sample's image
 
     @classmethod
@@ -82,6 +85,7 @@ class Recount:
         area = np.bincount(segment_map.reshape(-1), minlength=labels.size)[: labels.size]
         self.pixels[labels] += area
         self.samples[labels] += 1
+        self.labels.append(labels)
         self.ignored += segment_map.size - int(area.sum())
         if expected.is_crops and expected.per_image is not None:
             self.images.append(_hash(sample.key.rpartition("-")[0]))

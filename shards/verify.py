@@ -30,6 +30,7 @@ from shards.manifest import MANIFEST_NAME, FileInfo, Manifest, ShardInfo, SplitI
 from shards.reader import parse_span
 from shards.recount import Expected, Recount, inconsistencies
 from shards.sample import CropSample
+from shards.sampling import ClassLists
 from shards.shard_table import SampleIndex, ShardTable
 from shards.workers import exit_with_parent, use_own_temporary_folder
 
@@ -101,19 +102,39 @@ class _Report:
 def _verify_split(facts: _Facts, progress: Callable[[str], object], workers: int) -> Iterator[str]:
     where = f"{facts.storage.where(MANIFEST_NAME)}, split {facts.name!r}"
     yield from inconsistencies(facts.manifest, facts.name, facts.table, where)
-    whole, sound = Recount.start(facts.expected), True
+    whole, sound, lists = Recount.start(facts.expected), True, None
+    if facts.split.classes is not None and facts.deep:
+        try:
+            lists = ClassLists.load(facts.storage, facts.split)
+        except MaskStreamError as error:
+            yield str(error)
     order: list[tuple[int, int]] = []  # (shard, samples) in the order of `whole.keys`
     for report in _reports(facts, workers):
         yield from report.problems
         if report.contradiction is not None:
             yield report.contradiction
         sound = sound and not report.problems
+        if lists is not None and not report.problems:
+            yield from _other_classes(lists, report, facts)
         whole.merge(report.counts)
         order.append((report.shard, len(report.counts.keys)))
         progress(facts.table.name(report.shard))
     if sound and facts.deep:
         yield from whole.differences(facts.split, where)
         yield from _repeated(facts, whole.keys, order, where)
+
+
+def _other_classes(lists: ClassLists, report: _Report, facts: _Facts) -> Iterator[str]:
+    """The first sample of an intact shard whose list of classes is not that of its labels."""
+    first, last = (int(number) for number in facts.table.first_sample[report.shard : report.shard + 2])
+    found, said = ClassLists.of([labels.tolist() for labels in report.counts.labels]), lists.part(first, last)
+    if found.tobytes() != said.tobytes():
+        number = next(number for number, labels in enumerate(report.counts.labels)
+                      if said.part(number, number + 1).ids.tolist() != labels.tolist())
+        assert facts.split.classes is not None
+        yield (f"{facts.storage.where(facts.split.classes.name)}: the classes of sample {number} of "
+               f"{facts.table.name(report.shard)} are {said.part(number, number + 1).ids.tolist()}, its labels are "
+               f"{report.counts.labels[number].tolist()}")
 
 
 def _reports(facts: _Facts, workers: int) -> Iterator[_Report]:

@@ -13,6 +13,7 @@ from shards.cli.settings import place, setting
 from shards.crops.drawing import SCALED_SIDES, CropRules
 from shards.errors import ConfigError
 from shards.files.storage import REMOTE_SCHEMES, local_path
+from shards.sampling import SAMPLINGS
 from trainer.model_config import SIZE_DIVISORS, AdapterConfig, BackboneConfig, DecoderHeadConfig
 
 STOPPING_METRICS = ("mIoU", "mAcc", "aAcc", "fwIoU", "mDice", "mBoundaryIoU")  # all of them: higher is better
@@ -83,6 +84,11 @@ class DataConfig:
                          "by a single worker only if micro_batch_size x ranks x workers divides this number",
                          minimum=1)
     span_samples: int = setting(16, "consecutive samples that are fetched in one read", minimum=1)
+    sampling: str = setting("none", "repeat samples of rare classes within an epoch: repeat_factor, as for LVIS; "
+                            "class_balanced: all classes equally often, in an epoch of the same length; none: every "
+                            "sample once", choices=SAMPLINGS)
+    sampling_threshold: float = setting(0.001, "sampling repeat_factor: share of samples below which a class is rare",
+                                        minimum=0, maximum=1)
     read_ahead_mb: int = setting(256, "object storage: read-ahead buffer of each worker, in MiB; it should hold lanes "
                                  "/ (ranks x workers) spans", minimum=1)
     cache_dir: str | None = place("object storage: folder on the node's local disk in which downloaded bytes are "

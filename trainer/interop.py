@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from shards.plan import MicroBatchNumbers, TrainPlan
+from shards.plan import MicroBatchNumbers
 from trainer.config import DataConfig
 from trainer.data.batch import normalized_images
-from trainer.data.crops import TrainCrops, open_reader, read_samples, share_of_worker
+from trainer.data.crops import TrainCrops, open_reader, read_samples, share_of_worker, train_plan
 from trainer.data.targets import to_dense
 from trainer.model_config import IMAGENET_MEAN, IMAGENET_STD
 
@@ -20,19 +20,19 @@ from trainer.model_config import IMAGENET_MEAN, IMAGENET_STD
 class SampleStream(IterableDataset[dict[str, Any]]):
     """One epoch of verified training samples, in planned order: {"__key__", "jpg" or "png": bytes, "mp": bytes}.
 
-    Can be the first stage of a `webdataset.DataPipeline`. Each sample appears exactly once over all ranks and their
+    Can be the first stage of a `webdataset.DataPipeline`. Each sample appears exactly once (with `data.sampling`, as
+    often as in the trainer) over all ranks and their
     loader processes; the ranks' numbers of samples may differ by one.
     """
 
     def __init__(self, config: DataConfig, seed: int = 0, epoch: int = 0, rank: int = 0, world_size: int = 1) -> None:
         self.reader = open_reader(config, config.train_split)
-        self.plan = TrainPlan(self.reader.table.samples, 1, seed, config.lanes,
-                              config.span_samples)
+        self.plan = train_plan(self.reader, config, 1, seed)
         self.epoch, self.rank, self.world_size, self.budget = epoch, rank, world_size, config.read_ahead_mb << 20
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        first = self.epoch * self.plan.num_samples
-        positions = range(first + self.rank, first + self.plan.num_samples, self.world_size)
+        first = self.epoch * self.plan.epoch_size
+        positions = range(first + self.rank, first + self.plan.epoch_size, self.world_size)
         numbers = [self.plan.sample_at(position).sample for position in share_of_worker(positions)]
         for sample in read_samples(self.reader, numbers, self.budget):
             yield {"__key__": sample.key, sample.image_suffix: sample.image_bytes, "mp": sample.payload}
@@ -49,8 +49,7 @@ class TransformersBatches(IterableDataset[dict[str, Any]]):
                  rank: int = 0, world_size: int = 1, mean: Sequence[float] = IMAGENET_MEAN,
                  std: Sequence[float] = IMAGENET_STD) -> None:
         reader = open_reader(config, config.train_split)
-        plan = TrainPlan(reader.table.samples, batch_size, seed, config.lanes,
-                         config.span_samples)
+        plan = train_plan(reader, config, batch_size, seed)
         numbers = MicroBatchNumbers(first_step=first_step, last_step=last_step, rank=rank, world_size=world_size,
                                     accumulation=1)
         self.crops = TrainCrops(reader, plan, config, numbers, batch_size * world_size)

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 
-def sample_rng(seed: int, epoch: int, sample: int) -> np.random.Generator:
-    """RNG for one sample's augmentation in one epoch."""
-    return np.random.Generator(np.random.PCG64([seed, epoch, sample]))
+def sample_rng(seed: int, epoch: int, sample: int, repeat: int = 0) -> np.random.Generator:
+    """RNG for one sample's augmentation in one epoch; for copy `repeat` of it, where sampling repeats it."""
+    return np.random.Generator(np.random.PCG64([seed, epoch, sample, *([repeat] if repeat else [])]))
 
 
 def micro_batch_seed(seed: int, number: int) -> int:

@@ -71,7 +71,8 @@ def _dry_run(config: RunConfig) -> int:
     val_images = len(val_reader)
     print(f"{shown(manifest.dataset)}: {manifest.num_classes} classes, {samples} training samples in "
           f"{crops.reader.info.shards} shards, {val_images} validation samples")
-    print(f"{steps} steps of {global_batch} = {steps * global_batch / samples:.2f} epochs; {accumulation} "
+    epochs = steps * global_batch / crops.plan.epoch_size
+    print(f"{steps} steps of {global_batch} = {epochs:.2f} epochs of {crops.plan.epoch_size} samples; {accumulation} "
           "micro-batches per step, divided among the ranks")
     if (weights := resolve_class_weights(config, manifest)) is not None:
         print(shown(f"class weights from {described(weights, manifest)}"))

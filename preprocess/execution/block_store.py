@@ -20,7 +20,7 @@ from shards.files.atomic import remove_leftovers
 from shards.files.locks import own_folder
 from shards.files.storage import LocalStorage, below, local_path, open_storage
 from shards.files.strict_json import to_json
-from shards.manifest import INDEX_DTYPE, ShardInfo, hash_of
+from shards.manifest import CLASS_DTYPE, INDEX_DTYPE, ShardInfo, hash_of
 from shards.mirror import copy_file
 from shards.shown_text import masked_value
 
@@ -106,15 +106,20 @@ class BlockStore:
             copy_file(LocalStorage(path.parent), self.storage, info)
 
     def write_record(self, block: Block, record: dict[str, Any]) -> None:
-        """Mark a block as finished: first its index is written, then the rest of the record."""
+        """Mark a block as finished: first its index and classes are written, then the rest of the record."""
         record = dict(record)
         self.records.write(_index(block), record.pop("index"))
+        self.records.write(_classes(block), record.pop("classes"))
         self.records.write(_name(block), to_json(record).encode())
 
     def read_record(self, block: Block) -> dict[str, Any]:
         """The record of a finished block, with its index."""
         record = json.loads(self.records.read(_name(block)))
         return {**record, "index": self.records.read(_index(block))}
+
+    def read_classes(self, block: Block) -> bytes:
+        """The classes of a finished block's samples: counts, then ids (`shards.sampling`)."""
+        return self.records.read(_classes(block))
 
     def summaries(self, blocks: list[Block]) -> dict[str, Summary]:
         """What is to be known of those blocks whose shards are there with the recorded sizes, by block name."""
@@ -130,7 +135,9 @@ class BlockStore:
                     record = json.loads(self.records.read(_name(block)))
                     samples = sum(shard["samples"] for shard in record["shards"])
                     if all(sizes.get(shard["name"]) == shard["bytes"] for shard in record["shards"]) \
-                            and present.get(_index(block)) == samples * INDEX_DTYPE.itemsize:
+                            and present.get(_index(block)) == samples * INDEX_DTYPE.itemsize \
+                            and present.get(_classes(block)) == CLASS_DTYPE.itemsize * (
+                                samples + sum(record["class_samples"])):
                         found[block.name] = Summary.of(record)
         return found
 
@@ -169,3 +176,7 @@ def _name(block: Block) -> str:
 
 def _index(block: Block) -> str:
     return f"{block.name}.index"
+
+
+def _classes(block: Block) -> str:
+    return f"{block.name}.classes"

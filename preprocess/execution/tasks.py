@@ -16,12 +16,13 @@ import numpy as np
 
 from preprocess.blocks import Block, Progress, hash_sources
 from preprocess.config import PreprocessConfig
-from preprocess.encoding import encode_pairs
+from preprocess.encoding import SAMPLE_CLASSES, encode_pairs
 from preprocess.execution.block_store import BlockStore
 from preprocess.pairs import Dataset
 from preprocess.source_tree import HashedTree
 from shards.files.atomic import naming
 from shards.manifest import INDEX_DTYPE, hash_of
+from shards.sampling import ClassLists
 from shards.writer import ShardWriter, encode_span
 
 
@@ -62,7 +63,7 @@ class WriteBlock:
     block: Block
 
     def run(self, job: Job, progress: Progress) -> dict[str, Any]:
-        """The block's record: shards, sources, class counts, skips, and `index`, the bytes of the shards' indexes."""
+        """The block's record: shards, sources, class counts, skips, and as bytes the shards' `index` and `classes`."""
         with job.store.workspace() as folder:
             writers = [ShardWriter(folder / name) for name in self.block.shard_names]
             with contextlib.ExitStack() as stack:
@@ -121,8 +122,9 @@ class JoinShard:
 def complete_record(record: dict[str, Any], shards: list[dict[str, Any] | None]) -> dict[str, Any]:
     """A block's record from its statistics and its shards."""
     kept = [shard for shard in shards if shard is not None]
+    classes = ClassLists.of([ids for shard in record.pop(SAMPLE_CLASSES) for ids in shard])
     return {**record, "shards": [shard["info"] for shard in kept], "index": b"".join(shard["index"] for shard in kept),
-            "sources": hash_of(record["sources"])}
+            "classes": classes.tobytes(), "sources": hash_of(record["sources"])}
 
 
 def _kept(store: BlockStore, writer: ShardWriter) -> dict[str, Any] | None:

@@ -121,7 +121,7 @@ HOSTILE_2 |= {name: change for name, change in HOSTILE.items() if "shard" not in
 
 @pytest.mark.parametrize(("version", "name"), [*((1, name) for name in HOSTILE), *((2, name) for name in HOSTILE_2)])
 def test_a_hostile_manifest_is_one_line(version: int, name: str, scene_shards: Path, tmp_path: Path) -> None:
-    root = scene_shards if version == 2 else as_version_1(Path(shutil.copytree(scene_shards, tmp_path / "set")))
+    root = as_version_1(Path(shutil.copytree(scene_shards, tmp_path / "set"))) if version == 1 else scene_shards
     content = json.loads((root / MANIFEST_NAME).read_bytes())
     del content["manifest_sha256"]
     (HOSTILE if version == 1 else HOSTILE_2)[name](content)

@@ -81,7 +81,8 @@ def unlabelled(scene_shards: Path, tmp_path: Path) -> Path:
     root = Path(shutil.copytree(scene_shards, tmp_path / "shards"))
     manifest = load_manifest(root)
     nothing = [0] * manifest.num_classes
-    val = dataclasses.replace(manifest.splits["val"], class_pixels=nothing, class_samples=nothing)
+    val = dataclasses.replace(manifest.splits["val"], class_pixels=nothing, class_samples=nothing,
+                              classes=None)
     manifest = dataclasses.replace(manifest, splits={**manifest.splits, "val": val})
     (root / "manifest.json").write_bytes(manifest_bytes(manifest))
     return root

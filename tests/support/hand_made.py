@@ -109,11 +109,21 @@ def as_version_1(root: Path) -> Path:
         hashes = (root / f"{name}.sources").read_bytes()
         sources |= {f"{name}-{block:06d}": hashes[32 * block : 32 * block + 32].hex()
                     for block in range(len(hashes) // 32)}
-        splits[name] = replace(info, listed=listed, table=None, sources=None)
-        for suffix in ("shards", "sources"):
+        splits[name] = replace(info, listed=listed, table=None, sources=None, classes=None)
+        for suffix in ("shards", "sources", "classes"):
             (root / f"{name}.{suffix}").unlink()
     old = replace(manifest, splits=splits, sources=sources, format_version=1)
     (root / MANIFEST_NAME).write_bytes(manifest_bytes(old))
+    return root
+
+
+def as_version_2(root: Path) -> Path:
+    """As `as_version_1`, by releases that knew version 2."""
+    manifest = load_manifest(root)
+    for name in manifest.splits:
+        (root / f"{name}.classes").unlink()
+    splits = {name: replace(info, classes=None) for name, info in manifest.splits.items()}
+    (root / MANIFEST_NAME).write_bytes(manifest_bytes(replace(manifest, splits=splits, format_version=2)))
     return root
 
 

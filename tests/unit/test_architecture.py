@@ -45,7 +45,7 @@ LAYERS: dict[str, tuple[set[str], ...]] = {
         {"picture_file", "coco", "picture", "cli", "crops"},
         {"sample", "manifest"},
         {"shard_table", "writer"},
-        {"reader", "mirror", "class_list", "recount"},
+        {"reader", "mirror", "class_list", "recount", "sampling"},
         {"read_ahead", "audit", "verify", "looking"},
         {"exports"},
         {"__init__"},

@@ -389,7 +389,7 @@ def test_the_number_of_workers_changes_no_byte(scenes: Path, tmp_path: Path) -> 
         subprocess.run(command("--root", str(scenes), "--output", str(tmp_path / str(workers)), "--workers",
                                str(workers), "crops.size=64", "images_per_shard=4"), check=True, capture_output=True)
     assert contents(tmp_path / "1") == contents(tmp_path / "3")
-    assert len(contents(tmp_path / "1")) == 3 * 4 + 2 + 7
+    assert len(contents(tmp_path / "1")) == 3 * 4 + 2 + 9
 
 
 def test_seed_and_settings_change_the_crops(scenes: Path, scene_shards: Path, tmp_path: Path) -> None:

@@ -241,7 +241,7 @@ def test_missing_replaced_and_newer_sets_are_refused(s3_shards: str, scene_shard
     storage.write(name, bytes(data[:-512]))
     with pytest.raises(CorruptShardError, match=f"{name} has {len(data) - 512} bytes, the manifest says {len(data)}"):
         ShardReader(s3_shards, "train")
-    newer = manifest_bytes(load_manifest(s3_shards)).replace(b'"format_version": 2', b'"format_version": 9')
+    newer = manifest_bytes(load_manifest(s3_shards)).replace(b'"format_version": 3', b'"format_version": 9')
     storage.write(MANIFEST_NAME, newer)
     with pytest.raises(FormatVersionError, match=f"{s3_shards}/manifest.json has format_version 9"):
         load_manifest(s3_shards)
@@ -410,7 +410,7 @@ def test_a_copy_of_another_set_is_not_overwritten(foreign: Storage, scene_shards
     for file in files_of(LocalStorage(other), load_manifest(other)):
         if file.name.startswith("train"):
             foreign.delete(file.name)
-    assert copy_set(scene_shards, foreign) == 7  # only the validation images were there, and they are the same
+    assert copy_set(scene_shards, foreign) == 8  # only the validation images were there, and they are the same
     assert verify(foreign) == []
 
 

@@ -255,7 +255,7 @@ def test_manifests_that_cannot_be_trusted_are_refused(damaged: Path) -> None:
     wrong_count = {**splits, "val": splits["val"] | {"samples": 6}}
     escaping = json.loads(original.replace(b'"val.shards"', b'"../val.shards"'))["splits"]
     for changes, error, message in (
-        ({"format_version": 3}, FormatVersionError, "format_version 3, this code knows 1 and 2"),
+        ({"format_version": 4}, FormatVersionError, "format_version 4, this code knows 1, 2 and 3"),
         ({"splits": wrong_count}, CorruptShardError, "the index has 80 bytes for 6 samples"),
         ({"splits": escaping}, CorruptShardError, "not a plain file name"),
         ({"classes": 3}, CorruptShardError, "has a missing or malformed field"),

@@ -28,6 +28,7 @@ from shards.read_ahead import ReadAhead, look_ahead
 from shards.reader import ShardReader
 from shards.rle import IGNORE_16_BIT, ignore_value
 from shards.sample import CropSample
+from shards.sampling import ClassLists, cumulative_repeats
 from trainer.config import DataConfig, OnlineConfig
 from trainer.data.batch import Batch
 from trainer.data.geometry import Move, draw_move, rotate_labels
@@ -74,6 +75,16 @@ def open_reader(config: DataConfig, split: str, manifest: Manifest | None = None
                           "the shards again with a label mapping that fits the dataset, or choose another split "
                           "(data.train_split, data.val_split)")
     return reader
+
+
+def train_plan(reader: ShardReader, config: DataConfig, micro_batch_size: int, seed: int) -> TrainPlan:
+    """The order of the samples of a split, sampled as configured. Raises ShardError for sampling of a set that does not
+    list its samples' classes."""
+    repeats = None
+    if config.sampling != "none":
+        lists = ClassLists.load(reader.storage, reader.info)
+        repeats = cumulative_repeats(lists, reader.info, config.sampling, config.sampling_threshold)
+    return TrainPlan(reader.table.samples, micro_batch_size, seed, config.lanes, config.span_samples, repeats)
 
 
 class TrainCrops(IterableDataset[Batch]):
@@ -168,7 +179,7 @@ class TrainCrops(IterableDataset[Batch]):
             data = ahead.take(span, partial(self.plan.samples, span), draw.sample)
         sample = self.reader.read(draw.sample, data)
         check_labels(sample, self.reader.num_classes)
-        rng = sample_rng(self.plan.seed, draw.epoch, draw.sample)
+        rng = sample_rng(self.plan.seed, draw.epoch, draw.sample, draw.repeat)
         cut = self._stored_crop if self.rules is None else self._drawn_crop
         segment_map, labels, valid = cut(sample, rng, images)
         move = draw_move(rng, self.config, valid)

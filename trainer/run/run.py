@@ -15,12 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 from shards.cli.config_file import config_to_dict
 from shards.errors import ConfigError
 from shards.manifest import Manifest, class_table
-from shards.plan import TrainPlan, accumulation_for
+from shards.plan import accumulation_for
 from shards.reader import ShardReader
 from trainer.build import build_criterion, build_model, check_crop_size, resolve_class_weights
 from trainer.config import RunConfig
 from trainer.data.batch import Batch
-from trainer.data.crops import TrainCrops, open_reader
+from trainer.data.crops import TrainCrops, open_reader, train_plan
 from trainer.data.user_transform import Transform, load_transform, transformed
 from trainer.distributed import DistContext
 from trainer.loss.criterion import Criterion
@@ -172,8 +172,7 @@ def open_crops(config: RunConfig, manifest: Manifest) -> TrainCrops:
         raise ConfigError(f"data.online.scaled_side is {config.data.online.scaled_side}, legal with split "
                           f"{reader.split!r}, which holds crops: stored; or make shards of whole images "
                           "(crops.splits=[]), as configs/ade20k-whole-shards.yaml does")
-    plan = TrainPlan(reader.table.samples, config.train.micro_batch_size, config.seed,
-                     config.data.lanes, config.data.span_samples)
+    plan = train_plan(reader, config.data, config.train.micro_batch_size, config.seed)
     crops = TrainCrops(reader, plan, config.data, global_batch_size=config.train.global_batch_size)
     height, width = crops[0].to(torch.device("cpu")).images.shape[2:]
     check_crop_size(config, height, width)

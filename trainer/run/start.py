@@ -120,7 +120,8 @@ def _resume_invariants(config: RunConfig) -> RunConfig:
                                 ("mask_annealing", "mask_annealing_starts", "mask_annealing_ends")}),
         data=replace(default.data, online=replace(config.data.online, resample_on=default.data.online.resample_on),
                      **{name: getattr(config.data, name)
-                        for name in ("train_split", "crop_size", "lanes", "span_samples")}),
+                        for name in ("train_split", "crop_size", "lanes", "span_samples", "sampling",
+                                     "sampling_threshold")}),
         train=replace(default.train, global_batch_size=config.train.global_batch_size),
         optimizer=replace(default.optimizer, decay_all=config.optimizer.decay_all),
     )
