@@ -93,7 +93,7 @@ def _export(arguments: argparse.Namespace, output: Path, publication: Publicatio
     if publication is not None and not arguments.dry_run:
         check_access(publication)
     arguments.overrides = ["device=cpu", *arguments.overrides]
-    pretrained = open_pretrained(arguments)
+    pretrained = open_pretrained(arguments, for_export=True)
     named = None if publication is None else backbone_to_name(pretrained, publication)
     for name in tqdm(arguments.formats, desc="exporting", unit="format", disable=None):
         for path in (write_directory(pretrained, output, backbone_source=named) if name == "directory"

@@ -19,9 +19,9 @@ from trainer.data.loader import train_loader
 from trainer.data.whole_images import WholeImages
 from trainer.distributed import DistContext
 from trainer.evaluation.evaluation import Evaluation, EvaluationStopped, evaluate
-from trainer.evaluation.predictor import autocast
 from trainer.loss.matcher import count_masks
 from trainer.optimizer import clip_gradients, set_learning_rates
+from trainer.precision import autocast
 from trainer.run.failures import explain_failures
 from trainer.run.loss_scaling import Outcome
 from trainer.run.non_finite import NonFiniteGuard, NonFiniteStep, RollBack

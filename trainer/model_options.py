@@ -29,8 +29,9 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
                         "in id order, e.g. preprocess/layouts/tables/ade20k.txt")
 
 
-def open_pretrained(arguments: argparse.Namespace) -> Pretrained:
-    """Open the model that the options select. Raises ConfigError if it cannot be loaded or the options do not fit."""
+def open_pretrained(arguments: argparse.Namespace, *, for_export: bool = False) -> Pretrained:
+    """Open the model that the options select; `for_export` as in `load_pretrained`. Raises ConfigError if it cannot be
+    loaded or the options do not fit."""
     from trainer.distributed import pick_device
     from trainer.models.weights import WeightsFile
     from trainer.pretrained import from_external_weights, load_pretrained
@@ -41,7 +42,7 @@ def open_pretrained(arguments: argparse.Namespace) -> Pretrained:
         if arguments.configs is not None or arguments.classes is not None:
             raise ConfigError(f"{arguments.checkpoint} contains its own settings and classes; leave out --config and "
                               "--classes, and change settings with --set")
-        pretrained = load_pretrained(source, overrides=arguments.overrides)
+        pretrained = load_pretrained(source, overrides=arguments.overrides, for_export=for_export)
         if pretrained.weights is not None:
             print(f"{arguments.checkpoint}: {pretrained.weights} weights of step {pretrained.step} (eval.weights)")
         return pretrained
@@ -53,4 +54,5 @@ def open_pretrained(arguments: argparse.Namespace) -> Pretrained:
     except (OSError, StorageError, UnicodeDecodeError) as error:
         raise ConfigError(f"--classes {arguments.classes} cannot be read: {error}") from error
     config = load_run_config([file_or_recipe(given) for given in arguments.configs], arguments.overrides)
-    return from_external_weights(source, config, parse_classes(text, arguments.classes), pick_device(config.device))
+    return from_external_weights(source, config, parse_classes(text, arguments.classes), pick_device(config.device),
+                                 for_export=for_export)

@@ -35,6 +35,7 @@ from trainer.models.backbones.base import state_sha256
 from trainer.models.declared import declared_backbone
 from trainer.models.integrity import sealed_config
 from trainer.models.weights import EXPORT_MODEL_TYPE, WeightsFile
+from trainer.precision import store_for_autocast
 from trainer.run.checkpoint import Checkpoint, open_checkpoint
 
 EXPORT_FORMAT = 1
@@ -102,20 +103,22 @@ def load_pretrained(
     overrides: Sequence[str] = (),
     backbone_source: str | None = None,
     device: torch.device | None = None,
+    for_export: bool = False,
 ) -> Pretrained:
     """Open an export (a directory or hub id) or a MaskStream checkpoint.
 
     `overrides` are key=value settings; of a checkpoint with averaged and raw weights, `eval.weights` says which are
     used, by default the averaged ones. `backbone_source` is the current location of the frozen ViT of a checkpoint, or
-    of an export that only names its ViT; `device` defaults to the configured one. Raises ConfigError when something is
-    missing or does not fit.
+    of an export that only names its ViT; `device` defaults to the configured one. A frozen ViT is stored for autocast
+    (see `store_for_autocast`), unless the model is `for_export`. Raises ConfigError when something is missing or does
+    not fit.
     """
     opened = open_checkpoint(source) if isinstance(source, str | Path) else source
     if isinstance(opened, Checkpoint):
         config = override_config(opened.run_config, overrides)
-        model = restore_model(opened, backbone_source or config.backbone.source, device or pick_device(config.device),
-                              config.eval.weights)
-        return Pretrained(model=model, config=config, classes=opened.class_infos, step=opened.step,
+        model = restore_model(opened, backbone_source or config.backbone.source, config.eval.weights)
+        return Pretrained(model=_placed(model, config, device or pick_device(config.device), for_export),
+                          config=config, classes=opened.class_infos, step=opened.step,
                           weights=None if opened.averaged is None else config.eval.weights)
     if not opened.is_self_contained:
         raise ConfigError(f"{opened.path} contains only weights, without settings and classes; convert it with "
@@ -124,20 +127,20 @@ def load_pretrained(
     config = override_config(config, overrides)
     if backbone_source is not None and not opened.vit:
         config = replace(config, backbone=replace(config.backbone, source=backbone_source))
-    return from_external_weights(opened, config, classes, device or pick_device(config.device))
+    return from_external_weights(opened, config, classes, device or pick_device(config.device), for_export=for_export)
 
 
 def from_external_weights(weights: WeightsFile, config: RunConfig, classes: Sequence[ClassInfo],
-                          device: torch.device) -> Pretrained:
-    """A model from another program's weights, with the settings and classes given. Raises ConfigError."""
-    return Pretrained(model=model_from_weights(weights, config, len(classes), device), config=config,
-                      classes=list(classes))
+                          device: torch.device, *, for_export: bool = False) -> Pretrained:
+    """A model from another program's weights, with the settings and classes given; `for_export` as in
+    `load_pretrained`. Raises ConfigError."""
+    model = model_from_weights(weights, config, len(classes))
+    return Pretrained(model=_placed(model, config, device, for_export), config=config, classes=list(classes))
 
 
-def restore_model(checkpoint: Checkpoint, backbone_source: str | None, device: torch.device,
-                  weights: str = "averaged") -> Segmenter:
-    """The trained network of a checkpoint, in eval mode. `backbone_source` is the ViT's current location; `weights` as
-    `eval.weights`.
+def restore_model(checkpoint: Checkpoint, backbone_source: str | None, weights: str = "averaged") -> Segmenter:
+    """The trained network of a checkpoint, in eval mode, float32 on the CPU. `backbone_source` is the ViT's current
+    location; `weights` as `eval.weights`.
 
     Raises ConfigError when the ViT there is not the one that the head was trained on.
     """
@@ -154,17 +157,24 @@ def restore_model(checkpoint: Checkpoint, backbone_source: str | None, device: t
             "(random backbones also depend on the torch version)"
         )
     model.load_trainable_state_dict(checkpoint.weights(weights))
-    return model.eval().to(device)
+    return model.eval()
 
 
-def model_from_weights(weights: WeightsFile, config: RunConfig, num_classes: int, device: torch.device) -> Segmenter:
-    """The configured network with weights of another program, in eval mode.
+def model_from_weights(weights: WeightsFile, config: RunConfig, num_classes: int) -> Segmenter:
+    """The configured network with weights of another program, in eval mode, float32 on the CPU.
 
     Raises ConfigError when they do not fit; `load.ignore` is not applied: every weight must load.
     """
     model = build_model(config, num_classes)
     model.load_weights(weights, base_sha256=config.load.base_sha256)
-    return model.eval().to(device)
+    return model.eval()
+
+
+def _placed(model: Segmenter, config: RunConfig, device: torch.device, for_export: bool) -> Segmenter:
+    """On the device; a ViT stored for autocast is rounded before it takes room there."""
+    if not for_export:
+        store_for_autocast(model, config, device)
+    return model.to(device)
 
 
 def export_config(pretrained: Pretrained, backbone_source: str | None = None) -> dict[str, Any]:

@@ -262,7 +262,7 @@ def test_annealed_heads_resume_bit_equal_and_eomt_trains_its_vit_too(scene_shard
     moved = {key for key, value in checkpoint.model.items() if not torch.equal(value, fresh[key])}
     assert ("segmentation_model.0.backbone.blocks.0.attn.qkv.weight" in moved) == (head is EOMT)
     assert "segmentation_model.1.query.weight" in moved
-    restored = restore_model(checkpoint, None, torch.device("cpu"))
+    restored = restore_model(checkpoint, None)
     assert all(torch.equal(value, checkpoint.model[key]) for key, value in restored.trainable_state_dict().items())
 
 

@@ -530,7 +530,7 @@ def test_hostile_names_stay_text(finished: Path, scene_shards: Path, tmp_path: P
 def test_the_confused_pairs_equal_a_count_pixel_by_pixel(finished: Path, scene_shards: Path) -> None:
     config = tiny(scene_shards, finished)
     reader, checkpoint = open_reader(config.data, "val"), load_checkpoint(finished / "checkpoints/step-00000004.pt")
-    model = restore_model(checkpoint, None, torch.device("cpu")).eval()
+    model = restore_model(checkpoint, None)
     predict = Predictor(model, config, reader.manifest.num_classes, torch.device("cpu"))
     images = WholeImages(reader, config.data)
     pairs: Counter[tuple[int, int]] = Counter()

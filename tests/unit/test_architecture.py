@@ -30,6 +30,7 @@ LAYERS: dict[str, tuple[set[str], ...]] = {
         {"config", "watchdog", "seeding"},
         {"distributed"},
         {"data", "models"},
+        {"precision"},
         {"loss", "evaluation", "reporting", "optimizer", "interop"},
         {"build", "mask_classification_loss"},
         {"run"},

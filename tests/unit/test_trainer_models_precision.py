@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Dinov2Config, Dinov2Model
 
 from tests.conftest import REPOSITORY
 from trainer.build import build_model
 from trainer.config import load_run_config
-from trainer.evaluation.predictor import autocast
 from trainer.models import Segmenter
 from trainer.models.deform_attn import MSDeformAttn
+from trainer.precision import autocast, store_for_autocast
 
 aten = torch.ops.aten
 WAITING = {aten._local_scalar_dense, aten.nonzero, aten.nonzero_numpy, aten.masked_select, aten._unique2,
@@ -186,3 +188,82 @@ def test_recomputing_saves_activations(head: str) -> None:
             model(images())
         saved.append(count)
     assert saved[1] < 0.8 * saved[0]  # what is left: predictions, which the loss needs, and convolutions
+
+
+class Casts(TorchDispatchMode):
+    """Counts conversions of these weights to another type."""
+
+    def __init__(self, weights: set[int]) -> None:
+        super().__init__()
+        self.weights, self.count = weights, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is aten._to_copy and args[0].untyped_storage().data_ptr() in self.weights:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def weights_of(vit: nn.Module) -> set[int]:
+    return {parameter.untyped_storage().data_ptr() for parameter in vit.parameters()}
+
+
+def predictions_and_gradients(model: Segmenter, low: torch.dtype) -> list[Tensor]:
+    model.zero_grad()
+    torch.manual_seed(0)  # dropout, and drop_path
+    with torch.autocast("cpu", low):
+        outputs = model(images())
+    loss_of(outputs).backward()
+    leaves = [leaf.detach() for leaf in torch.utils._pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    return leaves + [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize(("head", "vit", "low"), [
+    *((head, "plain", torch.bfloat16) for head in HEADS), ("pmt", "dinov2-weights", torch.float16),
+    *(("linear", vit, torch.bfloat16) for vit in ("swiglu", "dinov2-weights", "dinov2-image", "dinov2-swiglu")),
+], ids=str)
+def test_a_frozen_vit_stored_for_autocast_gives_the_same_numbers(head: str, vit: str, low: torch.dtype,
+                                                                 tmp_path: Path) -> None:
+    settings = {"plain": [], "swiglu": ["backbone.random.use_gated_mlp=true"]}.get(vit)
+    if settings is None:
+        sizes = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 70,
+                 "patch_size": 14, "mlp_ratio": 2, "use_swiglu_ffn": vit == "dinov2-swiglu"}
+        Dinov2Model(Dinov2Config(**sizes)).save_pretrained(tmp_path / "vit")
+        settings = ["backbone.random.hidden_size=null", f"backbone.source={tmp_path / 'vit'}",
+                    f"backbone.patch_resize={'image' if vit == 'dinov2-image' else 'weights'}"]
+    model = model_of(head, *settings, "backbone.trainable=false").train()
+    model.head.set_progress(0.3, 1)
+    before, sha256 = predictions_and_gradients(model, low), model.backbone.weights_sha256()
+    with Casts(weights_of(model.backbone.vit)) as casts:
+        predictions_and_gradients(model, low)
+    assert casts.count >= 4 * 6  # at least the linear layers of four blocks
+    precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}[low]
+    store_for_autocast(model, load_run_config(None, [f"train.precision={precision}"]), torch.device("cpu"))
+    after = predictions_and_gradients(model, low)
+    assert len(after) == len(before) and all(map(torch.equal, after, before))
+    with Casts(weights_of(model.backbone.vit)) as casts:
+        predictions_and_gradients(model, low)
+    assert casts.count == 0 and model.backbone.weights_sha256() == sha256
+
+
+def test_what_is_stored_for_autocast_is_half_as_large_and_not_exported() -> None:
+    model, config = model_of("linear"), load_run_config(None, ["train.precision=bf16"])
+    exact = {name: parameter.clone() for name, parameter in model.backbone.vit.named_parameters()}
+    store_for_autocast(model, config, torch.device("cpu"))
+    for name, parameter in model.backbone.vit.named_parameters():
+        rounded = parameter.dtype == torch.bfloat16
+        assert torch.equal(parameter, exact[name].to(parameter.dtype))
+        assert rounded == (("proj" in name or "patch_embeddings" in name) and not parameter.requires_grad), name
+    with pytest.raises(RuntimeError, match="for_export=True"):
+        model.meta_state_dict()
+    with pytest.raises(RuntimeError, match="for_export=True"):
+        model.backbone.load_meta_state_dict({})
+    assert model.head_state_dict()  # what a checkpoint stores
+
+
+@pytest.mark.parametrize("settings", [["train.precision=fp32"], ["train.precision=auto"],
+                                      ["train.precision=bf16", "backbone.trainable=true"]], ids=str)
+def test_a_vit_that_runs_in_float32_or_is_trained_stays_exact(settings: list[str]) -> None:
+    model = model_of("linear", *settings)
+    store_for_autocast(model, load_run_config(None, settings[:1]), torch.device("cpu"))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model.meta_state_dict()

@@ -34,6 +34,7 @@ from trainer.models import Segmenter
 from trainer.models.outputs import Outputs
 from trainer.models.resizing import Rows, Size
 from trainer.out_of_memory import OutOfMemory, allocator_error
+from trainer.precision import autocast
 
 Extra = Literal["confidence", "probabilities"]
 
@@ -249,15 +250,6 @@ def _in_order_of_need(views: Sequence[View]) -> list[Window]:
     return [window for _, _, window in sorted(
         ((view.due(window), number, window) for view in views for number, window in enumerate(view.windows)),
         key=lambda entry: entry[:1])]
-
-
-def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
-    """bf16 or fp16 autocast as set in `train.precision`; "auto" enables bf16 on CUDA devices that have it (those that
-    only emulate it are slower than in float32)."""
-    precision = config.train.precision
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    enabled = precision in ("bf16", "fp16") or (precision == "auto" and has_bf16)
-    return torch.autocast(device.type, torch.float16 if precision == "fp16" else torch.bfloat16, enabled=enabled)
 
 
 def _resize_by_pillow(image: Tensor, size: Size) -> Tensor:

@@ -15,6 +15,7 @@ from shards.shown_text import masked_value, shown
 from trainer.config import RunConfig, load_run_config
 from trainer.distributed import DistContext
 from trainer.models.weights import read_weights
+from trainer.precision import store_for_autocast
 from trainer.run.checkpoint import load_latest, numbered
 from trainer.run.folder import lock_run_folder, record_start
 from trainer.run.identity import check_identity, lock_checkpoints
@@ -43,6 +44,7 @@ def start_run(config: RunConfig, context: DistContext, places: RunPlaces) -> Run
     """A new run, or one resumed from its newest checkpoint. Raises ConfigError like `build_run` and `resume`."""
     run = build_run(config, context, places)
     resume(run)
+    store_for_autocast(run.model, config, context.device)  # not earlier: load.weights may compare the exact ViT
     check_ranks_agree(run)
     seconds = context.all_reduce_sum(torch.tensor(process_seconds(), device=context.device)).item()
     run.stop.limit(config.train.max_hours, seconds / context.world_size)  # the same moment on all ranks

@@ -97,6 +97,7 @@ class Backbone(RecomputingModule, ABC):
         self.vit = vit
         self.layers = list(layers)
         self.trainable, self.use_norm = trainable, use_norm
+        self._exact_sha256: str | None = None  # once `store_in` has rounded the weights
         self.requires_grad_(trainable)
         if trainable:  # DDP would wait for the gradients of parameters that no forward pass uses
             self.final_norm.requires_grad_(use_norm)
@@ -201,12 +202,31 @@ class Backbone(RecomputingModule, ABC):
             yield parameter, self.depth
 
     def weights_sha256(self) -> str:
-        """Hex sha256 that identifies the ViT: of the names, dtypes, shapes and bytes of `identity`."""
-        return state_sha256(self.identity())
+        """Hex sha256 that identifies the ViT: of the names, dtypes, shapes and bytes of `identity`; the same after
+        `store_in`."""
+        return self._exact_sha256 or state_sha256(self.identity())
+
+    def store_in(self, dtype: torch.dtype) -> None:
+        """Round the weights of a frozen ViT's linear and convolution layers to `dtype`, as autocast to it would in
+        every forward pass. Norms, LayerScale, positions and special tokens stay float32.
+
+        From then on `forward` works only under that autocast, and `exact` raises RuntimeError.
+        """
+        assert not self.trainable, "a ViT that is trained needs its float32 weights"
+        self._exact_sha256 = self.weights_sha256()
+        for module in self.vit.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.to(dtype)
+
+    def exact(self) -> nn.Module:
+        """The ViT with its float32 weights, to export or compare. Raises RuntimeError after `store_in`."""
+        if self._exact_sha256 is not None:
+            raise RuntimeError("the ViT's weights are rounded for autocast; load the model again with for_export=True")
+        return self.vit
 
     def load_meta_state_dict(self, state: Mapping[str, Tensor], what: str = "the ViT's weights") -> None:
         """Load a state dict in Meta's layout. Raises ConfigError, before anything changes, when it does not fit."""
-        self.vit.load_state_dict(self.converted(state, what))
+        self.exact().load_state_dict(self.converted(state, what))
 
     def check_same(self, state: Mapping[str, Tensor], what: str) -> None:
         """Raise ConfigError unless a state dict in Meta's layout equals this ViT, bit for bit in everything used."""
@@ -217,7 +237,7 @@ class Backbone(RecomputingModule, ABC):
 
     def differences(self, state: Mapping[str, Tensor], what: str) -> list[str]:
         """The keys of `self.vit` whose values, among those that any forward pass uses, differ in `state`."""
-        own, unused = self.vit.state_dict(), set(map(id, self.unused_parameters()))
+        own, unused = self.exact().state_dict(), set(map(id, self.unused_parameters()))
         ignored = {name for name, parameter in self.vit.named_parameters() if id(parameter) in unused}
         return [key for key, tensor in self.converted(state, what).items()
                 if key not in ignored and not torch.equal(tensor.to(own[key]), own[key])]

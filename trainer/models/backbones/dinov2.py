@@ -99,7 +99,7 @@ class Dinov2Backbone(Backbone):
         return projection(images)
 
     def identity(self) -> dict[str, Tensor]:
-        state = {key: tensor for key, tensor in self.vit.state_dict().items() if not key.endswith(MASK_TOKEN)}
+        state = {key: tensor for key, tensor in self.exact().state_dict().items() if not key.endswith(MASK_TOKEN)}
         if self.layer_norm_eps != LAYER_NORM_EPS:
             state["layer_norm_eps"] = torch.tensor(self.layer_norm_eps)
         if self.embed_dim != self.num_heads * HEAD_DIM:
@@ -109,7 +109,7 @@ class Dinov2Backbone(Backbone):
         return state
 
     def meta_state_dict(self) -> dict[str, Tensor]:
-        return dinov2_to_meta(self.vit.state_dict())
+        return dinov2_to_meta(self.exact().state_dict())
 
     def check_meta_file(self) -> None:
         super().check_meta_file()

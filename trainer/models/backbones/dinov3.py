@@ -94,7 +94,7 @@ class DINOv3Backbone(Backbone):
         return angles.cos(), angles.sin()
 
     def identity(self) -> dict[str, Tensor]:
-        state, periods = self.vit.state_dict(), self._periods(self.meta_only)
+        state, periods = self.exact().state_dict(), self._periods(self.meta_only)
         if not torch.equal(periods, rope_periods(self._head_dim)):
             state[PERIODS] = periods
         if self.layer_norm_eps != LAYER_NORM_EPS:
@@ -103,7 +103,7 @@ class DINOv3Backbone(Backbone):
 
     def meta_state_dict(self) -> dict[str, Tensor]:
         """The ViT in Meta's layout, including local_cls_norm if the file it came from had it."""
-        return transformers_vit_to_meta(self.vit.state_dict(), self.num_heads) | self.meta_only
+        return transformers_vit_to_meta(self.exact().state_dict(), self.num_heads) | self.meta_only
 
     def converted(self, state: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
         check_meta_vit(self.vit, state, what)
