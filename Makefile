@@ -21,7 +21,8 @@ demo: install
 demo-camvid: install
 	$(BIN)/python benchmarks/demo.py --output runs/demo-camvid --shared $(or $(MASKSTREAM_SHARED),../shared)
 
-PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20
+# Three processes on two cores: a third of the time, tests wait for timeouts, signals and servers.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist worksteal --durations 20
 
 test: install
 	$(PYTEST)

@@ -274,7 +274,7 @@ def test_recomputing_activations_changes_no_number(scene_shards: Path, finished:
     assert losses(tmp_path / "kept") == losses(tmp_path / "again")
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:The .grad attribute of a Tensor")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, g++ is not on the path")
 def test_a_compiled_head_trains_alike(scene_shards: Path, tmp_path: Path) -> None:
@@ -375,7 +375,7 @@ def test_an_infinite_gradient_stops_the_run(scene_shards: Path, tmp_path: Path) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("head", [("decoder_head.type=m2f", "data.workers=1"), ("decoder_head.type=linear",), EOMT,
-                                  PMT], ids=["m2f", "linear", "eomt", "pmt"])
+                                  pytest.param(PMT, marks=pytest.mark.stress)], ids=["m2f", "linear", "eomt", "pmt"])
 def test_two_ranks_follow_the_loss_curve_of_one(scene_shards: Path, tmp_path: Path, head: tuple[str, ...]) -> None:
     """Equal global batch, two ranks against one process. (Ranks of torchrun are in test_survival.py.)"""
     common = ["--config", TINY, f"data.root={scene_shards}", "train.total_steps=20", *head]

@@ -72,8 +72,8 @@ CASES = {
     "dinov2-linear": ((*HEADS["linear"], "backbone.patch_resize=image"), 4), "dinov2-eomt": (HEADS["eomt"], 4),
     "dinov2-pmt": ((*HEADS["pmt"], "backbone.patch_resize=image"), 0),
 }
-# A minute each; `make stress` exports them too.
-RARE = ("dinov3-eomt", "dinov3-pmt", "dinov2-m2f", "dinov2-eomt", "dinov2-pmt")
+# One or two minutes each; `make stress` exports them too.
+MINUTES = ("dinov3-m2f", "dinov3-eomt", "dinov3-pmt", "dinov2-m2f", "dinov2-eomt", "dinov2-pmt")
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Written]:
     return write
 
 
-@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.stress) if name in RARE else name
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.stress) if name in MINUTES else name
                                         for name in CASES])
 def exported(request: pytest.FixtureRequest, case: Callable[[str], Written]) -> Written:
     return case(request.param)

@@ -415,7 +415,7 @@ def test_a_run_of_single_samples_skips_too(scene_shards: Path, tmp_path: Path) -
     assert [line["step"] for line in losses(tmp_path / "1")] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 3])
 def test_validation_sees_each_image_once_over_all_ranks(s3_shards: str, ranks: int) -> None:
     config = DataConfig(root=s3_shards, workers=2)
     reader = open_reader(config, "val")

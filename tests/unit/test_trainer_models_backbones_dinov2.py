@@ -346,6 +346,8 @@ def test_every_head_trains_on_it_and_is_exported_with_it(head: str, tmp_path: Pa
     with torch.no_grad():
         scores = [m.semantic_logits(m(images()), (64, 96)) for m in (model, again.model)]
         assert torch.equal(*scores)
+        if head == "m2f":
+            return  # half a minute to trace; tests/runs/test_export.py does it with DINOv3
         program = inference_program(pretrained).module()
         pixels = torch.randint(0, 256, (1, 3, 128, 64)).to(torch.uint8)
         assert program(pixels).shape == (1, 5, 128, 64)
