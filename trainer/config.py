@@ -226,6 +226,8 @@ class TrainConfig:
                                            "less memory, about a third more time")
     compile: bool = setting(False, "run the head through torch.compile: faster steps after a minute or more of "
                             "compilation; needs a C++ compiler")
+    triton: bool = setting(False, "m2f on CUDA: deformable attention by Triton kernels, which do not write samples to "
+                           "memory; same results up to float rounding")
     log_every: int = setting(50, "steps between log lines", minimum=1)
     checkpoint_every: int = setting(1000, "steps between checkpoints", minimum=1)
     checkpoint_dir: str | None = place("folder or s3://, gs://, az:// URL for this run's checkpoints; null: "

@@ -33,6 +33,7 @@ from trainer.model_config import BackboneConfig, RandomBackboneConfig
 from trainer.models import Segmenter
 from trainer.models.backbones.base import state_sha256
 from trainer.models.declared import declared_backbone
+from trainer.models.deform_attn import sample_by_triton
 from trainer.models.integrity import sealed_config
 from trainer.models.weights import EXPORT_MODEL_TYPE, WeightsFile
 from trainer.precision import store_for_autocast
@@ -174,6 +175,8 @@ def _placed(model: Segmenter, config: RunConfig, device: torch.device, for_expor
     """On the device; a ViT stored for autocast is rounded before it takes room there."""
     if not for_export:
         store_for_autocast(model, config, device)
+        if config.train.triton and device.type == "cuda":  # elsewhere the model works without
+            sample_by_triton(model, device)
     return model.to(device)
 
 

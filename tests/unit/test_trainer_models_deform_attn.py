@@ -1,6 +1,10 @@
-"""Sampling by gathers, for the graphs of other runtimes, equals sampling by `grid_sample`."""
+"""Sampling by gathers, for the graphs of other runtimes, and by Triton kernels equals sampling by `grid_sample`."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.conftest import REPOSITORY
 from trainer.models.deform_attn import (
     MSDeformAttn,
     deformable_sampling,
@@ -65,9 +70,18 @@ def test_a_model_samples_by_gathers_only_inside_of_the_context() -> None:
     expected = attention(query, centers, tokens, shapes)
     model = torch.nn.Sequential(attention)
     with sampling_by_gathers(model):
-        assert attention.by_gathers
+        assert attention.sample is gathered_sampling
         torch.testing.assert_close(attention(query, centers, tokens, shapes), expected, rtol=1e-5, atol=1e-5)
-    assert not attention.by_gathers
+    assert attention.sample is deformable_sampling
     with pytest.raises(RuntimeError, match="inside"), sampling_by_gathers(model):
         raise RuntimeError("inside")
-    assert not attention.by_gathers
+    assert attention.sample is deformable_sampling
+
+
+def test_triton_kernels_sample_what_grid_sample_does() -> None:
+    """In a process of its own: Triton decides when it is first imported whether it interprets kernels on the CPU."""
+    pytest.importorskip("triton", reason="triton is not installed (Linux only)")
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider",
+                           REPOSITORY / "tests/support/triton_kernels.py"], env={**os.environ, "TRITON_INTERPRET": "1"},
+                          cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout

@@ -6,7 +6,7 @@ The adapter uses it with one level, the pixel decoder with three.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shards.errors import ConfigError
+
+Sampling = Callable[[Tensor, Sequence[tuple[int, int]], Tensor, Tensor], Tensor]  # see `deformable_sampling`
 
 
 def pixel_centers(spatial_shapes: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
@@ -94,14 +96,34 @@ def gathered_sampling(
 @contextmanager
 def sampling_by_gathers(model: nn.Module) -> Iterator[None]:
     """Inside, all deformable attention of a model uses `gathered_sampling`."""
-    layers = [module for module in model.modules() if isinstance(module, MSDeformAttn)]
-    for layer in layers:
-        layer.by_gathers = True
+    before = [(layer, layer.sample) for layer in _layers(model)]
+    for layer, _ in before:
+        layer.sample = gathered_sampling
     try:
         yield
     finally:
-        for layer in layers:
-            layer.by_gathers = False
+        for layer, sample in before:
+            layer.sample = sample
+
+
+def sample_by_triton(model: nn.Module, device: torch.device) -> None:
+    """Let all deformable attention of a model use the kernels of `deform_attn_triton`. Raises ConfigError where there
+    is none, or no CUDA or Triton."""
+    from trainer.models.deform_attn_triton import is_installed, is_interpreted, triton_sampling
+
+    layers = _layers(model)
+    if not layers:
+        raise ConfigError("train.triton is true, legal with decoder_head.type m2f: only that has deformable attention")
+    if not is_installed() or (device.type != "cuda" and not is_interpreted()):
+        raise ConfigError(f"train.triton is true on device {device.type}, Triton is "
+                          f"{'' if is_installed() else 'not '}installed; legal: on cuda, with the package triton, "
+                          "which comes with torch for CUDA on Linux")
+    for layer in layers:
+        layer.sample = triton_sampling
+
+
+def _layers(model: nn.Module) -> list[MSDeformAttn]:
+    return [module for module in model.modules() if isinstance(module, MSDeformAttn)]
 
 
 class MSDeformAttn(nn.Module):
@@ -111,7 +133,7 @@ class MSDeformAttn(nn.Module):
     ratio     width of the projected values, as a fraction of d_model; must be divisible by n_heads
     """
 
-    by_gathers = False  # see `sampling_by_gathers`
+    sample: Sampling = staticmethod(deformable_sampling)  # changed by `sampling_by_gathers` and `sample_by_triton`
 
     def __init__(self, d_model: int, n_levels: int, n_heads: int, n_points: int, ratio: float) -> None:
         super().__init__()
@@ -165,5 +187,4 @@ class MSDeformAttn(nn.Module):
             # Filled on the device: torch.tensor([...], device=...) would copy from the host and synchronise.
             sizes = torch.stack([offsets.new_full((), side) for h, w in spatial_shapes for side in (w, h)])
             locations = reference_points.float()[:, :, None, :, None] + offsets / sizes.view(levels, 1, 2)
-            sample = gathered_sampling if self.by_gathers else deformable_sampling
-            return self.output_proj(sample(value, spatial_shapes, locations, weights))
+            return self.output_proj(self.sample(value, spatial_shapes, locations, weights))

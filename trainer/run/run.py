@@ -25,6 +25,7 @@ from trainer.data.user_transform import Transform, load_transform, transformed
 from trainer.distributed import DistContext
 from trainer.loss.criterion import Criterion
 from trainer.models import Segmenter
+from trainer.models.deform_attn import sample_by_triton
 from trainer.optimizer import build_optimizer, load_optimizer
 from trainer.reporting.versions import versions
 from trainer.run.averaging import AveragedWeights
@@ -202,6 +203,8 @@ def build_run(config: RunConfig, context: DistContext, places: RunPlaces) -> Run
     if context.device.type == "cuda" and context.world_size > 1:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(context.device).train()
+    if settings.triton:
+        sample_by_triton(model, context.device)
     if settings.compile:
         model.head.compile()  # in place, so parameter names stay the same
     weights = resolve_class_weights(config, manifest)
