@@ -56,7 +56,7 @@ def test_where_files_cannot_be_locked_all_go_on_with_a_warning(scenes: Path, tmp
     with pytest.warns(UserWarning, match=r"set cannot be locked \(.*\): make sure that no other run uses it"):
         make_shards(tmp_path / "set", scenes)
     with pytest.warns(UserWarning, match=r"mirror cannot be locked"):
-        assert copy_set(tmp_path / "set", tmp_path / "mirror") == 11
+        assert copy_set(tmp_path / "set", tmp_path / "mirror") == 13
     assert verify(tmp_path / "set") == verify(tmp_path / "mirror") == []
     with pytest.warns(UserWarning, match=r"run cannot be locked"), lock_run_folder(tmp_path / "run"):
         assert is_used(tmp_path / "run") is None
