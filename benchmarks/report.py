@@ -25,6 +25,7 @@ SECTIONS = {
     "head": "Mask2Former head", "loss": "Mask classification loss", "loss_share": "Loss as a share of a step",
     "checkpoints": "Checkpoints", "weights": "Loading weights", "ranks": "One process and two",
     "online_crops": "Crops drawn anew in each epoch", "offline_cost": "What stored crops cost",
+    "rare_classes": "Rare classes, and averaged weights",
     "evaluation": "Evaluation", "latency": "Latency and throughput",
     "real_backbone": "Real photographs, pretrained backbone", "linear_probe": "Linear probe outside MaskStream",
     "real_data": "Real photographs, random backbone", "demo": "The demo",
