@@ -1,11 +1,12 @@
-# make install | demo | demo-camvid | test | test-fast | check | stress | lint | docs | benchmarks-page | figure | clean
+# make install | demo | demo-camvid | test | test-fast | check | gpu-check | gpu-wheels | stress | lint | docs | benchmarks-page | figure | clean
 # Every target creates .venv first if needed. PYTHON selects the interpreter (3.11 or newer).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
+GPU_WHEELS := obstore simplejpeg tenacity pydantic pydantic-core annotated-types typing-inspection webdataset braceexpand
 
-.PHONY: install demo demo-camvid test test-fast check stress lint docs benchmarks-page figure clean
+.PHONY: install demo demo-camvid test test-fast check gpu-check gpu-wheels stress lint docs benchmarks-page figure clean
 
 install: $(VENV)/.installed
 
@@ -30,6 +31,17 @@ test: install
 # Under a minute on two cores: skips tests that start processes or train.
 test-fast: install
 	$(PYTEST) -r fE --fast tests/unit
+
+# On a machine with a GPU, under ten minutes and without network: proves what only CUDA runs, then measures it.
+gpu-check:
+	$(PYTHON) -m pytest -q -W default -p no:cacheprovider tests/gpu --device cuda
+	$(PYTHON) -m benchmarks.gpu
+
+# Wheels of what GPU hosts often lack, for `pip install --no-index --find-links wheels ...` where there is no network.
+gpu-wheels:
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary :all: --python-version 3.12 \
+	    --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 --platform any --constraint constraints.txt \
+	    --dest wheels $(GPU_WHEELS)
 
 # What CI runs.
 check: lint test

@@ -58,15 +58,16 @@ def configured(head: str, backbone: str | None, *overrides: str, sizes: dict[str
                                   *vit, f"eval.crop_size={CROP}", f"eval.stride={STRIDE}", "device=cpu", *overrides])
 
 
-def one_window_at_a_time(model: Segmenter, config: RunConfig, image: Tensor) -> Tensor:
+def one_window_at_a_time(model: Segmenter, config: RunConfig, image: Tensor, crop: int = CROP,
+                         stride: int = STRIDE) -> Tensor:
     """Class ids of an image that is at least as large as a window, with maps of all scores."""
     size = (image.shape[1], image.shape[2])
     view = normalize(image[None], config.backbone.image_mean, config.backbone.image_std)
     total = torch.zeros(1, CLASSES, *size)
     scores, visits = torch.zeros(1, CLASSES, *size), torch.zeros(1, 1, *size)
-    for top, bottom, left, right in window_grid(size, (CROP, CROP), (STRIDE, STRIDE)):
+    for top, bottom, left, right in window_grid(size, (crop, crop), (stride, stride)):
         window = view[:, :, top:bottom, left:right]
-        scores[:, :, top:bottom, left:right] += model.semantic_logits(model(window), (CROP, CROP))
+        scores[:, :, top:bottom, left:right] += model.semantic_logits(model(window), (crop, crop))
         visits[:, :, top:bottom, left:right] += 1
     total += F.interpolate(scores / visits, size, mode="bilinear", align_corners=False).softmax(1)
     return total.argmax(1)[0]

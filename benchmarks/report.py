@@ -26,7 +26,7 @@ SECTIONS = {
     "checkpoints": "Checkpoints", "weights": "Loading weights", "ranks": "One process and two",
     "online_crops": "Crops drawn anew in each epoch", "offline_cost": "What stored crops cost",
     "rare_classes": "Rare classes, and averaged weights",
-    "evaluation": "Evaluation", "latency": "Latency and throughput",
+    "evaluation": "Evaluation", "latency": "Latency and throughput", "gpu": "On a GPU",
     "real_backbone": "Real photographs, pretrained backbone", "linear_probe": "Linear probe outside MaskStream",
     "real_data": "Real photographs, random backbone", "demo": "The demo",
 }

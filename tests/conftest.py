@@ -23,6 +23,7 @@ SHARED = Path(os.environ.get("MASKSTREAM_SHARED", str(REPOSITORY.parent / "share
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fast", action="store_true", help="leave out what is marked slow, and skip every test at the "
                      "moment it starts a process; `make test-fast` runs tests/unit so")
+    parser.addoption("--device", choices=("cuda", "cpu"), default="cuda", help="of tests/gpu")
     # pytest takes an existing folder after an option that it does not know yet for a folder of tests: name another too.
     parser.addoption("--golden", default=None, metavar="DIR",
                      help="folder of golden files (default: $MASKSTREAM_SHARED/golden); prints how far each test was "
