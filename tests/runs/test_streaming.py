@@ -42,7 +42,7 @@ from tests.support.training_run import TrainingRun, assert_equal_states
 from tests.unit.test_trainer_data_crops import equal
 from trainer.config import DataConfig
 from trainer.data.batch import Batch
-from trainer.data.crops import TrainCrops, open_reader
+from trainer.data.crops import TrainCrops, TrainSource, open_reader
 from trainer.data.loader import train_loader, validation_loader
 from trainer.data.whole_images import WholeImages
 from trainer.reporting.state import read_state
@@ -56,7 +56,7 @@ def crops(root: str | Path, batch: int = 2, **changed: Any) -> TrainCrops:
     config = DataConfig(root=str(root), **settings)
     reader = open_reader(config, "train")
     plan = TrainPlan(reader.table.samples, batch, 5, config.lanes, config.span_samples)
-    return TrainCrops(reader, plan, config)
+    return TrainCrops([TrainSource(reader, plan)], config)
 
 
 def batches(root: str | Path, numbers: range = range(18), **changed: Any) -> list[Batch]:
@@ -64,7 +64,7 @@ def batches(root: str | Path, numbers: range = range(18), **changed: Any) -> lis
 
 
 def largest_span(dataset: TrainCrops) -> int:
-    return max(dataset.reader.bytes_of(range(first, first + 3)) for first in range(0, 24, 3))
+    return max(dataset.sources[0].reader.bytes_of(range(first, first + 3)) for first in range(0, 24, 3))
 
 
 @pytest.fixture(scope="session")
@@ -318,7 +318,7 @@ def test_skipped_samples_are_named_counted_and_replaced(
         batches(root)
     with caplog.at_level(logging.WARNING):
         found = batches(root, on_corrupt="skip")
-    plan = crops(root).plan
+    plan = crops(root).sources[0].plan
     for number, (ours, whole) in enumerate(zip(found, expected, strict=True)):
         hit = [draw for draw in plan.micro_batch(number) if draw.sample in bad]
         assert len(ours.keys) == len(whole.keys) and len(ours.skipped) == len(hit)
@@ -342,7 +342,7 @@ def test_a_run_records_the_samples_it_left_out(scene_shards: Path, tmp_path: Pat
     with distributed("cpu") as context:
         train(config, context)
     reader = ShardReader(scene_shards, "train")
-    plan = open_crops(config, reader.manifest).plan
+    plan = open_crops(config, reader.manifest).sources[0].plan
     expected = [(position // 4 + 1, reader._where(plan.sample_at(position).sample).partition("/train-")[2])
                 for position in range(24) if plan.sample_at(position).sample in (3, 11)]
     lines = [json.loads(line) for line in (tmp_path / "run" / SKIPPED_NAME).read_text().splitlines()]
@@ -371,7 +371,7 @@ def test_a_damaged_sample_gives_way_to_the_next_of_its_global_batch(scene_shards
     """For any micro-batch size, including 1; and for any number of ranks, which all take micro-batches of this
     sequence."""
     whole = samples_of(batches(scene_shards, range(24), crop_size=48))  # 48 samples, in places
-    plan = crops(scene_shards, 1).plan
+    plan = crops(scene_shards, 1).sources[0].plan
     bad = [plan.sample_at(place).sample for place in (2, 3, 11, 12)]  # neighbours; a last and a first of a global batch
     root = damaged(scene_shards, tmp_path / "set", bad)
     is_bad = [plan.sample_at(place).sample in bad for place in range(48)]

@@ -26,7 +26,7 @@ ENTRY_POINTS = {"trainer.train", "trainer.eval", "trainer.predict", "trainer.exp
 # may be given a layer of its own.
 LAYERS: dict[str, tuple[set[str], ...]] = {
     "trainer": (
-        {"model_config", "stopping", "out_of_memory"},
+        {"model_config", "source_config", "stopping", "out_of_memory"},
         {"config", "watchdog", "seeding"},
         {"distributed"},
         {"data", "models"},
@@ -42,7 +42,7 @@ LAYERS: dict[str, tuple[set[str], ...]] = {
         {"errors"},
         {"files"},
         {"rle", "plan", "workers"},
-        {"picture_file", "coco", "picture", "cli", "crops"},
+        {"picture_file", "coco", "picture", "cli", "crops", "mixing"},
         {"sample", "manifest"},
         {"shard_table", "writer"},
         {"reader", "mirror", "class_list", "recount", "sampling"},
