@@ -84,6 +84,20 @@ def test_batches_equal_those_from_the_folder(s3_shards: str, expected: list[Batc
     assert_same(batches(s3_shards, range(7, 18), workers=workers), expected[7:])
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_mixture_of_local_and_remote_sets_gives_the_batches_of_local_ones(
+    s3: FaultyProxy, s3_shards: str, scene_shards: Path, renamed_shards: Path, workers: int
+) -> None:
+    from tests.unit.test_trainer_data_sources import MERGED, mixed
+
+    local = {"root": renamed_shards, "weight": 0.3, "classes": MERGED}
+    settings = ("data.lanes=8", "data.span_samples=3", "data.read_ahead_mb=1", f"data.workers={workers}")
+    first, second = (mixed(scene_shards, {"root": root, "weight": 0.7}, local, {"root": root, "weight": 0.5}, batch=2,
+                           settings=settings) for root in (scene_shards, s3_shards))
+    s3.faults = [cut, flip, unavailable]
+    assert_same(list(train_loader(second, range(18), CPU)), [first[number] for number in range(18)])
+
+
 def test_batches_are_equal_under_a_storm(
     s3: FaultyProxy, s3_shards: str, expected: list[Batch], caplog: pytest.LogCaptureFixture
 ) -> None:

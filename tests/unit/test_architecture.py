@@ -14,6 +14,7 @@ import pytest
 
 from preprocess.config import PreprocessConfig
 from shards.cli.config_file import load_config
+from shards.cli.settings import entry_type
 from tests.conftest import REPOSITORY
 from trainer.config import RunConfig, load_run_config
 
@@ -163,6 +164,7 @@ def fields_of(schema: type) -> Iterator[str]:
             yield from fields_of(type(value))
         else:
             yield field.name
+            yield from fields_of(entry) if (entry := entry_type(schema, field.name)) else ()
 
 
 def everything_stays_readable(root: Path) -> Iterator[str]:
