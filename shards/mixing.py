@@ -48,10 +48,6 @@ class Mixture:
         source = int(self._sources[place])
         return Turn(source, periods * self.counts[source] + int(self._before[place]))
 
-    def share(self, source: int) -> float:
-        """The fraction of all positions that a set has."""
-        return self.counts[source] / self.period
-
 
 def whole_weights(weights: Sequence[float]) -> list[int]:
     """Whole numbers in proportion to the weights, which are taken as the decimal numbers they are written as: 0.7 is

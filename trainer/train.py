@@ -70,11 +70,10 @@ def _dry_run(config: RunConfig) -> int:
     manifest = val_reader.manifest
     crops = open_crops(config, manifest)
     steps, global_batch = config.train.total_steps, config.train.global_batch_size
-    samples, shards = (sum(of_source) for of_source in zip(
-        *((len(source.reader), source.reader.info.shards) for source in crops.sources), strict=True))
+    readers = [source.reader for source in crops.sources]
     accumulation = accumulation_for(global_batch, config.train.micro_batch_size, 1)
-    print(f"{shown(manifest.dataset)}: {manifest.num_classes} classes, {samples} training samples in {shards} shards, "
-          f"{len(val_reader)} validation samples")
+    print(f"{shown(manifest.dataset)}: {manifest.num_classes} classes, {sum(map(len, readers))} training samples in "
+          f"{sum(reader.info.shards for reader in readers)} shards, {len(val_reader)} validation samples")
     lines = source_lines(crops.sources, config.data, steps * global_batch, manifest)
     epoch = crops.sources[0].plan.epoch_size
     epochs = "" if lines else f" = {steps * global_batch / epoch:.2f} epochs of {epoch} samples"

@@ -27,7 +27,6 @@ def test_shares_are_within_one_sample_of_exact_up_to_any_position(weights: list[
     window, places = min(length, positions), np.arange(positions + 1)
     for source, weight in enumerate(exact):
         share = weight / sum(exact)
-        assert mixture.share(source) == float(share)
         count = np.cumsum([0, *(turn.source == source for turn in turns)])
         error = count * share.denominator - places * share.numerator  # of the count, times the denominator
         assert (abs(error) < share.denominator).all()

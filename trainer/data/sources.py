@@ -12,7 +12,6 @@ import numpy as np
 
 from shards.errors import ConfigError
 from shards.manifest import Manifest, load_manifest
-from shards.mixing import Mixture
 from shards.reader import ShardReader
 from shards.sampling import ClassLists
 from shards.shown_text import shown
@@ -33,8 +32,13 @@ def configured_sources(config: DataConfig) -> list[SourceConfig]:
 
 def configured_shares(config: DataConfig) -> list[tuple[SourceConfig, float]]:
     """The entries of `data.sources`, as `configured_sources`, and the share of the training samples that each has."""
-    total = sum(source.weight for source in config.sources)
-    return [(source, source.weight / total) for source in configured_sources(config)] if config.sources else []
+    return list(zip(configured_sources(config), shares_of(config.sources), strict=True)) if config.sources else []
+
+
+def shares_of(sources: Sequence[SourceConfig] | Sequence[TrainSource]) -> list[float]:
+    """The part of all training samples that each source has."""
+    total = sum(source.weight for source in sources)
+    return [source.weight / total for source in sources]
 
 
 def train_sources(config: DataConfig, micro_batch_size: int, seed: int, manifest: Manifest | None = None
@@ -74,9 +78,9 @@ def class_counts(sources: Sequence[TrainSource], counts: str) -> Sequence[float]
     found = [_counts_of(source, counts) for source in sources]
     if len(sources) == 1:
         return found[0]
-    mixture, total = Mixture([source.weight for source in sources]), sum(len(source.reader) for source in sources)
+    total, shares = sum(len(source.reader) for source in sources), shares_of(sources)
     sizes = [source.reader.info.pixels if counts == "pixels" else len(source.reader) for source in sources]
-    return [sum(total * mixture.share(number) * of_class[number] / sizes[number] for number in range(len(sources)))
+    return [sum(total * share * count / size for share, count, size in zip(shares, of_class, sizes, strict=True))
             for of_class in zip(*found, strict=True)]
 
 
@@ -84,9 +88,9 @@ def source_lines(sources: Sequence[TrainSource], config: DataConfig, samples: in
     """What is trained on: one line per entry of `data.sources`, for a run of so many samples; none without entries."""
     if not config.sources:
         return []
-    mixture, lines = Mixture([source.weight for source in sources]), []
-    for number, source in enumerate(sources):
-        share, reader = mixture.share(number), source.reader
+    lines = []
+    for number, (source, share) in enumerate(zip(sources, shares_of(sources), strict=True)):
+        reader = source.reader
         classes = described(_names(reader.manifest), _names(manifest), source.mapping)
         lines.append(f"data.sources[{number}]: {reader.storage.root}, split {reader.split}: {len(reader)} samples, "
                      f"{share:.2%} of the training samples, {samples * share / source.plan.epoch_size:.2f} epochs; "
