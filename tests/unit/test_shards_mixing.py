@@ -50,11 +50,12 @@ def test_any_position_is_computed_without_the_ones_before(weights: list[float], 
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(1, 12)), min_size=1, max_size=4),
-       st.integers(0, 99))
+       st.integers(0, 99), st.integers(1, 12))
 @settings(max_examples=40, deadline=None)
-def test_each_source_is_seen_exactly_once_in_each_of_its_epochs(sources: list[tuple[int, int, int]], seed: int) -> None:
+def test_each_source_is_seen_exactly_once_in_each_of_its_epochs(sources: list[tuple[int, int, int]], seed: int,
+                                                                lanes: int) -> None:
     mixture = Mixture([weight for *_, weight in sources])
-    plans = [TrainPlan([samples] * shards, 3, seed + number, lanes=4)
+    plans = [TrainPlan([samples] * shards, 3, seed + number, span_samples=3, dealing=mixture.lanes_of(number, lanes))
              for number, (shards, samples, _) in enumerate(sources)]
     drawn: list[list[PlannedSample]] = [[] for _ in sources]
     for position in range(200):
@@ -65,6 +66,44 @@ def test_each_source_is_seen_exactly_once_in_each_of_its_epochs(sources: list[tu
         whole = Counter((draw.epoch, draw.sample) for draw in draws[: epochs * plan.epoch_size])
         assert whole == Counter((epoch, sample) for epoch in range(epochs) for sample in range(plan.num_samples))
         assert len(set(draws)) == len(draws)
+        for number in range(0, len(draws), 7):
+            assert plan.sample_at(number) == draws[number]
+            assert draws[number].sample in plan.samples(plan.span(number))
+
+
+@given(WEIGHTS, st.integers(1, 40), st.integers(0, 10**12))
+@settings(max_examples=60, deadline=None)
+def test_a_lane_holds_what_is_read_at_its_positions_of_the_mixture(weights: list[float], lanes: int, first: int
+                                                                   ) -> None:
+    mixture = Mixture(weights)
+    dealt = [mixture.lanes_of(source, lanes) for source in range(len(weights))]
+    held: dict[int, list[int]] = {}
+    for position in range(first, first + 150):
+        turn = mixture.locate(position)
+        dealing = dealt[turn.source]
+        lane, place = dealing.place(turn.position)
+        assert lane == position % lanes
+        before = dealing.before(turn.position)
+        assert before.sum() == turn.position and before[lane] == place
+        last = held.setdefault(turn.source, before.tolist())
+        assert last[lane] == place, "each position of the source since the first counts"
+        last[lane] += 1
+
+
+@pytest.mark.parametrize("weights", [[1, 1], [0.7, 0.3], [3, 1, 1], [0.05, 0.95]])
+@pytest.mark.parametrize(("batch", "ranks", "workers"), [(1, 1, 1), (2, 2, 2), (1, 4, 4), (2, 1, 8)])
+def test_a_span_belongs_to_one_worker_when_all_divide_the_lanes(weights: list[float], batch: int, ranks: int,
+                                                                workers: int) -> None:
+    mixture = Mixture(weights)
+    plans = [TrainPlan([7] * 30, batch, 3, span_samples=5, dealing=mixture.lanes_of(source, 16))
+             for source in range(len(weights))]
+    owners: dict[object, set[tuple[int, int]]] = {}
+    for position in range(1600):
+        turn, number = mixture.locate(position), position // batch
+        owner = number % ranks, number // ranks % workers
+        owners.setdefault((turn.source, plans[turn.source].span(turn.position)), set()).add(owner)
+    assert len(owners) > 100
+    assert {len(who) for who in owners.values()} == {1}
 
 
 @given(WEIGHTS, st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(0, 5))
@@ -108,3 +147,7 @@ def test_the_pattern_is_a_contract() -> None:
     mixture = Mixture([0.5, 0.3, 0.2])
     assert [mixture.locate(position).source for position in range(20)] == 2 * [0, 1, 0, 2, 0, 1, 0, 1, 0, 2]
     assert [mixture.locate(position) for position in (12, 13)] == [(0, 6), (2, 2)]
+    dealing = mixture.lanes_of(1, 4)  # positions 1, 5, 7, 11, 15, 17 of the mixture
+    assert [dealing.place(position) for position in range(6)] == [(1, 0), (1, 1), (3, 0), (3, 1), (3, 2), (1, 2)]
+    plan = TrainPlan([4, 6], 4, 0, span_samples=3, dealing=dealing)
+    assert [tuple(plan.sample_at(position)[:2]) for position in range(5)] == [(0, 8), (0, 9), (0, 3), (0, 4), (0, 0)]

@@ -55,9 +55,7 @@ def test_one_source_gives_the_batches_of_data_root(scene_shards: Path) -> None:
         alone = mixed(scene_shards, source)
         assert all(equal(alone[number], plain[number]) for number in range(10))
     twice = mixed(scene_shards, {}, {}, batch=2)
-    assert all(twice[number].keys[0] == plain.sources[0].reader.read(
-        plain.sources[0].plan.sample_at(number).sample).key for number in range(10)), "every other sample is its own"
-    assert len({twice.sources[0].plan.seed, twice.sources[1].plan.seed}) == 2
+    assert twice.sources[0].plan.seed == 5 != twice.sources[1].plan.seed
     orders = [[source.plan.sample_at(number) for number in range(24)] for source in twice.sources]
     assert orders[0] != orders[1]
 

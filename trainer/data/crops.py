@@ -25,7 +25,7 @@ from shards.files.cache import DiskCache
 from shards.files.storage import RetryPolicy, Storage, open_storage
 from shards.manifest import Manifest
 from shards.mixing import Mixture
-from shards.plan import TrainPlan
+from shards.plan import Dealing, TrainPlan
 from shards.read_ahead import ReadAhead, look_ahead
 from shards.reader import ShardReader
 from shards.rle import IGNORE_16_BIT, ignore_value
@@ -89,9 +89,9 @@ def storage_of(config: DataConfig, root: str) -> Storage:
 
 
 def train_plan(reader: ShardReader, config: DataConfig, micro_batch_size: int, seed: int,
-               mapping: ClassMapping | None = None) -> TrainPlan:
-    """The order of the samples of a split, sampled as configured by their classes after `mapping`. Raises ShardError
-    for sampling of a set that does not list its samples' classes."""
+               mapping: ClassMapping | None = None, dealing: Dealing | None = None) -> TrainPlan:
+    """The order of the samples of a split, sampled as configured by their classes after `mapping`; `dealing` is that of
+    its mixture with others. Raises ShardError for sampling of a set that does not list its samples' classes."""
     repeats = None
     if config.sampling != "none":
         lists, info = ClassLists.load(reader.storage, reader.info), reader.info
@@ -100,7 +100,8 @@ def train_plan(reader: ShardReader, config: DataConfig, micro_batch_size: int, s
             held = np.bincount(lists.ids, minlength=mapping.num_targets)
             info = replace(info, class_samples=held.tolist())
         repeats = cumulative_repeats(lists, info, config.sampling, config.sampling_threshold)
-    return TrainPlan(reader.table.samples, micro_batch_size, seed, config.lanes, config.span_samples, repeats)
+    return TrainPlan(reader.table.samples, micro_batch_size, seed, config.lanes, config.span_samples, repeats,
+                     dealing)
 
 
 @dataclass(frozen=True)

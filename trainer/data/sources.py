@@ -12,6 +12,7 @@ import numpy as np
 
 from shards.errors import ConfigError
 from shards.manifest import Manifest, load_manifest
+from shards.mixing import Mixture
 from shards.reader import ShardReader
 from shards.sampling import ClassLists
 from shards.shown_text import shown
@@ -49,6 +50,7 @@ def train_sources(config: DataConfig, micro_batch_size: int, seed: int, manifest
     sets that cannot be mixed: of stored crops and of whole images, or of crops of different sizes.
     """
     configured = configured_sources(config)
+    mixture = Mixture([source.weight for source in configured])
     if config.sources and manifest is None:
         assert config.root is not None
         manifest = load_manifest(storage_of(config, config.root))
@@ -63,7 +65,8 @@ def train_sources(config: DataConfig, micro_batch_size: int, seed: int, manifest
             if mapping is not None and not mapping.of_counts(reader.info.class_pixels).any():
                 raise ConfigError(f"data.sources[{number}] ({source.root}): the classes that it shares with data.root "
                                   f"have no pixel in its split {reader.split!r}; set data.sources[{number}].classes")
-        plan = train_plan(reader, config, micro_batch_size, source_seed(seed, number), mapping)
+        dealing = mixture.lanes_of(number, config.lanes) if len(configured) > 1 else None
+        plan = train_plan(reader, config, micro_batch_size, source_seed(seed, number), mapping, dealing)
         sources.append(TrainSource(reader, plan, mapping, source.weight))
     _check_alike(sources, config)
     return sources
