@@ -53,6 +53,10 @@ class Mixture:
         source = int(self._sources[place])
         return Turn(source, periods * self.counts[source] + int(self._before[place]))
 
+    def first_of(self, source: int) -> int:
+        """The first position of a set."""
+        return int(np.flatnonzero(self._sources == source)[0])
+
     def lanes_of(self, source: int, lanes: int) -> MixedLanes:
         """The lanes of a set's plan (`TrainPlan` takes them as `dealing`)."""
         return MixedLanes(self._sources == source, lanes)

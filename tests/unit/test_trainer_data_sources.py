@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,19 @@ import pytest
 import torch
 
 from shards.errors import ConfigError, CorruptShardError
-from shards.manifest import load_manifest
+from shards.manifest import load_manifest, manifest_bytes
 from shards.plan import MicroBatchNumbers
 from shards.reader import ShardReader, iter_samples
 from tests.conftest import RENAMED, make_shards
 from tests.support.hand_made import as_version_2, png, rename_classes, write_labelled
 from tests.unit.test_trainer_data_crops import CPU, equal
-from trainer.config import DataConfig, load_run_config
+from trainer.config import DataConfig, RunConfig, load_run_config
 from trainer.data.batch import Batch
 from trainer.data.crops import TrainCrops, read_ahead_budgets
 from trainer.data.loader import train_loader
 from trainer.data.sources import class_counts, source_lines, train_sources
 from trainer.interop import SampleStream, TransformersBatches
+from trainer.run.run import open_crops
 
 PLAIN = ("data.hflip=0", "data.photometric=false")
 MERGED = {"extra": "grass"}  # and its own grass
@@ -158,6 +160,12 @@ def test_sets_of_other_sizes_and_kinds_are_refused_by_name(scene_shards: Path, w
     with pytest.raises(ConfigError, match=r"data\.sources\[1\] \(.*whole, split train\) holds whole images, legal: "
                                           "sets of one kind, which crops.splits of make_shards chooses"):
         mixed(scene_shards, {}, {"root": whole_shards}, settings=("data.crop_size=64",))
+    unknown = Path(shutil.copytree(larger, tmp_path / "unknown"))  # its manifest does not tell the size
+    manifest = load_manifest(unknown)
+    (unknown / "manifest.json").write_bytes(manifest_bytes(replace(manifest, crops={})))
+    config = replace(RunConfig(), data=configured(scene_shards, {"weight": 30}, {"root": unknown}))
+    with pytest.raises(ConfigError, match=r"differ in size: .* 96x96 of .*unknown, .* 64x64 of .*set\. Train"):
+        open_crops(config, load_manifest(scene_shards))
     online = mixed(whole_shards, {}, {"root": scene_shards, "split": "val"},
                    settings=("data.crop_size=48", "data.online.scaled_side=short"))
     assert online[0].images.shape == (3, 3, 48, 48)
@@ -235,5 +243,7 @@ def test_hugging_face_batches_are_mixed_and_a_webdataset_stream_is_of_one_set(sc
     for number, batch in enumerate(found):
         labels = torch.cat(batch["class_labels"])  # type: ignore[arg-type]
         assert torch.equal(labels, expected[number].labels)
+    with pytest.raises(ConfigError, match=r"data\.root is not set; with data\.sources it is the set whose classes are"):
+        TransformersBatches(replace(config, root=None), batch_size=2, last_step=3)
     with pytest.raises(ConfigError, match=r"data\.sources has 2 entries, legal for SampleStream: none.*Transformers"):
         SampleStream(config)

@@ -219,28 +219,26 @@ class TrainCrops(IterableDataset[Batch]):
         check_labels(sample, source.reader.num_classes)
         rng = sample_rng(source.plan.seed, draw.epoch, draw.sample, draw.repeat)
         cut = self._stored_crop if self.rules is None else self._drawn_crop
-        segment_map, labels, valid = cut(sample, source.mapping, rng, images)
+        segment_map, labels, valid = cut(sample, source, rng, images)
         move = draw_move(rng, self.config, valid)
         if move.degrees:
             ignored = int(np.iinfo(segment_map.dtype).max)
             segment_map, labels = drop_absent_labels(rotate_labels(segment_map, valid, move.degrees, ignored), labels)
         return _Crop(sample.key, segment_map, labels, valid, move, draw_photometric(rng, self.config.hue_degrees))
 
-    def _stored_crop(self, sample: CropSample, mapping: ClassMapping | None, rng: np.random.Generator,
-                     images: _Images) -> _Cut:
+    def _stored_crop(self, sample: CropSample, source: TrainSource, rng: np.random.Generator, images: _Images) -> _Cut:
         segment_map, labels, window, valid = sample.segment_map, sample.labels, None, sample.valid_size
-        if mapping is not None:
-            segment_map, labels = mapping.of_segment_map(segment_map, labels)
+        if source.mapping is not None:
+            segment_map, labels = source.mapping.of_segment_map(segment_map, labels)
         if self.config.crop_size is not None:
             window, valid = random_window(rng, segment_map.shape, valid, self.config.crop_size, sample.key)
             segment_map, labels = drop_absent_labels(segment_map[window], labels)
-        images.add(sample, segment_map.shape, window)
+        images.add(sample, segment_map.shape, window, source.reader.storage.root)
         return _Cut(segment_map, labels, valid)
 
-    def _drawn_crop(self, sample: CropSample, mapping: ClassMapping | None, rng: np.random.Generator,
-                    images: _Images) -> _Cut:
+    def _drawn_crop(self, sample: CropSample, source: TrainSource, rng: np.random.Generator, images: _Images) -> _Cut:
         assert self.rules is not None
-        drawn = draw_labels(sample, self.rules, rng, mapping)
+        drawn = draw_labels(sample, self.rules, rng, source.mapping)
         images.add_drawn(sample, drawn.crop, self.rules.window)
         return _Cut(drawn.segment_map, drawn.labels, (drawn.crop.height, drawn.crop.width))
 
@@ -250,7 +248,7 @@ class _Images:
     data.online.resample_on "device" the `regions` from which that device makes them."""
 
     def __init__(self, batch: int, online: OnlineConfig) -> None:
-        self.batch, self.count, self.first = batch, 0, ""
+        self.batch, self.count, self.first = batch, 0, ("", "")  # key and set
         self.reduced, self.on_device = online.reduced_decoding, online.resample_on == "device"
         self.pixels = torch.empty((batch, 0, 0, 3), dtype=torch.uint8)
         self.regions: list[Tensor] = []
@@ -268,15 +266,16 @@ class _Images:
         cut_into(self.pixels[self.count].numpy(), sample, crop, self.reduced)
         self.count += 1
 
-    def add(self, sample: CropSample, size: tuple[int, ...], window: tuple[slice, slice] | None) -> None:
-        """Add an image, or a window of it. Raises CorruptShardError; ConfigError if its size differs from the first."""
+    def add(self, sample: CropSample, size: tuple[int, ...], window: tuple[slice, slice] | None, root: str) -> None:
+        """Add an image of the set at `root`, or a window of it. Raises CorruptShardError; ConfigError if its size
+        differs from the first."""
         if not self.count:
-            self.pixels, self.first = torch.empty((self.batch, *size, 3), dtype=torch.uint8), sample.key
+            self.pixels, self.first = torch.empty((self.batch, *size, 3), dtype=torch.uint8), (sample.key, root)
         height, width = self.pixels.shape[1:3]
         if size != (height, width):
-            raise ConfigError(f"samples of one batch differ in size: {self.first} {height}x{width}, {sample.key} "
-                              f"{size[0]}x{size[1]}. Train on a split of crops, set "
-                              "data.crop_size, or draw crops from whole images (data.online.scaled_side)")
+            raise ConfigError(f"samples of one batch differ in size: {self.first[0]} {height}x{width} of "
+                              f"{self.first[1]}, {sample.key} {size[0]}x{size[1]} of {root}. Train on a split of "
+                              "crops, set data.crop_size, or draw crops from whole images (data.online.scaled_side)")
         if window is None:
             sample.decode_into(self.pixels[self.count].numpy())
         else:

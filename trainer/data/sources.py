@@ -52,7 +52,8 @@ def train_sources(config: DataConfig, micro_batch_size: int, seed: int, manifest
     configured = configured_sources(config)
     mixture = Mixture([source.weight for source in configured])
     if config.sources and manifest is None:
-        assert config.root is not None
+        if config.root is None:
+            raise ConfigError("data.root is not set; with data.sources it is the set whose classes are learned")
         manifest = load_manifest(storage_of(config, config.root))
     sources = []
     for number, source in enumerate(configured):
@@ -120,8 +121,7 @@ def _counts_of(source: TrainSource, counts: str) -> Sequence[float]:
 
 
 def _check_alike(sources: Sequence[TrainSource], config: DataConfig) -> None:
-    """Raise ConfigError for sets that cannot be in one batch. The stored size is in the manifest of all sets of crops
-    that `make_shards` wrote; for others, the first batch with samples of two sizes is the error."""
+    """Raise ConfigError for sets that cannot be in one batch, as far as their manifests tell."""
     first, *others = [source.reader for source in sources]
     for number, other in enumerate(others, 1):
         named = [f"data.sources[{place}] ({reader.storage.root}, split {reader.split}) holds"

@@ -178,8 +178,10 @@ def open_crops(config: RunConfig, manifest: Manifest) -> TrainCrops:
                           f"{reader.split!r}, which holds crops: stored; or make shards of whole images "
                           "(crops.splits=[]), as configs/ade20k-whole-shards.yaml does")
     crops = TrainCrops(sources, config.data, global_batch_size=config.train.global_batch_size)
-    height, width = crops[0].to(torch.device("cpu")).images.shape[2:]
-    check_crop_size(config, height, width)
+    for source in range(len(sources)):  # the first batch with a sample of each
+        batch = crops[crops.mixture.first_of(source) // crops.micro_batch_size]
+        height, width = batch.to(torch.device("cpu")).images.shape[2:]
+        check_crop_size(config, height, width)
     if config.data.quarter_turns and height != width:
         raise ConfigError(f"data.quarter_turns is {config.data.quarter_turns}, legal with training samples of {height}x"
                           f"{width} pixels: 0; set data.crop_size to train on squares")
