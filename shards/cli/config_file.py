@@ -127,7 +127,7 @@ def _check_names(schema: Any, layer: Mapping[Any, Any], source: str, prefix: str
             hint = f". Did you mean: '{near[0]}'" if near else ""
             raise ConfigError(f"{source}: unknown key {f'{prefix}{key}'!r}{hint}; legal: {', '.join(fields)}")
         sections = {f"{prefix}{key}": (fields[key], value)} if dataclasses.is_dataclass(fields[key]) else {}
-        if (entry := entry_type(schema, key)) and isinstance(value, list):
+        if isinstance(value, list) and (entry := entry_type(schema, key)):
             sections = {f"{prefix}{key}[{number}]": (entry, part) for number, part in enumerate(value)}
         for name, (kind, section) in sections.items():
             if not isinstance(section, Mapping):

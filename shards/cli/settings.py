@@ -49,7 +49,7 @@ def without_places(config: ConfigT) -> ConfigT:
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             changes[field.name] = without_places(value)
-        elif entry_type(config, field.name):
+        elif isinstance(value, list) and entry_type(config, field.name):
             changes[field.name] = [without_places(entry) for entry in value]
         elif field.metadata.get("is_place"):
             changes[field.name] = None
@@ -63,7 +63,7 @@ def check_settings(config: Any, prefix: str = "") -> None:
         if dataclasses.is_dataclass(value):
             check_settings(value, f"{name}.")
             continue
-        if entry_type(config, field.name):
+        if isinstance(value, list) and entry_type(config, field.name):
             for number, entry in enumerate(value):
                 check_settings(entry, f"{name}[{number}].")
             continue
