@@ -37,7 +37,7 @@ from shards.workers import keep_freed_memory
 from tests.support.object_storage import KEY, SECRET, FaultyProxy, s3_server
 from trainer.config import DataConfig
 from trainer.data.batch import Batch, augmented_images
-from trainer.data.crops import TrainCrops, open_reader
+from trainer.data.crops import TrainCrops, TrainSource, open_reader
 from trainer.data.loader import train_loader
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -78,7 +78,7 @@ def one_core(folder: Path, arguments: argparse.Namespace, result: Result) -> Non
     numbers = range(arguments.samples // arguments.batch)
     samples = [reader.read(draw.sample) for number in numbers for draw in plan.micro_batch(number)]
     jpegs = [sample.image_bytes for sample in samples]
-    packed, dense = (TrainCrops(reader, plan, DataConfig(workers=0, targets=targets), numbers)
+    packed, dense = (TrainCrops([TrainSource(reader, plan)], DataConfig(workers=0, targets=targets), numbers)
                      for targets in ("segment_map", "dense"))
     online = arguments.samples // ONLINE_SHARE
     rows: dict[str, tuple[int, Callable[[], object]]] = {
@@ -153,7 +153,7 @@ def epoch(root: str, size: int) -> tuple[float, float, float]:
     plan = TrainPlan(reader.table.samples, size, 0)
     total = len(reader) // size
     times, memory = [], 0.0
-    for batch in train_loader(TrainCrops(reader, plan, config), range(total), torch.device("cpu")):
+    for batch in train_loader(TrainCrops([TrainSource(reader, plan)], config), range(total), torch.device("cpu")):
         times.append(perf_counter())
         if batch.number == total * 3 // 4:
             memory = max(map(anonymous_megabytes, multiprocessing.active_children()))

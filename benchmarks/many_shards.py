@@ -40,7 +40,7 @@ from shards.rle import encode_rle
 from shards.sample import encode_sample
 from shards.writer import ShardWriter
 from trainer.config import DataConfig
-from trainer.data.crops import TrainCrops
+from trainer.data.crops import TrainCrops, TrainSource
 from trainer.data.loader import train_loader
 
 SIDE, BATCH = 64, 4
@@ -147,7 +147,7 @@ def measure(storage: Generated, workers: int, count: int) -> tuple[float, float,
     reader = ShardReader(storage, "train")
     plan = TrainPlan(reader.table.samples, BATCH, 0)
     opened = perf_counter() - started
-    with closing(_batches(TrainCrops(reader, plan, config))) as batches:
+    with closing(_batches(TrainCrops([TrainSource(reader, plan)], config))) as batches:
         next(batches)
         first = perf_counter() - started - opened
         for _ in range(count):

@@ -25,7 +25,7 @@ from shards.files.strict_json import to_json
 from shards.manifest import load_manifest
 from shards.plan import TrainPlan
 from trainer.config import load_run_config
-from trainer.data.crops import TrainCrops, open_reader
+from trainer.data.crops import TrainCrops, TrainSource, open_reader
 
 SIDE = 160
 SCALES = ("crops.min_scale=1.0", "crops.max_scale=1.5", "crops.cat_max_ratio=0.95", f"crops.size={SIDE}")
@@ -142,7 +142,7 @@ def speed(settings: list[str]) -> float:
     """Samples per second of CPU time that one loader process delivers."""
     config = load_run_config(None, [*settings, "data.workers=0"])
     reader = open_reader(config.data, "train")
-    crops = TrainCrops(reader, TrainPlan(reader.table.samples, 4, 0), config.data, range(SPEED_BATCHES))
+    crops = TrainCrops([TrainSource(reader, TrainPlan(reader.table.samples, 4, 0))], config.data, range(SPEED_BATCHES))
     next(iter(crops))
     start = time.process_time()
     for _ in crops:

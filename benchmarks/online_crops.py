@@ -29,7 +29,7 @@ from shards.reader import ShardReader
 from shards.workers import keep_freed_memory
 from trainer.config import DataConfig, OnlineConfig
 from trainer.data.batch import Batch, normalized_images
-from trainer.data.crops import TrainCrops
+from trainer.data.crops import TrainCrops, TrainSource
 from trainer.data.targets import to_dense
 from trainer.model_config import IMAGENET_MEAN, IMAGENET_STD
 
@@ -69,7 +69,7 @@ def online_configs() -> dict[str, DataConfig]:
 
 def crops(root: Path, batch: int, config: DataConfig) -> TrainCrops:
     reader = ShardReader(root, "train")
-    return TrainCrops(reader, TrainPlan(reader.table.samples, batch, 0), config)
+    return TrainCrops([TrainSource(reader, TrainPlan(reader.table.samples, batch, 0))], config)
 
 
 def compare(stored: TrainCrops, drawn: dict[str, TrainCrops], arguments: argparse.Namespace, result: Result) -> None:

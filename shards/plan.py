@@ -17,6 +17,8 @@ i and u one random number in [0, 1) per epoch, it holds floor(C_i + u) - floor(C
 a whole number, so every epoch is equally long; the mean number of copies is r_i; and copies are neighbours in a shard's
 part of the row, so the sample at a place is found by a search in C. Within a lane, they are `lanes` or more positions
 apart.
+
+With `dealing`, lanes are as long as that says, and a position is in the lane that it says: `shards.mixing`.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -53,16 +55,29 @@ class Span(NamedTuple):
     size: int
 
 
+class Dealing(Protocol):
+    """Which lane each position of a plan is in, in place of position mod lanes."""
+
+    lanes: int
+
+    def place(self, position: int) -> tuple[int, int]:
+        """(its lane, how many earlier positions are in that lane)"""
+
+    def before(self, position: int) -> npt.NDArray[np.int64]:
+        """[lanes]: how many earlier positions are in each lane."""
+
+
 class TrainPlan:
     """The order of training samples, numbered in storage order. Raises ConfigError when there are no samples.
 
     `repeats`, int64 [samples]: C in units of 2**-REPEAT_BITS (`shards.sampling`); None: each sample once an epoch.
-    Memory grows with the number of shards and, for the lanes in use, the number of spans (samples / span_samples).
+    `dealing` takes the place of `lanes`. Memory grows with the number of shards and, for the lanes in use, the number
+    of spans (samples / span_samples).
     """
 
     def __init__(self, shard_samples: Sequence[int] | npt.NDArray[np.int64], micro_batch_size: int, seed: int,
                  lanes: int = LANES, span_samples: int = SPAN_SAMPLES,
-                 repeats: npt.NDArray[np.int64] | None = None) -> None:
+                 repeats: npt.NDArray[np.int64] | None = None, dealing: Dealing | None = None) -> None:
         self.shard_samples = np.asarray(shard_samples, np.int64)
         self.num_samples = int(self.shard_samples.sum())
         if self.num_samples < 1:
@@ -75,18 +90,19 @@ class TrainPlan:
         if repeats is not None and (len(repeats) != self.num_samples or self.epoch_size < 1):
             raise ConfigError(f"repeats are of {len(repeats)} samples and add up to {self.epoch_size}, legal: of all "
                               f"{self.num_samples}, and at least 1")
-        self.lanes = min(lanes, self.epoch_size)
+        self.dealing, self.lanes = dealing, min(lanes, self.epoch_size) if dealing is None else dealing.lanes
         self.span_samples = min(span_samples, -(-self.epoch_size // self.lanes))  # at most the longest lane
         self._first_samples = np.cumsum(self.shard_samples) - self.shard_samples
         self._row = functools.lru_cache(maxsize=_EPOCHS_KEPT)(self._make_row)
         self._offset = functools.lru_cache(maxsize=_EPOCHS_KEPT)(self._make_offset)
+        self._dealt_before = functools.lru_cache(maxsize=_EPOCHS_KEPT + 1)(self._count_dealt_before)
         self._lane_starts = functools.lru_cache(maxsize=_EPOCHS_KEPT)(self._make_lane_starts)
         self._span_order = functools.lru_cache(maxsize=_EPOCHS_KEPT * self.lanes)(self._make_span_order)
         self._sample_order = functools.lru_cache(maxsize=_EPOCHS_KEPT * self.lanes)(self._make_sample_order)
 
     def __reduce__(self) -> tuple[type[TrainPlan], tuple[Any, ...]]:
         return TrainPlan, (self.shard_samples, self.micro_batch_size, self.seed, self.lanes, self.span_samples,
-                           self.repeats)
+                           self.repeats, self.dealing)
 
     def micro_batch(self, number: int) -> list[PlannedSample]:
         """The samples of micro-batch `number` (0, 1, 2, ..., unbounded)."""
@@ -141,9 +157,12 @@ class TrainPlan:
     def _locate(self, position: int) -> tuple[Span, int]:
         """(span, index into its sample order) of a position."""
         epoch, in_epoch = divmod(position, self.epoch_size)
-        in_lane, lane = divmod(in_epoch, self.lanes)
-        size, longer = divmod(self.epoch_size, self.lanes)  # the first `longer` lanes have one extra sample
-        first, length = int(self._lane_starts(epoch)[lane]), size + (lane < longer)
+        if self.dealing is None:
+            in_lane, lane = divmod(in_epoch, self.lanes)
+        else:
+            lane, earlier = self.dealing.place(position)
+            in_lane = earlier - int(self._dealt_before(epoch)[lane])
+        first, length = (int(numbers[lane]) for numbers in self._lane_starts(epoch))
         order, short = self._span_order(epoch, lane, length)
         lacking = len(order) * self.span_samples - length  # samples that the short span has less than the others
         number = in_lane // self.span_samples
@@ -163,14 +182,23 @@ class TrainPlan:
         ends = np.cumsum(sizes[order])
         return order, ends, first[order] - (ends - sizes[order])
 
-    def _make_lane_starts(self, epoch: int) -> npt.NDArray[np.int64]:
-        """Start of each lane in the row; lanes are permuted so that a batch does not draw from adjacent sections."""
-        size, longer = divmod(self.epoch_size, self.lanes)
+    def _make_lane_starts(self, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """(start of each lane in the row, its length); lanes are permuted so that a batch does not draw from adjacent
+        sections."""
+        if self.dealing is None:
+            size, longer = divmod(self.epoch_size, self.lanes)
+            lengths = size + (np.arange(self.lanes) < longer)
+        else:
+            lengths = self._dealt_before(epoch + 1) - self._dealt_before(epoch)
         order = self._rng(epoch, _LANES).permutation(self.lanes)
-        lengths = size + (order < longer)
         starts = np.empty(self.lanes, np.int64)
-        starts[order] = np.cumsum(lengths) - lengths
-        return starts
+        starts[order] = np.cumsum(lengths[order]) - lengths[order]
+        return starts, lengths
+
+    def _count_dealt_before(self, epoch: int) -> npt.NDArray[np.int64]:
+        """[lanes]: positions of earlier epochs in each lane."""
+        assert self.dealing is not None
+        return self.dealing.before(epoch * self.epoch_size)
 
     def _make_span_order(self, epoch: int, lane: int, length: int) -> tuple[npt.NDArray[np.int32], int]:
         """(permuted spans of a lane, place of its last one, which may be short, among them)"""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tests.support.object_storage import FaultyProxy, S3Server
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+RENAMED = ("extra", "tree", "roof", "house", "road", "grass", "hill", "sky")
 SHARED = Path(os.environ.get("MASKSTREAM_SHARED", str(REPOSITORY.parent / "shared")))
 
 
@@ -144,6 +145,14 @@ def scene_shards(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def whole_shards(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The scenes as a shard set of whole images in both splits, 12 and 5."""
     return make_shards(tmp_path_factory.mktemp("shards") / "whole", scenes, "crops.splits=[]")
+
+
+@pytest.fixture(scope="session")
+def renamed_shards(scene_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`scene_shards` with other names: class n has that of class 7 - n, but class 0 is called "extra"."""
+    from tests.support.hand_made import rename_classes
+
+    return rename_classes(scene_shards, tmp_path_factory.mktemp("shards") / "renamed", RENAMED)
 
 
 def make_shards(output: Path, root: Path, *overrides: str) -> Path:

@@ -65,9 +65,10 @@ def build_criterion(config: RunConfig, num_classes: int, ignore_index: int,
     return HEADS[config.decoder_head.type].criterion(config, num_classes, ignore_index, class_weights)
 
 
-def resolve_class_weights(config: RunConfig, manifest: Manifest) -> list[float] | None:
+def resolve_class_weights(config: RunConfig, manifest: Manifest,
+                          occurrences: Callable[[ClassCounts], Sequence[float]]) -> list[float] | None:
     """The configured weights of the classes, for the head's loss. Raises ConfigError (see `class_weights`)."""
-    return class_weights(config.loss, manifest, config.data.train_split, HEADS[config.decoder_head.type].class_counts)
+    return class_weights(config.loss, manifest, occurrences, HEADS[config.decoder_head.type].class_counts)
 
 
 def check_crop_size(config: RunConfig, height: int, width: int) -> None:

@@ -15,6 +15,7 @@ from shards.errors import ConfigError
 from shards.files.storage import REMOTE_SCHEMES, local_path
 from shards.sampling import SAMPLINGS
 from trainer.model_config import SIZE_DIVISORS, AdapterConfig, BackboneConfig, DecoderHeadConfig
+from trainer.source_config import SourceConfig
 
 STOPPING_METRICS = ("mIoU", "mAcc", "aAcc", "fwIoU", "mDice", "mBoundaryIoU")  # all of them: higher is better
 
@@ -55,6 +56,8 @@ class DataConfig:
                              "or https:// URL")
     train_split: str = setting("train", "split of the shard set to train on")
     val_split: str = setting("val", "split of the shard set to evaluate on")
+    sources: list[SourceConfig] = setting([], "sets to train on, mixed by weight; data.root stays the one whose "
+                                          "classes are learned, and which is evaluated. Empty: data.root alone")
     workers: int = setting(4, "loader processes per rank; 0: decode in the training process", minimum=0)
     prefetch_batches: int = setting(4, "micro-batches prefetched by each worker", minimum=1)
     targets: str = setting("segment_map", "format in which workers send targets: packed uint8 segment maps, or dense "

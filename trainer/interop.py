@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from shards.errors import ConfigError
 from shards.plan import MicroBatchNumbers
 from trainer.config import DataConfig
 from trainer.data.batch import normalized_images
 from trainer.data.crops import TrainCrops, open_reader, read_samples, share_of_worker, train_plan
+from trainer.data.sources import train_sources
 from trainer.data.targets import to_dense
 from trainer.model_config import IMAGENET_MEAN, IMAGENET_STD
 
@@ -21,11 +23,14 @@ class SampleStream(IterableDataset[dict[str, Any]]):
     """One epoch of verified training samples, in planned order: {"__key__", "jpg" or "png": bytes, "mp": bytes}.
 
     Can be the first stage of a `webdataset.DataPipeline`. Each sample appears exactly once (with `data.sampling`, as
-    often as in the trainer) over all ranks and their
-    loader processes; the ranks' numbers of samples may differ by one.
+    often as in the trainer) over all ranks and their loader processes; the ranks' numbers of samples may differ by one.
+    Of one set: raises ConfigError for `data.sources`.
     """
 
     def __init__(self, config: DataConfig, seed: int = 0, epoch: int = 0, rank: int = 0, world_size: int = 1) -> None:
+        if config.sources:
+            raise ConfigError(f"data.sources has {len(config.sources)} entries, legal for SampleStream: none, as it "
+                              "yields labels as they are stored; use TransformersBatches, or one stream for each set")
         self.reader = open_reader(config, config.train_split)
         self.plan = train_plan(self.reader, config, 1, seed)
         self.epoch, self.rank, self.world_size, self.budget = epoch, rank, world_size, config.read_ahead_mb << 20
@@ -42,17 +47,16 @@ class TransformersBatches(IterableDataset[dict[str, Any]]):
     """Augmented training batches in the format of Hugging Face's universal segmentation models.
 
     `{"pixel_values": float32 [B, 3, H, W], "mask_labels": B x float32 [N, H, W], "class_labels": B x int64 [N]}`: the
-    trainer's batches of steps first_step to last_step - 1. Use it in a DataLoader with `batch_size=None`.
+    trainer's batches of steps first_step to last_step - 1, of data.root or, mixed, of data.sources. Use it in a
+    DataLoader with `batch_size=None`.
     """
 
     def __init__(self, config: DataConfig, batch_size: int, last_step: int, first_step: int = 0, seed: int = 0,
                  rank: int = 0, world_size: int = 1, mean: Sequence[float] = IMAGENET_MEAN,
                  std: Sequence[float] = IMAGENET_STD) -> None:
-        reader = open_reader(config, config.train_split)
-        plan = train_plan(reader, config, batch_size, seed)
         numbers = MicroBatchNumbers(first_step=first_step, last_step=last_step, rank=rank, world_size=world_size,
                                     accumulation=1)
-        self.crops = TrainCrops(reader, plan, config, numbers, batch_size * world_size)
+        self.crops = TrainCrops(train_sources(config, batch_size, seed), config, numbers, batch_size * world_size)
         self.mean, self.std = list(mean), list(std)
 
     def __iter__(self) -> Iterator[dict[str, Tensor | list[Tensor]]]:

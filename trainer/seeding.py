@@ -11,6 +11,15 @@ def sample_rng(seed: int, epoch: int, sample: int, repeat: int = 0) -> np.random
     return np.random.Generator(np.random.PCG64([seed, epoch, sample, *([repeat] if repeat else [])]))
 
 
+def source_seed(seed: int, source: int) -> int:
+    """The seed of the plan and augmentation of one of several training sets: that of the run for the first, others for
+    the rest, so that a set that is named twice is drawn from independently."""
+    if not source:
+        return seed
+    low, high = np.random.SeedSequence([seed, 2, source]).generate_state(2)
+    return (int(high) << 32 | int(low)) & (2**63 - 1)
+
+
 def micro_batch_seed(seed: int, number: int) -> int:
     """A 63-bit seed for all of torch's draws in micro-batch `number`: stochastic depth, dropout, points."""
     low, high = np.random.SeedSequence([seed, 1, number]).generate_state(2)

@@ -50,12 +50,15 @@ def main() -> int:
 
 
 def _dry_run(config: RunConfig) -> int:
+    from functools import partial
+
     import torch
 
     from shards.plan import accumulation_for
     from shards.shown_text import shown
     from trainer.build import resolve_class_weights
     from trainer.data.crops import open_reader
+    from trainer.data.sources import class_counts, source_lines
     from trainer.loss.class_weights import described
     from trainer.run.run import open_crops, run_places
 
@@ -66,15 +69,17 @@ def _dry_run(config: RunConfig) -> int:
     val_reader = open_reader(config.data, config.data.val_split)
     manifest = val_reader.manifest
     crops = open_crops(config, manifest)
-    samples, steps, global_batch = len(crops.reader), config.train.total_steps, config.train.global_batch_size
+    steps, global_batch = config.train.total_steps, config.train.global_batch_size
+    readers = [source.reader for source in crops.sources]
     accumulation = accumulation_for(global_batch, config.train.micro_batch_size, 1)
-    val_images = len(val_reader)
-    print(f"{shown(manifest.dataset)}: {manifest.num_classes} classes, {samples} training samples in "
-          f"{crops.reader.info.shards} shards, {val_images} validation samples")
-    epochs = steps * global_batch / crops.plan.epoch_size
-    print(f"{steps} steps of {global_batch} = {epochs:.2f} epochs of {crops.plan.epoch_size} samples; {accumulation} "
-          "micro-batches per step, divided among the ranks")
-    if (weights := resolve_class_weights(config, manifest)) is not None:
+    print(f"{shown(manifest.dataset)}: {manifest.num_classes} classes, {sum(map(len, readers))} training samples in "
+          f"{sum(reader.info.shards for reader in readers)} shards, {len(val_reader)} validation samples")
+    lines = source_lines(crops.sources, config.data, steps * global_batch, manifest)
+    epoch = crops.sources[0].plan.epoch_size
+    epochs = "" if lines else f" = {steps * global_batch / epoch:.2f} epochs of {epoch} samples"
+    print(f"{steps} steps of {global_batch}{epochs}; {accumulation} micro-batches per step, divided among the ranks")
+    print("".join(f"{line}\n" for line in lines), end="")
+    if (weights := resolve_class_weights(config, manifest, partial(class_counts, crops.sources))) is not None:
         print(shown(f"class weights from {described(weights, manifest)}"))
     batch = crops[0].to(torch.device("cpu"))
     names = [manifest.classes[label].name for label in batch.labels[: batch.counts[0]].tolist()]

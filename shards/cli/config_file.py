@@ -18,12 +18,13 @@ from typing import Any
 
 import yaml
 
-from shards.cli.settings import ConfigT, check_settings, listing, shown_value
+from shards.cli.settings import ConfigT, check_settings, entry_type, listing, shown_value
 from shards.errors import ConfigError, StorageError
 from shards.files.plain_file import LARGEST_YAML, read_plain_text
 from shards.shown_text import masked_value
 
 _COMMAND_LINE = "command line"  # the source named in errors about typed settings
+_ABSENT = "not given"  # an entry of a list or mapping, in changes between configurations
 _EXPECTED = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text",
              "list": "a list, e.g. [a, b]", "dict": "a mapping, e.g. {a: b}", "dataclass": "a section of settings"}
 
@@ -87,7 +88,9 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 def config_changes(before: Any, now: Any) -> list[str]:
     """"name was A and is B" for each setting that differs between two configurations of one schema."""
     old, new = (_flat(config_to_dict(config)) for config in (before, now))
-    return [f"{name} was {old.get(name)} and is {value}" for name, value in new.items() if old.get(name) != value]
+    names = [*new, *(name for name in old if name not in new)]  # entries of lists and mappings come and go
+    pairs = [(name, old.get(name, _ABSENT), new.get(name, _ABSENT)) for name in names]
+    return [f"{name} was {before} and is {after}" for name, before, after in pairs if before != after]
 
 
 def config_to_yaml(config: Any) -> str:
@@ -123,11 +126,14 @@ def _check_names(schema: Any, layer: Mapping[Any, Any], source: str, prefix: str
             near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f". Did you mean: '{near[0]}'" if near else ""
             raise ConfigError(f"{source}: unknown key {f'{prefix}{key}'!r}{hint}; legal: {', '.join(fields)}")
-        if dataclasses.is_dataclass(fields[key]):
-            if not isinstance(value, Mapping):
-                raise ConfigError(f"{source}: {prefix}{key} is {shown_value(value)}, legal: {_EXPECTED['dataclass']} "
-                                  f"({', '.join(_field_types(fields[key]))})")
-            _check_names(fields[key], value, source, f"{prefix}{key}.")
+        sections = {f"{prefix}{key}": (fields[key], value)} if dataclasses.is_dataclass(fields[key]) else {}
+        if isinstance(value, list) and (entry := entry_type(schema, key)):
+            sections = {f"{prefix}{key}[{number}]": (entry, part) for number, part in enumerate(value)}
+        for name, (kind, section) in sections.items():
+            if not isinstance(section, Mapping):
+                raise ConfigError(f"{source}: {name} is {shown_value(section)}, legal: {_EXPECTED['dataclass']} "
+                                  f"({', '.join(_field_types(kind))})")
+            _check_names(kind, section, source, f"{name}.")
 
 
 _Layers = Sequence[tuple[str, dict[str, Any]]]  # (source, settings), lowest priority first
@@ -228,7 +234,12 @@ def _holds(layer: Any, place: Sequence[str | int]) -> bool:
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+            flat |= _flat({f"{name}[{number}]": entry for number, entry in enumerate(value)}, prefix)
+        else:
+            flat[f"{prefix}{name}"] = value
     return flat
 
 

@@ -49,6 +49,8 @@ def without_places(config: ConfigT) -> ConfigT:
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             changes[field.name] = without_places(value)
+        elif isinstance(value, list) and entry_type(config, field.name):
+            changes[field.name] = [without_places(entry) for entry in value]
         elif field.metadata.get("is_place"):
             changes[field.name] = None
     return typing.cast(ConfigT, dataclasses.replace(typing.cast(Any, config), **changes))
@@ -60,6 +62,10 @@ def check_settings(config: Any, prefix: str = "") -> None:
         name, value = f"{prefix}{field.name}", getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             check_settings(value, f"{name}.")
+            continue
+        if isinstance(value, list) and entry_type(config, field.name):
+            for number, entry in enumerate(value):
+                check_settings(entry, f"{name}[{number}].")
             continue
         choices = field.metadata.get("choices", ())
         is_free = isinstance(value, list) or (value is None and field.default is None)  # a word, or a list
@@ -87,6 +93,13 @@ def may_be_list(schema: Any, name: str) -> bool:
     return any(typing.get_origin(member) is list for member in (kind, *typing.get_args(kind)))
 
 
+def entry_type(schema: Any, name: str) -> Any:
+    """The dataclass of the entries of a setting that is a list of sections; None for other settings."""
+    kind = typing.get_type_hints(schema if isinstance(schema, type) else type(schema))[name]
+    entries = typing.get_args(kind) if typing.get_origin(kind) is list else ()
+    return next((entry for entry in entries if dataclasses.is_dataclass(entry)), None)
+
+
 def _range_text(low: float | None, high: float | None, number: float) -> str:
     if isinstance(number, int) and abs(number) > LARGEST_INTEGER:  # the limit that goes without saying elsewhere
         return f"from {low} to {high}"
@@ -108,6 +121,8 @@ def describe_config(schema: type[Any], prefix: str = "") -> Iterator[str]:
         suffix = f" [{' | '.join(choices)}]" if choices else ""
         suffix += f" (type {listing(readers)} only)" if (readers := field.metadata.get("only_for")) else ""
         yield f"  {name} = {shown}\n      {field.metadata.get('help', '')}{suffix}"
+        if entry := entry_type(schema, field.name):
+            yield from describe_config(entry, f"{name}[N].")
 
 
 def listing(names: Sequence[str]) -> str:

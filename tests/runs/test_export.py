@@ -148,10 +148,12 @@ def test_no_setting_that_names_a_place_is_exported(tmp_path: Path) -> None:
     overrides = {f"{prefix}{field.name}": "/secret/place" for prefix, field in text_fields(RunConfig())
                  if f"{prefix}{field.name}" not in harmless}
     overrides["load.ignore"] = ["/secret/place"]
+    overrides["data.sources"] = [{"root": "/secret/place", "weight": 2}]
     config = load_config(RunConfig, [], [], overrides)
     model = build_model(load_run_config(REPOSITORY / "tests/support/tiny.yaml", ["decoder_head.type=linear"]), 2)
     content = export_config(Pretrained(model=model, config=config, classes=[]))
     assert "/secret/place" not in json.dumps(content) and len(overrides) >= 8
+    assert content["settings"]["data"]["sources"][0]["weight"] == 2
 
 
 def text_fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -23,6 +23,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
+from shards.cli.config_file import override_config
 from shards.errors import ConfigError
 from shards.files.strict_json import to_json
 from shards.manifest import ClassInfo
@@ -268,6 +269,17 @@ def test_names_in_a_card_mean_nothing_in_markdown_or_yaml(run: Path) -> None:
     assert card.data.license is None and "\\<b\\>\\`sky\\`\\|\\*x\\*" in card.text
     assert card.data.eval_results is not None and "\n" not in card.data.eval_results[0].dataset_name
     assert "`model.onnx` runs in onnxruntime" in card.text
+
+
+def test_a_card_names_the_sets_of_a_mixture_without_their_places(run: Path) -> None:
+    pretrained = load_pretrained(run / "checkpoints/best.pt")
+    config = override_config(pretrained.config, [
+        "data.sources=[{weight: 3}, {root: 's3://user:secret@bucket/secret/stu_ff?key=secret'}]"])
+    facts = CardFacts(repo_id="a/b", formats=["directory"], contains_backbone=True)
+    text = model_card(replace(pretrained, config=config), facts)
+    (row,) = (line for line in text.splitlines() if line.startswith("| trained on"))
+    assert row == f"| trained on | {Path(str(config.data.root)).name} (75.00%), stu\\_ff (25.00%) |"
+    assert "secret" not in text and "trained on |" not in model_card(pretrained, facts)
 
 
 # -- weights with a licence to accept ----------------------------------------------------------------------------------

@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 
 from shards.errors import ConfigError
+from tests.conftest import RENAMED
 from tests.runs.test_end_to_end import ALONE, TINY, one_line_error, run_program, tiny
+from tests.support.hand_made import rename_classes
 from trainer.build import build_model
 from trainer.loop import train
 from trainer.run.checkpoint import load_latest
@@ -73,6 +75,33 @@ def test_ignored_weights_are_announced_and_random(
     assert torch.equal(state[key], fresh[key])
     loaded = key.replace("class_embed", "query_feat")
     assert not torch.equal(state[loaded], fresh[loaded])
+
+
+def test_a_head_of_other_classes_is_the_start_of_the_next_stage(
+    scene_shards: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All but the classifier is loaded, and what is new is said; names tell whether equally many are the same."""
+    checkpoint = load_latest(pretrained / "checkpoints")
+    assert checkpoint is not None
+    weights = f"load.weights={pretrained / 'checkpoints/best.pt'}"
+    nine = rename_classes(scene_shards, tmp_path / "nine", [*RENAMED, "ninth"])
+    with pytest.raises(ConfigError, match=r"another shape: .*class_embed.*other classes, name the classifier in load"):
+        started(nine, tmp_path / "run", weights)
+    run = train(tiny(nine, tmp_path / "run", weights, "load.ignore=['*class_embed*']", "train.total_steps=1",
+                     "optimizer.lr=0"), ALONE)
+    keys = [f"segmentation_model.1.predictor.class_embed.{name}" for name in ("bias", "weight")]
+    printed = capsys.readouterr().out
+    assert f"randomly initialised because of load.ignore: {', '.join(keys)}" in printed
+    state = run.model.trainable_state_dict()
+    assert state[keys[0]].shape == (10,) and checkpoint.model[keys[0]].shape == (9,)  # and "no object"
+    assert all(torch.equal(state[key], value) for key, value in checkpoint.model.items()
+               if key not in keys and "running" not in key and "num_batches" not in key)
+    other_names = "its classes have other names than those of data.root, or another order"
+    assert other_names not in printed
+    started(rename_classes(scene_shards, tmp_path / "renamed", RENAMED), tmp_path / "again", weights)
+    assert other_names in capsys.readouterr().out
+    started(scene_shards, tmp_path / "same", weights)
+    assert other_names not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("overrides", "message"), [

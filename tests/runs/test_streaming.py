@@ -42,7 +42,7 @@ from tests.support.training_run import TrainingRun, assert_equal_states
 from tests.unit.test_trainer_data_crops import equal
 from trainer.config import DataConfig
 from trainer.data.batch import Batch
-from trainer.data.crops import TrainCrops, open_reader
+from trainer.data.crops import TrainCrops, TrainSource, open_reader
 from trainer.data.loader import train_loader, validation_loader
 from trainer.data.whole_images import WholeImages
 from trainer.reporting.state import read_state
@@ -56,7 +56,7 @@ def crops(root: str | Path, batch: int = 2, **changed: Any) -> TrainCrops:
     config = DataConfig(root=str(root), **settings)
     reader = open_reader(config, "train")
     plan = TrainPlan(reader.table.samples, batch, 5, config.lanes, config.span_samples)
-    return TrainCrops(reader, plan, config)
+    return TrainCrops([TrainSource(reader, plan)], config)
 
 
 def batches(root: str | Path, numbers: range = range(18), **changed: Any) -> list[Batch]:
@@ -64,7 +64,7 @@ def batches(root: str | Path, numbers: range = range(18), **changed: Any) -> lis
 
 
 def largest_span(dataset: TrainCrops) -> int:
-    return max(dataset.reader.bytes_of(range(first, first + 3)) for first in range(0, 24, 3))
+    return max(dataset.sources[0].reader.bytes_of(range(first, first + 3)) for first in range(0, 24, 3))
 
 
 @pytest.fixture(scope="session")
@@ -82,6 +82,20 @@ def assert_same(found: list[Batch], expected: list[Batch]) -> None:
 def test_batches_equal_those_from_the_folder(s3_shards: str, expected: list[Batch], workers: int) -> None:
     assert_same(batches(s3_shards, workers=workers), expected)
     assert_same(batches(s3_shards, range(7, 18), workers=workers), expected[7:])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_mixture_of_local_and_remote_sets_gives_the_batches_of_local_ones(
+    s3: FaultyProxy, s3_shards: str, scene_shards: Path, renamed_shards: Path, workers: int
+) -> None:
+    from tests.unit.test_trainer_data_sources import MERGED, mixed
+
+    local = {"root": renamed_shards, "weight": 0.3, "classes": MERGED}
+    settings = ("data.lanes=8", "data.span_samples=3", "data.read_ahead_mb=1", f"data.workers={workers}")
+    first, second = (mixed(scene_shards, {"root": root, "weight": 0.7}, local, {"root": root, "weight": 0.5}, batch=2,
+                           settings=settings) for root in (scene_shards, s3_shards))
+    s3.faults = [cut, flip, unavailable]
+    assert_same(list(train_loader(second, range(18), CPU)), [first[number] for number in range(18)])
 
 
 def test_batches_are_equal_under_a_storm(
@@ -318,7 +332,7 @@ def test_skipped_samples_are_named_counted_and_replaced(
         batches(root)
     with caplog.at_level(logging.WARNING):
         found = batches(root, on_corrupt="skip")
-    plan = crops(root).plan
+    plan = crops(root).sources[0].plan
     for number, (ours, whole) in enumerate(zip(found, expected, strict=True)):
         hit = [draw for draw in plan.micro_batch(number) if draw.sample in bad]
         assert len(ours.keys) == len(whole.keys) and len(ours.skipped) == len(hit)
@@ -342,7 +356,7 @@ def test_a_run_records_the_samples_it_left_out(scene_shards: Path, tmp_path: Pat
     with distributed("cpu") as context:
         train(config, context)
     reader = ShardReader(scene_shards, "train")
-    plan = open_crops(config, reader.manifest).plan
+    plan = open_crops(config, reader.manifest).sources[0].plan
     expected = [(position // 4 + 1, reader._where(plan.sample_at(position).sample).partition("/train-")[2])
                 for position in range(24) if plan.sample_at(position).sample in (3, 11)]
     lines = [json.loads(line) for line in (tmp_path / "run" / SKIPPED_NAME).read_text().splitlines()]
@@ -371,7 +385,7 @@ def test_a_damaged_sample_gives_way_to_the_next_of_its_global_batch(scene_shards
     """For any micro-batch size, including 1; and for any number of ranks, which all take micro-batches of this
     sequence."""
     whole = samples_of(batches(scene_shards, range(24), crop_size=48))  # 48 samples, in places
-    plan = crops(scene_shards, 1).plan
+    plan = crops(scene_shards, 1).sources[0].plan
     bad = [plan.sample_at(place).sample for place in (2, 3, 11, 12)]  # neighbours; a last and a first of a global batch
     root = damaged(scene_shards, tmp_path / "set", bad)
     is_bad = [plan.sample_at(place).sample in bad for place in range(48)]

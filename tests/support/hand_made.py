@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import shutil
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -125,6 +126,18 @@ def as_version_2(root: Path) -> Path:
     splits = {name: replace(info, classes=None) for name, info in manifest.splits.items()}
     (root / MANIFEST_NAME).write_bytes(manifest_bytes(replace(manifest, splits=splits, format_version=2)))
     return root
+
+
+def rename_classes(root: Path, copy: Path, names: Sequence[str]) -> Path:
+    """A copy of a set with other names of its classes; those after the last have no pixel."""
+    shutil.copytree(root, copy)
+    manifest = load_manifest(copy)
+    more = [0] * (len(names) - manifest.num_classes)
+    splits = {name: replace(info, class_pixels=[*info.class_pixels, *more], class_samples=[*info.class_samples, *more])
+              for name, info in manifest.splits.items()}
+    classes = [ClassInfo(name=name, color=(number, 0, 0)) for number, name in enumerate(names)]
+    (copy / MANIFEST_NAME).write_bytes(manifest_bytes(replace(manifest, classes=classes, splits=splits)))
+    return copy
 
 
 Labelled = tuple[str, bytes, np.ndarray]  # key, JPEG or PNG, label map [H, W] with `ignore_value` where ignored

@@ -14,6 +14,7 @@ import pytest
 
 from preprocess.config import PreprocessConfig
 from shards.cli.config_file import load_config
+from shards.cli.settings import entry_type
 from tests.conftest import REPOSITORY
 from trainer.config import RunConfig, load_run_config
 
@@ -26,7 +27,7 @@ ENTRY_POINTS = {"trainer.train", "trainer.eval", "trainer.predict", "trainer.exp
 # may be given a layer of its own.
 LAYERS: dict[str, tuple[set[str], ...]] = {
     "trainer": (
-        {"model_config", "stopping", "out_of_memory"},
+        {"model_config", "source_config", "stopping", "out_of_memory"},
         {"config", "watchdog", "seeding"},
         {"distributed"},
         {"data", "models"},
@@ -43,7 +44,7 @@ LAYERS: dict[str, tuple[set[str], ...]] = {
         {"errors"},
         {"files"},
         {"rle", "plan", "workers"},
-        {"picture_file", "coco", "picture", "cli", "crops"},
+        {"picture_file", "coco", "picture", "cli", "crops", "mixing"},
         {"sample", "manifest"},
         {"shard_table", "writer"},
         {"reader", "mirror", "class_list", "recount", "sampling"},
@@ -164,6 +165,7 @@ def fields_of(schema: type) -> Iterator[str]:
             yield from fields_of(type(value))
         else:
             yield field.name
+            yield from fields_of(entry) if (entry := entry_type(schema, field.name)) else ()
 
 
 def everything_stays_readable(root: Path) -> Iterator[str]:

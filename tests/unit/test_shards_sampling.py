@@ -29,7 +29,7 @@ from tests.conftest import make_shards
 from tests.support.hand_made import as_version_1, as_version_2, file_of
 from tests.support.training_run import TINY, assert_same_end
 from trainer.config import DataConfig, load_run_config
-from trainer.data.crops import TrainCrops, train_plan
+from trainer.data.crops import TrainCrops, TrainSource, train_plan
 from trainer.distributed import DistContext
 from trainer.loop import train
 from trainer.run.checkpoint import load_checkpoint
@@ -295,7 +295,7 @@ def test_repeats_are_augmented_differently(scene_shards: Path) -> None:
     config = DataConfig(sampling="repeat_factor", sampling_threshold=1.0, workers=0)
     plan = train_plan(reader, config, 1, 0)
     assert plan.epoch_size > len(reader)
-    crops, seen = TrainCrops(reader, plan, config), dict[tuple[int, int], Any]()
+    crops, seen = TrainCrops([TrainSource(reader, plan)], config), dict[tuple[int, int], Any]()
     for number in range(plan.epoch_size):
         (draw,), batch = plan.micro_batch(number), crops[number]
         assert batch.keys == [reader.read(draw.sample).key]
@@ -303,8 +303,9 @@ def test_repeats_are_augmented_differently(scene_shards: Path) -> None:
     repeated = {sample for sample, repeat in seen if repeat}
     assert repeated
     assert all(not torch.equal(seen[sample, 0], seen[sample, 1]) for sample in repeated)
-    plain = TrainCrops(reader, train_plan(reader, DataConfig(workers=0), 1, 0), DataConfig(workers=0))
-    of_plain = {plain.plan.sample_at(number).sample: plain[number].photometric for number in range(len(reader))}
+    plan = train_plan(reader, DataConfig(workers=0), 1, 0)
+    plain = TrainCrops([TrainSource(reader, plan)], DataConfig(workers=0))
+    of_plain = {plan.sample_at(number).sample: plain[number].photometric for number in range(len(reader))}
     assert all(torch.equal(seen[sample, 0], of_plain[sample]) for sample, _ in seen)
 
 

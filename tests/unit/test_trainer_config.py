@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from preprocess.config import PreprocessConfig
 from shards.cli.config_file import config_changes, config_to_dict, config_to_yaml, load_config, override_config
+from shards.cli.settings import describe_config, without_places
 from shards.errors import ConfigError
 from tests.conftest import REPOSITORY
 from trainer.config import RunConfig, load_run_config, run_config_from_dict
 from trainer.model_config import DecoderHeadConfig
+from trainer.source_config import SourceConfig
 
 M2F = REPOSITORY / "configs" / "config-ade20k-m2f-training.yaml"
 
@@ -90,6 +92,15 @@ def test_a_setting_is_a_word_or_a_list(tmp_path: Path) -> None:
         ("data.photometric=maybe", "data.photometric is 'maybe', legal: true or false"),
         ("decoder_head.type=", "decoder_head.type is None, legal: text"),
         ("load.ignore=a", "load.ignore is 'a', legal: a list"),
+        ("data.sources=[{root: a}, {wieght: 2}]", r"unknown key 'data.sources\[1\].wieght'. Did you mean: 'weight'; "
+         "legal: root, split, weight, classes, unmatched"),
+        ("data.sources=[{}, {weight: 0}]", r"data.sources\[1\].weight is 0.0, legal: from 1e-06 to 1000000"),
+        ("data.sources=[{weight: x}]", r"command line: data.sources\[0\].weight is 'x', legal: a number"),
+        ("data.sources=[{unmatched: ignor}]", r"data.sources\[0\].unmatched is 'ignor', legal: error, ignore; did you"),
+        ("data.sources=[{classes: {a: [b]}}]", r"data.sources\[0\].classes.a is \['b'\], legal: text"),
+        ("data.sources=[{root: ''}]", r"data.sources\[0\].root is empty, legal: text, or null"),
+        ("data.sources=[a]", r"command line: data.sources\[0\] is 'a', legal: a section of settings \(root, split"),
+        ("data.sources=a", "command line: data.sources is 'a', legal: a list"),
     ],
 )
 def test_mistakes_are_named(override: str, message: str) -> None:
@@ -163,6 +174,21 @@ def test_numbers_are_read_as_typed(tmp_path: Path) -> None:
     assert config.seed == 10 and config.optimizer.lr == 1e-3 and config.optimizer.clip_grad_norm is None
     assert config.optimizer.betas == [0.5, 0.25] and config.data.photometric is False
     assert config.eval.resize_short_side is None and config.train.total_steps == 1000
+
+
+def test_entries_of_a_list_are_settings_too(tmp_path: Path) -> None:
+    override = "data.sources=[{weight: 3}, {root: b, split: '010', classes: {a: b, c: null}, unmatched: ignore}]"
+    config = load_run_config(None, [override])
+    assert config.data.sources == [SourceConfig(weight=3), SourceConfig(
+        root="b", split="010", classes={"a": "b", "c": None}, unmatched="ignore")]
+    (tmp_path / "config.yaml").write_text(config_to_yaml(config))
+    assert load_run_config(tmp_path / "config.yaml", []) == run_config_from_dict(config_to_dict(config)) == config
+    assert without_places(config).data.sources[1].root is None
+    assert "  data.sources[N].weight = 1.0" in "\n".join(describe_config(RunConfig))
+    changed = load_run_config(None, ["data.sources=[{weight: 3, split: x}, {root: b, split: '010', classes: {a: b}}]"])
+    assert config_changes(config, changed) == [
+        "data.sources[0].split was None and is x", "data.sources[1].unmatched was ignore and is error",
+        "data.sources[1].classes.c was None and is not given"]
 
 
 def test_configurations_cannot_be_changed() -> None:

@@ -17,7 +17,7 @@ from shards.sample import CropSample
 from tests.conftest import make_shards
 from trainer.config import DataConfig
 from trainer.data.batch import Batch
-from trainer.data.crops import TrainCrops, check_labels, drop_absent_labels, stack_segment_maps
+from trainer.data.crops import TrainCrops, TrainSource, check_labels, drop_absent_labels, stack_segment_maps
 from trainer.data.loader import train_loader, validation_loader
 from trainer.data.targets import to_dense
 from trainer.data.whole_images import WholeImages
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 def crops(root: Path, batch: int = 3, **settings: object) -> TrainCrops:
     reader = ShardReader(root, "train")
     plan = TrainPlan(reader.table.samples, batch, 5)
-    return TrainCrops(reader, plan, DataConfig(**{"workers": 0, **settings}))  # type: ignore[arg-type]
+    return TrainCrops([TrainSource(reader, plan)], DataConfig(**{"workers": 0, **settings}))  # type: ignore[arg-type]
 
 
 def equal(first: Batch, second: Batch) -> bool:
@@ -63,8 +63,8 @@ def test_a_batch_holds_what_the_shards_hold(scene_shards: Path) -> None:
     dataset = crops(scene_shards, hflip=0.0, photometric=False)
     batch = dataset[0]
     assert batch.images.dtype == torch.uint8 and batch.images.shape == (3, 3, 64, 64) and batch.photometric is None
-    for position, draw in enumerate(dataset.plan.micro_batch(0)):
-        sample = dataset.reader.read(draw.sample)
+    for position, draw in enumerate(dataset.sources[0].plan.micro_batch(0)):
+        sample = dataset.sources[0].reader.read(draw.sample)
         target = batch.targets()[position]
         assert batch.keys[position] == sample.key and target["labels"].tolist() == sample.labels.tolist()
         assert np.array_equal(batch.images[position].permute(1, 2, 0).numpy(), sample.image)
@@ -165,7 +165,7 @@ def test_a_damaged_sample_reaches_the_user_as_itself_through_a_worker(scene_shar
 
     broken = Path(shutil.copytree(scene_shards, tmp_path / "set"))
     dataset = crops(broken, workers=1)
-    for shard in dataset.reader.table:
+    for shard in dataset.sources[0].reader.table:
         data = bytearray((broken / shard.name).read_bytes())
         data[600] ^= 255
         (broken / shard.name).write_bytes(data)

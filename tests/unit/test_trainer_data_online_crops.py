@@ -64,8 +64,8 @@ def test_a_draw_gives_the_crop_of_the_offline_stage(whole_shards: Path, scaled_s
     padded = 0
     for number in range(12):
         batch = dataset[number]
-        for place, draw in enumerate(dataset.plan.micro_batch(number)):
-            sample = dataset.reader.read(draw.sample)
+        for place, draw in enumerate(dataset.sources[0].plan.micro_batch(number)):
+            sample = dataset.sources[0].reader.read(draw.sample)
             label_map = sample.label_map()
             crop = draw_crop(sample_rng(5, draw.epoch, draw.sample), LabelRuns(label_map, 255), rules)
             assert crop is not None and batch.valid[place] == (crop.height, crop.width)
@@ -214,8 +214,8 @@ def test_larger_stored_crops_are_rescaled_and_cropped_within_their_unpadded_part
     assert dataset.rules is not None
     for number in range(8):
         batch = dataset[number]
-        for place, draw in enumerate(dataset.plan.micro_batch(number)):
-            sample = dataset.reader.read(draw.sample)
+        for place, draw in enumerate(dataset.sources[0].plan.micro_batch(number)):
+            sample = dataset.sources[0].reader.read(draw.sample)
             height, width = sample.valid_size
             label_map = sample.label_map()[:height, :width]
             crop = draw_crop(sample_rng(5, draw.epoch, draw.sample), LabelRuns(label_map, 255), dataset.rules)

@@ -50,7 +50,7 @@ def test_a_hugging_face_model_trains_on_our_batches(scene_shards: Path) -> None:
     batches = TransformersBatches(DataConfig(root=str(scene_shards)), batch_size=2, last_step=3)
     torch.manual_seed(0)
     model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(
-        num_labels=batches.crops.reader.manifest.num_classes, feature_size=32, mask_feature_size=32, hidden_dim=32,
+        num_labels=batches.crops.sources[0].reader.num_classes, feature_size=32, mask_feature_size=32, hidden_dim=32,
         encoder_feedforward_dim=32, dim_feedforward=32, encoder_layers=1, decoder_layers=2, num_attention_heads=2,
         num_queries=5, train_num_points=48,
         backbone_config={"model_type": "swin", "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1],

@@ -77,7 +77,9 @@ def manifest(scene_shards: Path) -> Manifest:
 
 
 def resolved(manifest: Manifest, *overrides: str) -> list[float] | None:
-    return resolve_class_weights(load_run_config(TINY, list(overrides)), manifest)
+    config = load_run_config(TINY, list(overrides))
+    info = manifest.splits[config.data.train_split]
+    return resolve_class_weights(config, manifest, lambda counts: getattr(info, f"class_{counts}"))
 
 
 @pytest.mark.parametrize("kind", ["m2f", "linear", "eomt", "pmt"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -21,9 +22,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 from shards.crops.drawing import Crop
 from shards.errors import ConfigError, CorruptShardError
 from shards.files.cache import DiskCache
-from shards.files.storage import RetryPolicy, open_storage
+from shards.files.storage import RetryPolicy, Storage, open_storage
 from shards.manifest import Manifest
-from shards.plan import TrainPlan
+from shards.mixing import Mixture
+from shards.plan import Dealing, TrainPlan
 from shards.read_ahead import ReadAhead, look_ahead
 from shards.reader import ShardReader
 from shards.rle import IGNORE_16_BIT, ignore_value
@@ -31,6 +33,7 @@ from shards.sample import CropSample
 from shards.sampling import ClassLists, cumulative_repeats
 from trainer.config import DataConfig, OnlineConfig
 from trainer.data.batch import Batch
+from trainer.data.class_mapping import ClassMapping
 from trainer.data.geometry import Move, draw_move, rotate_labels
 from trainer.data.online_crops import cut_into, draw_labels, source_pixels
 from trainer.data.resampling import Resize, region_of
@@ -38,6 +41,7 @@ from trainer.data.targets import dense_masks
 from trainer.data.transforms import draw_photometric, random_window
 from trainer.seeding import sample_rng
 
+_Aheads = Sequence[ReadAhead | None]  # of each source; None: its set is in a local folder
 _IMAGES_AHEAD = 8  # whole images that a loader process requests from object storage ahead of time
 
 
@@ -60,70 +64,103 @@ class _Crop(NamedTuple):
     photometric: npt.NDArray[np.float32]
 
 
-def open_reader(config: DataConfig, split: str, manifest: Manifest | None = None) -> ShardReader:
-    """Open a split of `data.root` with the configured cache and retry policy.
+def open_reader(config: DataConfig, split: str, manifest: Manifest | None = None, root: str | None = None
+                ) -> ShardReader:
+    """Open a split of the set at `root`, by default `data.root`, with the configured cache and retry policy.
 
     Raises ShardError; ConfigError for a split without any labelled pixel, as there is nothing to learn or measure, and
     for a cache folder that is not private to this user.
     """
-    assert config.root is not None
-    storage = open_storage(config.root, RetryPolicy(tries=config.tries, timeout=config.timeout))
+    root = config.root if root is None else root
+    assert root is not None
+    storage = storage_of(config, root)
     cache = None if config.cache_dir is None else DiskCache.in_folder(config.cache_dir, int(config.cache_gb * 1e9))
     reader = ShardReader(storage, split, manifest, cache)
     if not reader.info.labelled_pixels:
-        raise ConfigError(f"{config.root}: split {split!r} has no labelled pixel in its {len(reader)} samples; make "
+        raise ConfigError(f"{root}: split {split!r} has no labelled pixel in its {len(reader)} samples; make "
                           "the shards again with a label mapping that fits the dataset, or choose another split "
-                          "(data.train_split, data.val_split)")
+                          "(data.train_split, data.val_split, or the split of an entry of data.sources)")
     return reader
 
 
-def train_plan(reader: ShardReader, config: DataConfig, micro_batch_size: int, seed: int) -> TrainPlan:
-    """The order of the samples of a split, sampled as configured. Raises ShardError for sampling of a set that does not
-    list its samples' classes."""
+def storage_of(config: DataConfig, root: str) -> Storage:
+    """A folder or URL, read by the configured retry policy."""
+    return open_storage(root, RetryPolicy(tries=config.tries, timeout=config.timeout))
+
+
+def train_plan(reader: ShardReader, config: DataConfig, micro_batch_size: int, seed: int,
+               mapping: ClassMapping | None = None, dealing: Dealing | None = None) -> TrainPlan:
+    """The order of the samples of a split, sampled as configured by their classes after `mapping`; `dealing` is that of
+    its mixture with others. Raises ShardError for sampling of a set that does not list its samples' classes."""
     repeats = None
     if config.sampling != "none":
-        lists = ClassLists.load(reader.storage, reader.info)
-        repeats = cumulative_repeats(lists, reader.info, config.sampling, config.sampling_threshold)
-    return TrainPlan(reader.table.samples, micro_batch_size, seed, config.lanes, config.span_samples, repeats)
+        lists, info = ClassLists.load(reader.storage, reader.info), reader.info
+        if mapping is not None:
+            lists = mapping.of_lists(lists)
+            held = np.bincount(lists.ids, minlength=mapping.num_targets)
+            info = replace(info, class_samples=held.tolist())
+        repeats = cumulative_repeats(lists, info, config.sampling, config.sampling_threshold)
+    return TrainPlan(reader.table.samples, micro_batch_size, seed, config.lanes, config.span_samples, repeats,
+                     dealing)
+
+
+@dataclass(frozen=True)
+class TrainSource:
+    """A split to train on, its samples in the order of its own plan."""
+
+    reader: ShardReader
+    plan: TrainPlan
+    mapping: ClassMapping | None = None  # from its classes to those of the network; None: they are the same
+    weight: float = 1.0  # its part of all samples, in proportion to the weights of the other sources
 
 
 class TrainCrops(IterableDataset[Batch]):
-    """Micro-batches of the plan. Micro-batch m is a pure function of (shards, configuration, seed, m).
+    """Micro-batches of the sources, mixed by weight. Micro-batch m is a pure function of (shards, configuration, seed,
+    m): the mixture says which source a position takes its sample from, and the source's plan which sample.
 
     `global_batch_size` is needed for data.on_corrupt "skip"; the default is the size of one micro-batch.
     """
 
-    def __init__(self, reader: ShardReader, plan: TrainPlan, config: DataConfig, numbers: Iterable[int] = (),
+    def __init__(self, sources: Sequence[TrainSource], config: DataConfig, numbers: Iterable[int] = (),
                  global_batch_size: int | None = None) -> None:
-        self.reader, self.plan, self.config, self.numbers = reader, plan, config, numbers
-        self.global_batch_size = global_batch_size or plan.micro_batch_size
+        self.sources, self.config, self.numbers = list(sources), config, numbers
+        self.mixture = Mixture([source.weight for source in sources])
+        self.micro_batch_size = sources[0].plan.micro_batch_size
+        self.global_batch_size = global_batch_size or self.micro_batch_size
         self.rules = config.crop_rules
+        self._budgets = read_ahead_budgets(sources, config.read_ahead_mb << 20)
 
     def __getitem__(self, number: int) -> Batch:
-        return self._batch(number, None)
+        return self._batch(number, [None] * len(self.sources))
 
     def __iter__(self) -> Iterator[Batch]:
         """The micro-batches of `numbers`; in a loader process, only its share of them."""
-        if self.reader.is_local:
-            yield from map(self.__getitem__, share_of_worker(self.numbers))
-            return
-        ahead = ReadAhead(self.reader, self.config.read_ahead_mb << 20)
+        aheads = [None if budget is None else ReadAhead(source.reader, budget)
+                  for source, budget in zip(self.sources, self._budgets, strict=True)]
         # All lanes reach the ends of their spans together; then the next span of every lane is needed at once.
-        batches_ahead = -(-self.plan.lanes // self.plan.micro_batch_size)
+        lanes = max((source.plan.lanes for source, ahead in zip(self.sources, aheads, strict=True) if ahead), default=0)
         try:
-            for number in look_ahead(share_of_worker(self.numbers), batches_ahead,
-                                     lambda number: self._request(number, ahead)):
-                yield self._batch(number, ahead)
+            for number in look_ahead(share_of_worker(self.numbers), -(-lanes // self.micro_batch_size),
+                                     lambda number: self._request(number, aheads)):
+                yield self._batch(number, aheads)
         finally:
-            ahead.close()
+            for ahead in filter(None, aheads):
+                ahead.close()
 
-    def _request(self, number: int, ahead: ReadAhead) -> None:
-        for span in map(self.plan.span, self.plan.positions(number)):
-            ahead.ask(span, partial(self.plan.samples, span))
+    def positions(self, number: int) -> range:
+        """The positions of micro-batch `number` in the endless sequence."""
+        return range(number * self.micro_batch_size, (number + 1) * self.micro_batch_size)
 
-    def _batch(self, number: int, ahead: ReadAhead | None) -> Batch:
-        images = _Images(self.plan.micro_batch_size, self.config.online)
-        samples, skipped = self._read_samples(number, ahead, images)
+    def _request(self, number: int, aheads: _Aheads) -> None:
+        for turn in map(self.mixture.locate, self.positions(number)):
+            if (ahead := aheads[turn.source]) is not None:
+                plan = self.sources[turn.source].plan
+                span = plan.span(turn.position)
+                ahead.ask(span, partial(plan.samples, span))
+
+    def _batch(self, number: int, aheads: _Aheads) -> Batch:
+        images = _Images(self.micro_batch_size, self.config.online)
+        samples, skipped = self._read_samples(number, aheads, images)
         keys, segment_maps, labels, valid, moves, photometric = zip(*samples, strict=True)  # of each _Crop
         maps = stack_segment_maps(segment_maps)
         counts = [ids.size for ids in labels]
@@ -145,7 +182,7 @@ class TrainCrops(IterableDataset[Batch]):
             skipped=skipped,
         )
 
-    def _read_samples(self, number: int, ahead: ReadAhead | None, images: _Images) -> tuple[list[_Crop], list[str]]:
+    def _read_samples(self, number: int, aheads: _Aheads, images: _Images) -> tuple[list[_Crop], list[str]]:
         """The samples of a micro-batch, and the errors of those skipped (data.on_corrupt "skip").
 
         A skipped sample is replaced by the next readable one of its global batch, so that batches keep their size,
@@ -153,9 +190,9 @@ class TrainCrops(IterableDataset[Batch]):
         """
         crops: list[_Crop] = []
         skipped: list[str] = []
-        for position in self.plan.positions(number):
+        for position in self.positions(number):
             try:
-                crops.append(self._sample(position, ahead, images))
+                crops.append(self._sample(position, aheads, images))
             except CorruptShardError as error:
                 if self.config.on_corrupt == "fail":
                     raise
@@ -168,37 +205,40 @@ class TrainCrops(IterableDataset[Batch]):
         offset = position % size
         for other in range(offset + 1, offset + size):
             with contextlib.suppress(CorruptShardError):  # reported where that sample itself is due
-                return self._sample(position - offset + other % size, None, images)
+                return self._sample(position - offset + other % size, [None] * len(self.sources), images)
         raise CorruptShardError(f"all samples of global batch {position // size} are corrupt: {error}")
 
-    def _sample(self, position: int, ahead: ReadAhead | None, images: _Images) -> _Crop:
-        draw = self.plan.sample_at(position)
-        data = None
+    def _sample(self, position: int, aheads: _Aheads, images: _Images) -> _Crop:
+        turn = self.mixture.locate(position)
+        source, ahead, data = self.sources[turn.source], aheads[turn.source], None
+        draw = source.plan.sample_at(turn.position)
         if ahead is not None:
-            span = self.plan.span(position)
-            data = ahead.take(span, partial(self.plan.samples, span), draw.sample)
-        sample = self.reader.read(draw.sample, data)
-        check_labels(sample, self.reader.num_classes)
-        rng = sample_rng(self.plan.seed, draw.epoch, draw.sample, draw.repeat)
+            span = source.plan.span(turn.position)
+            data = ahead.take(span, partial(source.plan.samples, span), draw.sample)
+        sample = source.reader.read(draw.sample, data)
+        check_labels(sample, source.reader.num_classes)
+        rng = sample_rng(source.plan.seed, draw.epoch, draw.sample, draw.repeat)
         cut = self._stored_crop if self.rules is None else self._drawn_crop
-        segment_map, labels, valid = cut(sample, rng, images)
+        segment_map, labels, valid = cut(sample, source, rng, images)
         move = draw_move(rng, self.config, valid)
         if move.degrees:
             ignored = int(np.iinfo(segment_map.dtype).max)
             segment_map, labels = drop_absent_labels(rotate_labels(segment_map, valid, move.degrees, ignored), labels)
         return _Crop(sample.key, segment_map, labels, valid, move, draw_photometric(rng, self.config.hue_degrees))
 
-    def _stored_crop(self, sample: CropSample, rng: np.random.Generator, images: _Images) -> _Cut:
+    def _stored_crop(self, sample: CropSample, source: TrainSource, rng: np.random.Generator, images: _Images) -> _Cut:
         segment_map, labels, window, valid = sample.segment_map, sample.labels, None, sample.valid_size
+        if source.mapping is not None:
+            segment_map, labels = source.mapping.of_segment_map(segment_map, labels)
         if self.config.crop_size is not None:
             window, valid = random_window(rng, segment_map.shape, valid, self.config.crop_size, sample.key)
             segment_map, labels = drop_absent_labels(segment_map[window], labels)
-        images.add(sample, segment_map.shape, window)
+        images.add(sample, segment_map.shape, window, source.reader.storage.root)
         return _Cut(segment_map, labels, valid)
 
-    def _drawn_crop(self, sample: CropSample, rng: np.random.Generator, images: _Images) -> _Cut:
+    def _drawn_crop(self, sample: CropSample, source: TrainSource, rng: np.random.Generator, images: _Images) -> _Cut:
         assert self.rules is not None
-        drawn = draw_labels(sample, self.rules, rng)
+        drawn = draw_labels(sample, self.rules, rng, source.mapping)
         images.add_drawn(sample, drawn.crop, self.rules.window)
         return _Cut(drawn.segment_map, drawn.labels, (drawn.crop.height, drawn.crop.width))
 
@@ -208,7 +248,7 @@ class _Images:
     data.online.resample_on "device" the `regions` from which that device makes them."""
 
     def __init__(self, batch: int, online: OnlineConfig) -> None:
-        self.batch, self.count, self.first = batch, 0, ""
+        self.batch, self.count, self.first = batch, 0, ("", "")  # key and set
         self.reduced, self.on_device = online.reduced_decoding, online.resample_on == "device"
         self.pixels = torch.empty((batch, 0, 0, 3), dtype=torch.uint8)
         self.regions: list[Tensor] = []
@@ -226,20 +266,34 @@ class _Images:
         cut_into(self.pixels[self.count].numpy(), sample, crop, self.reduced)
         self.count += 1
 
-    def add(self, sample: CropSample, size: tuple[int, ...], window: tuple[slice, slice] | None) -> None:
-        """Add an image, or a window of it. Raises CorruptShardError; ConfigError if its size differs from the first."""
+    def add(self, sample: CropSample, size: tuple[int, ...], window: tuple[slice, slice] | None, root: str) -> None:
+        """Add an image of the set at `root`, or a window of it. Raises CorruptShardError; ConfigError if its size
+        differs from the first."""
         if not self.count:
-            self.pixels, self.first = torch.empty((self.batch, *size, 3), dtype=torch.uint8), sample.key
+            self.pixels, self.first = torch.empty((self.batch, *size, 3), dtype=torch.uint8), (sample.key, root)
         height, width = self.pixels.shape[1:3]
         if size != (height, width):
-            raise ConfigError(f"samples of one batch differ in size: {self.first} {height}x{width}, {sample.key} "
-                              f"{size[0]}x{size[1]}. Train on a split of crops, set "
-                              "data.crop_size, or draw crops from whole images (data.online.scaled_side)")
+            raise ConfigError(f"samples of one batch differ in size: {self.first[0]} {height}x{width} of "
+                              f"{self.first[1]}, {sample.key} {size[0]}x{size[1]} of {root}. Train on a split of "
+                              "crops, set data.crop_size, or draw crops from whole images (data.online.scaled_side)")
         if window is None:
             sample.decode_into(self.pixels[self.count].numpy())
         else:
             self.pixels[self.count].numpy()[:] = sample.image[window]
         self.count += 1
+
+
+def read_ahead_budgets(sources: Sequence[TrainSource], budget: int) -> list[int | None]:
+    """Bytes of read-ahead of each source; None for local ones, which need none.
+
+    In proportion to the size of their samples: a source holds spans of all its lanes, whatever its weight.
+    """
+    sizes = [None if source.reader.is_local else 1.0 for source in sources]
+    if sum(size is not None for size in sizes) > 1:
+        sizes = [size and source.reader.info.bytes / len(source.reader)
+                 for size, source in zip(sizes, sources, strict=True)]
+    total = sum(filter(None, sizes))
+    return [None if size is None else int(budget * (size / total)) for size in sizes]
 
 
 def read_samples(reader: ShardReader, numbers: Iterable[int], budget: int) -> Iterator[CropSample]:

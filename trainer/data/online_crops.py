@@ -17,6 +17,7 @@ from shards.crops.label_runs import LabelRuns
 from shards.crops.resampling import PADDING_COLOR, resized_crop
 from shards.rle import decode_runs, ignore_value, segment_map_from_runs
 from shards.sample import CropSample, decode_reduced
+from trainer.data.class_mapping import ClassMapping
 
 
 class DrawnLabels(NamedTuple):
@@ -27,22 +28,27 @@ class DrawnLabels(NamedTuple):
     labels: npt.NDArray[np.int64]  # [N] class ids, ascending
 
 
-def draw_labels(sample: CropSample, rules: CropRules, rng: np.random.Generator) -> DrawnLabels:
+def draw_labels(sample: CropSample, rules: CropRules, rng: np.random.Generator, mapping: ClassMapping | None = None
+                ) -> DrawnLabels:
     """Draw a crop of the sample's unpadded part: where no try has a labelled pixel, any crop. Raises CorruptShardError.
 
-    Labels are counted and cut as runs: the label map of the whole image is never made.
+    Labels are counted and cut as runs, after the `mapping` of their classes: the label map of the whole image is never
+    made.
     """
-    start, length, index = decode_runs(sample.record, sample.header)
+    found, labels = decode_runs(sample.record, sample.header), sample.labels
+    start, length, index = found
+    if mapping is not None:
+        (start, length, index), labels = mapping.of_runs(found, labels)
     source = LabelRuns.from_runs(start, length, index, sample.header.width, sample.valid_size)
     crop = draw_crop(rng, source, rules) or draw_any_crop(rng, source, rules)
     side = rules.window
     runs = source.cut(crop, side)
     present = np.flatnonzero(runs.counts())
-    number = np.zeros(sample.labels.size, np.int64)  # of each of the sample's labels among those present
+    number = np.zeros(labels.size, np.int64)  # of each of the labels among those present
     number[present] = np.arange(present.size)
     segment_map = segment_map_from_runs(side, side, runs.start, runs.length, number[runs.value],
                                         ignore_value(present.size))
-    return DrawnLabels(crop, segment_map, sample.labels[present])
+    return DrawnLabels(crop, segment_map, labels[present])
 
 
 def cut_into(out: npt.NDArray[np.uint8], sample: CropSample, crop: Crop, reduced: bool) -> None:

@@ -19,6 +19,7 @@ from shards.errors import ShardError
 from shards.manifest import ClassInfo, load_manifest
 from shards.shown_text import shown
 from trainer.config import DataConfig, EvalConfig
+from trainer.data.sources import configured_shares
 from trainer.evaluation.record import Measured
 from trainer.pretrained import Pretrained
 
@@ -53,7 +54,7 @@ def found_data(pretrained: Pretrained) -> tuple[str | None, dict[str, int]]:
     root = pretrained.config.data.root
     if root is None:
         return None, {}
-    name = re.split(r"[?#]", root)[0].rstrip("/").rpartition("/")[2] or None  # of a URL, no credentials
+    name = _name_of(root)
     if not Path(root).is_dir():
         return name, {}
     try:
@@ -64,6 +65,18 @@ def found_data(pretrained: Pretrained) -> tuple[str | None, dict[str, int]]:
         return name, {}
     images = {split: info.images for split, info in manifest.splits.items()}
     return name if manifest.dataset == "folder" else manifest.dataset, images
+
+
+def _name_of(root: str) -> str | None:
+    """The last part of a path or URL: no other folders, no credentials."""
+    return re.split(r"[?#]", root)[0].rstrip("/").rpartition("/")[2] or None
+
+
+def _trained_on(data: DataConfig) -> dict[str, str]:
+    """The row for `data.sources`, if the run had any."""
+    parts = [f"{_escaped(_name_of(source.root or '') or 'unknown')} ({share:.2%})"
+             for source, share in configured_shares(data)]
+    return {"trained on": ", ".join(parts)} if parts else {}
 
 
 def _card_data(pretrained: Pretrained, facts: CardFacts) -> ModelCardData:
@@ -129,6 +142,7 @@ def _recipe(pretrained: Pretrained, facts: CardFacts) -> dict[str, str]:
     return {
         "data": f"{_escaped(facts.dataset or 'unknown')}, {len(pretrained.classes)} classes" + (
             f", {known}" if known else ""),
+        **_trained_on(config.data),
         "head": f"{head.type}" + ("" if head.type == "linear" else f", {head.num_queries} queries"),
         "ViT": f"{backbone.family}, width {backbone.embed_dim}, {backbone.depth} blocks, "
                f"{'trained' if config.backbone.trainable else 'frozen'}" + (

@@ -1,9 +1,9 @@
-"""Weights of the classes in the loss: a list, or computed from the counts of the training split in the manifest."""
+"""Weights of the classes in the loss: a list, or computed from counts of the training data."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from shards.errors import ConfigError
@@ -14,8 +14,11 @@ ClassCounts = Literal["pixels", "samples"]
 ENET_CONSTANT = 1.02
 
 
-def class_weights(config: LossConfig, manifest: Manifest, split: str, counts: ClassCounts) -> list[float] | None:
+def class_weights(config: LossConfig, manifest: Manifest, occurrences: Callable[[ClassCounts], Sequence[float]],
+                  counts: ClassCounts) -> list[float] | None:
     """`loss.class_weights` as one number per class; None if it is not set. A list is used as it is.
+
+    `occurrences` counts the pixels of each class, or the samples that hold it, in the training data.
 
     inverse_log takes the shares of what the loss counts: `counts` "pixels" for a per-pixel cross-entropy, as in ENet;
     "samples" where every class of a sample is one mask. effective_number counts samples in either case: it measures how
@@ -25,7 +28,7 @@ def class_weights(config: LossConfig, manifest: Manifest, split: str, counts: Cl
 
     Raises ConfigError for a list of another length than the class table's.
     """
-    setting, info = config.class_weights, manifest.splits[split]
+    setting = config.class_weights
     if setting is None:
         return None
     if isinstance(setting, list):
@@ -34,8 +37,8 @@ def class_weights(config: LossConfig, manifest: Manifest, split: str, counts: Cl
                               f"each class of {manifest.dataset} in the order of the class table")
         return list(setting)
     if setting == "inverse_log":
-        return inverse_log(info.class_pixels if counts == "pixels" else info.class_samples)
-    return effective_number(info.class_samples, config.class_weights_beta)
+        return inverse_log(occurrences(counts))
+    return effective_number(occurrences("samples"), config.class_weights_beta)
 
 
 def described(weights: Sequence[float], manifest: Manifest) -> str:
@@ -44,13 +47,13 @@ def described(weights: Sequence[float], manifest: Manifest) -> str:
     return " to ".join(f"{weights[number]:.4g} ({manifest.names_of([number], 1)})" for number in ends)
 
 
-def inverse_log(counts: Sequence[int]) -> list[float]:
+def inverse_log(counts: Sequence[float]) -> list[float]:
     """1 / ln(1.02 + share of the class in all counts) (ENet, arXiv:1606.02147, sec. 5), scaled (`_with_mean_1`)."""
     total = sum(counts)
     return _with_mean_1([1 / math.log(ENET_CONSTANT + count / total) if count else None for count in counts])
 
 
-def effective_number(counts: Sequence[int], beta: float) -> list[float]:
+def effective_number(counts: Sequence[float], beta: float) -> list[float]:
     """(1 - beta) / (1 - beta^n) (class-balanced loss, arXiv:1901.05555, eq. 3), scaled (`_with_mean_1`)."""
     return _with_mean_1([(1 - beta) / (1 - beta**count) if count else None for count in counts])
 

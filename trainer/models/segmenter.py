@@ -23,6 +23,7 @@ from trainer.models.weights import WeightsFile, weights_in
 FeatureModel = DINOv3Adapter | LinearBackbone | PartialBackbone | TappedBackbone
 
 _ADVICE = "Check backbone, adapter and decoder_head settings against those of the saved model"
+_OTHER_CLASSES = "; if it has other classes, name the classifier in load.ignore, such as ['*class_embed*']"
 
 
 class Segmenter(nn.Module):
@@ -102,7 +103,7 @@ class Segmenter(nn.Module):
             raise ConfigError(f"the head in {weights.path} was trained on another ViT (sha256 "
                               f"{weights.backbone_sha256:.16}) than the configured backbone; set backbone.source to "
                               "that ViT")
-        check_fit(self.head_state_dict(), weights.model, what=what, advice=_ADVICE, ignore=ignore)
+        check_fit(self.head_state_dict(), weights.model, what=what, advice=_ADVICE + _OTHER_CLASSES, ignore=ignore)
         if weights.activation is not None and self.head.activation not in (None, weights.activation):
             raise ConfigError(f"the head in {weights.path} was trained with {weights.activation}, but on this ViT it "
                               f"would run with {self.head.activation}; use the file as published for transformers")

@@ -66,6 +66,7 @@ class WeightsFile:
     num_heads: int | None = None  # of the ViT; None: as its layout says, or as usual in its family
     is_averaged: bool = False  # from a checkpoint of ours that has both: the averaged weights, not the raw ones
     activation: str | None = None  # that the head was trained with, where it cannot follow the ViT's
+    class_names: list[str] | None = None  # that the head was trained on, in our own files
     config: dict[str, Any] = field(default_factory=dict)  # a directory's config.json
 
     @property
@@ -107,7 +108,7 @@ def _read_directory(folder: Path, *, mmap: bool) -> WeightsFile:
             heads = declared_count(config, "num_attention_heads", path, most=512)
         _, sha256 = declared_backbone(config, path) or (None, None)
         return replace(weights_in(state, folder), layer_norm_eps=declared_epsilon(config, path), num_heads=heads,
-                       backbone_sha256=sha256, config=config)
+                       backbone_sha256=sha256, config=config, class_names=_class_names(config))
     complete = complete_eomt_config(config, folder / "config.json")
     vit, head = split_eomt(state, complete, folder)
     return WeightsFile(path=folder, vit=vit, model=head, layer_norm_eps=complete["layer_norm_eps"],
@@ -224,4 +225,11 @@ def weights_in(content: Any, path: str | Path) -> WeightsFile:
     model = {key: tensor for key, tensor in state.items() if not key.startswith(VIT_PREFIXES)}
     return WeightsFile(path=path, vit=vit, model=model,
                        backbone_sha256=content.get("backbone_sha256") if wrapped else None,
-                       is_averaged=bool(averages))
+                       is_averaged=bool(averages), class_names=_class_names(content))
+
+
+def _class_names(content: Mapping[str, Any]) -> list[str] | None:
+    """The names in our own class table; None in other files, and where it is malformed."""
+    table = content.get("classes")
+    names = [info.get("name") for info in table if isinstance(info, dict)] if isinstance(table, list) else []
+    return [str(name) for name in names] or None

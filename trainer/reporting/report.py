@@ -19,7 +19,8 @@ from shards.cli.config_file import config_to_yaml
 from shards.files.atomic import write_atomically
 from shards.manifest import Manifest
 from shards.shown_text import masked_value, shown, shown_lines
-from trainer.config import RunConfig
+from trainer.config import DataConfig, RunConfig
+from trainer.data.sources import configured_shares
 from trainer.distributed import DistContext
 from trainer.reporting.charts import Chart, Series, colors, smooth, svg_uri, usual_top
 from trainer.reporting.plots import miou_lines, series_points
@@ -164,7 +165,15 @@ def _data(config: RunConfig, manifest: Manifest) -> dict[str, str]:
     return {"dataset": manifest.dataset, "root": masked_value(str(config.data.root)),
             "manifest sha256": manifest.sha256,
             "classes": str(manifest.num_classes), "ignored label": str(manifest.ignore_index),
-            "written by": ", ".join(f"{name} {version}" for name, version in manifest.producer.items())}
+            "written by": ", ".join(f"{name} {version}" for name, version in manifest.producer.items()),
+            **_trained_on(config.data)}
+
+
+def _trained_on(config: DataConfig) -> dict[str, str]:
+    """Each entry of `data.sources`, with its share of the training samples."""
+    return {f"data.sources[{number}]": f"{masked_value(str(source.root))}, split {source.split}: {share:.2%} of the "
+                                       "training samples"
+            for number, (source, share) in enumerate(configured_shares(config))}
 
 
 def _machine(context: DistContext, state: RunState | None) -> dict[str, str]:

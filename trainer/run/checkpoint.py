@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ _FIELD_TYPES: dict[str, Any] = {
     "step": int, "model": dict, "optimizer": dict, "config": dict, "classes": list, "ignore_index": int,
     "data_hash": str, "backbone_sha256": str, "best_miou": float | None, "evaluated": bool, "skipped_steps": list,
     "versions": dict, "run_id": str, "format": int, "averaged": dict | None, "loss_scale": dict | None,
-    "early_stopping": dict | None,
+    "early_stopping": dict | None, "source_hashes": list,
 }  # fmt: skip
 _PART_TYPES: dict[str, dict[str, Any]] = {
     "averaged": {"model": dict, "updates": int},
@@ -52,7 +52,7 @@ class Checkpoint:
     config: dict[str, Any]
     classes: list[dict[str, Any]]
     ignore_index: int
-    data_hash: str  # sha256 of the manifest
+    data_hash: str  # sha256 of data.root's manifest
     backbone_sha256: str
     best_miou: float | None
     evaluated: bool  # False: an evaluation is due at this step and has not been done
@@ -62,6 +62,7 @@ class Checkpoint:
     averaged: dict[str, Any] | None = None  # the layout of `model`, and more (`trainer.run.averaging`); None: not kept
     loss_scale: dict[str, Any] | None = None  # see `trainer.run.loss_scaling`; None: precision is not fp16
     early_stopping: dict[str, Any] | None = None  # see `trainer.run.early_stopping`; None: off
+    source_hashes: list[str] = field(default_factory=list)  # sha256 of the manifests of data.sources
     format: int = CHECKPOINT_FORMAT
 
     @property
@@ -107,7 +108,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint | WeightsFile:
 
 
 def _from_content(content: dict[str, Any], path: str | Path) -> Checkpoint:
-    content = {"run_id": "", **dict.fromkeys(_PART_TYPES), **content}  # what older versions did not write
+    older: dict[str, Any] = {"run_id": "", "source_hashes": [], **dict.fromkeys(_PART_TYPES)}  # did not write these
+    content = {**older, **content}
     found: dict[tuple[str, ...], Any] = {(name,): (content.get(name), kind) for name, kind in _FIELD_TYPES.items()}
     found |= {(part, name): (content[part].get(name), kind) for part, kinds in _PART_TYPES.items()
               if isinstance(content.get(part), dict) for name, kind in kinds.items()}

@@ -19,6 +19,7 @@ from shards.files.atomic import write_atomically
 from shards.files.strict_json import to_json
 from shards.shown_text import shown
 from trainer.data.batch import Batch, augmented_images
+from trainer.data.sources import source_lines
 from trainer.evaluation.evaluation import Evaluation, format_metrics
 from trainer.loss.class_weights import described
 from trainer.reporting.plots import batch_panel, draw_curves
@@ -196,12 +197,22 @@ def start_logging(run: Run) -> RunLogger:
     project = run.config.train.wandb_project
     wandb = None if project is None else WandbRun(run.folder, project, config_to_dict(run.config))
     logger = RunLogger(run.folder, run.step, wandb)
+    _log_sources(run, logger)
     _log_class_weights(run, logger)
     if run.changes:
         print(f"settings changed since: {'; '.join(run.changes)}", flush=True)
     if run.step:
         logger.event(run.step, "; ".join([f"continued with {run.context.world_size} rank(s)", *run.changes]))
     return logger
+
+
+def _log_sources(run: Run, logger: RunLogger) -> None:
+    settings = run.config.train
+    samples = settings.total_steps * settings.global_batch_size
+    for line in source_lines(run.crops.sources, run.config.data, samples, run.manifest):
+        print(line, flush=True)
+        if not run.step:
+            logger.event(run.step, line)
 
 
 def _log_class_weights(run: Run, logger: RunLogger) -> None:

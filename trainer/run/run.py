@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,8 @@ from shards.reader import ShardReader
 from trainer.build import build_criterion, build_model, check_crop_size, resolve_class_weights
 from trainer.config import RunConfig
 from trainer.data.batch import Batch
-from trainer.data.crops import TrainCrops, open_reader, train_plan
+from trainer.data.crops import TrainCrops, open_reader
+from trainer.data.sources import class_counts, train_sources
 from trainer.data.user_transform import Transform, load_transform, transformed
 from trainer.distributed import DistContext
 from trainer.loss.criterion import Criterion
@@ -74,7 +76,8 @@ class Run:
     model: Segmenter
     wrapped: nn.Module  # the model, wrapped in DDP when there is a process group
     criterion: Criterion
-    class_weights: list[float] | None  # of the criterion, a function of settings and manifest, so equal when resumed
+    source_hashes: list[str]  # sha256 of the manifests of data.sources
+    class_weights: list[float] | None  # of the criterion, a function of settings and data, so equal when resumed
     optimizer: torch.optim.AdamW
     scaler: LossScaler
     averaged: AveragedWeights | None  # None: train.ema_decay is not set
@@ -146,6 +149,7 @@ class Run:
             step=self.step, model=self.model.trainable_state_dict(), optimizer=self.optimizer.state_dict(),
             config=config_to_dict(self.config), classes=class_table(self.manifest.classes),
             ignore_index=self.manifest.ignore_index, data_hash=self.manifest.sha256,
+            source_hashes=list(self.source_hashes),
             backbone_sha256=self.backbone_sha256, best_miou=self.best_miou, evaluated=self.evaluated,
             skipped_steps=list(self.skipped_steps), versions=versions(), run_id=self.run_id,
             averaged=None if self.averaged is None else self.averaged.state(), loss_scale=self.scaler.state(),
@@ -166,17 +170,19 @@ class Run:
 
 
 def open_crops(config: RunConfig, manifest: Manifest) -> TrainCrops:
-    """The training samples in the planned order. Raises ConfigError when their kind does not fit data.online, or their
-    size the head."""
-    reader = open_reader(config.data, config.data.train_split, manifest)
+    """The training samples in the planned order; `manifest` is data.root's. Raises ConfigError when their kind does not
+    fit data.online, or their size the head, and as `train_sources`."""
+    sources = train_sources(config.data, config.train.micro_batch_size, config.seed, manifest)
+    reader = sources[0].reader  # all are of one kind
     if reader.info.kind == "crops" and config.data.online.scaled_side in ("short", "long"):
         raise ConfigError(f"data.online.scaled_side is {config.data.online.scaled_side}, legal with split "
                           f"{reader.split!r}, which holds crops: stored; or make shards of whole images "
                           "(crops.splits=[]), as configs/ade20k-whole-shards.yaml does")
-    plan = train_plan(reader, config.data, config.train.micro_batch_size, config.seed)
-    crops = TrainCrops(reader, plan, config.data, global_batch_size=config.train.global_batch_size)
-    height, width = crops[0].to(torch.device("cpu")).images.shape[2:]
-    check_crop_size(config, height, width)
+    crops = TrainCrops(sources, config.data, global_batch_size=config.train.global_batch_size)
+    for source in range(len(sources)):  # the first batch with a sample of each
+        batch = crops[crops.mixture.first_of(source) // crops.micro_batch_size]
+        height, width = batch.to(torch.device("cpu")).images.shape[2:]
+        check_crop_size(config, height, width)
     if config.data.quarter_turns and height != width:
         raise ConfigError(f"data.quarter_turns is {config.data.quarter_turns}, legal with training samples of {height}x"
                           f"{width} pixels: 0; set data.crop_size to train on squares")
@@ -207,12 +213,13 @@ def build_run(config: RunConfig, context: DistContext, places: RunPlaces) -> Run
         sample_by_triton(model, context.device)
     if settings.compile:
         model.head.compile()  # in place, so parameter names stay the same
-    weights = resolve_class_weights(config, manifest)
+    weights = resolve_class_weights(config, manifest, partial(class_counts, crops.sources))
     criterion = build_criterion(config, manifest.num_classes, manifest.ignore_index, weights).to(context.device)
     return Run(
         config=config, context=context, places=places, manifest=manifest, crops=crops, val_reader=val_reader,
         accumulation=accumulation, model=model, wrapped=_wrapped(model, context), criterion=criterion,
         class_weights=weights,
+        source_hashes=[source.reader.manifest.sha256 for source in crops.sources if config.data.sources],
         optimizer=build_optimizer(model, config.optimizer), backbone_sha256=backbone_sha256,
         scaler=LossScaler(settings.precision == "fp16", context.device),
         averaged=None if settings.ema_decay is None else AveragedWeights(model, settings, context),

@@ -69,7 +69,10 @@ def resume(run: Run) -> None:
     check_identity(run.run_id, run.folder, checkpoint.run_id, old.output_dir)
     identities = [f"{name} was {before} and is {now}" for name, before, now in (
         ("the data (manifest_sha256)", checkpoint.data_hash, run.manifest.sha256),
-        ("the backbone's weights (sha256)", checkpoint.backbone_sha256, run.backbone_sha256)) if before != now]
+        ("the backbone's weights (sha256)", checkpoint.backbone_sha256, run.backbone_sha256),
+        *((f"data.sources[{number}] (manifest_sha256)", *pair)  # their number is a setting
+          for number, pair in enumerate(zip(checkpoint.source_hashes, run.source_hashes, strict=False))),
+    ) if before != now]
     changes = [*identities, *config_changes(_resume_invariants(old), _resume_invariants(new))]
     if changes:
         raise ConfigError(f"cannot resume {run.folder}: {'; '.join(changes)}; undo these changes, or choose another "
@@ -114,13 +117,15 @@ def check_ranks_agree(run: Run) -> None:
 def _resume_invariants(config: RunConfig) -> RunConfig:
     """The settings that determine the network and the sequence of batches, with all others at their defaults."""
     default = RunConfig()
+    sources = [replace(source, root=None) for source in config.data.sources]  # manifests are compared, not places
     return replace(
         default, seed=config.seed, backbone=replace(config.backbone, source=None),
         adapter=replace(config.adapter, drop_path=default.adapter.drop_path),
         decoder_head=replace(config.decoder_head, dropout=default.decoder_head.dropout,
                              **{name: getattr(default.decoder_head, name) for name in
                                 ("mask_annealing", "mask_annealing_starts", "mask_annealing_ends")}),
-        data=replace(default.data, online=replace(config.data.online, resample_on=default.data.online.resample_on),
+        data=replace(default.data, sources=sources,
+                     online=replace(config.data.online, resample_on=default.data.online.resample_on),
                      **{name: getattr(config.data, name)
                         for name in ("train_split", "crop_size", "lanes", "span_samples", "sampling",
                                      "sampling_threshold")}),
@@ -157,3 +162,6 @@ def _start_from_weights(run: Run) -> None:
         kind = ", averaged weights" if weights.is_averaged else ""
         random = f"; randomly initialised because of load.ignore: {', '.join(ignored)}" if ignored else ""
         print(f"{shown(settings.weights)}: loaded {loaded} tensors of adapter and head{kind}{random}", flush=True)
+        if weights.class_names not in (None, [info.name for info in run.manifest.classes]) and not ignored:
+            print("its classes have other names than those of data.root, or another order, and their classifier was "
+                  "loaded; to start with a new one, name it in load.ignore", flush=True)
