@@ -105,6 +105,7 @@ def recorded(run, micro_batches):
     return real(run, micro_batches)
 
 if __name__ == "__main__":  # not in the loader's processes
+    sys.path.insert(0, "REPOSITORY")
     from shards.cli.command_line import run_entry_point
     from tests.runs.test_mixing import digest
     from trainer import loop
@@ -122,7 +123,7 @@ if __name__ == "__main__":  # not in the loader's processes
 def test_two_ranks_with_three_workers_train_on_the_batches_of_one_process(scene_shards: Path, renamed_shards: Path,
                                                                           tmp_path: Path) -> None:
     program = tmp_path / "record.py"
-    program.write_text(_RECORD)
+    program.write_text(_RECORD.replace("REPOSITORY", str(REPOSITORY)))
     settings = (f"data.root={scene_shards}", f"output_dir={tmp_path / 'run'}", mixture(renamed_shards, 2), *SMALL,
                 "train.micro_batch_size=1")
     ended = run_forked(program, "--config", TINY, *settings, "data.workers=3", tmp_path, ranks=2)
