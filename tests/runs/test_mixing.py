@@ -11,6 +11,7 @@ import pytest
 
 from shards.errors import ConfigError
 from shards.manifest import load_manifest
+from tests.conftest import REPOSITORY
 from tests.runs.test_end_to_end import losses
 from tests.support.training_run import TINY, assert_same_end, final_state
 from tests.support.zygote import run_forked
