@@ -127,6 +127,7 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepResult:
             with autocast(config, context.device):
                 outputs = run.wrapped(prepare_images(batch, config))
             loss = run.criterion(outputs, batch.targets(), num_masks, generator)
+            del outputs  # masks of all predictions, which the backward pass does not need
             run.beat("backward pass")
             run.scaler.scaled(loss.total / len(micro_batches)).backward()
         local.append({**loss.losses, "loss": loss.total.detach()})
