@@ -5,7 +5,7 @@ Counted on the CPU, with what CUDA would use: bf16 autocast, torch's own operato
 does by default, as loops over lists of tensors. Such a list counts as one operator and is a few kernels. Each recipe's
 head on 12 blocks, all of them narrow: widths change no count. One micro-batch of two crops; steps that are neither
 logged nor saved, once all is warm. A wait is a read by the host of something not yet computed, or a copy of a host's
-list to the device, which CUDA waits for as well.
+list to the device, which CUDA may wait for as well.
 
 example: python -m benchmarks.launches
 """
