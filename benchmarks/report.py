@@ -23,6 +23,7 @@ SECTIONS = {
     "preprocess": "Making shards", "codec": "Mask layouts", "shuffling": "Shuffling", "loader": "Data loading",
     "many_shards": "Many shards",
     "head": "Mask2Former head", "loss": "Mask classification loss", "loss_share": "Loss as a share of a step",
+    "launches": "Operators and waits of a step",
     "checkpoints": "Checkpoints", "weights": "Loading weights", "ranks": "One process and two",
     "online_crops": "Crops drawn anew in each epoch", "offline_cost": "What stored crops cost",
     "rare_classes": "Rare classes, and averaged weights",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,13 @@ from trainer.loss.matcher import count_masks
 from trainer.optimizer import clip_gradients, set_learning_rates
 from trainer.precision import autocast
 from trainer.run.failures import explain_failures
+from trainer.run.late_reading import LateReading
 from trainer.run.loss_scaling import Outcome
-from trainer.run.non_finite import NonFiniteGuard, NonFiniteStep, RollBack
+from trainer.run.non_finite import NonFiniteGuard, RollBack
 from trainer.run.reporter import RunReporter, report_on
 from trainer.run.run import Run
 from trainer.run.start import lock_run, roll_back, start_run
+from trainer.run.step_result import HostNumbers, StepResult
 from trainer.seeding import seed_micro_batch
 from trainer.stopping import RunStopped, stop_on_signals
 
@@ -62,40 +64,49 @@ def run_steps(run: Run, reporter: RunReporter) -> None:
     numbers = MicroBatchNumbers(first_step=run.step, last_step=settings.total_steps, rank=run.context.rank,
                                 world_size=run.context.world_size, accumulation=run.accumulation)
     batches = train_loader(run.crops, numbers, run.context.device)
+    late = LateReading(run, guard)
     with tqdm(total=settings.total_steps, initial=run.step, desc="training", unit="step",
               disable=None if run.context.is_main else True) as bar:
         while not run.is_finished:
-            run.beat("waiting for data")
-            with reporter.waiting():
-                micro_batches = list(islice(batches, run.accumulation))
-            reporter.batches_loaded(micro_batches)
+            micro_batches = late.next_again() or _load(run, reporter, batches)
+            run.prefetch.start(micro_batches[0])
             result = None
             if run.step + 1 not in run.skipped_steps:
                 guard.before_step()
                 result = train_step(run, micro_batches)
                 reporter.unmatched_targets(result.unmatched)
-                if result.non_finite is not None:
-                    guard.leave_out(result.non_finite, micro_batches)
-                    reporter.announce(f"step {run.step + 1} skipped: {result.non_finite.reason}")
+            unread = late.take()
+            if unread is not None and unread.result.non_finite is not None:
+                late.go_back(unread, micro_batches)
+                bar.update(-1)
+                continue
+            if unread is not None:
+                reporter.step_done(unread.result.losses)
+            is_left = result is not None and late.defers(micro_batches, result, unread)
+            if result is not None and not is_left and result.non_finite is not None:
+                guard.leave_out(result.non_finite, micro_batches)
+                reporter.announce(f"step {run.step + 1} skipped: {result.non_finite.reason}")
             run.step += 1
             bar.update()
-            finish_step(run, reporter, result)
+            if not is_left:
+                finish_step(run, reporter, result)
 
 
-class StepResult(NamedTuple):
-    """Result of one step, equal on all ranks except for `unmatched` and this rank's part of `non_finite`."""
-
-    losses: dict[str, float]  # means over the global batch, with "loss" (their weighted total) and "grad_norm"
-    stop_requested: bool  # whether any rank was asked to stop
-    unmatched: int  # this rank's targets for which no query was left
-    non_finite: NonFiniteStep | None = None  # if set, the weights were not updated
+def _load(run: Run, reporter: RunReporter, batches: Iterator[Batch]) -> list[Batch]:
+    """This rank's micro-batches of the next step, from the loader."""
+    run.beat("waiting for data")
+    with reporter.waiting():
+        micro_batches = list(islice(batches, run.accumulation))
+    reporter.batches_loaded(micro_batches)
+    return micro_batches
 
 
 def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepResult:
     """One optimiser update from this rank's share of a global batch.
 
     Mask losses are divided by the number of masks in the whole global batch, so the update does not depend on how the
-    batch is split over ranks and micro-batches. Synchronises with the device twice: for matching, and for the losses.
+    batch is split over ranks and micro-batches. Waits for the device once per micro-batch, for matching; and, unless
+    the device guards its updates, for the losses. Reading the result waits for the losses.
     """
     config, context = run.config, run.context
     run.beat("counting masks")
@@ -108,12 +119,15 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepResult:
     unmatched = 0
     for position, host_batch in enumerate(micro_batches):
         batch = run.on_device(host_batch)
+        if position + 1 < len(micro_batches):
+            run.prefetch.start(micro_batches[position + 1])
         generator = seed_micro_batch(config.seed, batch.number, context.device)
         with _gradient_sync(run.wrapped, position == len(micro_batches) - 1):
             run.beat("forward pass")
             with autocast(config, context.device):
                 outputs = run.wrapped(prepare_images(batch, config))
             loss = run.criterion(outputs, batch.targets(), num_masks, generator)
+            del outputs  # masks of all predictions, which the backward pass does not need
             run.beat("backward pass")
             run.scaler.scaled(loss.total / len(micro_batches)).backward()
         local.append({**loss.losses, "loss": loss.total.detach()})
@@ -122,15 +136,17 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepResult:
     run.scaler.unscale(run.optimizer)
     parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
     grad_norm = clip_gradients(parameters, config.optimizer.clip_grad_norm)
-    losses, stop_requested = _mean_over_global_batch(local, grad_norm, run.stop.requested, context)
-    outcome = run.scaler.judge(losses)
-    if outcome is Outcome.NON_FINITE:
-        return StepResult(losses, stop_requested, unmatched, NonFiniteStep(losses, local, problems, run.scaler.scale))
-    if outcome is Outcome.UPDATE:
+    names, numbers = _mean_over_global_batch(local, grad_norm, run.stop.requested, context)
+    result = StepResult(names=names, numbers=HostNumbers(numbers), unmatched=unmatched, micro_batch_losses=local,
+                        problems=problems, scaler=run.scaler)
+    if run.guards_on_device:
+        run.update_guard.see(numbers)
         run.optimizer.step()
-        if run.averaged is not None:
-            run.averaged.update()
-    return StepResult(losses, stop_requested, unmatched)
+    elif result.outcome is Outcome.UPDATE:
+        run.optimizer.step()
+    if run.averaged is not None and result.outcome is Outcome.UPDATE:
+        run.averaged.update()
+    return result
 
 
 def prepare_images(batch: Batch, config: RunConfig) -> Tensor:
@@ -202,9 +218,8 @@ def _count_masks(micro_batches: Sequence[Batch], config: RunConfig, context: Dis
     """Mean number of masks per micro-batch over the global batch, at least 1; one all-reduce per step."""
     masks = sum(count_masks(batch.counts, config.decoder_head.num_queries, config.loss.num_masks_counts)
                 for batch in micro_batches)
-    local = torch.tensor([masks, len(micro_batches)], dtype=torch.float32)
-    total = context.all_reduce_sum(local.to(context.device, non_blocking=True))
-    return (total[0] / total[1]).clamp(min=1.0)
+    total = context.all_reduce_sum(torch.full((), float(masks), device=context.device))  # all ranks have as many
+    return (total / (len(micro_batches) * context.world_size)).clamp(min=1.0)
 
 
 def _gradient_sync(wrapped: nn.Module, is_last: bool) -> AbstractContextManager[None]:
@@ -215,11 +230,11 @@ def _gradient_sync(wrapped: nn.Module, is_last: bool) -> AbstractContextManager[
 
 
 def _mean_over_global_batch(local: list[dict[str, Tensor]], grad_norm: Tensor, stop_requested: bool,
-                            context: DistContext) -> tuple[dict[str, float], bool]:
-    """Losses and gradient norm, averaged over ranks, and whether any rank was asked to stop, in one all-reduce."""
+                            context: DistContext) -> tuple[list[str], Tensor]:
+    """Names of the losses and "grad_norm", and on the device their means over all ranks; last, without a name, the
+    share of ranks that were asked to stop. One all-reduce."""
     logged = {name: torch.stack([losses[name] for losses in local]).mean() for name in local[0]}
     logged["grad_norm"] = grad_norm
     stop = torch.full((), float(stop_requested), device=context.device)
     summed = context.all_reduce_sum(torch.stack([*logged.values(), stop]))
-    *means, stops = (summed / context.world_size).tolist()  # synchronises with the device
-    return dict(zip(logged, means, strict=True)), stops > 0
+    return list(logged), summed / context.world_size

@@ -16,6 +16,7 @@ UNDECAYED_MODULES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatc
                      nn.RMSNorm, nn.Embedding, nn.ParameterList)  # the last: PMT's scales
 UNDECAYED_NAMES = ("level_embed", "level_encoding", "query_", "cls_token", "register_tokens", "position_embeddings",
                    "lambda1")
+FUSED_ON = ("cuda",)  # devices where AdamW is one kernel; elsewhere torch's default, which rounds differently
 
 
 def param_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
@@ -48,8 +49,11 @@ def param_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, An
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; `set_learning_rates` sets its learning rates at each step."""
-    return torch.optim.AdamW(param_groups(model, config), lr=config.lr, betas=(config.betas[0], config.betas[1]))
+    """AdamW over the trainable parameters; `set_learning_rates` sets its learning rates at each step. Call it when the
+    model is on its device."""
+    groups = param_groups(model, config)
+    is_fused = groups[0]["params"][0].device.type in FUSED_ON
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), fused=is_fused or None)
 
 
 def learning_rate(step: int, config: OptimizerConfig, total_steps: int, *, is_vit: bool = False) -> float:
@@ -107,11 +111,11 @@ def one_cycle_beta1(count: int, beta1: float, warmup_steps: int) -> float:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load saved moments; settings such as weight decay stay those of the current configuration."""
+    """Load saved moments; settings such as weight decay stay those of the current configuration, and the device's:
+    a fused AdamW counts its steps on the device, others on the host."""
     settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, current in zip(optimizer.param_groups, settings, strict=True):
-        group.update(current)
+    groups = [{**group, **current} for group, current in zip(state["param_groups"], settings, strict=True)]
+    optimizer.load_state_dict({**state, "param_groups": groups})
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, config: OptimizerConfig, total_steps: int) -> None:

@@ -6,11 +6,14 @@ example: torchrun --standalone --nproc-per-node 2 trainer/train.py --config conf
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
 
 try:
     from shards.cli.command_line import add_overrides, config_files, config_parser, run_entry_point
     from shards.cli.config_file import config_to_yaml
+    from shards.manifest import Manifest
     from trainer.config import RunConfig, load_run_config
     from trainer.stopping import die_with_launcher
 except ImportError as error:
@@ -23,12 +26,15 @@ DEFAULT_RECIPE = "config-ade20k-m2f-training"
 def main() -> int:
     die_with_launcher()
     parser = config_parser(str(__doc__), RunConfig, DEFAULT_RECIPE)
-    parser.add_argument("--dry-run", action="store_true", help="print settings, counts and one sample, then exit")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="print settings, counts, one sample and the memory that training needs, then exit")
+    parser.add_argument("--memory-gb", type=float, metavar="GB", help="with --dry-run: a GPU's memory, to be told the "
+                        "largest micro-batch for it (default: that of this machine's GPU, if there is one)")
     add_overrides(parser)
     arguments = parser.parse_intermixed_args()
     config = load_run_config(config_files(arguments), arguments.overrides)
     if arguments.dry_run:
-        return _dry_run(config)
+        return _dry_run(config, arguments.memory_gb)
 
     from trainer.distributed import distributed  # torch takes seconds to import; --help need not wait
     from trainer.evaluation.evaluation import format_metrics
@@ -49,7 +55,7 @@ def main() -> int:
     return 0
 
 
-def _dry_run(config: RunConfig) -> int:
+def _dry_run(config: RunConfig, memory_gb: float | None = None) -> int:
     from functools import partial
 
     import torch
@@ -85,8 +91,29 @@ def _dry_run(config: RunConfig) -> int:
     names = [manifest.classes[label].name for label in batch.labels[: batch.counts[0]].tolist()]
     print(f"first sample: {shown(batch.keys[0])}, {tuple(batch.images.shape[1:])} {batch.images.dtype}, "
           f"{batch.counts[0]} masks: {', '.join(names)}")
+    classes = max(sum(reader.info.class_samples) / len(reader) for reader in readers)
+    _print_memory(config, manifest, classes, batch.images.shape[2:], memory_gb)
     print("dry run: nothing was trained")
     return 0
+
+
+def _print_memory(config: RunConfig, manifest: Manifest, classes: float, size: Sequence[int],
+                  memory_gb: float | None) -> None:
+    """Print what training needs, with samples of twice as many classes as they have on average, so that most
+    micro-batches need less."""
+    import torch
+
+    from shards.shown_text import shown
+    from trainer.memory.estimate import described
+    from trainer.memory.simulation import Samples
+
+    targets = min(manifest.num_classes, math.ceil(2 * classes))
+    samples = Samples(height=size[0], width=size[1], classes=manifest.num_classes, ignore_index=manifest.ignore_index,
+                      targets=max(1, targets))
+    if memory_gb is None and config.device != "cpu" and torch.cuda.is_available():
+        memory_gb = torch.cuda.get_device_properties(0).total_memory / 1e9
+    for line in described(config, samples, None if memory_gb is None else memory_gb * 1e9):
+        print(shown(line))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ LAYERS: dict[str, tuple[set[str], ...]] = {
         {"loss", "evaluation", "reporting", "optimizer", "interop"},
         {"build", "mask_classification_loss"},
         {"run"},
+        {"memory"},
         {"loop", "pretrained"},
         {"model_options", "exporting", "serving", "predicting"},
         {"train", "eval", "predict", "export", "status", "app"},

@@ -276,7 +276,7 @@ def test_a_continued_run_keeps_its_weights(scene_shards: Path, tmp_path: Path) -
 
 def test_a_dry_run_names_weights_and_refuses_wrong_ones(scene_shards: Path, tmp_path: Path, manifest: Manifest,
                                                         capsys: pytest.CaptureFixture[str]) -> None:
-    places = [f"data.root={scene_shards}", f"output_dir={tmp_path}"]
+    places = [f"data.root={scene_shards}", f"output_dir={tmp_path}", "decoder_head.type=linear"]
     _dry_run(load_run_config(TINY, [*places, "loss.class_weights=effective_number"]))
     assert "class weights from" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"loss.class_weights has 1 numbers"):

@@ -46,10 +46,14 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """Copy to the device asynchronously (from pinned memory on CUDA), and do there what is pending: resizing,
         rotation, reflection. Erasing comes last, in `normalized_images`."""
-        moved = self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        moved = self.copied_to(device)
         if moved.regions:
             moved = moved._resized()
         return moved._moved() if any(move.is_pending for move in self.moves) else moved
+
+    def copied_to(self, device: torch.device) -> Batch:
+        """The same on another device; what is pending stays pending."""
+        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _resized(self) -> Batch:
         segment_maps = self.segment_maps if self.segment_maps is not None else self.masks

@@ -79,10 +79,12 @@ class _FactorGradients(torch.autograd.Function):
         feature_gradients = []
         for group, feature in zip(ctx.groups, features, strict=True):
             maps = feature.float().flatten(2)  # [B, D, hw]
-            images, queries, target_ids = matches[group].unbind(1)  # [g, M]
+            # Stacked: indexing with a list would copy it to the device, and wait for that.
+            images, queries, target_ids = torch.stack([matches[layer] for layer in group]).unbind(1)  # [g, M]
             layers = torch.arange(len(group), device=maps.device)[:, None]
             # One row per target of every image and layer, so that a single batched product covers them all.
-            masks = (gradients if len(group) == len(matches) else gradients[:, group]).flatten(1, 2).flatten(2)
+            own = gradients if len(group) == len(matches) else torch.stack([gradients[:, layer] for layer in group], 1)
+            masks = own.flatten(1, 2).flatten(2)
             matched = maps.new_zeros(*gradients.shape[:1], len(group), gradients.shape[2], maps.shape[1])
             stacked = torch.stack([embeddings[layer] for layer in group])  # [g, B, Q, D]
             matched[images, layers, target_ids] = stacked[layers, images, queries].float() * upstream

@@ -60,10 +60,15 @@ class HungarianMatcher(Mask2FormerHungarianMatcher):
             points = cpu_kernels.sort_by_location(points) if cpu_kernels.serve(points) else points
             points = points.unflatten(0, (-1, batch))  # [L, B, P, 2]
             costs = self.costs(predictions, targets, points)
-        on_host = costs.cpu().numpy()  # the only synchronisation with the device
-        _check_finite(on_host, targets, num_labels=predictions[0].class_logits.shape[-1] - 1)
+        return self.assign(costs, targets, num_labels=predictions[0].class_logits.shape[-1] - 1)
+
+    def assign(self, costs: Tensor, targets: ReadableTargets, num_labels: int) -> Tensor:
+        """The assignments of least cost [L, B, Q, Nmax], as `match` returns them: the only wait for the device, and
+        the only part that needs the numbers themselves. Raises like `match`."""
+        on_host = costs.cpu().numpy()
+        _check_finite(on_host, targets, num_labels)
         matches = np.stack([_assign(prediction, targets.counts) for prediction in on_host])  # [L, 3, M]
-        return torch.from_numpy(matches).to(device, non_blocking=True)
+        return torch.from_numpy(matches).to(costs.device, non_blocking=True)
 
     @torch.no_grad()
     def costs(self, predictions: Sequence[Prediction], targets: ReadableTargets, points: Tensor) -> Tensor:

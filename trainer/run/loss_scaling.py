@@ -43,20 +43,20 @@ class LossScaler:
     """torch's GradScaler, with a limit to overflows; without scaling everything passes through unchanged."""
 
     def __init__(self, enabled: bool, device: torch.device) -> None:
-        self._enabled, self._device = enabled, device
+        self.is_enabled, self._device = enabled, device
         self.restore(None)
 
     def restore(self, state: dict[str, Any] | None) -> None:
         """Begin with the scale of a checkpoint; None: with the first one."""
-        self._scaler = torch.amp.GradScaler(self._device.type, enabled=self._enabled)
+        self._scaler = torch.amp.GradScaler(self._device.type, enabled=self.is_enabled)
         self._overflows = 0
-        if self._enabled and state is not None:
+        if self.is_enabled and state is not None:
             self._overflows = state["overflows"]
             self._scaler.load_state_dict(state)
 
     def state(self) -> dict[str, Any] | None:
         """What a checkpoint keeps; None without scaling. Waits for the device."""
-        return {**self._scaler.state_dict(), "overflows": self._overflows} if self._enabled else None
+        return {**self._scaler.state_dict(), "overflows": self._overflows} if self.is_enabled else None
 
     def scaled(self, loss: Tensor) -> Tensor:
         """The loss to backpropagate."""
@@ -80,8 +80,9 @@ class LossScaler:
     @property
     def scale(self) -> float | None:
         """The scale; None without scaling. Waits for the device."""
-        return self._scaler.get_scale() if self._enabled else None
+        return self._scaler.get_scale() if self.is_enabled else None
 
     def logged(self) -> dict[str, float]:
         """The scale as a value to log, if there is one."""
-        return {} if self.scale is None else {"loss_scale": self.scale}
+        scale = self.scale
+        return {} if scale is None else {"loss_scale": scale}

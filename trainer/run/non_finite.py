@@ -50,12 +50,18 @@ class NonFiniteGuard:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self._buffers: list[Tensor] = []
+        self.buffers: list[Tensor] = []  # of the model, as before the last step
 
     def before_step(self) -> None:
-        """Save batch norm's running statistics: the forward pass updates them, which skipping the step must undo."""
-        if self.run.config.train.on_non_finite == "skip":
-            self._buffers = [buffer.clone() for buffer in self.run.model.buffers()]
+        """Save batch norm's running statistics: the forward pass updates them, which leaving out the step must undo."""
+        if self.run.config.train.on_non_finite == "skip" or self.run.reads_late:
+            buffers = list(self.run.model.buffers())
+            self.buffers = [torch.empty_like(buffer) for buffer in buffers]
+            _copy(self.buffers, buffers)
+
+    def undo(self, buffers: list[Tensor]) -> None:
+        """Give the model the buffers that it had before a step."""
+        _copy(list(self.run.model.buffers()), buffers)
 
     def leave_out(self, step: NonFiniteStep, micro_batches: Sequence[Batch]) -> None:
         """Write the record; return if the run continues without this step.
@@ -64,6 +70,7 @@ class NonFiniteGuard:
         """
         run, settings = self.run, self.run.config.train
         policy = settings.on_non_finite
+        run.update_guard.forget()
         write_record(run, step, micro_batches)
         keys = [key for batch in micro_batches for key in batch.keys]
         where = f"step {run.step + 1}, rank {run.context.rank}: {step.reason}; samples: {', '.join(keys)}"
@@ -77,9 +84,7 @@ class NonFiniteGuard:
                                    f"{settings.non_finite_budget}")
         if policy == "rollback":
             raise RollBack(where)
-        with torch.no_grad():
-            for buffer, before in zip(run.model.buffers(), self._buffers, strict=True):
-                buffer.copy_(before)
+        self.undo(self.buffers)
 
 
 def write_record(run: Run, step: NonFiniteStep, micro_batches: Sequence[Batch]) -> None:
@@ -101,6 +106,14 @@ def write_record(run: Run, step: NonFiniteStep, micro_batches: Sequence[Batch]) 
                          to_json(record, indent=1, not_finite=str).encode())
     except OSError as error:  # a full disk must not end a run that could continue
         warnings.warn(f"the record of a non-finite step could not be written to {folder}: {error}", stacklevel=2)
+
+
+@torch.no_grad()
+def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy tensors with few kernels: those of a dtype together."""
+    for dtype in {target.dtype for target in targets}:
+        torch._foreach_copy_([target for target in targets if target.dtype == dtype],
+                             [source for source in sources if source.dtype == dtype])
 
 
 def _gradient_norms(run: Run) -> dict[str, float]:

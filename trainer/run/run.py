@@ -22,6 +22,7 @@ from trainer.build import build_criterion, build_model, check_crop_size, resolve
 from trainer.config import RunConfig
 from trainer.data.batch import Batch
 from trainer.data.crops import TrainCrops, open_reader
+from trainer.data.prefetch import Prefetch
 from trainer.data.sources import class_counts, train_sources
 from trainer.data.user_transform import Transform, load_transform, transformed
 from trainer.distributed import DistContext
@@ -36,6 +37,7 @@ from trainer.run.checkpoint_writer import CheckpointWriter
 from trainer.run.early_stopping import EarlyStopping
 from trainer.run.identity import run_id
 from trainer.run.loss_scaling import LossScaler
+from trainer.run.update_guard import UpdateGuard
 from trainer.seeding import transform_generator
 from trainer.stopping import StopRequest
 
@@ -79,10 +81,12 @@ class Run:
     source_hashes: list[str]  # sha256 of the manifests of data.sources
     class_weights: list[float] | None  # of the criterion, a function of settings and data, so equal when resumed
     optimizer: torch.optim.AdamW
+    update_guard: UpdateGuard
     scaler: LossScaler
     averaged: AveragedWeights | None  # None: train.ema_decay is not set
     early_stopping: EarlyStopping
     writer: CheckpointWriter
+    prefetch: Prefetch
     backbone_sha256: str
     run_id: str  # the same whenever the run is resumed (`trainer.run.identity`)
 
@@ -126,10 +130,26 @@ class Run:
         """Report the start of a phase to the watchdog, if there is one."""
         self.context.beat(phase, self.step)
 
+    @property
+    def guards_on_device(self) -> bool:
+        """Whether the device itself leaves out updates with bad numbers, so that nothing waits for the host's word.
+
+        Not with fp16: what an overflow does to the scale is decided by what happened before, on the host.
+        """
+        return self.update_guard.is_active and not self.scaler.is_enabled
+
+    @property
+    def reads_late(self) -> bool:
+        """Whether the host may read a step's numbers while the next one is computed (see `trainer.run.late_reading`).
+
+        Not with averaged weights: they would follow a step, and batch norm's statistics, that may not count.
+        """
+        return self.guards_on_device and self.averaged is None
+
     def on_device(self, batch: Batch) -> Batch:
         """A micro-batch on the training device, moved and, with data.transform, changed by the user's function."""
         device = self.context.device
-        moved = batch.to(device)
+        moved = self.prefetch.take(batch).to(device)
         if self.transform is None:
             return moved
         return transformed(moved, self.transform, transform_generator(self.config.seed, batch.number, device))
@@ -213,6 +233,7 @@ def build_run(config: RunConfig, context: DistContext, places: RunPlaces) -> Run
         sample_by_triton(model, context.device)
     if settings.compile:
         model.head.compile()  # in place, so parameter names stay the same
+    optimizer = build_optimizer(model, config.optimizer)
     weights = resolve_class_weights(config, manifest, partial(class_counts, crops.sources))
     criterion = build_criterion(config, manifest.num_classes, manifest.ignore_index, weights).to(context.device)
     return Run(
@@ -220,7 +241,8 @@ def build_run(config: RunConfig, context: DistContext, places: RunPlaces) -> Run
         accumulation=accumulation, model=model, wrapped=_wrapped(model, context), criterion=criterion,
         class_weights=weights,
         source_hashes=[source.reader.manifest.sha256 for source in crops.sources if config.data.sources],
-        optimizer=build_optimizer(model, config.optimizer), backbone_sha256=backbone_sha256,
+        optimizer=optimizer, update_guard=UpdateGuard(optimizer), prefetch=Prefetch(context.device),
+        backbone_sha256=backbone_sha256,
         scaler=LossScaler(settings.precision == "fp16", context.device),
         averaged=None if settings.ema_decay is None else AveragedWeights(model, settings, context),
         early_stopping=EarlyStopping.of(settings),

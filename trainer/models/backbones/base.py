@@ -214,6 +214,10 @@ class Backbone(RecomputingModule, ABC):
         """
         assert not self.trainable, "a ViT that is trained needs its float32 weights"
         self._exact_sha256 = self.weights_sha256()
+        self.round_to(dtype)
+
+    def round_to(self, dtype: torch.dtype) -> None:
+        """The part of `store_in` that changes weights."""
         for module in self.vit.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 module.to(dtype)
