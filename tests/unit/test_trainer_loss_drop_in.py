@@ -109,7 +109,7 @@ def test_every_path_divides_by_the_masks_that_were_matched(form: str, ignore: st
 def test_training_divides_by_the_masks_that_were_matched() -> None:
     """The number is known before the forward pass, from the counts of the whole step."""
     batches = [SimpleNamespace(counts=counts) for counts in ([9, 2], [1, 0])]
-    context: Any = SimpleNamespace(device=CPU, all_reduce_sum=lambda numbers: numbers)
+    context: Any = SimpleNamespace(device=CPU, world_size=1, all_reduce_sum=lambda numbers: numbers)
     for rule, expected in ((), 3.0), (("loss.num_masks_counts=all",), 6.0):
         config = load_run_config(None, ["decoder_head.num_queries=3", *rule])
         assert float(_count_masks(batches, config, context)) == expected  # type: ignore[arg-type]
