@@ -26,12 +26,14 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.results import REPOSITORY, Result, benchmark_parser
 from trainer import loop, optimizer
 from trainer.config import load_run_config
 from trainer.distributed import DistContext
 from trainer.loss import cpu_kernels
+from trainer.models.deform_attn import deformable_sampling
 
 aten = torch.ops.aten
 READS = {Tensor.cpu, Tensor.tolist, Tensor.item, Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__}
@@ -101,7 +103,45 @@ def main() -> None:
             matching = min(counts["reads"], int(head != "linear"))
             table.row(head, counts["operators"], counts["update"], matching, counts["reads"] - matching,
                       counts["copies"] - matching, "yes" if counts["late reads"] else "no")  # matches are copied back
+    if arguments.variant is None:
+        bytes_of_sampling(result)
     result.save()
+
+
+class Bytes(TorchDispatchMode):
+    """Counts the bytes that operators read and write, if nothing stays in a cache."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if not func.is_view and func.overloadpacket.__name__ not in NOTHING:
+            leaves = tree_leaves((args, kwargs, found))
+            self.count += sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
+        return found
+
+
+def bytes_of_sampling(result: Result) -> None:
+    """The pixel decoder's deformable attention at 512 pixels, one image: three levels, 16 heads of 16, 4 points."""
+    shapes, heads, width, points = [(16, 16), (32, 32), (64, 64)], 16, 16, 4
+    tokens = sum(rows * columns for rows, columns in shapes)
+    value = torch.randn(1, tokens, heads, width, requires_grad=True)
+    locations = torch.rand(1, tokens, heads, len(shapes), points, 2, requires_grad=True)
+    weights = torch.rand(1, tokens, heads, len(shapes), points, requires_grad=True)
+    with Bytes() as forward:
+        found = deformable_sampling(value, shapes, locations, weights)
+    with Bytes() as backward:
+        found.backward(torch.ones_like(found))
+    inputs, out = value.nbytes + locations.nbytes + weights.nbytes, found.nbytes
+    gathered = 4 * len(shapes) * points * value.nbytes  # four corners of each point, of as many queries as tokens
+    launches = len(shapes)
+    kernel = {"forward": (inputs + 2 * launches * out, gathered),  # each launch adds one level to the output
+              "backward": (inputs + launches * out + inputs, 3 * gathered)}  # reads, and adds to, every corner
+    table = result.table(f"Deformable attention of {tokens} queries: MB read and written", "pass", "torch's operators",
+                         "Triton kernels, each tensor once", "of corners, if none stays in a cache")
+    for name, counter in (("forward", forward), ("backward", backward)):
+        once, corners = kernel[name]
+        table.row(name, counter.count / 1e6, once / 1e6, corners / 1e6)
 
 
 def made_shards(folder: Path) -> Path:
