@@ -27,7 +27,7 @@ def with_gradients(sample: Any, *tensors: Any, seed: int) -> list[Tensor]:
     return [found.detach(), *(leaf.grad for leaf in leaves)]
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(shapes=st.lists(SIDES, min_size=1, max_size=3), batch=st.integers(1, 2), heads=st.integers(1, 3),
        queries=st.integers(1, 40), width=st.integers(1, 9), points=st.integers(1, 3), spread=st.floats(0.2, 4),
        seed=st.integers(0, 2**31))
