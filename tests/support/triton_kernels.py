@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shards.errors import ConfigError
-from tests.unit.test_trainer_models_deform_attn import SIDES
+from tests.unit.test_trainer_models_deform_attn import SIDES, layer_with_inputs
 from trainer.models import deform_attn_triton as kernels
-from trainer.models.deform_attn import MSDeformAttn, deformable_sampling, pixel_centers, sample_by_triton
+from trainer.models.deform_attn import deformable_sampling, sample_by_triton
 
 
 def with_gradients(sample: Any, *tensors: Any, seed: int) -> list[Tensor]:
@@ -49,16 +49,11 @@ def test_the_kernels_compute_what_grid_sample_does(shapes: list[tuple[int, int]]
 
 
 def test_layers_use_the_kernels_where_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    shapes = [(4, 6), (2, 3)]
-    attention = MSDeformAttn(8, n_levels=2, n_heads=2, n_points=3, ratio=0.5)
-    torch.nn.init.normal_(attention.sampling_offsets.weight)
-    centers = pixel_centers(shapes, torch.device("cpu"))[None, :, None].expand(-1, -1, 2, -1)
-    query, tokens = torch.randn(2, 30, 8), torch.randn(2, 30, 8)
+    attention, given = layer_with_inputs()
 
     def step() -> list[Tensor]:
         attention.zero_grad()
-        found = attention(query, centers, tokens, shapes)
+        found = attention(*given)
         found.square().sum().backward()
         return [found.detach(), *(parameter.grad.clone() for parameter in attention.parameters())]
 

@@ -60,18 +60,23 @@ def test_what_lies_outside_of_a_map_contributes_nothing(location: tuple[float, f
     assert bool(found.any()) == (max(map(abs, location)) <= 1 and min(location) >= 0)
 
 
-def test_a_model_samples_by_gathers_only_inside_of_the_context() -> None:
+def layer_with_inputs() -> tuple[MSDeformAttn, tuple[Tensor, Tensor, Tensor, list[tuple[int, int]]]]:
     torch.manual_seed(0)
     shapes = [(4, 6), (2, 3)]
     attention = MSDeformAttn(8, n_levels=2, n_heads=2, n_points=3, ratio=0.5)
     torch.nn.init.normal_(attention.sampling_offsets.weight)
     centers = pixel_centers(shapes, torch.device("cpu"))[None, :, None].expand(-1, -1, 2, -1)
     query, tokens = torch.randn(2, 30, 8), torch.randn(2, 30, 8)
-    expected = attention(query, centers, tokens, shapes)
+    return attention, (query, centers, tokens, shapes)
+
+
+def test_a_model_samples_by_gathers_only_inside_of_the_context() -> None:
+    attention, given = layer_with_inputs()
+    expected = attention(*given)
     model = torch.nn.Sequential(attention)
     with sampling_by_gathers(model):
         assert attention.sample is gathered_sampling
-        torch.testing.assert_close(attention(query, centers, tokens, shapes), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(attention(*given), expected, rtol=1e-5, atol=1e-5)
     assert attention.sample is deformable_sampling
     with pytest.raises(RuntimeError, match="inside"), sampling_by_gathers(model):
         raise RuntimeError("inside")
