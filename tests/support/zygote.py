@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
+_LAST_WORDS = 10.0  # seconds
 
 
 def run_forked(program: Path, *arguments: object, ranks: int = 0,
@@ -169,16 +170,21 @@ def _environments(request: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _first_failure(children: set[int]) -> int:
-    """0, or the exit code of the first process that failed, which ends the others."""
-    found = 0
+    """0, or the exit code of the first process that failed. Then the others have some seconds to say what they notice
+    of it, before they are killed."""
+    found, deadline = 0, float("inf")
     while children:
-        child, status = os.wait()
+        child, status = os.waitpid(-1, os.WNOHANG if found else 0)
         children.discard(child)
         code = os.waitstatus_to_exitcode(status)
         if code and not found:
-            found = code
-            for other in children:
-                os.kill(other, signal.SIGKILL)
+            found, deadline = code, time.monotonic() + _LAST_WORDS
+        elif not child:
+            time.sleep(0.01)
+            if time.monotonic() > deadline:
+                deadline = float("inf")
+                for other in children:
+                    os.kill(other, signal.SIGKILL)
     return found
 
 
