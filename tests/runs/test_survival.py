@@ -153,10 +153,34 @@ def test_a_second_interrupt_ends_the_program_in_the_middle_of_a_step(scene_shard
 
 
 @pytest.mark.slow
+def test_ranks_that_stop_or_die_go_on_bit_for_bit(scene_shards: Path, tmp_path: Path, undisturbed: Path) -> None:
+    """Stopped by a signal to the launcher; gone on with, and restarted by torchrun when a rank is killed."""
+    run = TrainingRun(scene_shards, tmp_path / "run", *SETTINGS, ranks=2,
+                      launcher=("--standalone", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"))
+    run.wait_for_step(7)
+    os.kill(run.process.pid, signal.SIGUSR1)
+    assert run.wait() != 0
+    run.assert_gone()
+    stopped = final_state(run.folder).step
+    assert stopped == newest_step(run.folder) < STEPS, run.text
+    state = read_state(run.folder)
+    assert state is not None and state.status == "stopped" and state.step == stopped
+    run = TrainingRun(scene_shards, tmp_path / "run", *SETTINGS, "data.workers=0", ranks=2,
+                      launcher=("--standalone", "--max-restarts", "1"))
+    run.wait_for_step(stopped + 7)
+    os.kill(run.ranks()[0], signal.SIGKILL)
+    assert run.wait() == 0, run.text
+    assert f"continuing at step {stopped}" in run.text and run.text.count("continuing at step") == 2
+    assert_same_end(undisturbed, run.folder)
+    run.assert_gone()
+
+
+@pytest.mark.stress
 def test_ranks_stop_together_and_go_on_bit_for_bit(scene_shards: Path, tmp_path: Path, undisturbed: Path) -> None:
-    """Stopped twice, by signals to the launcher and to one rank, and gone on with each time."""
+    """Stopped three times, by signals to the launcher and to one rank, and gone on with each time."""
     stopped = 0
-    for target, number, workers in (("launcher", signal.SIGUSR1, 1), ("rank 1", signal.SIGTERM, 0)):
+    for target, number, workers in (("launcher", signal.SIGTERM, 1), ("launcher", signal.SIGUSR1, 0),
+                                    ("rank 1", signal.SIGTERM, 0)):
         run = TrainingRun(scene_shards, tmp_path / "run", *SETTINGS, f"data.workers={workers}", ranks=2,
                           launcher=("--standalone", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"))
         run.wait_for_step(stopped + 7)
@@ -198,14 +222,16 @@ def test_each_start_of_the_ranks_has_keys_of_its_own() -> None:
         assert found == dict.fromkeys(range(3), expected)
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_torchrun_restarts_after_a_killed_rank(scene_shards: Path, tmp_path: Path, undisturbed: Path) -> None:
     run = TrainingRun(scene_shards, tmp_path / "run", *SETTINGS, "data.workers=0", ranks=2,
-                      launcher=("--standalone", "--max-restarts", "1"))
-    run.wait_for_step(8)
-    os.kill(run.ranks()[0], signal.SIGKILL)
+                      launcher=("--standalone", "--max-restarts", "2"))
+    for step, rank in ((8, 1), (25, 0)):
+        run.wait_for_step(step)
+        os.kill(run.ranks()[rank], signal.SIGKILL)
+        time.sleep(1)
     assert run.wait() == 0, run.text
-    assert run.text.count("continuing at step") == 1
+    assert run.text.count("continuing at step") == 2
     assert_same_end(undisturbed, run.folder)
     run.assert_gone()
 
@@ -244,7 +270,7 @@ def test_a_rank_that_hangs_is_named_in_bounded_time(scene_shards: Path, tmp_path
     run.assert_gone()
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_loader_processes_that_stand_still_end_the_run_in_bounded_time(scene_shards: Path, tmp_path: Path) -> None:
     run = TrainingRun(scene_shards, tmp_path / "run", "train.total_steps=100000", "train.hang_timeout=8",
                       "train.checkpoint_every=100000", "data.workers=1")
