@@ -32,7 +32,7 @@ test: install
 test-fast: install
 	$(PYTEST) -r fE --fast tests/unit
 
-# On a machine with a GPU, under ten minutes and without network: proves what only CUDA runs, then measures it.
+# On a machine with a GPU, without network: proves what only CUDA runs, then measures it.
 gpu-check:
 	$(PYTHON) -m pytest -q -W default -p no:cacheprovider tests/gpu --device cuda
 	$(PYTHON) -m benchmarks.gpu

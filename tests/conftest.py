@@ -141,6 +141,15 @@ def scene_shards(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return make_shards(tmp_path_factory.mktemp("shards") / "set", scenes)
 
 
+@pytest.fixture(scope="module")
+def no_pictures() -> Iterator[None]:
+    """Runs in this process draw no curves and reports, which take longer than small runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("draw_curves", "write_report"):
+            patch.setattr(f"trainer.run.reporter.{name}", lambda *_: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def whole_shards(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The scenes as a shard set of whole images in both splits, 12 and 5."""

@@ -240,13 +240,13 @@ def test_parts_compile(part: str, cuda: torch.device) -> None:
         assert_near(compiled(images().to(cuda))["pred_masks"], plain(images().to(cuda))["pred_masks"], 1e-2)
 
 
-def test_batch_norm_is_shared_by_ranks(cuda: torch.device) -> None:
+def test_synchronised_batch_norm_runs(cuda: torch.device) -> None:
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model_of("m2f"))
     assert any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
     model.to(cuda).eval()(images().to(cuda))
 
 
-def test_sampling_waits_for_nothing_on_its_way_to_triton(cuda: torch.device) -> None:
+def test_triton_kernels_never_wait(cuda: torch.device) -> None:
     from trainer.models.deform_attn import sample_by_triton
 
     model = model_of("m2f").to(cuda).train()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,14 +25,7 @@ from trainer.run.run import Run, open_crops
 
 SMALL = ("decoder_head.type=linear", "eval.max_images=1", "eval.panels=0", "train.checkpoint_every=2")
 OTHER = Path("RENAMED")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_pictures() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("draw_curves", "write_report"):
-            patch.setattr(f"trainer.run.reporter.{name}", lambda *_: None)
-        yield
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def mixture(other: Path, weight: float = 1, classes: str = "{extra: grass, sky: null}") -> str:

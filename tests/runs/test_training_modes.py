@@ -7,7 +7,7 @@ import math
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +39,8 @@ from trainer.stopping import EXIT_TO_BE_CONTINUED, RunStopped
 ALONE = DistContext(rank=0, world_size=1, device=torch.device("cpu"))
 EMA, FP16 = "train.ema_decay=0.9", "train.precision=fp16"
 SMALL = ("decoder_head.type=linear", "eval.max_images=1", "eval.panels=0")  # with batch norm; 20 ms per step
+pytestmark = pytest.mark.usefixtures("no_pictures")
 EVERY_STEP = ("train.checkpoint_every=1", "train.keep_checkpoints=20", "train.eval_every=2")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_pictures() -> Iterator[None]:
-    """Without curves and reports, which take longer than these runs."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("draw_curves", "write_report"):
-            patch.setattr(f"trainer.run.reporter.{name}", lambda *_: None)
-        yield
 
 
 def trained(root: Path, folder: Path, *settings: str) -> Run:
