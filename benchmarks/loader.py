@@ -35,10 +35,10 @@ from shards.reader import ShardReader
 from shards.sample import decode_by_pillow, decode_image
 from shards.workers import keep_freed_memory
 from tests.support.object_storage import KEY, SECRET, FaultyProxy, s3_server
-from trainer.config import DataConfig
 from trainer.data.batch import Batch, augmented_images
 from trainer.data.crops import TrainCrops, TrainSource, open_reader
 from trainer.data.loader import train_loader
+from trainer.data_config import DataConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ONLINE_SHARE = 10  # one of its samples takes as long as dozens of the others'

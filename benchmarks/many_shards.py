@@ -39,9 +39,9 @@ from shards.reader import ShardReader
 from shards.rle import encode_rle
 from shards.sample import encode_sample
 from shards.writer import ShardWriter
-from trainer.config import DataConfig
 from trainer.data.crops import TrainCrops, TrainSource
 from trainer.data.loader import train_loader
+from trainer.data_config import DataConfig
 
 SIDE, BATCH = 64, 4
 

@@ -27,10 +27,10 @@ from benchmarks.results import Result, benchmark_parser, spread
 from shards.plan import TrainPlan
 from shards.reader import ShardReader
 from shards.workers import keep_freed_memory
-from trainer.config import DataConfig, OnlineConfig
 from trainer.data.batch import Batch, normalized_images
 from trainer.data.crops import TrainCrops, TrainSource
 from trainer.data.targets import to_dense
+from trainer.data_config import DataConfig, OnlineConfig
 from trainer.model_config import IMAGENET_MEAN, IMAGENET_STD
 
 REFERENCE_SHARE = 5  # one of its samples takes as long as many of ours

@@ -11,11 +11,11 @@ from torch.utils.data import IterableDataset
 
 from shards.errors import ConfigError
 from shards.plan import MicroBatchNumbers
-from trainer.config import DataConfig
 from trainer.data.batch import normalized_images
 from trainer.data.crops import TrainCrops, open_reader, read_samples, share_of_worker, train_plan
 from trainer.data.sources import train_sources
 from trainer.data.targets import to_dense
+from trainer.data_config import DataConfig
 from trainer.model_config import IMAGENET_MEAN, IMAGENET_STD
 
 

@@ -195,7 +195,7 @@ def evaluate_run(run: Run, reporter: RunReporter) -> dict[str, Any]:
     images, settings, results = WholeImages(run.val_reader, run.config.data), run.config.eval, dict[str, Evaluation]()
     with reporter.paused():
         for kind, in_model in run.weights.items():
-            with in_model:  # pictures of the first kind, which counts
+            with in_model, run.whole_weights():  # pictures of the first kind, which counts
                 results[kind] = evaluate(run.model, images, run.config, run.context, settings.max_images,
                                          should_continue, panels=0 if results else settings.panels)
         metrics = next(iter(results.values())).metrics

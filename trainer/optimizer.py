@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from trainer.config import OptimizerConfig
 from trainer.models.backbones.base import vit_layers_above
+from trainer.models.fsdp import part_like, whole
 
 UNDECAYED_MODULES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.LayerNorm, nn.GroupNorm,
                      nn.RMSNorm, nn.Embedding, nn.ParameterList)  # the last: PMT's scales
@@ -111,11 +112,14 @@ def one_cycle_beta1(count: int, beta1: float, warmup_steps: int) -> float:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load saved moments; settings such as weight decay stay those of the current configuration, and the device's:
-    a fused AdamW counts its steps on the device, others on the host."""
+    """Load saved moments, whole ones also where the parameters are sharded. Settings such as weight decay stay those of
+    the current configuration, and the device's: a fused AdamW counts its steps on the device, others on the host."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {number: {name: value if name == "step" else part_like(parameters[number], value)
+                        for name, value in moments.items()} for number, moments in state["state"].items()}
     settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     groups = [{**group, **current} for group, current in zip(state["param_groups"], settings, strict=True)]
-    optimizer.load_state_dict({**state, "param_groups": groups})
+    optimizer.load_state_dict({**state, "state": moments, "param_groups": groups})
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, config: OptimizerConfig, total_steps: int) -> None:
@@ -127,9 +131,11 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, config: Opti
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
     """Clip gradients to a global L2 norm of `max_norm` (None: no clipping); return the norm before clipping.
 
-    Never synchronises with the device. A NaN or infinite norm is returned, for the caller to handle.
+    Never synchronises with the device; collective where parameters are sharded. A NaN or infinite norm is returned, for
+    the caller to handle.
     """
     parameters = list(parameters)
-    if max_norm is None:
-        return nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    return nn.utils.clip_grad_norm_(parameters, max_norm)
+    norm = whole(nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]))
+    if max_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm

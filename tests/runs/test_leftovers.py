@@ -26,7 +26,7 @@ SEMAPHORES = Path("/dev/shm")
 LOADING = """
 import sys
 import torch
-from trainer.config import DataConfig
+from trainer.data_config import DataConfig
 from trainer.data.crops import open_reader
 from trainer.data.loader import validation_loader
 from trainer.data.whole_images import WholeImages

@@ -40,11 +40,11 @@ from tests.support.object_storage import (
 )
 from tests.support.training_run import TrainingRun, assert_equal_states
 from tests.unit.test_trainer_data_crops import equal
-from trainer.config import DataConfig
 from trainer.data.batch import Batch
 from trainer.data.crops import TrainCrops, TrainSource, open_reader
 from trainer.data.loader import train_loader, validation_loader
 from trainer.data.whole_images import WholeImages
+from trainer.data_config import DataConfig
 from trainer.reporting.state import read_state
 from trainer.run.checkpoint import load_latest
 

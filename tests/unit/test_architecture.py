@@ -27,7 +27,7 @@ ENTRY_POINTS = {"trainer.train", "trainer.eval", "trainer.predict", "trainer.exp
 # may be given a layer of its own.
 LAYERS: dict[str, tuple[set[str], ...]] = {
     "trainer": (
-        {"model_config", "source_config", "stopping", "out_of_memory"},
+        {"model_config", "data_config", "stopping", "out_of_memory"},
         {"config", "watchdog", "seeding"},
         {"distributed"},
         {"data", "models"},

@@ -157,8 +157,8 @@ def test_another_users_entry_is_not_read(cache: DiskCache) -> None:
 
 
 def test_a_run_uses_a_folder_of_its_own_on_a_disk_that_all_use(scene_shards: Path, tmp_path: Path) -> None:
-    from trainer.config import DataConfig
     from trainer.data.crops import open_reader
+    from trainer.data_config import DataConfig
 
     (tmp_path / "scratch").mkdir()
     (tmp_path / "scratch").chmod(0o1777)

@@ -28,8 +28,9 @@ from shards.verify import verify
 from tests.conftest import make_shards
 from tests.support.hand_made import as_version_1, as_version_2, file_of
 from tests.support.training_run import TINY, assert_same_end
-from trainer.config import DataConfig, load_run_config
+from trainer.config import load_run_config
 from trainer.data.crops import TrainCrops, TrainSource, train_plan
+from trainer.data_config import DataConfig
 from trainer.distributed import DistContext
 from trainer.loop import train
 from trainer.run.checkpoint import load_checkpoint

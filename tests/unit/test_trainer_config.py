@@ -15,8 +15,8 @@ from shards.cli.settings import describe_config, without_places
 from shards.errors import ConfigError
 from tests.conftest import REPOSITORY
 from trainer.config import RunConfig, load_run_config, run_config_from_dict
+from trainer.data_config import SourceConfig
 from trainer.model_config import DecoderHeadConfig
-from trainer.source_config import SourceConfig
 
 M2F = REPOSITORY / "configs" / "config-ade20k-m2f-training.yaml"
 

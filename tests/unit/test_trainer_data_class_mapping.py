@@ -18,7 +18,7 @@ from shards.sample import CropSample
 from shards.sampling import ClassLists
 from trainer.data.class_mapping import ClassMapping, described, map_classes
 from trainer.data.online_crops import draw_labels
-from trainer.source_config import SourceConfig
+from trainer.data_config import SourceConfig
 
 TARGET = ["sky", "grass", "road", "car"]
 

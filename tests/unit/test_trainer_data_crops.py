@@ -15,12 +15,12 @@ from shards.reader import ShardReader
 from shards.rle import decode_header, encode_rle
 from shards.sample import CropSample
 from tests.conftest import make_shards
-from trainer.config import DataConfig
 from trainer.data.batch import Batch
 from trainer.data.crops import TrainCrops, TrainSource, check_labels, drop_absent_labels, stack_segment_maps
 from trainer.data.loader import train_loader, validation_loader
 from trainer.data.targets import to_dense
 from trainer.data.whole_images import WholeImages
+from trainer.data_config import DataConfig
 
 CPU = torch.device("cpu")
 

@@ -20,11 +20,12 @@ from shards.cli.config_file import config_to_dict
 from shards.crops.resampling import PADDING_COLOR
 from shards.errors import ConfigError
 from tests.unit.test_trainer_data_crops import CPU, crops, equal
-from trainer.config import DataConfig, load_run_config, run_config_from_dict
+from trainer.config import load_run_config, run_config_from_dict
 from trainer.data.batch import Batch, normalized_images
 from trainer.data.geometry import Move, draw_move, rotate_image, rotate_labels
 from trainer.data.targets import to_dense
 from trainer.data.user_transform import load_transform, transformed
+from trainer.data_config import DataConfig
 from trainer.seeding import transform_generator
 
 EVERYTHING = {"hflip": 0.5, "vflip": 0.5, "quarter_turns": 0.5, "rotate": 0.5, "rotate_degrees": 30.0, "erase": 0.5}

@@ -26,12 +26,13 @@ from shards.sample import CropSample, decode_reduced
 from tests.conftest import make_shards
 from tests.support.label_maps import cut_labels, pad_labels
 from tests.unit.test_trainer_data_crops import CPU, crops, equal
-from trainer.config import DataConfig, load_run_config
+from trainer.config import load_run_config
 from trainer.data.batch import Batch, augmented_images
 from trainer.data.crops import TrainCrops
 from trainer.data.loader import train_loader
 from trainer.data.online_crops import draw_labels
 from trainer.data.resampling import region_of, resample
+from trainer.data_config import DataConfig
 from trainer.seeding import sample_rng
 
 RULES = CropRules(window=48, size=48, scaled_side="short", min_scale=0.5, max_scale=2.0, cat_max_ratio=0.75, tries=10)

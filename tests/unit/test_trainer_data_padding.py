@@ -20,10 +20,10 @@ from shards.sample import CropSample, decode_sample
 from tests.conftest import make_shards
 from tests.unit.test_trainer_data_crops import CPU, crops
 from tests.unit.test_trainer_models_precision import NoWaiting
-from trainer.config import DataConfig
 from trainer.data.batch import Batch, augmented_images, normalized_images
 from trainer.data.targets import to_dense
 from trainer.data.transforms import normalize, paddings, photometric_distort
+from trainer.data_config import DataConfig
 from trainer.interop import TransformersBatches
 from trainer.loop import prepare_images
 from trainer.model_config import IMAGENET_MEAN, IMAGENET_STD

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from tests.conftest import REPOSITORY
-from trainer.config import DataConfig
 from trainer.data import loader, parcel
 from trainer.data.batch import Batch
 from trainer.data.crops import open_reader
@@ -32,6 +31,7 @@ from trainer.data.geometry import Move
 from trainer.data.loader import LoaderError, validation_loader
 from trainer.data.parcel import Parcel
 from trainer.data.whole_images import LabelledImage, WholeImages
+from trainer.data_config import DataConfig
 
 CPU = torch.device("cpu")
 
@@ -124,7 +124,7 @@ def test_descriptors_are_closed() -> None:
 
 def limited(root: Path, limit: Callable[[], None] | None, number: int = 40, prefix: Sequence[str] = ()) -> list[str]:
     """Keys of validation images, in order, from loader processes that live under a limit; `prefix`: of the command."""
-    script = ("import sys, torch; from trainer.config import DataConfig; from trainer.data.crops import *; "
+    script = ("import sys, torch; from trainer.data_config import DataConfig; from trainer.data.crops import *; "
               "from trainer.data.whole_images import *; "
               "from trainer.data.loader import validation_loader as load\n"
               "if __name__ == '__main__':\n"

@@ -18,11 +18,12 @@ from shards.reader import ShardReader, iter_samples
 from tests.conftest import RENAMED, make_shards
 from tests.support.hand_made import as_version_2, png, rename_classes, write_labelled
 from tests.unit.test_trainer_data_crops import CPU, equal
-from trainer.config import DataConfig, RunConfig, load_run_config
+from trainer.config import RunConfig, load_run_config
 from trainer.data.batch import Batch
 from trainer.data.crops import TrainCrops, read_ahead_budgets
 from trainer.data.loader import train_loader
 from trainer.data.sources import class_counts, source_lines, train_sources
+from trainer.data_config import DataConfig
 from trainer.interop import SampleStream, TransformersBatches
 from trainer.run.run import open_crops
 

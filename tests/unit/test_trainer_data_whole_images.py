@@ -11,8 +11,8 @@ from PIL import Image
 
 from shards.errors import ConfigError
 from shards.manifest import ClassInfo
-from trainer.config import DataConfig
 from trainer.data.whole_images import FolderImages
+from trainer.data_config import DataConfig
 
 CLASSES = [ClassInfo(name=name, color=(number, 0, 0)) for number, name in enumerate("abc")]
 

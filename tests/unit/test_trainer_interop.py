@@ -13,7 +13,7 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
 from shards.reader import iter_samples
 from tests.conftest import REPOSITORY
-from trainer.config import DataConfig
+from trainer.data_config import DataConfig
 from trainer.interop import SampleStream, TransformersBatches
 
 

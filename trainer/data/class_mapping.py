@@ -14,7 +14,7 @@ from shards.errors import ConfigError
 from shards.rle import Runs, ignore_value
 from shards.sampling import ClassLists
 from shards.shown_text import shown
-from trainer.source_config import SourceConfig
+from trainer.data_config import SourceConfig
 
 _MOST_LISTED = 12  # names in an error or a line of the log
 _NEARBY = 0.6  # how alike names are to be suggested, as in errors about settings

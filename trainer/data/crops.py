@@ -31,7 +31,6 @@ from shards.reader import ShardReader
 from shards.rle import IGNORE_16_BIT, ignore_value
 from shards.sample import CropSample
 from shards.sampling import ClassLists, cumulative_repeats
-from trainer.config import DataConfig, OnlineConfig
 from trainer.data.batch import Batch
 from trainer.data.class_mapping import ClassMapping
 from trainer.data.geometry import Move, draw_move, rotate_labels
@@ -39,6 +38,7 @@ from trainer.data.online_crops import cut_into, draw_labels, source_pixels
 from trainer.data.resampling import Resize, region_of
 from trainer.data.targets import dense_masks
 from trainer.data.transforms import draw_photometric, random_window
+from trainer.data_config import DataConfig, OnlineConfig
 from trainer.seeding import sample_rng
 
 _Aheads = Sequence[ReadAhead | None]  # of each source; None: its set is in a local folder

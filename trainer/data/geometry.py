@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from shards.crops.resampling import PADDING_COLOR
-from trainer.config import DataConfig
+from trainer.data_config import DataConfig
 
 Size = tuple[int, int]  # height and width
 _LEAST_ERASED = 0.02  # of the area of a crop

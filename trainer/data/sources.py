@@ -16,11 +16,10 @@ from shards.mixing import Mixture
 from shards.reader import ShardReader
 from shards.sampling import ClassLists
 from shards.shown_text import shown
-from trainer.config import DataConfig
 from trainer.data.class_mapping import described, map_classes
 from trainer.data.crops import TrainSource, open_reader, storage_of, train_plan
+from trainer.data_config import DataConfig, SourceConfig
 from trainer.seeding import source_seed
-from trainer.source_config import SourceConfig
 
 _KINDS = {"crops": "stored crops", "images": "whole images"}
 

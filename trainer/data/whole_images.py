@@ -23,8 +23,8 @@ from shards.reader import ShardReader
 from shards.rle import ignore_value
 from shards.sample import CropSample, decode_upright
 from shards.shown_text import has_control_characters
-from trainer.config import DataConfig
 from trainer.data.crops import check_labels, read_samples, share_of_worker
+from trainer.data_config import DataConfig
 
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 _LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")

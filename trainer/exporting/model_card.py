@@ -18,8 +18,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from shards.errors import ShardError
 from shards.manifest import ClassInfo, load_manifest
 from shards.shown_text import shown
-from trainer.config import DataConfig, EvalConfig
+from trainer.config import EvalConfig
 from trainer.data.sources import configured_shares
+from trainer.data_config import DataConfig
 from trainer.evaluation.record import Measured
 from trainer.pretrained import Pretrained
 

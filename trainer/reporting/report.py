@@ -19,8 +19,9 @@ from shards.cli.config_file import config_to_yaml
 from shards.files.atomic import write_atomically
 from shards.manifest import Manifest
 from shards.shown_text import masked_value, shown, shown_lines
-from trainer.config import DataConfig, RunConfig
+from trainer.config import RunConfig
 from trainer.data.sources import configured_shares
+from trainer.data_config import DataConfig
 from trainer.distributed import DistContext
 from trainer.reporting.charts import Chart, Series, colors, smooth, svg_uri, usual_top
 from trainer.reporting.plots import miou_lines, series_points

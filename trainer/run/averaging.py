@@ -17,6 +17,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from trainer.config import TrainConfig
 from trainer.distributed import DistContext
 from trainer.models import Segmenter
+from trainer.models.fsdp import is_sharded, own_part
 
 
 def decay_after(updates: int, decay: float, warmup: bool) -> float:
@@ -36,7 +37,7 @@ class AveragedWeights:
 
     The statistics are averaged like the weights, as timm, torchvision's references and YOLO's trainers do: those of the
     last weights do not fit features that averaged weights compute. All else is shared with the model: a frozen ViT, and
-    buffers that follow a schedule (EoMT's masking). Equal on all ranks.
+    buffers that follow a schedule (EoMT's masking). Equal on all ranks; with `train.fsdp` each averages its own part.
     """
 
     def __init__(self, model: Segmenter, settings: TrainConfig, context: DistContext) -> None:
@@ -45,7 +46,9 @@ class AveragedWeights:
         self.updates = 0
         self._model, self._context = model, context
         self._statistics = running_statistics(model)
-        self._weights = [*(weight for weight in model.parameters() if weight.requires_grad), *self._statistics]
+        trained = [weight for weight in model.parameters() if weight.requires_grad]
+        self._parts = len(trained) if is_sharded(model) else 0  # how many of the weights are FSDP's memory
+        self._weights = [*map(own_part, trained), *self._statistics]
         self._averages = [weight.detach().clone() for weight in self._weights]
 
     def update(self) -> None:
@@ -61,7 +64,8 @@ class AveragedWeights:
 
     @contextmanager
     def in_model(self) -> Iterator[None]:
-        """Inside, the model has the averages for its weights. They change places: nothing is copied."""
+        """Inside, the model has the averages for its weights. They change places, and copies only where the weights are
+        parts, whose memory is FSDP's."""
         self._exchange()
         try:
             yield
@@ -86,5 +90,10 @@ class AveragedWeights:
             self._model.load_trainable_state_dict(state["model"], "the checkpoint's averaged weights")
 
     def _exchange(self) -> None:
-        for weight, average in zip(self._weights, self._averages, strict=True):
-            weight.data, average.data = average.data, weight.data
+        for number, (weight, average) in enumerate(zip(self._weights, self._averages, strict=True)):
+            if number < self._parts:
+                kept = weight.clone()
+                weight.copy_(average)
+                average.copy_(kept)
+            else:
+                weight.data, average.data = average.data, weight.data

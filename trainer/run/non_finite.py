@@ -15,6 +15,7 @@ from shards.errors import RunError
 from shards.files.atomic import write_atomically
 from shards.files.strict_json import to_json
 from trainer.data.batch import Batch
+from trainer.models.fsdp import whole
 from trainer.run.run import Run
 
 RECORD_FOLDER = "non-finite"
@@ -117,10 +118,11 @@ def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 
 def _gradient_norms(run: Run) -> dict[str, float]:
-    """L2 gradient norm, after the all-reduce, of each part of the model: modules up to three levels deep."""
+    """L2 gradient norm, over all ranks, of each part of the model: modules up to three levels deep."""
     squares: dict[str, Tensor] = {}
     for name, parameter in run.model.named_parameters():
         if parameter.grad is not None:
             part = ".".join(name.split(".")[:3])
-            squares[part] = squares.get(part, torch.zeros(())) + parameter.grad.float().square().sum().cpu()
+            square = whole(parameter.grad.float().square().sum()).cpu()
+            squares[part] = squares.get(part, torch.zeros(())) + square
     return {part: float(square.sqrt()) for part, square in squares.items()}

@@ -29,6 +29,7 @@ from trainer.distributed import DistContext
 from trainer.loss.criterion import Criterion
 from trainer.models import Segmenter
 from trainer.models.deform_attn import sample_by_triton
+from trainer.models.fsdp import ShardedModel
 from trainer.optimizer import build_optimizer, load_optimizer
 from trainer.reporting.versions import versions
 from trainer.run.averaging import AveragedWeights
@@ -76,11 +77,12 @@ class Run:
     val_reader: ShardReader
     accumulation: int  # micro-batches of this rank in each step
     model: Segmenter
-    wrapped: nn.Module  # the model, wrapped in DDP when there is a process group
+    wrapped: nn.Module  # the model; with a process group wrapped in DDP, or with train.fsdp sharded itself
     criterion: Criterion
     source_hashes: list[str]  # sha256 of the manifests of data.sources
     class_weights: list[float] | None  # of the criterion, a function of settings and data, so equal when resumed
     optimizer: torch.optim.AdamW
+    sharded: ShardedModel | None  # with train.fsdp, when there is a process group
     update_guard: UpdateGuard
     scaler: LossScaler
     averaged: AveragedWeights | None  # None: train.ema_decay is not set
@@ -160,13 +162,27 @@ class Run:
         is_best = miou is not None and math.isfinite(miou) and (self.best_miou is None or miou > self.best_miou)
         if is_best:
             self.best_miou = miou
+        if self.sharded is not None:
+            with self.sharded.states_on(self.context.is_main):
+                snapshot = self.snapshot()
+        elif self.context.is_main:
+            snapshot = self.snapshot()
         if self.context.is_main:
-            self.writer.save(self.snapshot(), is_best=is_best)
+            self.writer.save(snapshot, is_best=is_best)
+
+    def whole_weights(self) -> AbstractContextManager[None]:
+        """Inside, this rank may run the model without the others. Collective at its start."""
+        return nullcontext() if self.sharded is None else self.sharded.whole_weights()
 
     def snapshot(self) -> Checkpoint:
-        """The state as a checkpoint. It shares the run's tensors, which the next step modifies."""
+        """The state as a checkpoint. It shares the run's tensors, which the next step modifies.
+
+        Collective if the model is sharded.
+        """
+        moments = self.optimizer.state_dict()
         return Checkpoint(
-            step=self.step, model=self.model.trainable_state_dict(), optimizer=self.optimizer.state_dict(),
+            step=self.step, model=self.model.trainable_state_dict(),
+            optimizer=moments if self.sharded is None else self.sharded.gathered(moments),
             config=config_to_dict(self.config), classes=class_table(self.manifest.classes),
             ignore_index=self.manifest.ignore_index, data_hash=self.manifest.sha256,
             source_hashes=list(self.source_hashes),
@@ -229,6 +245,7 @@ def build_run(config: RunConfig, context: DistContext, places: RunPlaces) -> Run
     if context.device.type == "cuda" and context.world_size > 1:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(context.device).train()
+    sharded = ShardedModel(model) if settings.fsdp and torch.distributed.is_initialized() else None
     if settings.triton:
         sample_by_triton(model, context.device)
     if settings.compile:
@@ -238,10 +255,10 @@ def build_run(config: RunConfig, context: DistContext, places: RunPlaces) -> Run
     criterion = build_criterion(config, manifest.num_classes, manifest.ignore_index, weights).to(context.device)
     return Run(
         config=config, context=context, places=places, manifest=manifest, crops=crops, val_reader=val_reader,
-        accumulation=accumulation, model=model, wrapped=_wrapped(model, context), criterion=criterion,
+        accumulation=accumulation, model=model, wrapped=_wrapped(model, context, sharded), criterion=criterion,
         class_weights=weights,
         source_hashes=[source.reader.manifest.sha256 for source in crops.sources if config.data.sources],
-        optimizer=optimizer, update_guard=UpdateGuard(optimizer), prefetch=Prefetch(context.device),
+        optimizer=optimizer, sharded=sharded, update_guard=UpdateGuard(optimizer), prefetch=Prefetch(context.device),
         backbone_sha256=backbone_sha256,
         scaler=LossScaler(settings.precision == "fp16", context.device),
         averaged=None if settings.ema_decay is None else AveragedWeights(model, settings, context),
@@ -252,8 +269,12 @@ def build_run(config: RunConfig, context: DistContext, places: RunPlaces) -> Run
     )
 
 
-def _wrapped(model: Segmenter, context: DistContext) -> nn.Module:
+def _wrapped(model: Segmenter, context: DistContext, sharded: ShardedModel | None) -> nn.Module:
+    """What a step runs. Waits for the other ranks, like DDP's constructor (see `lock_run`)."""
     if not torch.distributed.is_initialized():
+        return model
+    if sharded is not None:
+        context.barrier()
         return model
     device_ids = [context.device.index] if context.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 class UpdateGuard:
@@ -18,8 +19,10 @@ class UpdateGuard:
     """
 
     def __init__(self, optimizer: torch.optim.AdamW) -> None:
-        self.is_active = bool(optimizer.defaults["fused"])
-        self._found = torch.zeros((), device=optimizer.param_groups[0]["params"][0].device)  # 0 or 1
+        first = optimizer.param_groups[0]["params"][0]
+        # torch's fused AdamW takes no `found_inf` beside sharded parameters.
+        self.is_active = bool(optimizer.defaults["fused"]) and not isinstance(first, DTensor)
+        self._found = torch.zeros((), device=first.device)  # 0 or 1
         if self.is_active:
             # As torch's GradScaler does for one step.
             optimizer.found_inf, optimizer.grad_scale = self._found, None  # type: ignore[attr-defined]
