@@ -30,11 +30,13 @@ def main() -> int:
                         help="print settings, counts, one sample and the memory that training needs, then exit")
     parser.add_argument("--memory-gb", type=float, metavar="GB", help="with --dry-run: a GPU's memory, to be told the "
                         "largest micro-batch for it (default: that of this machine's GPU, if there is one)")
+    parser.add_argument("--gpus", type=int, metavar="N", help="with --dry-run: how many GPUs share the weights with "
+                        "train.fsdp (default: as many as torchrun starts)")
     add_overrides(parser)
     arguments = parser.parse_intermixed_args()
     config = load_run_config(config_files(arguments), arguments.overrides)
     if arguments.dry_run:
-        return _dry_run(config, arguments.memory_gb)
+        return _dry_run(config, arguments.memory_gb, arguments.gpus or int(os.environ.get("WORLD_SIZE", "1")))
 
     from trainer.distributed import distributed  # torch takes seconds to import; --help need not wait
     from trainer.evaluation.evaluation import format_metrics
@@ -55,7 +57,7 @@ def main() -> int:
     return 0
 
 
-def _dry_run(config: RunConfig, memory_gb: float | None = None) -> int:
+def _dry_run(config: RunConfig, memory_gb: float | None = None, gpus: int = 1) -> int:
     from functools import partial
 
     import torch
@@ -92,13 +94,13 @@ def _dry_run(config: RunConfig, memory_gb: float | None = None) -> int:
     print(f"first sample: {shown(batch.keys[0])}, {tuple(batch.images.shape[1:])} {batch.images.dtype}, "
           f"{batch.counts[0]} masks: {', '.join(names)}")
     classes = max(sum(reader.info.class_samples) / len(reader) for reader in readers)
-    _print_memory(config, manifest, classes, batch.images.shape[2:], memory_gb)
+    _print_memory(config, manifest, classes, batch.images.shape[2:], memory_gb, gpus)
     print("dry run: nothing was trained")
     return 0
 
 
 def _print_memory(config: RunConfig, manifest: Manifest, classes: float, size: Sequence[int],
-                  memory_gb: float | None) -> None:
+                  memory_gb: float | None, gpus: int) -> None:
     """Print what training needs, with samples of twice as many classes as they have on average, so that most
     micro-batches need less."""
     import torch
@@ -112,7 +114,7 @@ def _print_memory(config: RunConfig, manifest: Manifest, classes: float, size: S
                       targets=max(1, targets))
     if memory_gb is None and config.device != "cpu" and torch.cuda.is_available():
         memory_gb = torch.cuda.get_device_properties(0).total_memory / 1e9
-    for line in described(config, samples, None if memory_gb is None else memory_gb * 1e9):
+    for line in described(config, samples, None if memory_gb is None else memory_gb * 1e9, gpus):
         print(shown(line))
 
 

@@ -13,15 +13,18 @@ from transformers import Dinov2Config, Dinov2Model
 from shards.errors import ConfigError
 from tests.conftest import make_shards
 from tests.support.training_run import TINY
+from tests.support.zygote import call_on_ranks
 from trainer import train
 from trainer.config import RunConfig, load_run_config
-from trainer.distributed import DistContext
+from trainer.distributed import DistContext, distributed
 from trainer.loop import train_step
 from trainer.memory.estimate import HEADROOM, MemoryModel
 from trainer.memory.simulation import Samples
 from trainer.memory.tracking import AllocationTracker
+from trainer.models import fsdp
 from trainer.models.backbones.dinov3_keys import RELEASED_VITS, VitArchitecture
 from trainer.models.backbones.sizes import known_sizes
+from trainer.models.fsdp import own_part
 from trainer.precision import store_for_autocast
 from trainer.run.run import Run, build_run, run_places
 
@@ -87,6 +90,39 @@ def test_the_estimate_is_what_a_step_needs(shards: Path, tmp_path: Path, case: s
     assert sum(parts.values()) == pytest.approx(peak, rel=TOLERANCE)
 
 
+SHARDED = (*EOMT, "train.fsdp=true", "train.ema_decay=0.9", "train.global_batch_size=4", "train.micro_batch_size=2",
+           "decoder_head.num_upscale_blocks=1", "train.gradient_checkpointing=true",
+           "backbone.random.hidden_size=128", "backbone.random.intermediate_size=1024")  # weights, above all
+
+
+def _measure_on_rank(rank: int, root: str, folder: str) -> None:
+    fsdp.SMALLEST_LAYER = 100_000  # a block has more
+    with distributed("cpu") as context:
+        config = configured(Path(root), Path(folder), *SHARDED)
+        run = build_run(config, context, run_places(config))
+        batch = run.crops[rank]
+        model = MemoryModel(config, Samples(
+            height=128, width=128, classes=run.manifest.num_classes, ignore_index=run.manifest.ignore_index,
+            targets=max(batch.counts)), context.world_size)
+        parts = dict(model.estimate(2).parts)
+        peak = measured(run)
+    moments = [own_part(value) for state in run.optimizer.state.values() for name, value in state.items()
+               if name != "step"]
+    assert parts.pop("optimiser state") == pytest.approx(sum(part.nbytes for part in moments), rel=0.02)
+    kept = sum(own_part(tensor).nbytes for tensor in [*run.model.parameters(), *run.model.buffers()])
+    assert parts.pop("frozen ViT") + parts.pop("trained weights") == pytest.approx(kept, rel=0.02)
+    assert run.averaged is not None
+    averages = sum(tensor.nbytes for tensor in run.averaged._averages)
+    assert parts.pop("averaged weights") == pytest.approx(averages, rel=0.02)
+    del parts["batch"]
+    assert set(parts) == {"activations", "loss", "gradients", "gathered weights"}
+    assert sum(parts.values()) == pytest.approx(peak, rel=TOLERANCE)
+
+
+def test_the_estimate_is_what_each_of_two_ranks_needs(shards: Path, tmp_path: Path) -> None:
+    call_on_ranks(_measure_on_rank, str(shards), str(tmp_path))
+
+
 def samples(**changed: Any) -> Samples:
     return Samples(**{"height": 64, "width": 64, "classes": 5, "ignore_index": 255, "targets": 3, **changed})
 
@@ -106,9 +142,21 @@ def test_the_7b_vit_is_estimated_without_its_weights() -> None:
     parts = MemoryModel(config, samples(height=512, width=512, classes=150)).estimate(2).parts
     trained = 4 * (4096 * 150 + 150 + 2 * 4096)
     assert parts["frozen ViT"] == pytest.approx(2 * 6.716e9, rel=1e-3)
-    assert parts["gradients"] == parts["trained weights"] == pytest.approx(trained, rel=0.05)
+    assert parts["gradients"] == pytest.approx(trained, rel=1e-3)
+    assert parts["trained weights"] == pytest.approx(trained, rel=0.05)  # and batch norm's statistics
     assert parts["averaged weights"] == pytest.approx(trained, rel=0.05)
     assert parts["batch"] == pytest.approx(2 * 2 * 4 * 512 * 512, rel=1e-3)
+
+
+def test_a_7b_vit_can_be_trained_by_eight_gpus_that_share_it() -> None:
+    config = load_run_config(None, ["backbone.source=facebook/dinov3-vit7b16-pretrain-lvd1689m", *EOMT,
+                                    "train.fsdp=true"])
+    one, eight = (MemoryModel(config, samples(height=512, width=512), ranks).estimate(1).parts for ranks in (1, 8))
+    for part in ("trained weights", "optimiser state", "gradients"):
+        assert eight[part] == pytest.approx(one[part] / 8, rel=1e-3)
+    assert one["trained weights"] == pytest.approx(4 * 6.9e9, rel=0.02)
+    assert eight["gathered weights"] < one["trained weights"] / 10
+    assert "gathered weights" not in one
 
 
 def test_sizes_are_told_without_reading_weights(tmp_path: Path) -> None:

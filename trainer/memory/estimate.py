@@ -17,10 +17,12 @@ from trainer.distributed import pick_device
 from trainer.memory.simulation import ACTIVATIONS, BACKWARD, BATCH, GRADIENTS, Samples, SimulatedModel
 from trainer.model_config import RandomBackboneConfig
 from trainer.models.backbones.sizes import known_sizes
+from trainer.models.fsdp import sharded_layers
 from trainer.precision import autocast_dtype
 from trainer.run.averaging import running_statistics
 
 HEADROOM = 0.1  # of a card
+GATHERED = "gathered weights"
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,10 @@ class MemoryModel:
     """Memory of the configured training on one device, for any size of micro-batch. Raises ConfigError when the sizes
     of the ViT cannot be told without loading it, or for settings that do not fit each other."""
 
-    def __init__(self, config: RunConfig, samples: Samples) -> None:
+    def __init__(self, config: RunConfig, samples: Samples, ranks: int = 1) -> None:
+        """`ranks`: how many share the trained weights with train.fsdp."""
         self.config = config
+        self._share = ranks if config.train.fsdp else 1
         self.on_gpu = config.device != "cpu"
         self.low = _autocast_dtype(config)
         self._model = SimulatedModel(_without_source(config), samples, self.low)
@@ -90,36 +94,47 @@ class MemoryModel:
         if self.on_gpu:
             found[BATCH] = 2 * parts.get(BATCH, 0.0)  # the next one is copied meanwhile
         if self.config.train.global_batch_size > self.config.train.micro_batch_size:
-            found[GRADIENTS] = self._fixed["trained weights"]  # of the micro-batches before, or in DDP's buckets
+            found[GRADIENTS] = self._trained  # of the micro-batches before, or in DDP's buckets
+        if self._share > 1:
+            found[GRADIENTS] = found.get(GRADIENTS, 0.0) / self._share
+            found[GATHERED] = self._gathered(with_gradients=parts.get(GRADIENTS, 0.0) > 0)
         return found
 
     def _fixed_parts(self) -> dict[str, float]:
         """Bytes of what is there all the time."""
         model = self._model.model
-        trained = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
+        self._trained = float(sum(weight.nbytes for weight in model.parameters() if weight.requires_grad))
         frozen = sum(weight.nbytes for weight in model.parameters() if not weight.requires_grad)
         others = sum(buffer.nbytes for buffer in model.buffers())
-        parts = {"frozen ViT": float(frozen), "trained weights": float(trained + others),
-                 "optimiser state": 2.0 * trained}
+        kept = self._trained / self._share
+        parts = {"frozen ViT": float(frozen), "trained weights": kept + others, "optimiser state": 2.0 * kept}
         if self.config.train.ema_decay is not None:
-            parts["averaged weights"] = float(trained + sum(tensor.nbytes for tensor in running_statistics(model)))
+            parts["averaged weights"] = kept + sum(tensor.nbytes for tensor in running_statistics(model))
         return parts
 
+    def _gathered(self, *, with_gradients: bool) -> float:
+        """Bytes of weights that are whole while others are sharded: all outside the layers, a layer that runs and one
+        that is fetched. In the backward pass also gradients, of one layer."""
+        layers = [sum(weight.nbytes for weight in layer.parameters()) for layer in sharded_layers(self._model.model)]
+        outside, largest = self._trained - sum(layers), max(layers, default=0)
+        return 2 * outside + 3 * largest if with_gradients else outside + 2 * largest
 
-def described(config: RunConfig, samples: Samples, card: float | None) -> list[str]:
+
+def described(config: RunConfig, samples: Samples, card: float | None, ranks: int = 1) -> list[str]:
     """The estimate for the configured micro-batch in lines of text and, with a `card` of so many bytes, the largest
-    micro-batch for it. Raises ConfigError like `MemoryModel`, but for a ViT whose sizes cannot be told."""
+    micro-batch for it. `ranks` and errors as in `MemoryModel`, but none for a ViT whose sizes cannot be told."""
     try:
         known_sizes(config.backbone)
     except ConfigError as error:
         return [f"memory is not estimated: {error}"]
-    model, size = MemoryModel(config, samples), config.train.micro_batch_size
+    model, size = MemoryModel(config, samples, ranks), config.train.micro_batch_size
     found = model.estimate(size)
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(model.low or torch.float32, "fp32")
     parts = ", ".join(f"{name} {part / 1e9:.3g}" for name, part in found.parts.items())
     place = "GPU" if model.on_gpu else "process"
-    lines = [f"memory per {place}, estimated for micro-batches of {size} in {precision}, {samples.targets} masks in "
-             f"each of {samples.height}x{samples.width} pixels: {found.total / 1e9:.3g} GB",
+    shared = f" of {ranks} that share the trained weights" if config.train.fsdp and ranks > 1 else ""
+    lines = [f"memory per {place}{shared}, estimated for micro-batches of {size} in {precision}, {samples.targets} "
+             f"masks in each of {samples.height}x{samples.width} pixels: {found.total / 1e9:.3g} GB",
              f"  {parts}{'; CUDA itself comes on top' if model.on_gpu else ''}"]
     if card is not None:
         largest, whole = model.largest_batch(card), config.train.global_batch_size

@@ -7,6 +7,7 @@ and hashes are those of any other run. Whatever needs whole tensors is collectiv
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -28,22 +29,19 @@ class ShardedModel:
     def __init__(self, model: Segmenter) -> None:
         """`model`: on its device, with the same weights on all ranks of the process group.
 
-        What is gathered at a time is a layer: an element of a module list, with SMALLEST_LAYER parameters or more.
-        All else is whole from the forward pass to the end of the backward pass. Gradients are averaged over the ranks,
-        as by DDP. Parameters become other objects: build the optimiser afterwards.
+        What is gathered at a time is one of the `sharded_layers`; all else is whole from the forward pass to the end of
+        the backward pass. Gradients are averaged over the ranks, as by DDP. Parameters become other objects: build the
+        optimiser afterwards.
         """
         self.keeps_states = True
         device = next(model.parameters()).device
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        # Not the list of features and head: EoMT's head also runs the features' norm.
-        lists = [module for part in model.segmentation_model for module in part.modules()
-                 if isinstance(module, nn.ModuleList)]
-        for layer in [layer for layers in reversed(lists) for layer in layers]:  # inner layers come first
-            if sum(parameter.numel() for parameter in layer.parameters()) >= SMALLEST_LAYER:
-                fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        for layer in [*sharded_layers(model), model]:
+            fully_shard(layer, mesh=mesh)
         self._layers = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self._model = model
+        # Nothing here changes outputs in place, which is what torch warns of.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
 
         def gather(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
             for name in module._parameters:
@@ -91,6 +89,16 @@ def _take_parts(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) 
     for name, parameter in module._parameters.items():
         if parameter is not None and prefix + name in state:
             state[prefix + name] = part_like(parameter, state[prefix + name])
+
+
+def sharded_layers(model: Segmenter) -> list[nn.Module]:
+    """Elements of module lists with SMALLEST_LAYER parameters or more: blocks of the ViT, and a large head's layers.
+    Those within others come first."""
+    # Not the list of features and head: EoMT's head also runs the features' norm.
+    lists = [module for part in model.segmentation_model for module in part.modules()
+             if isinstance(module, nn.ModuleList)]
+    return [layer for layers in reversed(lists) for layer in layers
+            if sum(parameter.numel() for parameter in layer.parameters()) >= SMALLEST_LAYER]
 
 
 def is_sharded(model: nn.Module) -> bool:

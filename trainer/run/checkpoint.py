@@ -88,10 +88,14 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}.pt"
 
 
-def load_checkpoint(path: str | Path, shown: str | None = None) -> Checkpoint:
-    """Read a checkpoint onto the CPU, without unpickling code. Raises ConfigError naming the file as `shown`."""
+def load_checkpoint(path: str | Path, shown: str | None = None, *, mmap: bool = False) -> Checkpoint:
+    """Read a checkpoint onto the CPU, without unpickling code. With `mmap` only what is used is read, and processes on
+    a host share it; but the file keeps its space on the disk, even deleted, as long as a tensor is used.
+
+    Raises ConfigError naming the file as `shown`.
+    """
     shown = shown or str(path)
-    content = read_file(path, mmap=False, shown=shown)  # the run keeps these tensors after the file is deleted
+    content = read_file(path, mmap=mmap, shown=shown)
     if not _is_checkpoint(content):
         version = content.get("format") if isinstance(content, dict) else None
         hint = f" but of {version}; use the MaskStream version that wrote it" if isinstance(version, int) else ""
@@ -123,7 +127,7 @@ def _is_checkpoint(content: Any) -> bool:
     return isinstance(content, dict) and content.get("format") == CHECKPOINT_FORMAT
 
 
-def load_latest(place: str | Path) -> Checkpoint | None:
+def load_latest(place: str | Path, *, mmap: bool = False) -> Checkpoint | None:
     """The newest valid checkpoint in a folder or at a URL; damaged ones are skipped with a warning. None: no files.
 
     best.pt comes last: a kill during the first save, or manual cleanup, may leave only best.pt. Raises ConfigError
@@ -133,7 +137,7 @@ def load_latest(place: str | Path) -> Checkpoint | None:
     names = [*reversed(numbered(storage).values()), *([BEST_NAME] if BEST_NAME in _sizes(storage) else [])]
     for name in names:
         try:
-            return _load_verified(storage, name)
+            return _load_verified(storage, name, mmap)
         except (ConfigError, StorageError, OSError) as error:
             warnings.warn(f"{error}. Falling back to the previous checkpoint", stacklevel=2)
     if names:
@@ -159,10 +163,10 @@ def _sizes(storage: Storage) -> dict[str, int]:
         return {}
 
 
-def _load_verified(storage: Storage, name: str) -> Checkpoint:
+def _load_verified(storage: Storage, name: str, mmap: bool) -> Checkpoint:
     """Load a checkpoint after comparing it with the hash stored next to it or in it."""
     with _local_file(storage, name) as path:
-        return load_checkpoint(path, storage.where(name))
+        return load_checkpoint(path, storage.where(name), mmap=mmap)
 
 
 @contextmanager

@@ -66,11 +66,14 @@ def _first_line(text: str) -> str:
 def _settings(run: Run) -> str:
     config = run.config
     crop = config.data.crop_size or "as stored"
+    fsdp = ("set train.fsdp=true, so that ranks share the trained weights; "
+            if config.backbone.trainable and run.context.world_size > 1 and not config.train.fsdp else "")
     return (
         f"Lower train.micro_batch_size (now {config.train.micro_batch_size}; the global batch stays "
         f"{config.train.global_batch_size} through accumulation); set train.gradient_checkpointing=true (now "
-        f"{str(config.train.gradient_checkpointing).lower()}); lower data.crop_size (now {crop}), loss.num_points (now "
-        f"{config.loss.num_points}) or, if this was during evaluation, eval.crop_size (now {config.eval.crop_size}). "
+        f"{str(config.train.gradient_checkpointing).lower()}); {fsdp}lower data.crop_size (now {crop}), "
+        f"loss.num_points (now {config.loss.num_points}) or, if this was during evaluation, eval.crop_size (now "
+        f"{config.eval.crop_size}). "
         f"For host memory, lower data.workers (now {config.data.workers}), data.prefetch_batches (now "
         f"{config.data.prefetch_batches}), data.read_ahead_mb (now {config.data.read_ahead_mb})"
     )

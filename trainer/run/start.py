@@ -60,7 +60,7 @@ def resume(run: Run) -> None:
     if run.config.resume == "never" and (run.folder / "config.yaml").exists():
         raise ConfigError(f"{run.folder} already holds a run and resume is 'never'; "
                           "choose another output_dir, or set resume=auto to resume it")
-    checkpoint = load_latest(run.places.checkpoints)
+    checkpoint = load_latest(run.places.checkpoints, mmap=run.sharded is not None)
     if checkpoint is None:
         _refuse_moved_checkpoints(run)
         _start_from_weights(run)
@@ -96,7 +96,7 @@ def roll_back(run: Run, reason: str) -> None:
     if run.context.is_main:
         run.writer.wait()
     run.context.barrier()
-    checkpoint = load_latest(run.places.checkpoints)
+    checkpoint = load_latest(run.places.checkpoints, mmap=run.sharded is not None)
     if checkpoint is None:
         raise TrainingDiverged(f"{reason}. There is no checkpoint yet to roll back to; lower train.checkpoint_every "
                                f"(now {run.config.train.checkpoint_every})")
