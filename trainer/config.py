@@ -126,6 +126,7 @@ class TrainConfig:
                             "compilation; needs a C++ compiler")
     triton: bool = setting(False, "m2f on CUDA: deformable attention by Triton kernels, which do not write samples to "
                            "memory; same results up to float rounding")
+    deterministic: bool = setting(False, "the same bits in every run on GPUs too, as always on CPUs; slower")
     fsdp: bool = setting(False, "trainable backbone, several GPUs: each keeps only its share of weights, gradients and "
                          "moments (FSDP2), so that larger ViTs fit; checkpoints stay the same")
     log_every: int = setting(50, "steps between log lines", minimum=1)
@@ -238,6 +239,9 @@ class RunConfig:
                 if value != neutral:
                     raise ConfigError(f"optimizer.{name} is {value} but the backbone is frozen; set "
                                       f"backbone.trainable=true, or optimizer.{name}={neutral}")
+        if self.train.deterministic and self.train.triton:
+            raise ConfigError("train.triton is true, legal with train.deterministic: false, as its kernels add "
+                              "gradients in any order")
         if self.train.fsdp:
             self._check_fsdp()
 

@@ -30,7 +30,7 @@ from trainer.run.reporter import RunReporter, report_on
 from trainer.run.run import Run
 from trainer.run.start import lock_run, roll_back, start_run
 from trainer.run.step_result import HostNumbers, StepResult
-from trainer.seeding import seed_micro_batch
+from trainer.seeding import deterministic_algorithms, seed_micro_batch
 from trainer.stopping import RunStopped, stop_on_signals
 
 
@@ -40,7 +40,7 @@ def train(config: RunConfig, context: DistContext) -> Run:
     Raises RunStopped after a stop signal or `train.max_hours` (see `trainer.stopping`), and other RunErrors and
     ConfigErrors.
     """
-    with lock_run(config, context) as places:
+    with deterministic_algorithms(config.train.deterministic), lock_run(config, context) as places:
         run = start_run(config, context, places)
         with report_on(run) as reporter, run.writer:
             with stop_on_signals(run.stop), explain_failures(run):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 
@@ -35,3 +39,27 @@ def seed_micro_batch(seed: int, number: int, device: torch.device) -> torch.Gene
 def transform_generator(seed: int, number: int, device: torch.device) -> torch.Generator:
     """A generator on `device` for the user's augmentation of micro-batch `number`."""
     return torch.Generator(device).manual_seed(micro_batch_seed(seed + 2, number))
+
+
+@contextmanager
+def deterministic_algorithms(enabled: bool) -> Iterator[None]:
+    """Inside, if enabled, a GPU adds floats in a fixed order too; torch raises RuntimeError where it cannot.
+
+    Modules of ours replace such operations by others where torch.are_deterministic_algorithms_enabled().
+    """
+    if not enabled:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    attention = torch.backends.cuda
+    before = (torch.are_deterministic_algorithms_enabled(), attention.mem_efficient_sdp_enabled(),
+              attention.cudnn_sdp_enabled())
+    torch.use_deterministic_algorithms(True)
+    attention.enable_mem_efficient_sdp(False)  # their backward passes are not deterministic
+    attention.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        attention.enable_mem_efficient_sdp(before[1])
+        attention.enable_cudnn_sdp(before[2])

@@ -17,6 +17,7 @@ import torch
 from shards.errors import ConfigError
 from shards.manifest import load_manifest
 from tests.conftest import REPOSITORY
+from tests.runs.test_mixing import mixture
 from tests.runs.test_survival import with_bad_image
 from tests.support.training_run import TINY, TrainingRun, assert_equal_states, assert_same_end, final_state
 from tests.support.zygote import run_forked
@@ -86,8 +87,9 @@ def test_a_killed_run_goes_on_bit_for_bit(scene_shards: Path, whole: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_kill_9_at_any_moment_and_on_again(scene_shards: Path, tmp_path: Path) -> None:
-    settings = (*MODES, "train.total_steps=30", "train.checkpoint_every=4", "train.eval_every=15")
+def test_kill_9_at_any_moment_and_on_again(scene_shards: Path, renamed_shards: Path, tmp_path: Path) -> None:
+    """With samples of two sets."""
+    settings = (*MODES, mixture(renamed_shards), "train.total_steps=30", "train.checkpoint_every=4", "train.eval_every=15")
     trained(scene_shards, tmp_path / "whole", *settings)
     for step in (6, 13):
         run = TrainingRun(scene_shards, tmp_path / "run", *SMALL, *settings)

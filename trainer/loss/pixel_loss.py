@@ -21,6 +21,19 @@ def pixel_cross_entropy(logits: Tensor, label_maps: Tensor, ignore_index: int = 
     """
     with torch.autocast(logits.device.type, enabled=False):
         resized = F.interpolate(logits.float(), label_maps.shape[-2:], mode="bilinear", align_corners=False)
-        losses = F.cross_entropy(resized, label_maps.long(), class_weights, ignore_index=ignore_index,
-                                 reduction="none")  # [B, H, W]
+        labels = label_maps.long()
+        if torch.are_deterministic_algorithms_enabled():
+            losses = _cross_entropy_in_order(resized, labels, ignore_index, class_weights)
+        else:
+            losses = F.cross_entropy(resized, labels, class_weights, ignore_index=ignore_index, reduction="none")
         return losses.mean()
+
+
+def _cross_entropy_in_order(logits: Tensor, labels: Tensor, ignore_index: int, weights: Tensor | None) -> Tensor:
+    """Cross-entropy [B, H, W] of logits [B, C, H, W]. On CUDA torch's has no deterministic implementation for maps."""
+    is_ignored = labels == ignore_index
+    classes = labels.masked_fill(is_ignored, 0)
+    losses = -logits.log_softmax(1).gather(1, classes[:, None])[:, 0]
+    if weights is not None:
+        losses = losses * weights[classes]
+    return losses.masked_fill(is_ignored, 0.0)

@@ -75,7 +75,25 @@ def spread_to_pixels(at_points: Tensor, points: Tensor, size: torch.Size) -> Ten
 
     The transpose of `trainer.loss.point_sampling.point_sample`.
     """
+    if torch.are_deterministic_algorithms_enabled():
+        return _spread_in_order(at_points, points, size)
     maps = at_points.new_empty(()).expand(len(points), 1, *size)  # only its shape is read
     gradient, _ = torch.ops.aten.grid_sampler_2d_backward(  # 0, 0, False: bilinear, zeros outside, not aligned
         at_points[:, None, :, None], maps, sampling_grid(points), 0, 0, False, [True, False])
     return gradient[:, 0]
+
+
+def _spread_in_order(at_points: Tensor, points: Tensor, size: torch.Size) -> Tensor:
+    """`spread_to_pixels` by `index_add_`, which on CUDA can add in a fixed order; grid_sample's backward cannot."""
+    height, width = size
+    x, y = points[..., 0] * width - 0.5, points[..., 1] * height - 0.5  # [M, P], relative to the first pixel's centre
+    left, top = x.floor(), y.floor()
+    maps = at_points.new_zeros(len(points) * height * width)
+    first = torch.arange(len(points), device=points.device)[:, None] * (height * width)
+    for row in (top, top + 1):
+        for column in (left, left + 1):
+            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            share = (1 - (y - row).abs()) * (1 - (x - column).abs())
+            index = first + row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long()
+            maps.index_add_(0, index.flatten(), (at_points * share * inside).flatten())
+    return maps.view(-1, height, width)

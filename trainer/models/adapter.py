@@ -117,6 +117,17 @@ def _conv_bn_relu(in_channels: int, out_channels: int, stride: int) -> list[nn.M
             nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
 
 
+class StemPool(nn.MaxPool2d):
+    """Max pooling whose gradients can be added in a fixed order on CUDA."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H/2, W/2]"""
+        if not torch.are_deterministic_algorithms_enabled():
+            return super().forward(x)
+        _, largest = F.max_pool2d(x.detach(), self.kernel_size, self.stride, self.padding, return_indices=True)
+        return x.flatten(2).gather(2, largest.flatten(2)).view(largest.shape)
+
+
 class SpatialPriorModule(nn.Module):
     """Convolutions on the image, for the local detail that a ViT's patches lose (arXiv:2205.08534 sec. 3.2)."""
 
@@ -126,7 +137,7 @@ class SpatialPriorModule(nn.Module):
             *_conv_bn_relu(3, inplanes, stride=2),
             *_conv_bn_relu(inplanes, inplanes, stride=1),
             *_conv_bn_relu(inplanes, inplanes, stride=1),
-            nn.MaxPool2d(3, stride=2, padding=1),
+            StemPool(3, stride=2, padding=1),
         )
         self.conv2 = nn.Sequential(*_conv_bn_relu(inplanes, 2 * inplanes, stride=2))
         self.conv3 = nn.Sequential(*_conv_bn_relu(2 * inplanes, 4 * inplanes, stride=2))

@@ -106,6 +106,13 @@ def sampling_by_gathers(model: nn.Module) -> Iterator[None]:
             layer.sample = sample
 
 
+def sample_by_gathers(model: nn.Module) -> None:
+    """Let all deformable attention of a model use `gathered_sampling`, whose gradients can be added in a fixed order on
+    CUDA; those of `grid_sample` cannot."""
+    for layer in _layers(model):
+        layer.sample = gathered_sampling
+
+
 def sample_by_triton(model: nn.Module, device: torch.device) -> None:
     """Let all deformable attention of a model use the kernels of `deform_attn_triton`. Raises ConfigError where there
     is none, or no CUDA or Triton."""

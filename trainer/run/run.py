@@ -28,7 +28,7 @@ from trainer.data.user_transform import Transform, load_transform, transformed
 from trainer.distributed import DistContext
 from trainer.loss.criterion import Criterion
 from trainer.models import Segmenter
-from trainer.models.deform_attn import sample_by_triton
+from trainer.models.deform_attn import sample_by_gathers, sample_by_triton
 from trainer.models.fsdp import ShardedModel
 from trainer.optimizer import build_optimizer, load_optimizer
 from trainer.reporting.versions import versions
@@ -248,6 +248,8 @@ def build_run(config: RunConfig, context: DistContext, places: RunPlaces) -> Run
     sharded = ShardedModel(model) if settings.fsdp and torch.distributed.is_initialized() else None
     if settings.triton:
         sample_by_triton(model, context.device)
+    if settings.deterministic:
+        sample_by_gathers(model)
     if settings.compile:
         model.head.compile()  # in place, so parameter names stay the same
     optimizer = build_optimizer(model, config.optimizer)

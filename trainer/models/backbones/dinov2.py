@@ -134,8 +134,18 @@ def interpolated(positions: Tensor, grid: tuple[int, int], *, antialias: bool) -
     """Learned positions [1, G * G, D] on another grid: bicubic in float32 -> [1, rows * columns, D]."""
     side = math.isqrt(positions.shape[1])
     maps = positions.float().transpose(1, 2).unflatten(2, (side, side))  # [1, D, G, G]
+    if torch.are_deterministic_algorithms_enabled() and positions.requires_grad:
+        rows, columns = (bicubic(side, target, antialias, positions.device) for target in grid)
+        return (rows.T @ maps @ columns).flatten(2).transpose(1, 2)
     resized = F.interpolate(maps, grid, mode="bicubic", align_corners=False, antialias=antialias)
     return resized.flatten(2).transpose(1, 2)
+
+
+def bicubic(side: int, target: int, antialias: bool, device: torch.device) -> Tensor:
+    """float32 [side, target]: bicubic interpolation along one axis as a product, whose gradients are added in a fixed
+    order on CUDA; those of torch's interpolation are not."""
+    pixels = torch.eye(side, device=device)[None, None]  # not as columns of width 1, which torch 2.13 resizes wrongly
+    return F.interpolate(pixels, (side, target), mode="bicubic", align_corners=False, antialias=antialias)[0, 0]
 
 
 @functools.cache
