@@ -89,7 +89,8 @@ def test_a_killed_run_goes_on_bit_for_bit(scene_shards: Path, whole: Path, tmp_p
 @pytest.mark.slow
 def test_kill_9_at_any_moment_and_on_again(scene_shards: Path, renamed_shards: Path, tmp_path: Path) -> None:
     """With samples of two sets."""
-    settings = (*MODES, mixture(renamed_shards), "train.total_steps=30", "train.checkpoint_every=4", "train.eval_every=15")
+    settings = (*MODES, mixture(renamed_shards), "train.total_steps=30", "train.checkpoint_every=4",
+                "train.eval_every=15")
     trained(scene_shards, tmp_path / "whole", *settings)
     for step in (6, 13):
         run = TrainingRun(scene_shards, tmp_path / "run", *SMALL, *settings)
