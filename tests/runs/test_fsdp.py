@@ -123,6 +123,10 @@ def test_a_run_goes_on_sharded_or_not_on_any_number_of_ranks(scene_shards: Path,
     sharded, ddp, alone = (as_if_killed_after(whole, 2, tmp_path / name) for name in names)
     train_on_two(settings_of(scene_shards, sharded, *PLAIN, SHARDED), settings_of(scene_shards, ddp, *PLAIN))
     assert_same_end(whole, sharded)
+    evaluation = read_evaluation(sharded)
+    (sharded / "evaluation.json").unlink()
+    train_on_two(settings_of(scene_shards, sharded, *PLAIN, SHARDED))
+    assert read_evaluation(sharded) == evaluation, "a complete run is evaluated again"
     assert_close_ends(whole, ddp)
     run = train(load_run_config(TINY, settings_of(scene_shards, alone, *PLAIN, SHARDED)), ALONE)
     assert run.sharded is None, "there is nothing to share with"
@@ -134,6 +138,17 @@ def test_a_run_goes_on_sharded_or_not_on_any_number_of_ranks(scene_shards: Path,
     state = final_state(from_ddp)
     assert state.averaged is not None
     assert_close(state.averaged["model"], loaded.model.meta_state_dict(), atol=0)
+
+
+def test_fine_tuning_starts_from_the_same_weights(scene_shards: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    train(load_run_config(TINY, settings_of(scene_shards, alone, *PLAIN, "train.total_steps=1")), ALONE)
+    runs = [tmp_path / "ddp", tmp_path / "sharded"]
+    settings = (*PLAIN, f"load.weights={alone}/checkpoints/best.pt", "train.total_steps=1", "seed=1")
+    train_on_two(settings_of(scene_shards, runs[0], *settings), settings_of(scene_shards, runs[1], *settings, SHARDED))
+    assert_close(*(final_state(run).optimizer for run in runs), atol=1e-7)
+    for run in runs:
+        assert_close(final_state(run).model, final_state(alone).model, atol=2e-3)  # a step further
 
 
 def test_a_bad_step_is_left_out_by_all_ranks(scene_shards: Path, tmp_path: Path) -> None:

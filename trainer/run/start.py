@@ -157,8 +157,8 @@ def _start_from_weights(run: Run) -> None:
     ignored = run.model.load_weights(weights, settings.ignore, settings.base_sha256)
     if run.averaged is not None:
         run.averaged.restore(None)
+    loaded = len(run.model.trainable_state_dict()) - len(ignored)  # on all ranks: collective with train.fsdp
     if run.context.is_main:
-        loaded = len(run.model.trainable_state_dict()) - len(ignored)
         kind = ", averaged weights" if weights.is_averaged else ""
         random = f"; randomly initialised because of load.ignore: {', '.join(ignored)}" if ignored else ""
         print(f"{shown(settings.weights)}: loaded {loaded} tensors of adapter and head{kind}{random}", flush=True)
