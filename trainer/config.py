@@ -126,7 +126,8 @@ class TrainConfig:
                             "compilation; needs a C++ compiler")
     triton: bool = setting(False, "m2f on CUDA: deformable attention by Triton kernels, which do not write samples to "
                            "memory; same results up to float rounding")
-    deterministic: bool = setting(False, "the same bits in every run on GPUs too, as always on CPUs; slower")
+    deterministic: bool = setting(False, "the same bits in every run on GPUs too, as always on CPUs; slower, and "
+                                  "more memory than --dry-run estimates")
     fsdp: bool = setting(False, "trainable backbone, several GPUs: each keeps only its share of weights, gradients and "
                          "moments (FSDP2), so that larger ViTs fit; checkpoints stay the same")
     log_every: int = setting(50, "steps between log lines", minimum=1)

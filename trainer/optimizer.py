@@ -115,7 +115,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     """Load saved moments, whole ones also where the parameters are sharded. Settings such as weight decay stay those of
     the current configuration, and the device's: a fused AdamW counts its steps on the device, others on the host."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    moments = {number: {name: value if name == "step" else part_like(parameters[number], value)
+    moments = {number: {name: value.clone() if name == "step" else part_like(parameters[number], value)
                         for name, value in moments.items()} for number, moments in state["state"].items()}
     settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     groups = [{**group, **current} for group, current in zip(state["param_groups"], settings, strict=True)]

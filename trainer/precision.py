@@ -19,9 +19,11 @@ def autocast_dtype(config: RunConfig, device: torch.device) -> torch.dtype | Non
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
-    """The context for forward passes."""
+    """The context for forward passes. With train.fsdp casts of weights are not kept: they would be whole on every rank
+    until the end of the forward pass."""
     dtype = autocast_dtype(config, device)
-    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None,
+                          cache_enabled=not config.train.fsdp)
 
 
 def store_for_autocast(model: Segmenter, config: RunConfig, device: torch.device) -> None:

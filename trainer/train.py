@@ -28,12 +28,14 @@ def main() -> int:
     parser = config_parser(str(__doc__), RunConfig, DEFAULT_RECIPE)
     parser.add_argument("--dry-run", action="store_true",
                         help="print settings, counts, one sample and the memory that training needs, then exit")
-    parser.add_argument("--memory-gb", type=float, metavar="GB", help="with --dry-run: a GPU's memory, to be told the "
-                        "largest micro-batch for it (default: that of this machine's GPU, if there is one)")
-    parser.add_argument("--gpus", type=int, metavar="N", help="with --dry-run: how many GPUs share the weights with "
-                        "train.fsdp (default: as many as torchrun starts)")
+    parser.add_argument("--memory-gb", type=positive_number, metavar="GB", help="with --dry-run: a GPU's memory, to be "
+                        "told the largest micro-batch for it (default: that of this machine's GPU, if there is one)")
+    parser.add_argument("--gpus", type=positive_integer, metavar="N", help="with --dry-run: how many GPUs divide the "
+                        "global batch and, with train.fsdp, the weights (default: as many as torchrun starts)")
     add_overrides(parser)
     arguments = parser.parse_intermixed_args()
+    if not arguments.dry_run and (arguments.gpus or arguments.memory_gb):
+        parser.error("--gpus and --memory-gb need --dry-run")
     config = load_run_config(config_files(arguments), arguments.overrides)
     if arguments.dry_run:
         return _dry_run(config, arguments.memory_gb, arguments.gpus or int(os.environ.get("WORLD_SIZE", "1")))
@@ -78,14 +80,14 @@ def _dry_run(config: RunConfig, memory_gb: float | None = None, gpus: int = 1) -
     manifest = val_reader.manifest
     crops = open_crops(config, manifest)
     steps, global_batch = config.train.total_steps, config.train.global_batch_size
+    micro_batches = gpus * accumulation_for(global_batch, config.train.micro_batch_size, gpus)
     readers = [source.reader for source in crops.sources]
-    accumulation = accumulation_for(global_batch, config.train.micro_batch_size, 1)
     print(f"{shown(manifest.dataset)}: {manifest.num_classes} classes, {sum(map(len, readers))} training samples in "
           f"{sum(reader.info.shards for reader in readers)} shards, {len(val_reader)} validation samples")
     lines = source_lines(crops.sources, config.data, steps * global_batch, manifest)
     epoch = crops.sources[0].plan.epoch_size
     epochs = "" if lines else f" = {steps * global_batch / epoch:.2f} epochs of {epoch} samples"
-    print(f"{steps} steps of {global_batch}{epochs}; {accumulation} micro-batches per step, divided among the ranks")
+    print(f"{steps} steps of {global_batch}{epochs}; {micro_batches} micro-batches per step, divided among the ranks")
     print("".join(f"{line}\n" for line in lines), end="")
     if (weights := resolve_class_weights(config, manifest, partial(class_counts, crops.sources))) is not None:
         print(shown(f"class weights from {described(weights, manifest)}"))
@@ -97,6 +99,18 @@ def _dry_run(config: RunConfig, memory_gb: float | None = None, gpus: int = 1) -
     _print_memory(config, manifest, classes, batch.images.shape[2:], memory_gb, gpus)
     print("dry run: nothing was trained")
     return 0
+
+
+def positive_number(text: str) -> float:
+    if not 0 < (number := float(text)) < math.inf:
+        raise ValueError(text)
+    return number
+
+
+def positive_integer(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError(text)
+    return number
 
 
 def _print_memory(config: RunConfig, manifest: Manifest, classes: float, size: Sequence[int],

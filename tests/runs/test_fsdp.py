@@ -46,7 +46,8 @@ def settings_of(root: Path, folder: Path, *settings: str) -> list[str]:
 
 
 def _on_rank(rank: int, bad: str, *settings: str) -> None:
-    """Train, one run after the other: the settings of a run end with "-"."""
+    """Train, one run after the other: the settings of a run end with "-". RANK in them is this rank."""
+    settings = tuple(word.replace("RANK", str(rank)) for word in settings)
     fsdp.SMALLEST_LAYER = 1000  # the tiny model's blocks have more
     with pytest.MonkeyPatch.context() as patch, distributed("cpu") as context:
         for name in ("draw_curves", "write_report"):
@@ -61,20 +62,21 @@ def _on_rank(rank: int, bad: str, *settings: str) -> None:
 
 
 def _check_parts(run: Run) -> None:
-    """This rank keeps half of every trained tensor, but for one row, and so do its moments and averages."""
+    """This rank keeps its share of every trained tensor, but for one row, and so do its moments and averages."""
+    ranks = run.context.world_size
     for parameter in run.model.parameters():
         moments = run.optimizer.state.get(parameter)
         for tensor in (parameter, *([moments["exp_avg"], moments["exp_avg_sq"]] if moments else ())):
             row = tensor[0].numel() if tensor.dim() else 1
-            assert own_part(tensor).numel() <= (tensor.numel() + row) / 2
+            assert own_part(tensor).numel() < tensor.numel() / ranks + row
     trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
     assert run.averaged is not None
     for average, parameter in zip(run.averaged._averages, trained, strict=False):
         assert average.shape == own_part(parameter).shape
 
 
-def train_on_two(*runs: list[str], bad: str = "") -> None:
-    call_on_ranks(_on_rank, bad, *(word for settings in runs for word in (*settings, "-")))
+def train_on_two(*runs: list[str], bad: str = "", ranks: int = 2) -> None:
+    call_on_ranks(_on_rank, bad, *(word for settings in runs for word in (*settings, "-")), ranks=ranks)
 
 
 def tensors(value: Any, name: str = "") -> dict[str, Tensor]:
@@ -138,6 +140,27 @@ def test_a_run_goes_on_sharded_or_not_on_any_number_of_ranks(scene_shards: Path,
     state = final_state(from_ddp)
     assert state.averaged is not None
     assert_close(state.averaged["model"], loaded.model.meta_state_dict(), atol=0)
+
+
+def test_one_rank_alone_is_bit_for_bit_a_process_alone(scene_shards: Path, tmp_path: Path) -> None:
+    """In every checkpoint: what is being written is not what the next step changes."""
+    runs = [tmp_path / "alone", tmp_path / "sharded"]
+    train(load_run_config(TINY, settings_of(scene_shards, runs[0], *LINEAR)), ALONE)
+    train_on_two(settings_of(scene_shards, runs[1], *LINEAR, SHARDED), ranks=1)
+    for step in (1, 2, 3, 4):
+        alone, sharded = (load_checkpoint(run / f"checkpoints/step-{step:08d}.pt") for run in runs)
+        for part in ("model", "averaged", "optimizer"):
+            assert_close(getattr(alone, part), getattr(sharded, part), atol=1e-7)
+
+
+def test_ranks_that_found_other_checkpoints_or_weights(scene_shards: Path, tmp_path: Path) -> None:
+    """An error where a rank does not see the run's folder; rank 0's weights where they differ."""
+    whole = tmp_path / "run-0"
+    train_on_two(settings_of(scene_shards, whole, *PLAIN, SHARDED),
+                 settings_of(scene_shards, tmp_path / "other", *PLAIN, SHARDED, "backbone.random.seed=RANK"))
+    assert_same_end(whole, tmp_path / "other")
+    with pytest.raises(AssertionError, match="output_dir must be a folder shared by all nodes"):
+        train_on_two(settings_of(scene_shards, tmp_path / "run-RANK", *PLAIN, SHARDED, "train.total_steps=5"))
 
 
 def test_fine_tuning_starts_from_the_same_weights(scene_shards: Path, tmp_path: Path) -> None:

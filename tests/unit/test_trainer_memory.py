@@ -18,7 +18,7 @@ from trainer import train
 from trainer.config import RunConfig, load_run_config
 from trainer.distributed import DistContext, distributed
 from trainer.loop import train_step
-from trainer.memory.estimate import HEADROOM, MemoryModel
+from trainer.memory.estimate import HEADROOM, MemoryModel, described
 from trainer.memory.simulation import Samples
 from trainer.memory.tracking import AllocationTracker
 from trainer.models import fsdp
@@ -90,7 +90,7 @@ def test_the_estimate_is_what_a_step_needs(shards: Path, tmp_path: Path, case: s
     assert sum(parts.values()) == pytest.approx(peak, rel=TOLERANCE)
 
 
-SHARDED = (*EOMT, "train.fsdp=true", "train.ema_decay=0.9", "train.global_batch_size=4", "train.micro_batch_size=2",
+SHARDED = (*EOMT, "train.fsdp=true", "train.ema_decay=0.9", "train.global_batch_size=4", "train.precision=bf16",
            "decoder_head.num_upscale_blocks=1", "train.gradient_checkpointing=true",
            "backbone.random.hidden_size=128", "backbone.random.intermediate_size=1024")  # weights, above all
 
@@ -133,6 +133,33 @@ def test_the_largest_batch_fits_and_the_next_does_not() -> None:
         needed = [model.estimate(size).total / (1 - HEADROOM) for size in (batch_size, batch_size + 1)]
         assert model.largest_batch(sum(needed) / 2) == batch_size
     assert model.largest_batch(1000.0) == 0
+
+
+def test_the_largest_batch_divides_by_ranks() -> None:
+    config = load_run_config(TINY, [*LINEAR, "train.global_batch_size=24"])
+    for ranks, fitting in ((1, 24), (2, 12), (3, 8), (8, 3)):
+        lines = described(config, samples(), 8e9, ranks)
+        assert f"train.micro_batch_size={fitting} divides train.global_batch_size (24" in lines[-1]
+
+
+def test_sharing_frees_casts_that_are_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autocast would keep a bf16 copy of all weights on every rank until the end of the forward pass."""
+    monkeypatch.setattr(fsdp, "SMALLEST_LAYER", 100_000)
+    settings = (*LINEAR, "backbone.trainable=true", "train.fsdp=true", "train.gradient_checkpointing=true",
+                "backbone.random.hidden_size=256", "backbone.random.num_hidden_layers=12")
+    bf16, fp32 = (MemoryModel(load_run_config(TINY, [*settings, f"train.precision={precision}"]), samples(), 8)
+                  .estimate(1).total for precision in ("bf16", "fp32"))
+    assert bf16 < 1.05 * fp32
+
+
+@pytest.mark.parametrize("arguments", [["--dry-run", "--gpus", "0"], ["--dry-run", "--memory-gb", "nan"],
+                                       ["--dry-run", "--memory-gb", "-5"], ["--gpus", "8"]])
+def test_sizes_of_machines_that_do_not_exist(arguments: list[str], capsys: pytest.CaptureFixture[str],
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["train.py", *arguments])
+    with pytest.raises(SystemExit):
+        train.main()
+    assert "invalid positive" in (said := capsys.readouterr().err) or "need --dry-run" in said
 
 
 def test_the_7b_vit_is_estimated_without_its_weights() -> None:

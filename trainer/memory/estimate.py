@@ -93,7 +93,7 @@ class MemoryModel:
         found[ACTIVATIONS] = parts.get(ACTIVATIONS, 0.0) + parts.get(BACKWARD, 0.0)
         if self.on_gpu:
             found[BATCH] = 2 * parts.get(BATCH, 0.0)  # the next one is copied meanwhile
-        if self.config.train.global_batch_size > self.config.train.micro_batch_size:
+        if self.config.train.global_batch_size > self.config.train.micro_batch_size * self._share:
             found[GRADIENTS] = self._trained  # of the micro-batches before, or in DDP's buckets
         if self._share > 1:
             found[GRADIENTS] = found.get(GRADIENTS, 0.0) / self._share
@@ -122,7 +122,8 @@ class MemoryModel:
 
 def described(config: RunConfig, samples: Samples, card: float | None, ranks: int = 1) -> list[str]:
     """The estimate for the configured micro-batch in lines of text and, with a `card` of so many bytes, the largest
-    micro-batch for it. `ranks` and errors as in `MemoryModel`, but none for a ViT whose sizes cannot be told."""
+    micro-batch for it and so many ranks, which divide the global batch. Errors as in `MemoryModel`, but none for a ViT
+    whose sizes cannot be told."""
     try:
         known_sizes(config.backbone)
     except ConfigError as error:
@@ -138,8 +139,9 @@ def described(config: RunConfig, samples: Samples, card: float | None, ranks: in
              f"  {parts}{'; CUDA itself comes on top' if model.on_gpu else ''}"]
     if card is not None:
         largest, whole = model.largest_batch(card), config.train.global_batch_size
-        fitting = max((number for number in range(1, min(largest, whole) + 1) if whole % number == 0), default=0)
-        advice = (f"{largest} fit, and train.micro_batch_size={fitting} divides train.global_batch_size ({whole})"
+        fitting = max((number for number in range(1, largest + 1) if whole % (number * ranks) == 0), default=0)
+        advice = (f"{largest} fit, and train.micro_batch_size={fitting} divides train.global_batch_size ({whole}"
+                  f"{f', by {ranks} GPUs' if ranks > 1 else ''})"
                   if fitting else "not one crop fits; set train.gradient_checkpointing=true or lower data.crop_size")
         lines.append(f"  within {card / 1e9:.3g} GB, of which a tenth is left free: {advice}")
     return lines

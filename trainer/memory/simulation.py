@@ -63,7 +63,9 @@ class SimulatedModel:
         with self._mode, AllocationTracker(weights) as tracker:
             with tracker.phase(BATCH):
                 batch = _batch(config, self.samples, batch_size)
-            with tracker.phase(ACTIVATIONS), torch.autocast("cpu", self.low or torch.bfloat16, self.low is not None):
+            casts = torch.autocast("cpu", self.low or torch.bfloat16, self.low is not None,
+                                   cache_enabled=not config.train.fsdp)
+            with tracker.phase(ACTIVATIONS), casts:
                 outputs = model(normalized_images(batch, config.backbone.image_mean, config.backbone.image_std))
             with tracker.phase(LOSS):
                 num_masks = torch.full((), float(batch_size * self.samples.targets))

@@ -44,7 +44,7 @@ class ShardedModel:
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
 
         def gather(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-            for name in module._parameters:
+            for name in (*module._parameters, *module._buffers):
                 if prefix + name in state:
                     state[prefix + name] = self.gathered(state[prefix + name])
 
@@ -76,10 +76,10 @@ class ShardedModel:
                 layer.set_reshard_after_forward(layer is not self._model, recurse=False)
 
     def gathered(self, state: Any) -> Any:
-        """A state, such as an optimiser's, with whole tensors on the host."""
-        if isinstance(state, DTensor):
-            tensor = whole(state)
-            return tensor.cpu() if self.keeps_states else tensor.to("meta")
+        """A copy of a state, such as an optimiser's, with whole tensors on the host."""
+        if isinstance(state, Tensor):
+            tensor = whole(state.detach())
+            return tensor.to("cpu", copy=True) if self.keeps_states else tensor.to("meta")
         if isinstance(state, Mapping):
             return {key: self.gathered(item) for key, item in state.items()}
         return [self.gathered(item) for item in state] if isinstance(state, list) else state

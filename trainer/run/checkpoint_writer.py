@@ -53,10 +53,10 @@ class CheckpointWriter:
         self._owner: bytes | None = None
         self.newest: str | None = None  # file name of the last checkpoint published
 
-    def save(self, checkpoint: Checkpoint, *, is_best: bool) -> None:
-        """Copy the state to the host, then write it in the background."""
+    def save(self, checkpoint: Checkpoint, *, is_best: bool, is_copy: bool = False) -> None:
+        """Copy the state to the host, unless `is_copy`, then write it in the background."""
         self.wait()
-        copied = Checkpoint(**_on_host(vars(checkpoint)))
+        copied = checkpoint if is_copy else Checkpoint(**_on_host(vars(checkpoint)))
         self._pending = self._thread.submit(self._write, copied, is_best)
 
     def wait(self) -> None:

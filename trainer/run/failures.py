@@ -67,7 +67,8 @@ def _settings(run: Run) -> str:
     config = run.config
     crop = config.data.crop_size or "as stored"
     fsdp = ("set train.fsdp=true, so that ranks share the trained weights; "
-            if config.backbone.trainable and run.context.world_size > 1 and not config.train.fsdp else "")
+            if config.backbone.trainable and run.context.world_size > 1 and not config.train.fsdp
+            and config.train.precision != "fp16" and not config.train.compile else "")
     return (
         f"Lower train.micro_batch_size (now {config.train.micro_batch_size}; the global batch stays "
         f"{config.train.global_batch_size} through accumulation); set train.gradient_checkpointing=true (now "

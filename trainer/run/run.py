@@ -162,13 +162,15 @@ class Run:
         is_best = miou is not None and math.isfinite(miou) and (self.best_miou is None or miou > self.best_miou)
         if is_best:
             self.best_miou = miou
+        if self.context.is_main:
+            self.writer.wait()  # not with the checkpoint before in memory
         if self.sharded is not None:
             with self.sharded.states_on(self.context.is_main):
                 snapshot = self.snapshot()
         elif self.context.is_main:
             snapshot = self.snapshot()
         if self.context.is_main:
-            self.writer.save(snapshot, is_best=is_best)
+            self.writer.save(snapshot, is_best=is_best, is_copy=self.sharded is not None)
 
     def whole_weights(self) -> AbstractContextManager[None]:
         """Inside, this rank may run the model without the others. Collective at its start."""
@@ -245,7 +247,10 @@ def build_run(config: RunConfig, context: DistContext, places: RunPlaces) -> Run
     if context.device.type == "cuda" and context.world_size > 1:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(context.device).train()
-    sharded = ShardedModel(model) if settings.fsdp and torch.distributed.is_initialized() else None
+    sharded = None
+    if settings.fsdp and torch.distributed.is_initialized():
+        context.broadcast(tensor.detach() for tensor in [*model.parameters(), *model.buffers()])  # as DDP does
+        sharded = ShardedModel(model)
     if settings.triton:
         sample_by_triton(model, context.device)
     if settings.deterministic:
@@ -276,7 +281,6 @@ def _wrapped(model: Segmenter, context: DistContext, sharded: ShardedModel | Non
     if not torch.distributed.is_initialized():
         return model
     if sharded is not None:
-        context.barrier()
         return model
     device_ids = [context.device.index] if context.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)

@@ -16,7 +16,7 @@ from trainer.config import RunConfig, load_run_config
 from trainer.distributed import DistContext
 from trainer.models.weights import read_weights
 from trainer.precision import store_for_autocast
-from trainer.run.checkpoint import load_latest, numbered
+from trainer.run.checkpoint import Checkpoint, load_latest, numbered
 from trainer.run.folder import lock_run_folder, record_start
 from trainer.run.identity import check_identity, lock_checkpoints
 from trainer.run.non_finite import TrainingDiverged
@@ -45,7 +45,6 @@ def start_run(config: RunConfig, context: DistContext, places: RunPlaces) -> Run
     run = build_run(config, context, places)
     resume(run)
     store_for_autocast(run.model, config, context.device)  # not earlier: load.weights may compare the exact ViT
-    check_ranks_agree(run)
     seconds = context.all_reduce_sum(torch.tensor(process_seconds(), device=context.device)).item()
     run.stop.limit(config.train.max_hours, seconds / context.world_size)  # the same moment on all ranks
     return run
@@ -61,6 +60,7 @@ def resume(run: Run) -> None:
         raise ConfigError(f"{run.folder} already holds a run and resume is 'never'; "
                           "choose another output_dir, or set resume=auto to resume it")
     checkpoint = load_latest(run.places.checkpoints, mmap=run.sharded is not None)
+    check_ranks_agree(run, checkpoint)
     if checkpoint is None:
         _refuse_moved_checkpoints(run)
         _start_from_weights(run)
@@ -97,20 +97,21 @@ def roll_back(run: Run, reason: str) -> None:
         run.writer.wait()
     run.context.barrier()
     checkpoint = load_latest(run.places.checkpoints, mmap=run.sharded is not None)
+    check_ranks_agree(run, checkpoint)
     if checkpoint is None:
         raise TrainingDiverged(f"{reason}. There is no checkpoint yet to roll back to; lower train.checkpoint_every "
                                f"(now {run.config.train.checkpoint_every})")
     run.restore(checkpoint)
-    check_ranks_agree(run)
     run.skipped_steps = sorted({*run.skipped_steps, *skipped_steps})
 
 
-def check_ranks_agree(run: Run) -> None:
-    """Raise ConfigError unless all ranks are at the same step: a node that cannot see the run's folder would restart
-    at step 0 on its own."""
-    steps = run.context.all_reduce_sum(torch.tensor([run.step, run.step**2], device=run.context.device)).tolist()
+def check_ranks_agree(run: Run, checkpoint: Checkpoint | None) -> None:
+    """Raise ConfigError unless all ranks found the same checkpoint: a node that cannot see the run's folder would
+    restart at step 0 on its own. Before anything is restored, which is collective with train.fsdp."""
+    step = 0 if checkpoint is None else checkpoint.step
+    steps = run.context.all_reduce_sum(torch.tensor([step, step**2], device=run.context.device)).tolist()
     if steps[1] * run.context.world_size != steps[0] ** 2:  # Cauchy-Schwarz: equal only if all are equal
-        raise ConfigError(f"rank {run.context.rank} found a checkpoint of step {run.step} in {run.folder}, but other "
+        raise ConfigError(f"rank {run.context.rank} found a checkpoint of step {step} in {run.folder}, but other "
                           "ranks found other steps; output_dir must be a folder shared by all nodes")
 
 
@@ -161,7 +162,8 @@ def _start_from_weights(run: Run) -> None:
     if run.context.is_main:
         kind = ", averaged weights" if weights.is_averaged else ""
         random = f"; randomly initialised because of load.ignore: {', '.join(ignored)}" if ignored else ""
-        print(f"{shown(settings.weights)}: loaded {loaded} tensors of adapter and head{kind}{random}", flush=True)
+        vit = "ViT, " if run.model.backbone.trainable else ""
+        print(f"{shown(settings.weights)}: loaded {loaded} tensors of {vit}adapter and head{kind}{random}", flush=True)
         if weights.class_names not in (None, [info.name for info in run.manifest.classes]) and not ignored:
             print("its classes have other names than those of data.root, or another order, and their classifier was "
                   "loaded; to start with a new one, name it in load.ignore", flush=True)
