@@ -102,12 +102,14 @@ def _dry_run(config: RunConfig, memory_gb: float | None = None, gpus: int = 1) -
 
 
 def positive_number(text: str) -> float:
+    """A finite number above 0, from the command line. Raises ValueError for any other."""
     if not 0 < (number := float(text)) < math.inf:
         raise ValueError(text)
     return number
 
 
 def positive_integer(text: str) -> int:
+    """A number of things, at least 1, from the command line. Raises ValueError for any other."""
     if (number := int(text)) < 1:
         raise ValueError(text)
     return number
