@@ -177,7 +177,7 @@ def test_the_7b_vit_is_estimated_without_its_weights() -> None:
 
 def test_a_7b_vit_can_be_trained_by_eight_gpus_that_share_it() -> None:
     config = load_run_config(None, ["backbone.source=facebook/dinov3-vit7b16-pretrain-lvd1689m", *EOMT,
-                                    "train.fsdp=true"])
+                                    "train.fsdp=true", "train.global_batch_size=64"])
     one, eight = (MemoryModel(config, samples(height=512, width=512), ranks).estimate(1).parts for ranks in (1, 8))
     for part in ("trained weights", "optimiser state", "gradients"):
         assert eight[part] == pytest.approx(one[part] / 8, rel=1e-3)

@@ -123,7 +123,7 @@ def test_the_precision_is_as_set_or_what_the_device_has(precision: str, device: 
     made: list[Any] = []
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: (
         has_bf16 or including_emulation))
-    monkeypatch.setattr(torch, "autocast", lambda _, dtype, enabled: made.append(dtype if enabled else None))
+    monkeypatch.setattr(torch, "autocast", lambda _, dtype, enabled, **_more: made.append(dtype if enabled else None))
     autocast(load_run_config(None, [f"train.precision={precision}"]), torch.device(device))
     assert made == [expected]
 
