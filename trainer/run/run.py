@@ -249,7 +249,7 @@ def build_run(config: RunConfig, context: DistContext, places: RunPlaces) -> Run
     model.to(context.device).train()
     sharded = None
     if settings.fsdp and torch.distributed.is_initialized():
-        context.broadcast(tensor.detach() for tensor in [*model.parameters(), *model.buffers()])  # as DDP does
+        context.broadcast(tensor.detach() for tensor in [*model.parameters(), *model.buffers()])  # as DDP
         sharded = ShardedModel(model)
     if settings.triton:
         sample_by_triton(model, context.device)
@@ -277,10 +277,8 @@ def build_run(config: RunConfig, context: DistContext, places: RunPlaces) -> Run
 
 
 def _wrapped(model: Segmenter, context: DistContext, sharded: ShardedModel | None) -> nn.Module:
-    """What a step runs. Waits for the other ranks, like DDP's constructor (see `lock_run`)."""
-    if not torch.distributed.is_initialized():
-        return model
-    if sharded is not None:
+    """What a step runs."""
+    if sharded is not None or not torch.distributed.is_initialized():
         return model
     device_ids = [context.device.index] if context.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)

@@ -28,8 +28,8 @@ from trainer.stopping import process_seconds
 def lock_run(config: RunConfig, context: DistContext) -> Iterator[RunPlaces]:
     """The run's locations; rank 0 locks output_dir and the checkpoint location on behalf of all ranks.
 
-    The other ranks wait for rank 0 when DDP wraps the model, before they look for a checkpoint. Raises ConfigError and
-    FolderInUse.
+    The other ranks wait for rank 0's weights when the model is built, before they look for a checkpoint. Raises
+    ConfigError and FolderInUse.
     """
     places = run_places(config)
     if not context.is_main:
